@@ -1,0 +1,117 @@
+"""The public implementations' outputs, reproduced from the same weights."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
+from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def read_golden(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Configuration, inputs and outputs by name, and the full state_dict in the public naming."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    state = {
+        key.removeprefix("state_dict/"): tensors.pop(key) for key in list(tensors) if key.startswith("state_dict/")
+    }
+    for key, shape in json.loads(metadata["seeded"]).items():
+        rng = np.random.default_rng(zlib.crc32(key.encode()) + int(metadata["seed"]))
+        weight = rng.standard_normal(shape).astype(np.float32)
+        if len(shape) > 1:
+            weight /= np.float32(math.sqrt(np.prod(shape[1:])))
+        elif key.endswith("bias"):
+            weight *= np.float32(0.1)
+        else:
+            weight = np.float32(1) + np.float32(0.2) * weight
+        state[key] = torch.from_numpy(weight)
+    return json.loads(metadata["config"]), tensors, state
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def rqvae():
+    config, tensors, state = read_golden("rqvae")
+    conv = config["ddconfig"]
+    model = RQVAE(
+        RQVAEConfig(
+            conv=ConvConfig(
+                conv["resolution"],
+                conv["ch"],
+                tuple(conv["ch_mult"]),
+                conv["num_res_blocks"],
+                tuple(conv["attn_resolutions"]),
+                conv["z_channels"],
+            ),
+            codebook_size=config["n_embed"],
+            code_dim=config["embed_dim"],
+            depth=config["code_shape"][-1],
+        )
+    ).eval()
+    public = "quantizer.codebooks.0."
+    quantizer = {
+        "quantizer.codebook": state[public + "weight"][:-1],  # the last row is padding
+        "quantizer.embed_ema": state[public + "embed_ema"],
+        "quantizer.cluster_size_ema": state[public + "cluster_size_ema"],
+    }
+    model.load_state_dict({key: w for key, w in state.items() if not key.startswith("quantizer.")} | quantizer)
+    return model, tensors
+
+
+@torch.no_grad()
+def test_rqvae(rqvae):
+    model, tensors = rqvae
+    assert_close(model.latents(tensors["in/image"]), tensors["out/z"])
+    codes, quantized = model.quantizer.encode(model.latents(tensors["in/image"]))
+    assert torch.equal(codes, tensors["out/codes"])
+    assert_close(quantized, tensors["out/z_q"])
+    assert_close(model.decode(codes), tensors["out/decode_code"])
+    assert_close(model(tensors["in/image"])[0], tensors["out/reconstruction"])
+
+
+@pytest.fixture(scope="module")
+def rqtransformer():
+    config, tensors, state = read_golden("rqtransformer")
+    model = RQTransformer(
+        RQTransformerConfig(
+            grid=tuple(config["block_size"]),
+            codebook_size=config["vocab_size"],
+            code_dim=config["input_embed_dim"],
+            width=config["embed_dim"],
+            body_layers=config["body"]["n_layer"],
+            head_layers=config["head"]["n_layer"],
+            heads=config["body"]["block"]["n_head"],
+            classes=config["vocab_size_cond"],
+        ),
+        tensors["in/codebook"],
+    ).eval()
+    model.load_state_dict(state)
+    return model, tensors
+
+
+@torch.no_grad()
+def test_rqtransformer_logits(rqtransformer):
+    model, tensors = rqtransformer
+    assert_close(model.logits(tensors["in/codes"], tensors["in/class"]), tensors["out/logits"])
+
+
+def test_rqtransformer_greedy_codes(rqtransformer):
+    model, tensors = rqtransformer
+    labels, config = tensors["in/class"], model.config
+    batch, shape = len(labels), (len(labels), config.depth)
+    noise = torch.zeros(config.positions, batch, config.depth, config.codebook_size)
+    options = torch.ones(shape), torch.ones(shape, dtype=torch.int64), torch.ones(shape)
+    assert torch.equal(model.generate(labels, noise, *options), tensors["out/greedy_codes"])

@@ -1,0 +1,1 @@
+"""Take a vector-quantized image generator from PyTorch to one deployable file."""

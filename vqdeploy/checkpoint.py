@@ -1,0 +1,86 @@
+"""Checkpoints: a folder of `config.json`, `model.safetensors` and, when trained here, `training.json`."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.files import read_json, replacing_folder, write_json
+from vqdeploy.models import System, SystemConfig, create
+from vqdeploy.presets import preset
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def save(
+    system: System, folder: Path, training: dict[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Writes a checkpoint, replacing one that is there.
+
+    Args:
+        system: What to write.
+        folder: Where.
+        training: Recipe, seed and metrics, for `training.json`.
+        dtype: Type of the stored weights, for example `torch.float16`; as they are when None.
+    """
+    with replacing_folder(folder, "config.json") as new:
+        write_json(new / "config.json", system.config.to_dict())
+        save_file(
+            {k: w.to(dtype or w.dtype).contiguous() for k, w in system.state_dict().items()}, new / "model.safetensors"
+        )
+        if training is not None:
+            write_json(new / "training.json", training)
+
+
+def load(folder: str | Path) -> System:
+    """Reads a checkpoint into a system in fp32 on the CPU.
+
+    Raises:
+        VqdeployError: The folder or one of its files does not exist.
+        ArtifactError: A file is damaged, or the weights do not fit the configuration.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VqdeployError(f"{folder} is not a checkpoint folder", fix="vqdeploy train --help")
+    config = SystemConfig.from_dict(read_json(folder / "config.json"))
+    file = folder / "model.safetensors"
+    if not file.exists():
+        raise VqdeployError(f"{file} does not exist")
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file} is damaged ({error})") from error
+    with torch.device("meta"):
+        expected = System(config).state_dict()
+    _check_weights(file, weights, expected)
+    system = System(config)
+    system.load_state_dict(weights)
+    return system.eval()
+
+
+def _check_weights(file: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    if odd := sorted(set(weights) ^ set(expected)):
+        raise ArtifactError(f"{file} and its config.json name different weights, such as {odd[0]}")
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            shapes = list(expected[name].shape), list(weight.shape)
+            raise ArtifactError(f"{name} in {file} has the wrong shape", expected=shapes[0], found=shapes[1])
+
+
+def digest(system: System) -> str:
+    """sha256 over the configuration and the weights of a system, hexadecimal."""
+    total = hashlib.sha256(repr(system.config).encode())
+    for name, weight in sorted(system.state_dict().items()):
+        total.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def default(model: str, name: str = "tiny", seed: int = 0) -> System:
+    """The shipped checkpoint of a preset, or random weights for one that ships none."""
+    config = preset(model, name)
+    shipped = SHIPPED / model / name
+    return load(shipped) if shipped.is_dir() and any(shipped.iterdir()) else create(config, seed)

@@ -1,0 +1,54 @@
+"""Configurations: frozen dataclasses, JSON on disk, unknown keys refused."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Self
+
+from vqdeploy.errors import ArtifactError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base of every configuration."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Builds the configuration, nested ones included.
+
+        Raises:
+            ArtifactError: A key is unknown or missing, or a value has the wrong type.
+        """
+        if not isinstance(data, dict):
+            raise ArtifactError(f"{cls.__name__} is malformed", expected="an object", found=repr(data))
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ArtifactError(f"{cls.__name__} has unknown keys", expected=sorted(known), found=unknown)
+        hints = typing.get_type_hints(cls)
+        try:
+            return cls(**{key: _parse(hints[key], value, f"{cls.__name__}.{key}") for key, value in data.items()})
+        except TypeError as error:
+            raise ArtifactError(f"{cls.__name__} is incomplete: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
+        return dataclasses.asdict(self)
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = [option for option in typing.get_args(hint) if option is not type(None)]
+    if dataclasses.is_dataclass(hint):
+        return hint.from_dict(value)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ArtifactError(f"{where} is malformed", expected="a list", found=repr(value))
+        return tuple(_parse(typing.get_args(hint)[0], item, where) for item in value)
+    accepted = (int, float) if hint is float else (hint,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ArtifactError(f"{where} is malformed", expected=f"a value of type {hint.__name__}", found=repr(value))
+    return value

@@ -1,0 +1,179 @@
+"""The convolutional encoder and decoder that VQGAN introduced and RQ-VAE and MoVQ keep.
+
+Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (CVPR 2021). Parameter names follow the public
+checkpoints, so that their weights fit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdeploy.config import Config
+
+
+@dataclass(frozen=True)
+class ConvConfig(Config):
+    """Shape of the encoder and of its mirror, the decoder.
+
+    `attention_resolutions` are sizes of the feature map at which each residual block is followed by attention.
+    They are counted from `resolution`, whatever size the network later runs at.
+    """
+
+    resolution: int = 256
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    latent_channels: int = 256
+    norm_groups: int = 32
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, from the full resolution down."""
+        return tuple(self.channels * multiplier for multiplier in self.channel_multipliers)
+
+    @property
+    def grid(self) -> int:
+        """Side of the latent map."""
+        return self.resolution >> (len(self.channel_multipliers) - 1)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions behind GroupNorm and SiLU, and a skip connection."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-6)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Attention with one head over all positions of the map."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        q, k, v = self.q(n).flatten(2), self.k(n).flatten(2), self.v(n).flatten(2)  # [B, C, H*W]
+        weights = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)
+        return x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
+
+
+class Downsample(nn.Module):
+    """Halves the map. It is padded on the right and at the bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the map by nearest neighbour, then convolves."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the configuration asks for it."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(outputs, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> latent [B, latent_channels, H / f, W / f]."""
+
+    def __init__(self, config: ConvConfig):
+        super().__init__()
+        widths, groups = config.widths, config.norm_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            attention = config.resolution >> i in config.attention_resolutions
+            level = Level(widths[max(i - 1, 0)], width, config.res_blocks, attention, groups)
+            level.downsample = Downsample(width) if i < len(widths) - 1 else nn.Identity()
+            self.down.append(level)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level.downsample(level(x))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latent [B, latent_channels, h, w] -> image [B, 3, h * f, w * f]. `up[i]` is the level of `Encoder.down[i]`."""
+
+    def __init__(self, config: ConvConfig):
+        super().__init__()
+        widths, groups = config.widths, config.norm_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            attention = config.resolution >> i in config.attention_resolutions
+            level = Level(widths[min(i + 1, len(widths) - 1)], width, config.res_blocks + 1, attention, groups)
+            level.upsample = Upsample(width) if i > 0 else nn.Identity()
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level.upsample(level(x))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def last_layer(decoder: Decoder) -> Tensor:
+    """The weight against which the adversarial loss is balanced (section 3.1 of the paper)."""
+    return decoder.conv_out.weight

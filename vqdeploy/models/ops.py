@@ -1,0 +1,127 @@
+"""The operators that an exported graph keeps as single nodes of domain `vqdeploy`.
+
+Each has a PyTorch implementation here, which is the reference, and an ONNX function in `vqdeploy.export.functions`.
+Distances and the arg-min are fp32 whatever the input type; ties go to the lowest index.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("vqdeploy::residual_quantize", mutates_args=())
+def residual_quantize(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Residual quantization with one shared codebook (Lee et al., RQ-VAE, section 3.1).
+
+    Args:
+        z: Vectors [N, D].
+        codebook: Codebook [K, D].
+        depth: Number of codes per vector, Q.
+
+    Returns:
+        Codes [N, Q] int64, and the sum of the chosen vectors [N, D].
+    """
+    residual, table = z.float(), codebook.float()
+    norms = table.square().sum(1)
+    codes, quantized = [], torch.zeros_like(residual)
+    for _ in range(depth):
+        code = (2 * (residual @ table.T) - norms).argmax(-1)
+        residual = residual - table[code]
+        quantized = quantized + table[code]
+        codes.append(code)
+    return torch.stack(codes, 1), quantized.to(z.dtype)
+
+
+@residual_quantize.register_fake
+def _(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    return z.new_empty((z.shape[0], depth), dtype=torch.int64), torch.empty_like(z)
+
+
+@torch.library.custom_op("vqdeploy::lookup", mutates_args=())
+def lookup(codes: Tensor, codebook: Tensor) -> Tensor:
+    """Sums the vectors of the codes of each row; the code -1 adds nothing.
+
+    Args:
+        codes: Codes [N, Q] int64, each in -1..K-1.
+        codebook: Codebook [K, D].
+
+    Returns:
+        Vectors [N, D].
+    """
+    return (codebook[codes.clamp(min=0)] * (codes >= 0).unsqueeze(-1).to(codebook.dtype)).sum(1)
+
+
+@lookup.register_fake
+def _(codes: Tensor, codebook: Tensor) -> Tensor:
+    return codebook.new_empty((codes.shape[0], codebook.shape[1]))
+
+
+@torch.library.custom_op("vqdeploy::cached_attention", mutates_args=())
+def cached_attention(
+    qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of S new entries over a static cache, which the new keys and values join.
+
+    Args:
+        qkv: Queries (already scaled), keys and values side by side [B, S, 3 * H * D].
+        past_key: Keys [B, H, T, D].
+        past_value: Values [B, H, T, D].
+        position: Place of the first new entry in the cache [B] int64; position + S <= T.
+
+    Returns:
+        Attention output [B, S, H * D], and both caches with places position..position+S-1 written.
+    """
+    batch, length, _ = qkv.shape
+    _, heads, places, _ = past_key.shape
+    query, key, value = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    entries = position[:, None] + torch.arange(length, device=qkv.device)  # [B, S]
+    rows = torch.arange(batch, device=qkv.device)[:, None]
+    keys, values = past_key.clone(), past_value.clone()
+    keys[rows, :, entries] = key.transpose(1, 2)
+    values[rows, :, entries] = value.transpose(1, 2)
+    seen = torch.arange(places, device=qkv.device) <= entries[:, None, :, None]
+    scores = (query @ keys.transpose(-1, -2)).masked_fill(~seen, -3e4)
+    return (scores.softmax(-1) @ values).transpose(1, 2).reshape(batch, length, -1), keys, values
+
+
+@cached_attention.register_fake
+def _(qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = qkv.shape
+    return qkv.new_empty((batch, length, width // 3)), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
+@torch.library.custom_op("vqdeploy::sample", mutates_args=())
+def sample(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Draws one code a row by the Gumbel-max trick, after temperature, top-k and top-p, in that order.
+
+    Top-k keeps every logit that reaches the k-th largest; top-p keeps a code while the probability of all more likely
+    ones is below p. Codes that tie with the last one kept are kept too.
+
+    Args:
+        logits: Logits [N, K].
+        noise: Standard Gumbel noise [N, K] float32.
+        temperature: [N] float32, above 0.
+        top_k: [N] int64, in 1..K; K keeps all.
+        top_p: [N] float32, in 0..1; 1 keeps all.
+
+    Returns:
+        Codes [N] int64.
+    """
+    return (truncate(logits, temperature, top_k, top_p) + noise).argmax(-1)
+
+
+@sample.register_fake
+def _(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.int64)
+
+
+def truncate(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Logits [N, K] divided by the temperature, with the codes that top-k and top-p remove at -1e30; see `sample`."""
+    scaled = logits.float() / temperature[:, None]
+    ordered = scaled.sort(-1, descending=True).values
+    kth = ordered.gather(1, top_k[:, None] - 1)
+    probabilities = ordered.masked_fill(ordered < kth, -torch.inf).softmax(-1)
+    before = torch.nn.functional.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
+    kept = (ordered >= kth) & ((before < top_p[:, None]) | (top_p[:, None] >= 1))
+    kept[:, 0] = True
+    last = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+    return scaled.masked_fill(scaled < last, -1e30)

@@ -1,0 +1,103 @@
+"""Vector quantizers: a codebook, codes from vectors, vectors from codes, and how the codebook learns."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdeploy.models.ops import lookup, residual_quantize
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of vectors while training."""
+
+    vectors: Tensor  # straight-through estimate [..., D]
+    codes: Tensor  # int64 [..., Q]
+    commitment_loss: Tensor  # scalar
+
+
+class ResidualQuantizer(nn.Module):
+    """Residual quantization with one codebook shared by all depths, learned by moving averages.
+
+    Lee et al., "Autoregressive Image Generation using Residual Quantization" (CVPR 2022), section 3.1. A code that the
+    moving average no longer counts once a step is restarted from a vector of the batch.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, depth: int, decay: float = 0.99):
+        super().__init__()
+        self.depth, self.decay = depth, decay
+        self.register_buffer("codebook", torch.randn(codebook_size, dim) / codebook_size**0.5)
+        self.register_buffer("cluster_size_ema", torch.ones(codebook_size))
+        self.register_buffer("embed_ema", self.codebook.clone())
+
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [..., D] -> codes int64 [..., Q] and their sum [..., D]."""
+        codes, quantized = residual_quantize(z.flatten(0, -2), self.codebook, self.depth)
+        return codes.view(*z.shape[:-1], self.depth), quantized.view_as(z)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 [..., Q], -1 for none -> vectors [..., D]."""
+        return lookup(codes.flatten(0, -2), self.codebook).view(*codes.shape[:-1], -1)
+
+    def soft_codes(self, z: Tensor, temperature: float, stochastic: bool = True) -> tuple[Tensor, Tensor]:
+        """Targets for the prior (section 3.3): at each depth the softmax of minus the squared distances.
+
+        Args:
+            z: Vectors [..., D].
+            temperature: Divides the squared distances, above 0.
+            stochastic: Draw each code from its softmax, and let the residual follow the draw.
+
+        Returns:
+            Codes int64 [..., Q] and probabilities [..., Q, K].
+        """
+        residual = z.flatten(0, -2)
+        codes, targets = [], []
+        for _ in range(self.depth):
+            target = (-torch.cdist(residual, self.codebook).square() / temperature).softmax(-1)
+            code = target.multinomial(1).squeeze(1) if stochastic else target.argmax(-1)
+            residual = residual - self.codebook[code]
+            codes.append(code)
+            targets.append(target)
+        shape = z.shape[:-1]
+        return torch.stack(codes, 1).view(*shape, self.depth), torch.stack(targets, 1).view(*shape, self.depth, -1)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantizes vectors [..., D]; in training mode the codebook takes one step for each depth."""
+        codes, quantized = self.encode(z.detach())
+        partial_sums = self.codebook[codes].cumsum(-2)  # [..., Q, D]
+        commitment = F.mse_loss(z.unsqueeze(-2).expand_as(partial_sums), partial_sums)
+        if self.training:
+            residuals = z.detach().unsqueeze(-2) - partial_sums + self.codebook[codes]
+            for depth in range(self.depth):
+                self._update(residuals[..., depth, :].flatten(0, -2), codes[..., depth].flatten())
+        return Quantized(z + (quantized - z).detach(), codes, commitment)
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, codes: Tensor, epsilon: float = 1e-5) -> None:
+        size = len(self.codebook)
+        counts = torch.bincount(codes, minlength=size).to(vectors)
+        sums = torch.zeros_like(self.embed_ema).index_add_(0, codes, vectors)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(sums)
+        self.cluster_size_ema.lerp_(counts, 1 - self.decay)
+        self.embed_ema.lerp_(sums, 1 - self.decay)
+
+        unused = self.cluster_size_ema < 1
+        self.embed_ema[unused] = _draw(vectors, size)[unused]
+        self.cluster_size_ema[unused] = 1
+        total = self.cluster_size_ema.sum()
+        smoothed = total * (self.cluster_size_ema + epsilon) / (total + size * epsilon)
+        self.codebook.copy_(self.embed_ema / smoothed[:, None])
+
+
+def _draw(vectors: Tensor, count: int) -> Tensor:
+    """Random vectors of the batch [count, D], jittered copies where it has too few; the same on every rank."""
+    if len(vectors) < count:
+        vectors = vectors.repeat(-(-count // len(vectors)), 1)
+        vectors = vectors + torch.rand_like(vectors) * 0.01 / vectors.shape[1] ** 0.5
+    drawn = vectors[torch.randperm(len(vectors), device=vectors.device)[:count]]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(drawn, 0)
+    return drawn

@@ -1,0 +1,75 @@
+"""RQ-VAE: a convolutional autoencoder whose latent vectors are each a sum of Q vectors of one codebook.
+
+Lee et al., "Autoregressive Image Generation using Residual Quantization" (CVPR 2022), section 3.1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vqdeploy.config import Config
+from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
+from vqdeploy.models.quantizers import Quantized, ResidualQuantizer
+
+
+@dataclass(frozen=True)
+class RQVAEConfig(Config):
+    """`depth` is the number of codes per position, `pixel_range` the range of the images inside the model."""
+
+    conv: ConvConfig = ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(8,))
+    codebook_size: int = 16384
+    code_dim: int = 256
+    depth: int = 4
+    decay: float = 0.99
+    commitment_weight: float = 0.25
+    pixel_range: tuple[float, ...] = (-1.0, 1.0)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the image in pixels."""
+        return self.conv.resolution
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the codes of one image."""
+        return (self.conv.grid, self.conv.grid, self.depth)
+
+
+class RQVAE(nn.Module):
+    """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
+
+    def __init__(self, config: RQVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.conv)
+        self.decoder = Decoder(config.conv)
+        self.quant_conv = nn.Conv2d(config.conv.latent_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.conv.latent_channels, 1)
+        self.quantizer = ResidualQuantizer(config.codebook_size, config.code_dim, config.depth, config.decay)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Image -> vectors before quantization [B, h, w, D]."""
+        return self.quant_conv(self.encoder(x)).permute(0, 2, 3, 1)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, h, w, D] -> image."""
+        return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Image -> codes."""
+        return self.quantizer.encode(self.latents(x))[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes, -1 for a depth that is left out -> image."""
+        return self.reconstruct(self.quantizer.decode(codes))
+
+    @torch.no_grad()
+    def soft_codes(self, x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Image -> drawn codes [B, h, w, Q] and their distributions [B, h, w, Q, K]; see the quantizer."""
+        return self.quantizer.soft_codes(self.latents(x), temperature)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        """Image -> its reconstruction, and the quantization behind it."""
+        quantized = self.quantizer(self.latents(x))
+        return self.reconstruct(quantized.vectors), quantized

@@ -1,0 +1,95 @@
+"""Pre-norm transformer blocks. How the queries meet the keys is a parameter, so that one block serves training, cached
+sampling and export."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values of the new entries [B, H, S, D] -> attention output [B, H, S, D]."""
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each entry attends to itself and the ones before it."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+class GrowingCache:
+    """Keys and values that grow by concatenation at each call, as in the public samplers."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.key = key if self.key is None else torch.cat([self.key, key], 2)
+        self.value = value if self.value is None else torch.cat([self.value, value], 2)
+        mask = None
+        if query.shape[2] > 1:
+            mask = torch.ones(query.shape[2], self.key.shape[2], dtype=torch.bool, device=query.device)
+            mask = mask.tril(self.key.shape[2] - query.shape[2])
+        return F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate projections."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.key = nn.Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        return self.dropout(self.proj(attend(q, k, v).transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), the MLP four times as wide with exact GELU."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(width)
+        self.ln2 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
+
+    def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
+        x = x + self.attn(self.ln1(x), attend)
+        return x + self.mlp(self.ln2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks on [B, S, width], without embeddings or a last norm."""
+
+    def __init__(self, layers: int, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, caches: list[GrowingCache] | None = None) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x, causal if caches is None else caches[i])
+        return x
+
+    def growing_caches(self) -> list[GrowingCache]:
+        """One empty cache for each layer."""
+        return [GrowingCache() for _ in self.blocks]
+
+
+def initialize(module: nn.Module) -> None:
+    """GPT's initialization, for `Module.apply`: normal(0, 0.02), biases zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

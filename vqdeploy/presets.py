@@ -1,0 +1,80 @@
+"""Named configurations: `tiny`, `bench` and the published ones."""
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.rqtransformer import RQTransformerConfig
+from vqdeploy.models.rqvae import RQVAEConfig
+from vqdeploy.models.system import Sampling, SystemConfig, architecture
+
+_F32 = ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(8,))
+_IMAGENET = RQVAEConfig(conv=_F32)
+_FFHQ = RQVAEConfig(
+    conv=ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(16,)), codebook_size=2048
+)
+_IMAGENET_SAMPLING = Sampling(top_p=0.92)
+_UNCONDITIONAL_SAMPLING = Sampling(top_k=250)
+
+
+def _rqvae(
+    preset: str, tokenizer: RQVAEConfig, prior: RQTransformerConfig | None, sampling: Sampling = Sampling(), labels=()
+) -> SystemConfig:
+    return SystemConfig("rqvae", preset, tokenizer, prior, labels, sampling)
+
+
+def _prior(
+    width: int, body: int, head: int, classes: int = 1000, codes: int = 16384, **rest: int
+) -> RQTransformerConfig:
+    return RQTransformerConfig(
+        width=width, body_layers=body, head_layers=head, heads=width // 64, classes=classes, codebook_size=codes, **rest
+    )
+
+
+_TINY_TOKENIZER = RQVAEConfig(
+    conv=ConvConfig(
+        resolution=32,
+        channels=32,
+        channel_multipliers=(1, 1, 2),
+        res_blocks=1,
+        attention_resolutions=(),
+        latent_channels=32,
+        norm_groups=8,
+    ),
+    codebook_size=256,
+    code_dim=32,
+)
+_TINY_PRIOR = RQTransformerConfig(
+    grid=(8, 8, 4), codebook_size=256, code_dim=32, width=128, body_layers=4, head_layers=1, heads=4, classes=10
+)
+
+# Sizes and sampling options of kakaobrain/rq-vae-transformer, its configuration files and model cards.
+_RQVAE = [
+    _rqvae("tiny", _TINY_TOKENIZER, _TINY_PRIOR, labels=tuple("0123456789")),
+    _rqvae("bench", _IMAGENET, _prior(512, 24, 4)),
+    _rqvae("ffhq-350m", _FFHQ, _prior(1024, 24, 4, classes=1, codes=2048), _UNCONDITIONAL_SAMPLING),
+    _rqvae("church-350m", _IMAGENET, _prior(1024, 24, 4, classes=1), _UNCONDITIONAL_SAMPLING),
+    _rqvae("cat-600m", _IMAGENET, _prior(1280, 26, 4, classes=1), _UNCONDITIONAL_SAMPLING),
+    _rqvae("bedroom-600m", _IMAGENET, _prior(1280, 26, 4, classes=1), _UNCONDITIONAL_SAMPLING),
+    _rqvae("imagenet-480m", _IMAGENET, _prior(1536, 12, 4), _IMAGENET_SAMPLING),
+    _rqvae("imagenet-800m", _IMAGENET, _prior(1536, 24, 4), _IMAGENET_SAMPLING),
+    _rqvae("imagenet-1400m", _IMAGENET, _prior(1536, 42, 6), _IMAGENET_SAMPLING),
+    _rqvae("imagenet-3800m", _IMAGENET, _prior(2560, 42, 6), _IMAGENET_SAMPLING),
+    _rqvae("cc3m-650m", _IMAGENET, _prior(1280, 26, 4, classes=16384, condition_length=32), Sampling(top_p=0.7)),
+    _rqvae("f16", RQVAEConfig(conv=ConvConfig()), None),
+    _rqvae("f8", RQVAEConfig(conv=ConvConfig(channel_multipliers=(1, 2, 2, 4), attention_resolutions=(32,))), None),
+]
+
+PRESETS: dict[str, dict[str, SystemConfig]] = {"rqvae": {config.preset: config for config in _RQVAE}}
+
+
+def preset(model: str, name: str) -> SystemConfig:
+    """The configuration of a preset.
+
+    Raises:
+        VqdeployError: There is no such model or preset.
+    """
+    architecture(model)
+    if name not in PRESETS[model]:
+        raise VqdeployError(
+            f"{model} has no preset {name!r}", expected=" or ".join(PRESETS[model]), fix="vqdeploy models"
+        )
+    return PRESETS[model][name]
