@@ -1,0 +1,96 @@
+"""Bodies of the `vqdeploy` functions for ONNX Runtime, made of its own operators where those are faster.
+
+A package carries portable bodies. The builder for ONNX Runtime swaps these in, and tests compare the two.
+"""
+
+import onnx
+
+# Reads only the places in use, and takes queries, keys and values as they leave the projection.
+_CACHED_ATTENTION = """
+<opset_import: ["" : 24, "com.microsoft" : 1], domain: "vqdeploy">
+CachedAttention (qkv, past_key, past_value, position) => (attention, present_key, present_value)
+{{
+    batch_axis = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    length = Shape <start = 1, end = 2> (qkv)
+    end = Add (position, length)
+    last = Sub (end, one)
+    last_int32 = Cast <to = 6> (last)
+    total = ReduceMax <keepdims = 0> (end, batch_axis)
+    total_int32 = Cast <to = 6> (total)
+    attention, present_key, present_value = com.microsoft.GroupQueryAttention
+        <num_heads = {heads}, kv_num_heads = {heads}, scale = 1.0>
+        (qkv, , , past_key, past_value, last_int32, total_int32)
+}}"""
+
+# Sorts as many logits as the request needs, and none when it cuts nothing off.
+_GUMBEL_SAMPLE = """
+<opset_import: ["" : 24], domain: "vqdeploy">
+GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
+{
+    axis = Constant <value_ints = [1]> ()
+    one = Constant <value = float {1.0}> ()
+    logits_fp32 = Cast <to = 1> (logits)
+    divisor = Unsqueeze (temperature, axis)
+    scaled = Div (logits_fp32, divisor)
+    size = Shape <start = 1, end = 2> (logits)
+    cut_k = Less (top_k, size)
+    cut_p = Less (top_p, one)
+    cut = Or (cut_k, cut_p)
+    cut_int = Cast <to = 7> (cut)
+    any_int = ReduceMax <keepdims = 0> (cut_int)
+    any = Cast <to = 9> (any_int)
+    kept = If (any) <
+        then_branch = truncate () => (truncated) {
+            first = Constant <value_ints = [0]> ()
+            one_int = Constant <value_ints = [1]> ()
+            last_axis = Constant <value_int = 1> ()
+            removed = Constant <value = float {-1e30}> ()
+            infinity = Constant <value = float {1e38}> ()
+            wanted = Where (cut, top_k, one_int)
+            most = ReduceMax <keepdims = 1> (wanted, first)
+            ordered, order = TopK <axis = 1> (scaled, most)
+            place_flat = Sub (wanted, one_int)
+            place = Unsqueeze (place_flat, axis)
+            kth = GatherElements <axis = 1> (ordered, place)
+            top = ReduceMax <keepdims = 1> (scaled, axis)
+            below_k = Less (scaled, kth)
+            survivors = Where (below_k, removed, scaled)
+            shifted = Sub (survivors, top)
+            weights = Exp (shifted)
+            total = ReduceSum <keepdims = 1> (weights, axis)
+            ordered_shifted = Sub (ordered, top)
+            ordered_weights = Exp (ordered_shifted)
+            probabilities = Div (ordered_weights, total)
+            before = CumSum <exclusive = 1> (probabilities, last_axis)
+            mass = Unsqueeze (top_p, axis)
+            within_p = Less (before, mass)
+            within_k = GreaterOrEqual (ordered, kth)
+            within = And (within_p, within_k)
+            within_values = Where (within, ordered, infinity)
+            lowest = ReduceMin <keepdims = 1> (within_values, axis)
+            threshold_p = Min (lowest, top)
+            nucleus = Less (mass, one)
+            bound = Where (nucleus, threshold_p, kth)
+            cut_column = Unsqueeze (cut, axis)
+            threshold = Where (cut_column, bound, removed)
+            outside = Less (scaled, threshold)
+            truncated = Where (outside, removed, scaled)
+        },
+        else_branch = keep () => (whole) { whole = Identity (scaled) }
+    >
+    perturbed = Add (kept, noise)
+    codes = ArgMax <axis = 1, keepdims = 0> (perturbed)
+}"""
+
+
+def swap_in(model: onnx.ModelProto, heads: int) -> None:
+    """Replaces the bodies of a graph's functions. `heads` is the number of attention heads."""
+    bodies = {
+        "CachedAttention": onnx.parser.parse_function(_CACHED_ATTENTION.format(heads=heads)),
+        "GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE),
+    }
+    functions = [bodies.get(function.name, function) for function in model.functions]
+    del model.functions[:]
+    model.functions.extend(functions)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))

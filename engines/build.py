@@ -1,0 +1,86 @@
+"""From an ONNX package to a plan."""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from vqdeploy.engines import onnxrt, package, tensorrt
+from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime import bundle
+from vqdeploy.runtime.manifest import BatchRange, Manifest, StageInfo
+
+BACKENDS = ("onnxrt", *tensorrt.LIBRARIES)
+
+log = logging.getLogger("vqdeploy")
+
+
+def build(
+    folder: Path,
+    plan: Path,
+    backend: str = "onnxrt",
+    batch: BatchRange = BatchRange(),
+    progress: Callable[[str], object] = log.info,
+    portable: bool = False,
+) -> Manifest:
+    """Builds a plan, whole or not at all.
+
+    Args:
+        folder: The ONNX package.
+        plan: The file to write.
+        backend: One of `BACKENDS`.
+        batch: Batch sizes that the plan accepts.
+        progress: Told the name of each stage as its build begins.
+        portable: For `onnxrt`: keep the package's own function bodies, to test those.
+
+    Raises:
+        VqdeployError: A library is missing, a size is wrong, or the file cannot be written.
+        ArtifactError: The package is damaged, or the builder failed.
+    """
+    if backend not in BACKENDS:
+        raise VqdeployError(f"there is no backend {backend!r}", expected=" or ".join(BACKENDS), found=backend)
+    if not 1 <= batch.min <= batch.opt <= batch.max:
+        sizes = f"{batch.min}, {batch.opt}, {batch.max}"
+        raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
+    manifest = package.read(folder)
+    builder = f"onnx {version('onnx')}" if backend == "onnxrt" else f"{backend} {tensorrt.check(backend)}"
+    with tempfile.TemporaryDirectory(dir=_parent(plan)) as scratch:
+        files, stages = [], []
+        for stage in manifest.stages:
+            progress(stage.name)
+            files.append(_build_stage(backend, manifest, stage, folder, Path(scratch), batch, portable))
+            kept = stage.weights if backend == "onnxrt" else ()
+            stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept))
+        if backend == "onnxrt":
+            files += onnxrt.weights(folder)
+        manifest = dataclasses.replace(
+            manifest,
+            stages=tuple(stages),
+            members={file.name: bundle.sha256(file) for file in files},
+            backend=backend,
+            builder=builder,
+            targets=() if backend == "onnxrt" else tensorrt.targets(backend),
+            batch=batch,
+        )
+        bundle.write(plan, manifest, files)
+    return manifest
+
+
+def _parent(plan: Path) -> Path:
+    try:
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=plan.parent):
+            return plan.parent
+    except OSError as error:
+        raise VqdeployError(f"{plan} cannot be written ({error.strerror})", fix="name another place with -o") from error
+
+
+def _build_stage(
+    backend: str, manifest: Manifest, stage: StageInfo, folder: Path, scratch: Path, batch: BatchRange, portable: bool
+) -> Path:
+    if backend == "onnxrt":
+        return onnxrt.build_stage(stage, folder, scratch, portable)
+    height, width, *_ = manifest.config["prior"]["grid"] if manifest.config["prior"] else (1, 1)
+    return tensorrt.build_stage(backend, stage, folder, scratch, batch, length=height * width)

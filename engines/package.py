@@ -1,0 +1,36 @@
+"""Reading an ONNX package that may have been damaged or tampered with."""
+
+import os
+from pathlib import Path
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.files import read_json
+from vqdeploy.runtime.bundle import sha256
+from vqdeploy.runtime.manifest import FILE, Manifest
+
+
+def read(folder: Path) -> Manifest:
+    """Reads the manifest of a package and compares the digest of every file that it lists.
+
+    Raises:
+        VqdeployError: The folder is not a package.
+        ArtifactError: A file is missing, is a link, or was changed.
+    """
+    if not (folder / FILE).exists():
+        raise VqdeployError(f"{folder} is not an ONNX package", expected=f"a folder with {FILE}", fix="vqdeploy export")
+    manifest = Manifest.from_dict(read_json(folder / FILE))
+    for name, expected in manifest.members.items():
+        file = folder / name
+        # A link could make the TensorRT parser read files outside the package.
+        if os.path.basename(name) != name or file.is_symlink() or not file.is_file():
+            raise ArtifactError(f"{file} is missing or not a plain file", fix="vqdeploy export")
+        if (found := sha256(file)) != expected:
+            raise ArtifactError(
+                f"{file} was changed after it was exported",
+                expected=f"sha256 {expected[:12]}",
+                found=found[:12],
+                fix="vqdeploy export",
+            )
+    if missing := {stage.file for stage in manifest.stages} - set(manifest.members):
+        raise ArtifactError(f"the manifest of {folder} gives no digest for {min(missing)}", fix="vqdeploy export")
+    return manifest

@@ -1,0 +1,110 @@
+"""Builds engines for TensorRT and TensorRT-RTX. Run as a module, this is the process that may die.
+
+The two libraries share one API, and Polygraphy chooses between them by an environment variable. Parsing and building
+can crash on valid graphs, so both happen in a process of their own.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime.manifest import BatchRange, StageInfo
+
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Backend -> Python module."""
+
+_RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
+"""What a default TensorRT-RTX engine runs on, by its documentation."""
+
+
+def check(backend: str) -> str:
+    """Version of the library behind a backend.
+
+    Raises:
+        VqdeployError: It is not installed.
+    """
+    module = LIBRARIES[backend]
+    if importlib.util.find_spec(module) is None:
+        source = "from NVIDIA's TensorRT download" if backend == "tensorrt" else "from PyPI"
+        raise VqdeployError(f"{backend} is not installed ({source})", fix=f"pip install {backend} polygraphy")
+    if importlib.util.find_spec("polygraphy") is None:
+        raise VqdeployError("Polygraphy is not installed", fix="pip install polygraphy")
+    try:
+        return version(backend)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def targets(backend: str) -> tuple[str, ...]:
+    """Compute capabilities that an engine of this machine is made for."""
+    return _RTX_TARGETS if backend == "tensorrt-rtx" else ("this GPU",)
+
+
+def build_stage(backend: str, stage: StageInfo, package: Path, folder: Path, batch: BatchRange, length: int) -> Path:
+    """Builds the engine of a stage in a subprocess.
+
+    Args:
+        backend: `tensorrt` or `tensorrt-rtx`.
+        stage: The stage.
+        package: Folder of its ONNX file.
+        folder: Where the engine goes.
+        batch: Batch sizes of the optimization profile.
+        length: Largest size of the open dimension `length`.
+
+    Raises:
+        ArtifactError: The builder refused the graph or died.
+    """
+    target = folder / f"{stage.name}.engine"
+    shapes = {
+        info.name: [
+            info.concrete({"batch": getattr(batch, kind), "length": length if kind == "max" else 1})
+            for kind in ("min", "opt", "max")
+        ]
+        for info in stage.inputs
+    }
+    job = {"onnx": str(package / stage.file), "engine": str(target), "shapes": shapes}
+    environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt-rtx" else "0"}
+    process = subprocess.run(  # noqa: S603 (our own module)
+        [sys.executable, "-m", __name__],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if process.returncode or not target.exists():
+        raise ArtifactError(f"{backend} could not build stage {stage.name}: {_reason(process)}")
+    return target
+
+
+def _reason(process: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    if process.returncode < 0:
+        death = f"its builder died of {signal.Signals(-process.returncode).name}"
+        return f"{death} ({lines[-1]})" if lines else death
+    errors = [line for line in lines if "[E]" in line or "Error" in line]
+    return (errors or lines or ["it gave no reason"])[-1]
+
+
+def _build(job: dict) -> None:
+    """Builds one engine with Polygraphy's loaders."""
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, Profile, engine_bytes_from_network
+
+    profile = Profile()
+    for name, (smallest, usual, largest) in job["shapes"].items():
+        profile.add(name, smallest, usual, largest)
+    rtx = os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] == "1"
+    config = (CreateConfigRTX if rtx else CreateConfig)(profiles=[profile])
+    network = NetworkFromOnnxPath(job["onnx"], strongly_typed=True)
+    Path(job["engine"]).write_bytes(engine_bytes_from_network(network, config))
+
+
+if __name__ == "__main__":
+    _build(json.load(sys.stdin))

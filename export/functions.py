@@ -1,0 +1,237 @@
+"""ONNX functions of the operators in `vqdeploy.models.ops`, and how PyTorch's exporter keeps each as one node.
+
+A node of domain `vqdeploy` travels with its function, so that any runtime can inline it. The attributes
+`plugin_namespace` and `plugin_version` let a TensorRT plugin of the same name take the node over. TensorRT looks
+functions up by name alone: the names must differ from those of every ONNX operator.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from onnx.defs import OpSchema
+from onnxscript import values
+
+import vqdeploy.models.ops  # noqa: F401  (registers torch.ops.vqdeploy)
+
+DOMAIN = "vqdeploy"
+OPSET = 24
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_INT64 = "tensor(int64)"
+
+_LOOKUP = """
+VQLookup (codes, codebook) => (vectors)
+{
+    zero = Constant <value_int = 0> ()
+    last = Constant <value_ints = [-1]> ()
+    depths = Constant <value_ints = [1]> ()
+    safe = Max (codes, zero)
+    rows = Gather <axis = 0> (codebook, safe)
+    used = GreaterOrEqual (codes, zero)
+    used_float = CastLike (used, codebook)
+    used_column = Unsqueeze (used_float, last)
+    masked = Mul (rows, used_column)
+    vectors = ReduceSum <keepdims = 0> (masked, depths)
+}"""
+
+# A mask of -30000 is finite in fp16 too: a row that sees nothing must not become NaN.
+_CACHED_ATTENTION = """
+CachedAttention (qkv, past_key, past_value, position) => (attention, present_key, present_value)
+{
+    zeros = Constant <value_ints = [0, 0]> ()
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    three = Constant <value_ints = [3]> ()
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    trailing = Constant <value_ints = [1, 2, 3]> ()
+    flat = Constant <value_ints = [0, 0, -1]> ()
+    floor = Constant <value = float {-30000.0}> ()
+
+    heads = Shape <start = 1, end = 2> (past_key)
+    dim = Shape <start = 3, end = 4> (past_key)
+    split_shape = Concat <axis = 0> (zeros, three, heads, dim)
+    split = Reshape (qkv, split_shape)
+    by_head = Transpose <perm = [2, 0, 3, 1, 4]> (split)
+    query_1, key_1, value_1 = Split <axis = 0, num_outputs = 3> (by_head)
+    query = Squeeze (query_1, first)
+    key = Squeeze (key_1, first)
+    value = Squeeze (value_1, first)
+    present_key = TensorScatter <axis = -2, mode = "linear"> (past_key, key, position)
+    present_value = TensorScatter <axis = -2, mode = "linear"> (past_value, value, position)
+
+    places_shape = Shape <start = 2, end = 3> (past_key)
+    places_count = Squeeze (places_shape, first)
+    places = Range (zero, places_count, one)
+    length_shape = Shape <start = 1, end = 2> (qkv)
+    length = Squeeze (length_shape, first)
+    offsets = Range (zero, length, one)
+    offsets_column = Unsqueeze (offsets, second)
+    start = Unsqueeze (position, trailing)
+    own_place = Add (start, offsets_column)
+    hidden = Less (own_place, places)
+    hidden_float = CastLike (hidden, qkv)
+    floor_like = CastLike (floor, qkv)
+    bias = Mul (hidden_float, floor_like)
+
+    keys_transposed = Transpose <perm = [0, 1, 3, 2]> (present_key)
+    scores = MatMul (query, keys_transposed)
+    biased = Add (scores, bias)
+    weights = Softmax <axis = -1> (biased)
+    heads_out = MatMul (weights, present_value)
+    merged = Transpose <perm = [0, 2, 1, 3]> (heads_out)
+    attention = Reshape (merged, flat)
+}"""
+
+
+def _residual(depth: int) -> str:
+    """`VQResidual` unrolled: an ONNX function cannot loop over an attribute. Its body is an fp32 island."""
+    steps = "\n".join(
+        f"""
+    product_{d} = MatMul (residual_{d}, directions)
+    score_{d} = Sub (product_{d}, norms)
+    code_{d} = ArgMax <axis = -1, keepdims = 0> (score_{d})
+    column_{d} = Unsqueeze (code_{d}, axis)
+    vector_{d} = Gather <axis = 0> (table, code_{d})
+    residual_{d + 1} = Sub (residual_{d}, vector_{d})"""
+        for d in range(depth)
+    )
+    columns = ", ".join(f"column_{d}" for d in range(depth))
+    vectors = ", ".join(f"vector_{d}" for d in range(depth))
+    return f"""
+VQResidual (z, codebook) => (codes, quantized)
+{{
+    axis = Constant <value_ints = [1]> ()
+    two = Constant <value = float {{2.0}}> ()
+    table = Cast <to = 1> (codebook)
+    residual_0 = Cast <to = 1> (z)
+    squares = Mul (table, table)
+    norms = ReduceSum <keepdims = 0> (squares, axis)
+    transposed = Transpose <perm = [1, 0]> (table)
+    directions = Mul (transposed, two)
+{steps}
+    codes = Concat <axis = 1> ({columns})
+    total = Sum ({vectors})
+    quantized = CastLike (total, z)
+}}"""
+
+
+def _search(name: str, start: str, measure: str, target: str) -> str:
+    """Largest threshold from `start` up whose survivors weigh `target`: three rounds of 64 candidates each."""
+    rounds = [f"    {name}_width_0 = Sub (top, {start})\n    {name}_low_0 = Identity ({start})"]
+    for r in range(3):
+        rounds.append(f"""
+    {name}_step_{r} = Mul ({name}_width_{r}, fractions)
+    {name}_grid_{r} = Add ({name}_low_{r}, {name}_step_{r})
+    {name}_column_{r} = Unsqueeze ({name}_grid_{r}, last)
+    {name}_reached_{r} = GreaterOrEqual (candidates, {name}_column_{r})
+    {name}_float_{r} = Cast <to = 1> ({name}_reached_{r})
+    {name}_weighed_{r} = Mul ({name}_float_{r}, {measure})
+    {name}_sum_{r} = ReduceSum <keepdims = 0> ({name}_weighed_{r}, last)
+    {name}_enough_{r} = GreaterOrEqual ({name}_sum_{r}, {target})
+    {name}_passing_{r} = Where ({name}_enough_{r}, {name}_grid_{r}, {start})
+    {name}_low_{r + 1} = ReduceMax <keepdims = 1> ({name}_passing_{r}, axis)
+    {name}_width_{r + 1} = Div ({name}_width_{r}, ways)""")
+    return "\n".join(rounds)
+
+
+# TensorRT sorts no more than 3,840 values, so both thresholds are searched for. What is left of the interval after
+# three rounds, a 2^-18th of the range of the logits, is far below the distance of neighbouring logits.
+_GUMBEL_SAMPLE = f"""
+GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
+{{
+    axis = Constant <value_ints = [1]> ()
+    last = Constant <value_ints = [-1]> ()
+    one = Constant <value = float {{1.0}}> ()
+    ways = Constant <value = float {{64.0}}> ()
+    removed = Constant <value = float {{-1e30}}> ()
+    fractions = Constant <value_floats = [{", ".join(str(i / 64) for i in range(64))}]> ()
+
+    logits_fp32 = Cast <to = 1> (logits)
+    divisor = Unsqueeze (temperature, axis)
+    scaled = Div (logits_fp32, divisor)
+    candidates = Unsqueeze (scaled, axis)
+    top = ReduceMax <keepdims = 1> (scaled, axis)
+    bottom = ReduceMin <keepdims = 1> (scaled, axis)
+    top_k_float = Cast <to = 1> (top_k)
+    count = Unsqueeze (top_k_float, axis)
+{_search("k", "bottom", "one", "count")}
+    below_k = Less (scaled, k_low_3)
+    survivors = Where (below_k, removed, scaled)
+    probabilities = Softmax <axis = 1> (survivors)
+    weights = Unsqueeze (probabilities, axis)
+    mass = Unsqueeze (top_p, axis)
+{_search("p", "k_low_3", "weights", "mass")}
+    nucleus = Less (mass, one)
+    threshold_p = Where (nucleus, p_low_3, k_low_3)
+    below_p = Less (scaled, threshold_p)
+    kept = Where (below_p, removed, scaled)
+    perturbed = Add (kept, noise)
+    codes = ArgMax <axis = 1, keepdims = 0> (perturbed)
+}}"""
+
+
+def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProto:
+    """A function of domain `vqdeploy` from ONNX text syntax."""
+    opsets = ", ".join(f'"{domain}" : {version}' for domain, version in ({"": OPSET} | (imports or {})).items())
+    return onnx.parser.parse_function(f'<opset_import: [{opsets}], domain: "{DOMAIN}">{text}')
+
+
+def functions(depth: int) -> dict[str, onnx.FunctionProto]:
+    """The portable function of each operator by name. `depth` is the number of codes that `VQResidual` finds."""
+    texts = {
+        "VQResidual": _residual(depth),
+        "VQLookup": _LOOKUP,
+        "CachedAttention": _CACHED_ATTENTION,
+        "GumbelSample": _GUMBEL_SAMPLE,
+    }
+    return {name: parse(text) for name, text in texts.items()}
+
+
+def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: Any) -> Callable:
+    """A translation of a PyTorch operator to one node, which needs no function yet and is not inlined."""
+    kinds = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+    required = [OpSchema.Attribute(key, OpSchema.AttrType.STRING) for key in kinds]
+    required += [OpSchema.Attribute(key, OpSchema.AttrType.INT) for key in attributes]
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter(*parameter) for parameter in inputs],
+        outputs=[OpSchema.FormalParameter(*parameter) for parameter in outputs],
+        type_constraints=[("T", _FLOATS, "")],
+        attributes=required,
+    )
+    op = values.Op(values.Opset(DOMAIN, 1), name, schema)
+    return lambda *args: op(*args[: len(inputs)], **kinds, **dict(zip(attributes, args[len(inputs) :], strict=True)))
+
+
+def translations() -> dict[Callable, Callable]:
+    """The `custom_translation_table` of `torch.onnx.export`."""
+    ops = torch.ops.vqdeploy
+    sampling = [("logits", "T"), ("noise", "tensor(float)"), ("temperature", "tensor(float)")]
+    sampling += [("top_k", _INT64), ("top_p", "tensor(float)")]
+    caches = [("key", "T"), ("value", "T")]
+    return {
+        ops.residual_quantize.default: _node(
+            "VQResidual", [("z", "T"), ("codebook", "T")], [("codes", _INT64), ("quantized", "T")], depth=int
+        ),
+        ops.lookup.default: _node("VQLookup", [("codes", _INT64), ("codebook", "T")], [("vectors", "T")]),
+        ops.cached_attention.default: _node(
+            "CachedAttention", [("qkv", "T"), *caches, ("position", _INT64)], [("attention", "T"), *caches]
+        ),
+        ops.sample.default: _node("GumbelSample", sampling, [("codes", _INT64)]),
+    }
+
+
+def attach(model: onnx_ir.Model, depth: int) -> None:
+    """Puts the function of each `vqdeploy` node of a graph beside it."""
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for name, function in functions(depth).items():
+        if name in used:
+            parsed = onnx_ir.serde.deserialize_function(function)
+            model.functions[parsed.identifier()] = parsed
+    if used:
+        model.graph.opset_imports[DOMAIN] = 1

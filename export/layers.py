@@ -1,0 +1,81 @@
+"""Layers laid out for inference, made from trained ones. They compute the same and are exported instead."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdeploy.models.transformer import Block
+
+
+class Projection(nn.Module):
+    """One or more linear layers side by side, as MatMul and Add: the form that weight quantizers look for."""
+
+    def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()):
+        super().__init__()
+        scales = scales or (1.0,) * len(layers)
+        weight = torch.cat([layer.weight.T * scale for layer, scale in zip(layers, scales, strict=True)], 1)
+        bias = torch.cat([layer.bias * scale for layer, scale in zip(layers, scales, strict=True)])
+        self.register_buffer("weight", weight.detach().contiguous())  # [inputs, outputs]
+        self.register_buffer("bias", bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class DecodeBlock(nn.Module):
+    """A transformer block with queries, keys and values from one product, the scale folded into the queries."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        attention = block.attn
+        self.heads = attention.heads
+        scale = (attention.query.in_features // self.heads) ** -0.5
+        self.norm1, self.norm2 = block.ln1, block.ln2
+        self.qkv = Projection(attention.query, attention.key, attention.value, scales=(scale, 1.0, 1.0))
+        self.proj = Projection(attention.proj)
+        self.mlp_in, self.mlp_out = Projection(block.mlp[0]), Projection(block.mlp[2])
+
+    def finish(self, x: Tensor, attention: Tensor) -> Tensor:
+        """The part behind the attention output [B, S, width]."""
+        x = x + self.proj(attention)
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
+
+    def cached(self, x: Tensor, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries [B, S, width] at `position` [B], through caches [B, H, T, D] that live outside the graph."""
+        attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(self.norm1(x)), key, value, position)
+        return self.finish(x, attention), key, value
+
+    def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """One entry [B, 1, width] after those in the lists, whose keys and values it joins [B, H, 1, D]."""
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        keys.append(key)
+        values.append(value)
+        if len(keys) == 1:
+            attention = value  # the softmax over one key is 1
+        else:
+            scores = query @ torch.cat(keys, 2).transpose(-1, -2)
+            attention = scores.softmax(-1) @ torch.cat(values, 2)
+        return self.finish(x, attention.transpose(1, 2).flatten(2))
+
+
+class ImageInput(nn.Module):
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in the model's pixel range. The cast comes first: see `ImageOutput`."""
+
+    def __init__(self, pixel_range: tuple[float, ...]):
+        super().__init__()
+        self.low, self.high = pixel_range
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.float().permute(0, 3, 1, 2) * ((self.high - self.low) / 255) + self.low
+
+
+class ImageOutput(nn.Module):
+    """float [B, 3, H, W] -> uint8 [B, H, W, 3]. The cast comes last: TensorRT does nothing else with uint8."""
+
+    def __init__(self, pixel_range: tuple[float, ...]):
+        super().__init__()
+        self.low, self.high = pixel_range
+
+    def forward(self, x: Tensor) -> Tensor:
+        grey = (x - self.low) * (255 / (self.high - self.low))
+        return grey.clamp(0, 255).round().permute(0, 2, 3, 1).to(torch.uint8)

@@ -1,0 +1,141 @@
+"""The ONNX package: a folder with one graph for each stage, all weights in one file, and a manifest."""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+from onnx_ir.passes import common
+from safetensors.numpy import save_file
+
+from vqdeploy.checkpoint import digest
+from vqdeploy.errors import VqdeployError
+from vqdeploy.export import rqvae
+from vqdeploy.export.functions import OPSET
+from vqdeploy.export.stage import Stage
+from vqdeploy.files import replacing_folder, write_json
+from vqdeploy.models import System
+from vqdeploy.runtime.bundle import sha256
+from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, StageInfo, TensorInfo
+
+STAGES = {"rqvae": rqvae.stages}
+PRECISIONS = ("fp32",)
+_INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
+
+log = logging.getLogger("vqdeploy")
+
+
+def export(
+    system: System,
+    folder: Path,
+    dtype: str = "fp32",
+    opset: int = OPSET,
+    progress: Callable[[str], object] = log.info,
+) -> Manifest:
+    """Writes the ONNX package of a system, whole or not at all.
+
+    Args:
+        system: A tokenizer, with a prior or without.
+        folder: Where. A package that is there is replaced.
+        dtype: Precision of the graphs.
+        opset: ONNX opset, 24 or later: `TensorScatter` came with 24.
+        progress: Told the name of each stage as its export begins.
+
+    Raises:
+        VqdeployError: The precision or opset is not supported, or the folder cannot be written.
+    """
+    if dtype not in PRECISIONS:
+        raise VqdeployError(f"precision {dtype} is not supported yet", expected=" or ".join(PRECISIONS), found=dtype)
+    if opset < OPSET:
+        raise VqdeployError("the opset is too old for caches in place", expected=f"{OPSET} or later", found=opset)
+    with replacing_folder(folder, FILE) as new:
+        graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
+        for stage in STAGES[system.config.model](system):
+            progress(stage.name)
+            graphs[stage.name] = stage, _export_stage(stage, system.config.tokenizer.grid[-1], opset)
+        weights = _share_weights({name: model for name, (_, model) in graphs.items()})
+        save_file(weights, new / WEIGHTS)
+        _point_to_file((model for _, model in graphs.values()), new / WEIGHTS)
+        provenance = {
+            "producer": f"vqdeploy {version('vqdeploy')}",
+            "system": system.config.model,
+            "checkpoint": digest(system),
+        }
+        infos = []
+        for stage, model in graphs.values():
+            common.ClearMetadataAndDocStringPass()(model)  # the exporter leaves stack traces
+            model.metadata_props.update(provenance | {"stage": stage.name, "precision": dtype})
+            onnx_ir.save(model, new / f"{stage.name}.onnx")
+            infos.append(_describe(stage, model))
+        manifest = Manifest(
+            format=FORMAT,
+            precision=dtype,
+            opset=opset,
+            config=system.config.to_dict(),
+            stages=tuple(infos),
+            members={file.name: sha256(file) for file in sorted(new.iterdir())},
+            **provenance,
+        )
+        write_json(new / FILE, manifest.to_dict())
+    return manifest
+
+
+def _export_stage(stage: Stage, depth: int, opset: int) -> onnx_ir.Model:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecated calls
+        return stage.to_onnx(depth, opset)
+
+
+def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
+    """Renames the initializers so that equal tensors have one name in all graphs; returns each tensor once."""
+    names: dict[str, str] = {}  # digest -> name
+    weights: dict[str, np.ndarray] = {}
+    for stage, model in graphs.items():
+        common.DeduplicateHashedInitializersPass(size_limit=2**40)(model)
+        for value in _large(model):
+            array = value.const_value.numpy()
+            key = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+            if key not in names:
+                names[key] = value.name if value.name not in weights else f"{stage}.{value.name}"
+                weights[names[key]] = np.ascontiguousarray(array)
+            value.name = names[key]
+    return weights
+
+
+def _large(model: onnx_ir.Model) -> list[onnx_ir.Value]:
+    return [value for value in model.graph.initializers.values() if value.const_value.nbytes >= _INLINE_BYTES]
+
+
+def _point_to_file(models: Iterable[onnx_ir.Model], file: Path) -> None:
+    """Lets the graphs read their weights out of the safetensors file, as ONNX external data."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    for model in models:
+        for value in _large(model):
+            start, stop = header[value.name]["data_offsets"]
+            dtype, shape = value.const_value.dtype, value.const_value.shape
+            value.const_value = onnx_ir.ExternalTensor(
+                file.name, 8 + size + start, stop - start, dtype, shape=shape, name=value.name, base_dir=file.parent
+            )
+
+
+def _describe(stage: Stage, model: onnx_ir.Model) -> StageInfo:
+    return StageInfo(
+        stage.name,
+        f"{stage.name}.onnx",
+        tuple(map(_tensor, model.graph.inputs)),
+        tuple(map(_tensor, model.graph.outputs)),
+        tuple(value.name for value in _large(model)),
+        stage.aliases,
+    )
+
+
+def _tensor(value: onnx_ir.Value) -> TensorInfo:
+    shape = (d if isinstance(d, int) else d.value for d in value.shape)
+    return TensorInfo(value.name, str(value.dtype.numpy()), tuple(shape))

@@ -1,0 +1,147 @@
+"""The stages of RQ-VAE with RQ-Transformer: `encode`, `decode` and `step`."""
+
+import torch
+from torch import Tensor, nn
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.export.layers import DecodeBlock, ImageInput, ImageOutput, Projection
+from vqdeploy.export.stage import Dimension, Stage
+from vqdeploy.models import System
+from vqdeploy.models.rqtransformer import RQTransformer
+from vqdeploy.models.rqvae import RQVAE
+
+
+class Encode(nn.Module):
+    """Image uint8 [B, H, W, 3] -> codes int64 [B, h, w, Q]."""
+
+    def __init__(self, tokenizer: RQVAE):
+        super().__init__()
+        self.input = ImageInput(tokenizer.config.pixel_range)
+        self.tokenizer = tokenizer
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.tokenizer.encode(self.input(image))
+
+
+class Decode(nn.Module):
+    """Codes int64 [B, h, w, Q], -1 for a depth to leave out -> image uint8 [B, H, W, 3]."""
+
+    def __init__(self, tokenizer: RQVAE):
+        super().__init__()
+        self.output = ImageOutput(tokenizer.config.pixel_range)
+        self.tokenizer = tokenizer
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.output(self.tokenizer.decode(codes))
+
+
+class Step(nn.Module):
+    """Codes of the position after S known entries.
+
+    Entry 0 is the condition, entry t + 1 the codes of position t. A call takes entries position..position + S - 1,
+    writes their keys and values into the caches, and samples the codes of position `position + S - 1`: S = 1 in the
+    sampling loop, more for a known prefix.
+    """
+
+    def __init__(self, prior: RQTransformer):
+        super().__init__()
+        config = prior.config
+        self.depth, self.positions = config.depth, config.positions
+        self.body = nn.ModuleList(DecodeBlock(block) for block in prior.body_transformer.blocks)
+        self.head = nn.ModuleList(DecodeBlock(block) for block in prior.head_transformer.blocks)
+        self.norm, self.classifier = prior.classifier.layer_norm, Projection(prior.classifier.linear)
+        # Both products act linearly on rows of the codebook, so each is a table; biases go where they count once.
+        self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())  # [K, width]
+        self.register_buffer("head_table", (prior.codebook @ prior.head_mlp.weight.T).detach())  # [K, width]
+        self.register_buffer("labels", (prior.cond_emb.weight + prior.pos_emb_cond[0]).detach())  # [classes, width]
+        self.register_buffer("places", prior.pos_emb_hw[0].detach())  # [h * w, width]
+        depths = prior.pos_emb_d[0].detach().clone()
+        depths[1:] += prior.head_mlp.bias.detach()
+        self.register_buffer("depths", depths)  # [Q, width]
+
+    def forward(
+        self,
+        codes: Tensor,
+        label: Tensor,
+        position: Tensor,
+        noise: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        past_key: list[Tensor],
+        past_value: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        x = self.embed(codes, label, position)
+        keys, values = [], []
+        for block, key, value in zip(self.body, past_key, past_value, strict=True):
+            x, key, value = block.cached(x, key, value, position)
+            keys.append(key)
+            values.append(value)
+        sampled, logits = self.sample_depths(x[:, -1:], noise, temperature, top_k, top_p)
+        return sampled, logits, *keys, *values
+
+    def embed(self, codes: Tensor, label: Tensor, position: Tensor) -> Tensor:
+        """Entries position..position + S - 1 [B, S, width]."""
+        entry = position[:, None] + torch.arange(codes.shape[1])
+        x = self.input_table[codes].sum(2) + self.places[(entry - 1).clamp(min=0)]
+        return torch.where((entry == 0)[:, :, None], self.labels[label][:, None], x)
+
+    def sample_depths(self, context: Tensor, noise: Tensor, *options: Tensor) -> tuple[Tensor, Tensor]:
+        """Context [B, 1, width] -> codes [B, Q] and logits [B, Q, K], depth by depth."""
+        caches: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self.head]
+        x, codes, logits = context, [], []
+        for depth in range(self.depth):
+            x = x + self.depths[depth]
+            for block, (keys, values) in zip(self.head, caches, strict=True):
+                x = block.append(x, keys, values)
+            logits.append(self.classifier(self.norm(x))[:, 0])
+            columns = (option[:, depth] for option in options)
+            codes.append(torch.ops.vqdeploy.sample(logits[-1], noise[:, depth], *columns))
+            total = self.head_table[codes[-1]].unsqueeze(1)
+            sums = total if depth == 0 else sums + total  # noqa: F821
+            x = sums
+        return torch.stack(codes, 1), torch.stack(logits, 1)
+
+
+def stages(system: System) -> list[Stage]:
+    """The graphs of a system; without a prior, those of the tokenizer alone.
+
+    Raises:
+        VqdeployError: The prior is conditioned on text.
+    """
+    side, grid = system.config.tokenizer.resolution, system.config.tokenizer.grid
+    image = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    codes = torch.zeros(2, *grid, dtype=torch.int64)
+    tokenizer = [
+        Stage("encode", Encode(system.tokenizer), {"image": image}, ["codes"]),
+        Stage("decode", Decode(system.tokenizer), {"codes": codes}, ["image"]),
+    ]
+    return tokenizer if system.prior is None else [*tokenizer, _step(system.prior)]
+
+
+def _step(prior: RQTransformer) -> Stage:
+    config = prior.config
+    if config.condition_length > 1:
+        raise VqdeployError("a prior that is conditioned on text cannot be exported", expected="classes or no condition")
+    head_dim, layers = config.width // config.heads, range(config.body_layers)
+    per_code, cache = (2, config.depth), (2, config.heads, config.positions, head_dim)
+    inputs = {
+        "codes": torch.zeros(2, 2, config.depth, dtype=torch.int64),
+        "label": torch.zeros(2, dtype=torch.int64),
+        "position": torch.zeros(2, dtype=torch.int64),
+        "noise": torch.zeros(*per_code, config.codebook_size),
+        "temperature": torch.ones(per_code),
+        "top_k": torch.ones(per_code, dtype=torch.int64),
+        "top_p": torch.ones(per_code),
+        "past_key": [torch.zeros(cache) for _ in layers],
+        "past_value": [torch.zeros(cache) for _ in layers],
+    }
+    caches = [f"{kind}.{i}" for kind in ("key", "value") for i in layers]
+    return Stage(
+        "step",
+        Step(prior),
+        inputs,
+        ["next_codes", "logits", *(f"present_{name}" for name in caches)],
+        dynamic={"codes": {1: Dimension.LENGTH}},
+        aliases={f"present_{name}": f"past_{name}" for name in caches},
+    )

@@ -1,0 +1,71 @@
+"""Sessions on ONNX Runtime: buffers that are bound once and reused, caches that are updated in place."""
+
+import numpy as np
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime.bundle import Bundle, tensors
+from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise VqdeployError("this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime") from error
+
+
+class Binding:
+    """Input and output buffers of fixed shape. Write into `inputs`, call `run`, read from `outputs`."""
+
+    def __init__(self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], caches: dict[str, np.ndarray]):
+        self._session = session
+        self._io = session.io_binding()
+        self._values = {}  # keeps the bound memory alive
+        self.inputs: dict[str, np.ndarray] = {}
+        self.outputs: dict[str, np.ndarray] = {}
+        for info in stage.inputs:
+            buffer = caches[info.name] if info.name in caches else np.zeros(info.concrete(dims), info.dtype)
+            self.inputs[info.name] = buffer
+            self._values[info.name] = ort.OrtValue.ortvalue_from_numpy(buffer)
+            self._io.bind_ortvalue_input(info.name, self._values[info.name])
+        for info in stage.outputs:
+            if info.name in stage.aliases:
+                self._io.bind_ortvalue_output(info.name, self._values[stage.aliases[info.name]])
+                continue
+            self.outputs[info.name] = np.zeros(info.concrete(dims), info.dtype)
+            self._values[info.name] = ort.OrtValue.ortvalue_from_numpy(self.outputs[info.name])
+            self._io.bind_ortvalue_output(info.name, self._values[info.name])
+
+    def run(self) -> None:
+        """One engine call."""
+        self._session.run_with_iobinding(self._io)
+
+
+class OnnxrtSession:
+    """One stage of a plan on ONNX Runtime's CPU provider."""
+
+    def __init__(self, bundle: Bundle, stage: StageInfo, threads: int = 0):
+        self.stage = stage
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        weights = tensors(bundle.member(WEIGHTS)) if stage.weights else {}
+        # ONNX Runtime borrows this memory: the views must live as long as the session.
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
+        options.add_external_initializers(list(self._weights), list(self._weights.values()))
+        try:
+            graph = bytes(bundle.member(stage.file))
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+            raise ArtifactError(f"stage {stage.name} of {bundle.path} cannot be opened ({error})") from error
+
+    def caches(self, dims: dict[str, int]) -> dict[str, np.ndarray]:
+        """Empty buffers of the inputs that are updated in place."""
+        return {i.name: np.zeros(i.concrete(dims), i.dtype) for i in self.stage.inputs if i.name in self.stage.aliases.values()}
+
+    def bind(self, dims: dict[str, int], caches: dict[str, np.ndarray] | None = None) -> Binding:
+        """Buffers for these sizes of the open dimensions, around caches that other bindings may share."""
+        return Binding(self._session, self.stage, dims, self.caches(dims) if caches is None else caches)
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """One call with fresh outputs."""
+        names = [info.name for info in self.stage.outputs]
+        return dict(zip(names, self._session.run(names, inputs), strict=True))

@@ -1,0 +1,26 @@
+"""The perceptual term, LPIPS on VGG features (Zhang et al., CVPR 2018)."""
+
+import torch
+from torch import nn
+
+from vqdeploy.errors import VqdeployError
+
+
+def perceptual_network() -> nn.Module:
+    """LPIPS: two batches of images in -1..1 -> a distance for each pair. It is frozen.
+
+    Raises:
+        VqdeployError: torchvision is not installed, or the weights of its VGG can be neither found nor downloaded.
+    """
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        network = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
+    except ModuleNotFoundError as error:
+        raise VqdeployError("the perceptual loss needs torchvision", fix="pip install torchvision") from error
+    except OSError as error:
+        raise VqdeployError(
+            f"the perceptual loss needs torchvision's VGG16 weights in {torch.hub.get_dir()} ({error})",
+            fix="vqdeploy train --perceptual-weight 0",
+        ) from error
+    return network.requires_grad_(False)

@@ -1,0 +1,61 @@
+"""Stage 2: the prior learns the codes of the frozen tokenizer (section 3.3 of the RQ-VAE paper)."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from vqdeploy.models import System
+from vqdeploy.training.classifier import ImageClassifier
+from vqdeploy.training.data import to_range
+from vqdeploy.training.metrics import generate
+from vqdeploy.training.recipe import Recipe
+from vqdeploy.training.stage import schedule
+
+logger = logging.getLogger("vqdeploy")
+_SAMPLES = 10  # of each class, to watch the training by
+
+
+class PriorTraining(LightningModule):
+    """Soft-target cross entropy on drawn codes. `classifier` judges samples; there is none without classes."""
+
+    def __init__(self, system: System, recipe: Recipe, classifier: ImageClassifier | None):
+        super().__init__()
+        self.system, self.recipe, self.classifier = system, recipe, classifier
+        # A device may have parted the two, which share the codebook.
+        system.prior.codebook = system.tokenizer.quantizer.codebook
+        for frozen in filter(None, (system.tokenizer, classifier)):
+            frozen.requires_grad_(False)
+
+    def configure_optimizers(self) -> dict:
+        """AdamW as in the paper."""
+        parameters = self.system.prior.parameters()
+        optimizer = torch.optim.AdamW(parameters, self.recipe.prior_learning_rate, (0.9, 0.95), weight_decay=1e-4)
+        scheduler = schedule(optimizer, self.recipe.prior_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """The loss on augmented images."""
+        loss = self._loss(*batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Reports the loss on held-out images."""
+        self.log("held_out_loss", self._loss(*batch), prog_bar=True, batch_size=len(batch[0]))
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        x = to_range(images, self.system.config.tokenizer.pixel_range)
+        codes, targets = self.system.tokenizer.soft_codes(x, self.recipe.soft_temperature)
+        return F.cross_entropy(self.system.prior.logits(codes, labels).flatten(0, -2), targets.flatten(0, -2))
+
+    def on_validation_epoch_end(self) -> None:
+        """Reports the share of samples that the classifier puts in the class that was asked for."""
+        values = {"held_out_loss": float(self.trainer.callback_metrics["held_out_loss"])}
+        if self.classifier is not None:
+            labels = torch.arange(self.system.config.prior.classes).repeat_interleave(_SAMPLES)
+            values["class_accuracy"] = self.classifier.accuracy(generate(self.system, labels, seed=0), labels)
+            self.log("class_accuracy", values["class_accuracy"], prog_bar=True)
+        logger.info("prior: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))

@@ -1,0 +1,49 @@
+"""Recipes: how long and how fast each preset is trained."""
+
+from dataclasses import dataclass
+
+from vqdeploy.config import Config
+from vqdeploy.errors import VqdeployError
+
+
+@dataclass(frozen=True)
+class Recipe(Config):
+    """Options of a training run; the defaults are those of the RQ-VAE paper and its public code.
+
+    `soft_temperature` divides the squared distances of the prior's soft targets, so it depends on the scale of the
+    latents. `classifier_steps` is for the judge of the samples. `stored_dtype` is the type of the saved weights.
+    """
+
+    steps: int = 400_000
+    prior_steps: int = 62_500
+    classifier_steps: int = 5_000
+    batch_size: int = 128
+    learning_rate: float = 4e-5
+    prior_learning_rate: float = 5e-4
+    classifier_learning_rate: float = 1e-3
+    soft_temperature: float = 0.5
+    perceptual_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    stored_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prior_steps", "classifier_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise VqdeployError(f"{name} is too small", expected="1 or more", found=getattr(self, name))
+
+
+_TINY = Recipe(
+    steps=1000,
+    prior_steps=2500,
+    classifier_steps=500,
+    batch_size=64,
+    learning_rate=2e-3,
+    prior_learning_rate=2e-3,
+    soft_temperature=0.05,
+    stored_dtype="float16",
+)
+
+
+def recipe(preset: str) -> Recipe:
+    """The recipe of a preset."""
+    return _TINY if preset == "tiny" else Recipe()

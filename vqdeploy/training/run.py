@@ -1,0 +1,156 @@
+"""A training run: three stages, the measurements, the checkpoint."""
+
+import dataclasses
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+
+from vqdeploy.checkpoint import save
+from vqdeploy.errors import VqdeployError
+from vqdeploy.files import read_json, replacing_folder, write_json
+from vqdeploy.models import System, SystemConfig, create
+from vqdeploy.presets import preset as find_preset
+from vqdeploy.training.classifier import ImageClassifier
+from vqdeploy.training.data import Data, open_data
+from vqdeploy.training.grids import write_grid
+from vqdeploy.training.metrics import codebook_use, diversity, generate, psnr, reconstruct
+from vqdeploy.training.prior import PriorTraining
+from vqdeploy.training.recipe import recipe as find_recipe
+from vqdeploy.training.stage import images_of, run_stage
+from vqdeploy.training.tokenizer import TokenizerTraining
+
+_SAMPLES = 1000  # for the class accuracy that is reported
+
+
+def train(
+    model: str = "rqvae",
+    preset: str = "tiny",
+    data: str = "digits",
+    *,
+    output: Path,
+    seed: int = 0,
+    resume: bool = False,
+    samples: int = _SAMPLES,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains the tokenizer, then the prior, and writes the checkpoint with sheets of images.
+
+    The state of an unfinished run lies in a folder beside `output`, of its name and `.training`.
+
+    Args:
+        model: The system.
+        preset: Its configuration; classes and labels become those of the data.
+        data: `digits`, `photos` or the path of an image folder.
+        output: Folder of the checkpoint.
+        seed: Seed of weights, batches and samples.
+        resume: Continue the run that was cut, with the same options.
+        samples: Images to generate for the reported class accuracy.
+        options: Fields of `Recipe` that differ from the recipe of the preset; None is no difference.
+
+    Returns:
+        What `training.json` holds: the recipe, and under `metrics` what the stored weights reach.
+
+    Raises:
+        VqdeployError: An option, the data or the output folder will not do.
+        KeyboardInterrupt: The user cut it; `resume` continues from there.
+    """
+    config = find_preset(model, preset)
+    recipe = dataclasses.replace(find_recipe(preset), **{k: v for k, v in options.items() if v is not None})
+    source = open_data(data, config.tokenizer.resolution)
+    system = create(_adapt(config, source), seed)
+    first = TokenizerTraining(system.tokenizer, recipe)
+    asked = {"model": model, "preset": preset, "data": data, "seed": seed, "recipe": recipe.to_dict()}
+    state = _prepare(Path(output), asked, resume)
+    seconds, classifier = _train(system, first, source, seed, state)
+    system.to(getattr(torch, recipe.stored_dtype)).float().eval()
+    training = asked | {"versions": _versions(), "seconds": seconds}
+    training["metrics"], sheets = _measure(system, source, classifier, seed, samples)
+    with replacing_folder(Path(output), "config.json") as new:
+        save(system, new, training, getattr(torch, recipe.stored_dtype))
+        for name, images in sheets.items():
+            write_grid(images, new / f"{name}.png")
+    shutil.rmtree(state)
+    return training
+
+
+def _adapt(config: SystemConfig, data: Data) -> SystemConfig:
+    """The configuration with the classes of the data."""
+    if config.prior is None:
+        return dataclasses.replace(config, labels=data.labels)
+    if config.prior.condition_length > 1:
+        raise VqdeployError(f"{config.preset} is conditioned on text and cannot be trained", fix="vqdeploy models")
+    prior = dataclasses.replace(config.prior, classes=max(len(data.labels), 1))
+    return dataclasses.replace(config, prior=prior, labels=data.labels)
+
+
+def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
+    """The folder of the state, after all that can be refused before hours of training has been refused."""
+    if output.exists() and not (output.is_dir() and ((output / "config.json").exists() or not any(output.iterdir()))):
+        raise VqdeployError(f"{output} holds something else and is not replaced", fix="name another folder with -o")
+    state = output.with_name(output.name + ".training")
+    if state.exists() and not resume:
+        raise VqdeployError(f"{state} holds a training that was cut", fix="add --resume, or remove that folder")
+    if not state.exists():
+        if resume:
+            raise VqdeployError(f"{output} has no training that was cut", fix="run it without --resume")
+        with replacing_folder(state, "asked.json") as new:
+            write_json(new / "asked.json", asked)
+    elif (before := read_json(state / "asked.json")) != asked:
+        raise VqdeployError("the training that was cut had other options", expected=before, found=asked)
+    return state
+
+
+def _train(
+    system: System, first: TokenizerTraining, data: Data, seed: int, state: Path
+) -> tuple[dict[str, float], ImageClassifier | None]:
+    """Runs the three stages. Returns how long each took, and the classifier."""
+    recipe, seconds = first.recipe, {}
+
+    def stage(name: str, module: LightningModule, steps: int, **options: Any) -> None:
+        seed_everything(seed, verbose=False)
+        start = time.monotonic()
+        run_stage(module, data, steps, recipe.batch_size, state / f"{name}.ckpt", **options)
+        seconds[name] = round(time.monotonic() - start, 1)
+
+    stage("tokenizer", first, recipe.steps)
+    if system.prior is None:
+        return seconds, None
+    classifier = None
+    if len(data.labels) > 1:
+        seed_everything(seed, verbose=False)
+        classifier = ImageClassifier(len(data.labels), recipe)
+        stage("classifier", classifier, recipe.classifier_steps)
+    stage("prior", PriorTraining(system, recipe, classifier), recipe.prior_steps, gradient_clip_val=1.0)
+    return seconds, classifier
+
+
+def _measure(
+    system: System, data: Data, classifier: ImageClassifier | None, seed: int, samples: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Metrics on the held-out images and on samples, and the images to look at."""
+    images, labels = images_of(data.held_out)
+    reconstructions, codes = reconstruct(system.tokenizer, images)
+    metrics: dict[str, Any] = {"reconstruction_psnr": psnr(reconstructions, images)}
+    metrics |= codebook_use(codes, system.config.tokenizer.codebook_size)
+    sheets = {"reconstructions": torch.stack([images[:10], reconstructions[:10]])}
+    if system.prior is not None:
+        classes = system.config.prior.classes
+        asked = torch.arange(samples) % classes
+        drawn = generate(system, asked, seed)
+        rows = [drawn[asked == label][:10] for label in range(classes)]
+        sheets["samples"] = torch.stack([row for row in rows if len(row) == len(rows[0])])
+        metrics["samples"] = samples
+        if classifier is not None:
+            metrics["classifier_accuracy"] = classifier.accuracy(images, labels)
+            metrics["class_accuracy"] = classifier.accuracy(drawn, asked)
+            metrics["sample_diversity"] = diversity(drawn, asked, images, labels)
+    return metrics, sheets
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("vqdeploy", "torch", "lightning", "numpy")}

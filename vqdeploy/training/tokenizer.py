@@ -1,0 +1,92 @@
+"""Stage 1: the tokenizer learns to reconstruct (section 3.1 of the RQ-VAE paper)."""
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from vqdeploy.models.conv import last_layer
+from vqdeploy.models.rqvae import RQVAE
+from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from vqdeploy.training.data import to_range, to_uint8
+from vqdeploy.training.metrics import codebook_use, psnr
+from vqdeploy.training.perceptual import perceptual_network
+from vqdeploy.training.recipe import Recipe
+from vqdeploy.training.stage import schedule
+
+logger = logging.getLogger("vqdeploy")
+
+
+class TokenizerTraining(LightningModule):
+    """Squared error and commitment, and where the recipe gives them a weight, a perceptual and an adversarial term.
+
+    Optimized by hand, because the adversarial term has a second optimizer.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, tokenizer: RQVAE, recipe: Recipe):
+        super().__init__()
+        self.tokenizer, self.recipe = tokenizer, recipe
+        self.discriminator = PatchDiscriminator() if recipe.adversarial_weight else None
+        # In a list, so that its frozen weights stay out of the saved state.
+        self.perceptual = [perceptual_network()] if recipe.perceptual_weight else []
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def configure_optimizers(self) -> Any:
+        """Adam for the tokenizer and, if there is one, for the discriminator."""
+        networks = [network for network in (self.tokenizer, self.discriminator) if network is not None]
+        optimizers = [torch.optim.Adam(n.parameters(), self.recipe.learning_rate, (0.5, 0.9)) for n in networks]
+        return optimizers, [schedule(optimizer, self.recipe.steps) for optimizer in optimizers]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """One step of the tokenizer, then one of the discriminator."""
+        x = to_range(batch[0], self.tokenizer.config.pixel_range)
+        reconstruction, quantized = self.tokenizer(x)
+        error = F.mse_loss(reconstruction, x)
+        self.log("mse", error, prog_bar=True)
+        loss = error + self._perceptual(reconstruction, x)
+        if self.discriminator is not None:
+            loss = loss + self._adversarial(reconstruction, loss)
+        self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)
+        if self.discriminator is not None:
+            logits = self.discriminator(x), self.discriminator(reconstruction.detach())
+            self._step(1, self.recipe.adversarial_weight * discriminator_loss(*logits))
+
+    def _perceptual(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        terms = [network.to(x.device)(reconstruction, x).mean() for network in self.perceptual]
+        return self.recipe.perceptual_weight * sum(terms, x.new_zeros(()))
+
+    def _adversarial(self, reconstruction: Tensor, loss: Tensor) -> Tensor:
+        generator = generator_loss(self.discriminator(reconstruction))
+        balance = adaptive_weight(loss, generator, last_layer(self.tokenizer.decoder))
+        self.log_dict({"generator": generator, "balance": balance}, prog_bar=True)
+        return self.recipe.adversarial_weight * balance * generator
+
+    def _step(self, which: int, loss: Tensor) -> None:
+        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+        optimizer = optimizers[which] if isinstance(optimizers, list) else optimizers
+        scheduler = schedulers[which] if isinstance(schedulers, list) else schedulers
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        scheduler.step()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Keeps held-out images, their reconstructions and codes."""
+        images, pixel_range = batch[0], self.tokenizer.config.pixel_range
+        codes = self.tokenizer.encode(to_range(images, pixel_range))
+        self.seen.append((images, to_uint8(self.tokenizer.decode(codes), pixel_range), codes))
+
+    def on_validation_epoch_end(self) -> None:
+        """Reports PSNR and codebook use."""
+        images, reconstructions, codes = (torch.cat(part) for part in zip(*self.seen, strict=True))
+        self.seen.clear()
+        use = codebook_use(codes, self.tokenizer.config.codebook_size)
+        values = {name: sum(depths) / len(depths) for name, depths in use.items()}
+        values = {"psnr": psnr(reconstructions, images), **values}
+        self.log_dict(values, prog_bar=True)
+        logger.info("tokenizer: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
