@@ -1,0 +1,5 @@
+"""Runs plans, with numpy and one engine library, and never PyTorch."""
+
+from vqdeploy.runtime.pipeline import Output, Pipeline, load
+
+__all__ = ["Output", "Pipeline", "load"]

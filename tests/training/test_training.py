@@ -119,7 +119,7 @@ def test_resume_continues_where_it_was_cut(tmp_path, folder, monkeypatch, stage,
     assert not (tmp_path / "out").exists()
     assert (tokenizer.count, prior.count) == ((2, 0) if stage == "tokenizer" else (4, cut))
 
-    with pytest.raises(VqdeployError, match="holds a training that was cut.*--resume"):
+    with pytest.raises(VqdeployError, match=r"holds a training that was cut.*--resume"):
         train(**options)
     with pytest.raises(VqdeployError, match="other options"):
         train(**options, seed=5, resume=True)
@@ -215,7 +215,7 @@ def test_commitment_is_the_mean_over_partial_sums_and_moves_the_encoder_alone():
         total = total + quantizer.codebook[quantized.codes[..., depth]]
         expected += float(((z.detach() - total) ** 2).mean()) / 4
         gradient += 2 * (z.detach() - total) / z.numel() / 4
-    assert float(quantized.commitment_loss) == pytest.approx(expected, rel=1e-5)
+    assert quantized.commitment_loss.item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(torch.autograd.grad(quantized.commitment_loss, z)[0], gradient)
 
 

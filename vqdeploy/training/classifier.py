@@ -1,5 +1,7 @@
 """A small classifier of the real images, the judge of class-conditional samples."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
@@ -17,7 +19,7 @@ class ImageClassifier(LightningModule):
         super().__init__()
         self.recipe = recipe
         widths = (3, channels, 2 * channels, 4 * channels)
-        levels = [_level(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+        levels = [_level(*pair) for pair in pairwise(widths)]
         pool = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3)
         self.layers = nn.Sequential(*levels, *pool, nn.Linear(widths[-1] * 16, classes))
 

@@ -26,8 +26,9 @@ class PriorTraining(LightningModule):
         self.system, self.recipe, self.classifier = system, recipe, classifier
         # A device may have parted the two, which share the codebook.
         system.prior.codebook = system.tokenizer.quantizer.codebook
+        system.prior.train()  # Lightning leaves modes as they are
         for frozen in filter(None, (system.tokenizer, classifier)):
-            frozen.requires_grad_(False)
+            frozen.requires_grad_(False).eval()
 
     def configure_optimizers(self) -> dict:
         """AdamW as in the paper."""

@@ -30,7 +30,8 @@ class TokenizerTraining(LightningModule):
 
     def __init__(self, tokenizer: RQVAE, recipe: Recipe):
         super().__init__()
-        self.tokenizer, self.recipe = tokenizer, recipe
+        # Lightning leaves modes as they are, and outside training mode the codebook stands still.
+        self.tokenizer, self.recipe = tokenizer.train(), recipe
         self.discriminator = PatchDiscriminator() if recipe.adversarial_weight else None
         # In a list, so that its frozen weights stay out of the saved state.
         self.perceptual = [perceptual_network()] if recipe.perceptual_weight else []

@@ -1,0 +1,48 @@
+"""Images in and out of files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.files import replacing_file
+
+
+def read(path: Path, side: int | None = None) -> np.ndarray:
+    """An image file as uint8 [H, W, 3]; with `side`, its centre square resized to that many pixels.
+
+    Raises:
+        VqdeployError: The file does not exist.
+        ArtifactError: It is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except FileNotFoundError as error:
+        raise VqdeployError(f"{path} does not exist") from error
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not an image that can be read") from error
+    if side is not None:
+        square = min(rgb.size)
+        left, top = (rgb.width - square) // 2, (rgb.height - square) // 2
+        box = (left, top, left + square, top + square)
+        rgb = rgb.resize((side, side), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(rgb)
+
+
+def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any], gap: int = 2) -> None:
+    """Writes images uint8 [N, H, W, 3] as one PNG, row by row, with `note` as JSON in its text chunk `vqdeploy`."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    text = PngInfo()
+    text.add_text("vqdeploy", json.dumps(note))
+    with replacing_file(path) as file:
+        Image.fromarray(sheet).save(file, format="PNG", pnginfo=text)

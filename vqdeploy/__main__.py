@@ -1,0 +1,5 @@
+"""`python -m vqdeploy`."""
+
+from vqdeploy.cli import main
+
+main()

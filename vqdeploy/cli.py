@@ -1,0 +1,295 @@
+"""The command line. Each verb imports what it needs: `vqdeploy --help` loads neither torch nor an engine library."""
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vqdeploy.errors import VqdeployError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Take a vector-quantized image generator from PyTorch to one deployable file, and run it.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Model = Annotated[str, typer.Option(help="System, such as rqvae; see `vqdeploy models`.")]
+Preset = Annotated[str, typer.Option(help="Named configuration; see `vqdeploy models`.")]
+Engine = Annotated[Path, typer.Option(help="The plan.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder; the shipped weights when left out.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+
+
+def main() -> None:
+    """Entry point: errors become one sentence and an exit code, without a traceback unless `-vv` is given."""
+    try:
+        app()
+    except VqdeployError as error:
+        if logging.getLogger("vqdeploy").isEnabledFor(logging.DEBUG):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("vqdeploy"):
+            raise
+        print(f'error: this needs the package {error.name}. Fix: pip install "vqdeploy[dev]"', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(version("vqdeploy"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Tell more; -vv shows tracebacks.")] = 0,
+    show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
+) -> None:
+    """Options of every verb."""
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("vqdeploy").setLevel(level)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _finish(result: dict[str, Any], as_json: bool, message: str) -> None:
+    print(json.dumps(result) if as_json else message)
+
+
+@contextlib.contextmanager
+def _progress(verb: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that names what is being worked on."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(verb) as status:
+
+        def update(name: str) -> None:
+            status.update(f"{verb} {name}")
+            if not console.is_terminal:
+                _say(f"{verb} {name}")
+
+        yield update
+
+
+def _system(model: str, preset: str, checkpoint: Path | None) -> Any:
+    from vqdeploy import checkpoint as checkpoints
+
+    return checkpoints.load(checkpoint) if checkpoint else checkpoints.default(model, preset)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List systems and presets, and which weights are shipped."""
+    from vqdeploy.checkpoint import SHIPPED
+    from vqdeploy.presets import PRESETS
+
+    listing = {
+        model: {name: "trained" if (SHIPPED / model / name / "config.json").exists() else "random" for name in presets}
+        for model, presets in PRESETS.items()
+    }
+    lines = [f"{model:8} {name:16} {weights} weights" for model, named in listing.items() for name, weights in named.items()]
+    _finish(listing, as_json, "\n".join(lines))
+
+
+@app.command()
+def train(
+    model: Model = "rqvae",
+    preset: Preset = "tiny",
+    data: Annotated[str, typer.Option(help="digits, photos, or a folder of images with one subfolder a class.")] = "digits",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the tokenizer; the recipe's when left out.")] = None,
+    prior_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the prior; 0 for none.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the recipe's when left out.")] = None,
+    perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
+    adversarial_weight: Annotated[float, typer.Option(min=0, help="Weight of the discriminator.")] = 0.0,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a tokenizer and its prior."""
+    from vqdeploy.training import train as run_training
+
+    folder = output or Path(f"{model}-{preset}")
+    metrics = run_training(
+        model=model,
+        preset=preset,
+        data=data,
+        steps=steps,
+        prior_steps=prior_steps,
+        batch_size=batch_size,
+        seed=seed,
+        output=folder,
+        resume=resume,
+        perceptual_weight=perceptual_weight,
+        adversarial_weight=adversarial_weight,
+    )
+    _finish({"checkpoint": str(folder), **metrics}, as_json, f"{json.dumps(metrics, indent=2)}\n{folder}")
+
+
+@app.command()
+def export(
+    model: Model = "rqvae",
+    preset: Preset = "tiny",
+    checkpoint: Checkpoint = None,
+    dtype: Annotated[str, typer.Option("--dtype", "--precision", help="Precision of the graphs: fp32.")] = "fp32",
+    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
+    verify: Annotated[bool, typer.Option(help="Compare the package with PyTorch.")] = True,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; MODEL-onnx when left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as an ONNX package."""
+    from vqdeploy.export.package import export as export_package
+
+    system = _system(model, preset, checkpoint)
+    folder = output or Path(f"{system.config.model}-onnx")
+    with _progress("exporting") as progress:
+        export_package(system, folder, dtype, opset, progress)
+    result: dict[str, Any] = {"package": str(folder)}
+    if verify:
+        from vqdeploy.verify import verify_package
+
+        with _progress("verifying") as progress:
+            report = verify_package(folder, system, progress)
+        _show_report(report, as_json)
+        result["verify"] = report
+    _finish(result, as_json, str(folder))
+    if verify and not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    package: Annotated[Path, typer.Argument(help="Folder that `vqdeploy export` wrote.")] = Path("rqvae-onnx"),
+    backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
+    min_batch: Annotated[int, typer.Option(help="Smallest batch that the plan accepts.")] = 1,
+    opt_batch: Annotated[int, typer.Option(help="Batch that the plan is tuned for.")] = 1,
+    max_batch: Annotated[int, typer.Option(help="Largest batch of one call; larger requests are split.")] = 64,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File; MODEL.plan when left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build an ONNX package into one plan."""
+    from vqdeploy.engines.build import build as build_plan
+    from vqdeploy.engines.package import read
+    from vqdeploy.runtime.manifest import BatchRange
+
+    plan = output or Path(f"{read(package).system}.plan")
+    with _progress("building") as progress:
+        manifest = build_plan(package, plan, backend, BatchRange(min_batch, opt_batch, max_batch), progress)
+    result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": plan.stat().st_size}
+    _finish(result, as_json, f"{plan}  {result['bytes'] / 1e6:.1f} MB for {backend}")
+
+
+def _numbers(text: str | None, kind: type) -> Any:
+    """One number, or a list of one for each depth: `0.9` or `0.9,0.8,1,1`."""
+    if text is None:
+        return None
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise VqdeployError("an option is malformed", expected="numbers split by commas", found=text) from error
+    return values[0] if len(values) == 1 else values
+
+
+@app.command()
+def run(
+    engine: Engine,
+    task: Annotated[str, typer.Option(help="generate, reconstruct, inpaint, encode or decode.")] = "generate",
+    label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images of each label, which make a row.")] = 8,
+    seed: Seed = 0,
+    temperature: Annotated[str | None, typer.Option(help="Divides the logits; 0 takes the likeliest code.")] = None,
+    top_k: Annotated[str | None, typer.Option(help="Keep the k likeliest codes; 0 keeps all.")] = None,
+    top_p: Annotated[str | None, typer.Option(help="Keep the likeliest codes up to this probability.")] = None,
+    inputs: Annotated[list[Path] | None, typer.Option("--input", help="Image, folder or codes; repeatable.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share to redraw, from the bottom up.")] = None,
+    depth: Annotated[int | None, typer.Option(help="decode, reconstruct: use this many codes a position.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File; SYSTEM-TASK.png when left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate, reconstruct or complete images with a plan.
+
+    Temperature, top-k and top-p take one number, or one for each depth: 0.9,0.95,1,1.
+    """
+    from vqdeploy.run import Job
+    from vqdeploy.run import run as run_job
+
+    options = {"temperature": _numbers(temperature, float), "top_k": _numbers(top_k, int), "top_p": _numbers(top_p, float)}
+    job = Job(
+        engine=engine,
+        task=task,
+        labels=label or (),
+        num_images=num_images,
+        inputs=inputs or (),
+        mask=mask,
+        mask_ratio=mask_ratio,
+        depth=depth,
+        output=output,
+        options={"seed": seed, **options},
+    )
+    result = run_job(job)
+    _finish(result, as_json, f"{result['output']}  {task} in {result['seconds']:.2f} s")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="The plan.")],
+    extract: Annotated[Path | None, typer.Option(help="Write the engines into this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the manifest, stages, sizes and digests of a plan without opening an engine."""
+    from vqdeploy.runtime.bundle import Bundle
+
+    bundle = Bundle(file)
+    extracted = [str(path) for path in bundle.extract(extract)] if extract else []
+    manifest = bundle.manifest
+    lines = [
+        f"{file}: {manifest.system} {manifest.config['preset']} {manifest.precision} for {manifest.backend}",
+        f"built by {manifest.builder}, exported by {manifest.producer}, opset {manifest.opset}",
+        f"checkpoint sha256 {manifest.checkpoint}",
+    ]
+    for stage in manifest.stages:
+        lines.append(f"stage {stage.name} ({stage.file})")
+        tensors = [("in ", info) for info in stage.inputs] + [("out", info) for info in stage.outputs]
+        lines += [f"  {kind} {info.name:18} {info.dtype:8} {list(info.shape)}" for kind, info in tensors]
+    sizes = bundle.sizes()
+    lines += [f"{sizes[name]:>12} bytes  sha256 {digest}  {name}" for name, digest in manifest.members.items()]
+    _finish({**manifest.to_dict(), "sizes": sizes, "extracted": extracted}, as_json, "\n".join(lines + extracted))
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Show versions and devices, for bug reports."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError
+
+    packages = {}
+    for name in ("vqdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    facts = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **packages,
+    }
+    _finish(facts, as_json, "\n".join(f"{name:16} {value}" for name, value in facts.items()))

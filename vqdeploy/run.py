@@ -1,0 +1,128 @@
+"""`vqdeploy run`: the tasks of a plan, from files to files."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.files import replacing_file
+from vqdeploy.runtime import Pipeline, load
+from vqdeploy.runtime.images import read, write_grid
+
+TASKS = ("generate", "reconstruct", "inpaint", "encode", "decode")
+_CLASSES_SHOWN = 10  # rows of the grid when no label is named
+
+
+@dataclass
+class Job:
+    """What the command line asked for; `options` are sampling options of `Pipeline.complete`."""
+
+    engine: Path
+    task: str = "generate"
+    labels: Sequence[str] = ()
+    num_images: int = 8
+    inputs: Sequence[Path] = ()
+    mask: Path | None = None
+    mask_ratio: float | None = None
+    depth: int | None = None
+    output: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Runs a task and writes its result: a PNG, or an NPZ of codes for `encode`.
+
+    Raises:
+        VqdeployError: The request is malformed, or a file is missing.
+        ArtifactError: A file is damaged.
+    """
+    if job.task not in TASKS:
+        raise VqdeployError("there is no such task", expected=" or ".join(TASKS), found=job.task)
+    pipeline = load(job.engine)
+    suffix = "npz" if job.task == "encode" else "png"
+    output = job.output or Path(f"{pipeline.manifest.system}-{job.task}.{suffix}")
+    start = time.perf_counter()
+    result = _HANDLERS[job.task](pipeline, job, output)
+    seconds = time.perf_counter() - start
+    return {"task": job.task, "output": str(output), "seconds": round(seconds, 4), **result}
+
+
+def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    names = job.labels or [str(label) for label in range(min(pipeline.classes, _CLASSES_SHOWN))]
+    labels = [pipeline.label(name) for name in names for _ in range(job.num_images)]
+    result = pipeline.generate(labels, **job.options)
+    return _write(output, pipeline, result.images, job.num_images, {"options": result.options, "timings": result.timings})
+
+
+def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    images = _read_images(pipeline, job.inputs)
+    shown = np.concatenate([images, pipeline.reconstruct(images, job.depth)])
+    return _write(output, pipeline, shown, len(images), {"depth": job.depth or pipeline.grid[-1]})
+
+
+def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    images = _read_images(pipeline, job.inputs)
+    mask = None if job.mask is None else read(job.mask, pipeline.side)[..., 0] > 127
+    ratio = 0.5 if mask is None and job.mask_ratio is None else job.mask_ratio
+    labels = [pipeline.label(name) for name in job.labels]
+    if len(labels) == 1:
+        labels *= len(images)
+    result = pipeline.inpaint(images, labels or None, mask=mask, mask_ratio=ratio, **job.options)
+    shown = np.concatenate([images, result.images])
+    note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
+    return _write(output, pipeline, shown, len(images), note)
+
+
+def _encode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    codes = pipeline.encode(_read_images(pipeline, job.inputs))
+    with replacing_file(output) as file, file.open("wb") as stream:
+        np.savez_compressed(stream, codes=codes)
+    return {"shape": list(codes.shape)}
+
+
+def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    if len(job.inputs) != 1:
+        raise VqdeployError("decode takes one file of codes", expected="--input FILE.npz", found=len(job.inputs))
+    codes = _read_codes(job.inputs[0])
+    images = pipeline.decode(codes, job.depth)
+    return _write(output, pipeline, images, job.num_images, {"depth": job.depth or pipeline.grid[-1]})
+
+
+_HANDLERS: dict[str, Callable[[Pipeline, Job, Path], dict[str, Any]]] = {
+    "generate": _generate,
+    "reconstruct": _reconstruct,
+    "inpaint": _inpaint,
+    "encode": _encode,
+    "decode": _decode,
+}
+
+
+def _write(output: Path, pipeline: Pipeline, images: np.ndarray, columns: int, note: dict[str, Any]) -> dict[str, Any]:
+    # Timings differ from run to run, and the same request must give the same file.
+    stable = {key: value for key, value in note.items() if key != "timings"}
+    source = {"system": pipeline.manifest.system, "checkpoint": pipeline.manifest.checkpoint}
+    write_grid(output, images, columns, {**source, **stable})
+    return {"images": len(images), **note}
+
+
+def _read_images(pipeline: Pipeline, inputs: Sequence[Path]) -> np.ndarray:
+    files: list[Path] = []
+    for path in inputs:
+        files += sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else [path]
+    if not files:
+        raise VqdeployError("this task needs images", expected="--input FILE or FOLDER", found="none")
+    return np.stack([read(file, pipeline.side) for file in files])
+
+
+def _read_codes(file: Path) -> np.ndarray:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return archive["codes"]
+    except FileNotFoundError as error:
+        raise VqdeployError(f"{file} does not exist") from error
+    except Exception as error:  # numpy raises what its parsers raise
+        raise ArtifactError(f"{file} is not a file of codes", fix="vqdeploy run --task encode") from error
