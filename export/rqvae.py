@@ -122,7 +122,9 @@ def stages(system: System) -> list[Stage]:
 def _step(prior: RQTransformer) -> Stage:
     config = prior.config
     if config.condition_length > 1:
-        raise VqdeployError("a prior that is conditioned on text cannot be exported", expected="classes or no condition")
+        raise VqdeployError(
+            "a prior that is conditioned on text cannot be exported", expected="classes or no condition"
+        )
     head_dim, layers = config.width // config.heads, range(config.body_layers)
     per_code, cache = (2, config.depth), (2, config.heads, config.positions, head_dim)
     inputs = {

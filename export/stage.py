@@ -35,7 +35,10 @@ class Stage:
     @property
     def input_names(self) -> list[str]:
         """Names of the graph's inputs, lists spread."""
-        spread = ([name] if isinstance(x, Tensor) else [f"{name}.{i}" for i in range(len(x))] for name, x in self.inputs.items())
+        spread = (
+            [name] if isinstance(x, Tensor) else [f"{name}.{i}" for i in range(len(x))]
+            for name, x in self.inputs.items()
+        )
         return [name for names in spread for name in names]
 
     def to_onnx(self, depth: int, opset: int = OPSET) -> onnx_ir.Model:

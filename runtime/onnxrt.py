@@ -9,13 +9,17 @@ from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise VqdeployError("this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime") from error
+    raise VqdeployError(
+        "this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime"
+    ) from error
 
 
 class Binding:
     """Input and output buffers of fixed shape. Write into `inputs`, call `run`, read from `outputs`."""
 
-    def __init__(self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], caches: dict[str, np.ndarray]):
+    def __init__(
+        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], caches: dict[str, np.ndarray]
+    ):
         self._session = session
         self._io = session.io_binding()
         self._values = {}  # keeps the bound memory alive
@@ -59,7 +63,11 @@ class OnnxrtSession:
 
     def caches(self, dims: dict[str, int]) -> dict[str, np.ndarray]:
         """Empty buffers of the inputs that are updated in place."""
-        return {i.name: np.zeros(i.concrete(dims), i.dtype) for i in self.stage.inputs if i.name in self.stage.aliases.values()}
+        return {
+            i.name: np.zeros(i.concrete(dims), i.dtype)
+            for i in self.stage.inputs
+            if i.name in self.stage.aliases.values()
+        }
 
     def bind(self, dims: dict[str, int], caches: dict[str, np.ndarray] | None = None) -> Binding:
         """Buffers for these sizes of the open dimensions, around caches that other bindings may share."""

@@ -95,6 +95,11 @@ class Pipeline:
             raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train")
         return self._config["prior"]["classes"]
 
+    def session(self, stage: str) -> Any:
+        """The session of one stage, to drive it call by call."""
+        self.manifest.stage(stage)
+        return self._sessions[stage]
+
     def label(self, name: str) -> int:
         """The label of a class by its name or its number.
 
@@ -161,7 +166,9 @@ class Pipeline:
         """
         if labels is None:
             if self.classes > 1:
-                raise VqdeployError("this prior needs labels", expected=f"labels in 0..{self.classes - 1}", found="none")
+                raise VqdeployError(
+                    "this prior needs labels", expected=f"labels in 0..{self.classes - 1}", found="none"
+                )
             labels = [0] * num_images
         known = np.full((len(labels), *self.grid), -1, np.int64)
         return self.complete(known, labels, **options)
@@ -196,7 +203,9 @@ class Pipeline:
         if mask is None:
             if not 0 <= mask_ratio <= 1:
                 raise VqdeployError("the mask ratio is out of range", expected="0..1", found=mask_ratio)
-            mask = np.broadcast_to(np.arange(self.side)[:, None] >= round(self.side * (1 - mask_ratio)), (self.side,) * 2)
+            mask = np.broadcast_to(
+                np.arange(self.side)[:, None] >= round(self.side * (1 - mask_ratio)), (self.side,) * 2
+            )
         mask = np.asarray(mask, bool)
         if mask.shape not in (images.shape[:3], images.shape[1:3]):
             raise VqdeployError("the mask does not fit", expected=list(images.shape[1:3]), found=list(mask.shape))
@@ -237,7 +246,9 @@ class Pipeline:
         labels = self._check_labels(labels, len(known))
         known = self._check_codes(known, lowest=-1).reshape(len(known), -1, self.grid[-1])
         if seed < 0 or first_image < 0:
-            raise VqdeployError("the seed or image index is negative", expected="0 or more", found=min(seed, first_image))
+            raise VqdeployError(
+                "the seed or image index is negative", expected="0 or more", found=min(seed, first_image)
+            )
         codes, engine = [], 0.0
         for part in self._batches(len(known)):
             images = np.arange(len(known))[part]
@@ -298,7 +309,11 @@ class Pipeline:
 
     def _check_codes(self, codes: np.ndarray, lowest: int = 0) -> np.ndarray:
         codes = np.asarray(codes)
-        if codes.ndim != 1 + len(self.grid) or codes.shape[1:] != self.grid or not np.issubdtype(codes.dtype, np.integer):
+        if (
+            codes.ndim != 1 + len(self.grid)
+            or codes.shape[1:] != self.grid
+            or not np.issubdtype(codes.dtype, np.integer)
+        ):
             raise VqdeployError(
                 "codes have the wrong shape or type",
                 expected=f"whole numbers [B, {', '.join(map(str, self.grid))}]",

@@ -105,7 +105,9 @@ def models(as_json: Json = False) -> None:
         model: {name: "trained" if (SHIPPED / model / name / "config.json").exists() else "random" for name in presets}
         for model, presets in PRESETS.items()
     }
-    lines = [f"{model:8} {name:16} {weights} weights" for model, named in listing.items() for name, weights in named.items()]
+    lines = [
+        f"{model:8} {name:16} {weights} weights" for model, named in listing.items() for name, weights in named.items()
+    ]
     _finish(listing, as_json, "\n".join(lines))
 
 
@@ -113,8 +115,12 @@ def models(as_json: Json = False) -> None:
 def train(
     model: Model = "rqvae",
     preset: Preset = "tiny",
-    data: Annotated[str, typer.Option(help="digits, photos, or a folder of images with one subfolder a class.")] = "digits",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the tokenizer; the recipe's when left out.")] = None,
+    data: Annotated[
+        str, typer.Option(help="digits, photos, or a folder of images with one subfolder a class.")
+    ] = "digits",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the tokenizer; the recipe's when left out.")
+    ] = None,
     prior_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the prior; 0 for none.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the recipe's when left out.")] = None,
     perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
@@ -164,12 +170,11 @@ def export(
         export_package(system, folder, dtype, opset, progress)
     result: dict[str, Any] = {"package": str(folder)}
     if verify:
-        from vqdeploy.verify import verify_package
+        from vqdeploy.verify import table, verify_package
 
         with _progress("verifying") as progress:
-            report = verify_package(folder, system, progress)
-        _show_report(report, as_json)
-        result["verify"] = report
+            report = result["verify"] = verify_package(folder, system, progress)
+        _say(table(report))
     _finish(result, as_json, str(folder))
     if verify and not report["passed"]:
         raise typer.Exit(1)
@@ -232,7 +237,11 @@ def run(
     from vqdeploy.run import Job
     from vqdeploy.run import run as run_job
 
-    options = {"temperature": _numbers(temperature, float), "top_k": _numbers(top_k, int), "top_p": _numbers(top_p, float)}
+    options = {
+        "temperature": _numbers(temperature, float),
+        "top_k": _numbers(top_k, int),
+        "top_p": _numbers(top_p, float),
+    }
     job = Job(
         engine=engine,
         task=task,
@@ -247,6 +256,21 @@ def run(
     )
     result = run_job(job)
     _finish(result, as_json, f"{result['output']}  {task} in {result['seconds']:.2f} s")
+
+
+@app.command()
+def verify(engine: Engine, checkpoint: Checkpoint = None, as_json: Json = False) -> None:
+    """Compare every stage of a plan, and whole generations, with PyTorch; exit 1 when a check fails."""
+    from vqdeploy import checkpoint as checkpoints
+    from vqdeploy.verify import table
+    from vqdeploy.verify import verify as verify_plan
+
+    system = checkpoints.load(checkpoint) if checkpoint else None
+    with _progress("verifying") as progress:
+        report = verify_plan(engine, system, progress)
+    _finish(report, as_json, table(report))
+    if not report["passed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -55,7 +55,9 @@ def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     names = job.labels or [str(label) for label in range(min(pipeline.classes, _CLASSES_SHOWN))]
     labels = [pipeline.label(name) for name in names for _ in range(job.num_images)]
     result = pipeline.generate(labels, **job.options)
-    return _write(output, pipeline, result.images, job.num_images, {"options": result.options, "timings": result.timings})
+    return _write(
+        output, pipeline, result.images, job.num_images, {"options": result.options, "timings": result.timings}
+    )
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
