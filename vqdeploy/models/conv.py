@@ -6,7 +6,6 @@ checkpoints, so that their weights fit.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,5 +1,6 @@
 """Pre-norm transformer blocks. How the queries meet the keys is a parameter, so that one block serves training, cached
-sampling and export."""
+sampling and export.
+"""
 
 from collections.abc import Callable
 
