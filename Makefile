@@ -1,0 +1,38 @@
+# Both commands need Python 3.11 or newer and nothing else: packages go into .venv.
+#   make demo   export, build and run the tiny RQ-VAE, and verify it against PyTorch
+#   make test   lint, type-check and test
+#   make clean  remove .venv and everything that was generated
+
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test clean
+.DEFAULT_GOAL := demo
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/ready
+	mkdir -p demo
+	cd demo && vqdeploy export --model rqvae
+	cd demo && vqdeploy build
+	cd demo && vqdeploy run --engine rqvae.plan
+	cd demo && vqdeploy run --engine rqvae.plan --task reconstruct --input ../examples/digits
+	cd demo && vqdeploy verify --engine rqvae.plan
+	@echo
+	@echo "Generated digits, one row a class:    demo/rqvae-generate.png"
+	@echo "Real digits, above their decoded codes: demo/rqvae-reconstruct.png"
+
+# mypy finds packages by folder. The links give it the import paths: vqdeploy.export is export/, and so on.
+test: .venv/ready
+	ruff check .
+	ruff format --check .
+	rm -rf .venv/types/vqdeploy && mkdir -p .venv/types/vqdeploy
+	ln -s $(addprefix $(CURDIR)/,$(wildcard vqdeploy/*) export engines runtime) .venv/types/vqdeploy
+	cd .venv/types && mypy --config-file ../../pyproject.toml -p vqdeploy
+	pytest
+
+clean:
+	rm -rf .venv build demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
