@@ -12,6 +12,7 @@ import numpy as np
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.autoregressive import Callback, Request, Sampler
 from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.manifest import BatchRange
 
 log = logging.getLogger("vqdeploy")
 
@@ -64,10 +65,11 @@ class Pipeline:
     def __init__(self, bundle: Bundle, threads: int = 0):
         from vqdeploy.runtime.onnxrt import OnnxrtSession
 
+        self.bundle = bundle
         self.manifest = bundle.manifest
-        self._config = bundle.manifest.config
+        self._config, self._batch = bundle.manifest.config, bundle.manifest.batch or BatchRange()
         self._sessions = {stage.name: OnnxrtSession(bundle, stage, threads) for stage in self.manifest.stages}
-        self._sampler = Sampler(self._sessions["step"]) if "step" in self._sessions else None
+        self._sampler: Any = Sampler(self._sessions["step"]) if "step" in self._sessions else None
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -200,7 +202,7 @@ class Pipeline:
         if (mask is None) == (mask_ratio is None):
             raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
         codes = self.encode(images)
-        if mask is None:
+        if mask_ratio is not None:
             if not 0 <= mask_ratio <= 1:
                 raise VqdeployError("the mask ratio is out of range", expected="0..1", found=mask_ratio)
             mask = np.broadcast_to(
@@ -242,23 +244,10 @@ class Pipeline:
             VqdeployError: An argument is out of range, or the plan has no prior.
         """
         start = time.perf_counter()
-        options = self._options(temperature, top_k, top_p)
-        labels = self._check_labels(labels, len(known))
-        known = self._check_codes(known, lowest=-1).reshape(len(known), -1, self.grid[-1])
-        if seed < 0 or first_image < 0:
-            raise VqdeployError(
-                "the seed or image index is negative", expected="0 or more", found=min(seed, first_image)
-            )
-        codes, engine = [], 0.0
-        for part in self._batches(len(known)):
-            images = np.arange(len(known))[part]
-            per_image = {name: np.tile(value, (len(images), 1)) for name, value in self._per_depth(options).items()}
-            request = Request(known[part], labels[part], images + first_image, seed=seed, **per_image)
-            codes.append(self._sampler(request, callback))
-            engine += self._sampler.engine_seconds
+        chosen = self._options(temperature, top_k, top_p)
+        codes, engine = self.sample(known, labels, seed, first_image, chosen, callback)
         sampled = time.perf_counter()
-        grid = np.concatenate(codes).reshape(-1, *self.grid)
-        pictures = self.decode(grid)
+        images = self.decode(codes)
         end = time.perf_counter()
         timings = {
             "steps_s": engine,
@@ -266,7 +255,33 @@ class Pipeline:
             "decode_s": end - sampled,
             "total_s": end - start,
         }
-        return Output(pictures, grid, {"seed": seed, "labels": labels.tolist(), **options}, timings)
+        return Output(images, codes, {"seed": seed, "labels": list(map(int, labels or ())), **chosen}, timings)
+
+    def sample(
+        self,
+        known: np.ndarray,
+        labels: Sequence[int] | None,
+        seed: int = 0,
+        first_image: int = 0,
+        options: dict[str, Any] | None = None,
+        callback: Callback | None = None,
+    ) -> tuple[np.ndarray, float]:
+        """The codes of `complete`, and the seconds that the engine took of it. `options` are complete and checked."""
+        classes = self._check_labels(labels, len(known))
+        known = self._check_codes(known, lowest=-1).reshape(len(known), -1, self.grid[-1])
+        if seed < 0 or first_image < 0:
+            raise VqdeployError(
+                "the seed or image index is negative", expected="0 or more", found=min(seed, first_image)
+            )
+        per_depth = self._per_depth(options or self._options(None, None, None))
+        codes, engine = [], 0.0
+        for part in self._batches(len(known)):
+            images = np.arange(len(known))[part]
+            per_image = {name: np.tile(value, (len(images), 1)) for name, value in per_depth.items()}
+            request = Request(known[part], classes[part], images + first_image, seed=seed, **per_image)
+            codes.append(self._sampler(request, callback))
+            engine += self._sampler.engine_seconds
+        return np.concatenate(codes).reshape(-1, *self.grid), engine
 
     def _options(self, temperature: Any, top_k: Any, top_p: Any) -> dict[str, Any]:
         """The options in force, defaults of the checkpoint filled in, as numbers or lists of one for each depth."""
@@ -327,5 +342,5 @@ class Pipeline:
     def _batches(self, count: int) -> list[slice]:
         if count == 0:
             raise VqdeployError("nothing was asked for", expected="at least one image", found=0)
-        size = self.manifest.batch.max
+        size = self._batch.max
         return [slice(start, start + size) for start in range(0, count, size)]

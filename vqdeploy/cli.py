@@ -274,6 +274,34 @@ def verify(engine: Engine, checkpoint: Checkpoint = None, as_json: Json = False)
 
 
 @app.command()
+def bench(
+    engine: Engine,
+    task: Annotated[
+        list[str] | None, typer.Option(help="generate, encode or decode; repeatable; all by default.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images a call; repeatable; 1 by default.")
+    ] = None,
+    warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Calls that are not counted.")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="Calls that are counted.")] = 5,
+    baseline: Annotated[str, typer.Option(help="PyTorch baselines, split by commas: eager,compile.")] = "",
+    checkpoint: Checkpoint = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times as a PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the tasks of a plan, and the same in PyTorch."""
+    from vqdeploy import bench as benchmark
+
+    baselines = [name for name in baseline.split(",") if name]
+    tasks, sizes = task or benchmark.TASKS, batch_size or (1,)
+    with _progress("timing") as progress:
+        report = benchmark.bench(engine, tasks, sizes, warm_up, iterations, baselines, checkpoint, progress)
+    if plot:
+        benchmark.plot(report, plot)
+    _finish(report, as_json, benchmark.table(report))
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="The plan.")],
     extract: Annotated[Path | None, typer.Option(help="Write the engines into this folder.")] = None,

@@ -117,6 +117,8 @@ def _(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
 def truncate(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Logits [N, K] divided by the temperature, with the codes that top-k and top-p remove at -1e30; see `sample`."""
     scaled = logits.float() / temperature[:, None]
+    if (top_k >= logits.shape[1]).all() and (top_p >= 1).all():
+        return scaled
     ordered = scaled.sort(-1, descending=True).values
     kth = ordered.gather(1, top_k[:, None] - 1)
     probabilities = ordered.masked_fill(ordered < kth, -torch.inf).softmax(-1)

@@ -1,5 +1,6 @@
-"""Pre-norm transformer blocks. How the queries meet the keys is a parameter, so that one block serves training, cached
-sampling and export.
+"""Pre-norm transformer blocks.
+
+How the queries meet the keys is a parameter, so that one block serves training and cached sampling.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class GrowingCache:
-    """Keys and values that grow by concatenation at each call, as in the public samplers."""
+    """Keys and values that grow by concatenation, one entry a call, as in the public samplers."""
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
@@ -27,11 +28,8 @@ class GrowingCache:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.key = key if self.key is None else torch.cat([self.key, key], 2)
         self.value = value if self.value is None else torch.cat([self.value, value], 2)
-        mask = None
-        if query.shape[2] > 1:
-            mask = torch.ones(query.shape[2], self.key.shape[2], dtype=torch.bool, device=query.device)
-            mask = mask.tril(self.key.shape[2] - query.shape[2])
-        return F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=mask)
+        scores = query @ (self.key * query.shape[-1] ** -0.5).transpose(-1, -2)
+        return scores.softmax(-1) @ self.value
 
 
 class Attention(nn.Module):

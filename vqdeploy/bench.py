@@ -1,0 +1,296 @@
+"""`vqdeploy bench`: latency of a plan's tasks, against PyTorch in the same run."""
+
+import gc
+import os
+import platform
+import resource
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.files import replacing_file
+from vqdeploy.runtime import Pipeline, load
+from vqdeploy.runtime.bundle import tensors
+from vqdeploy.runtime.manifest import WEIGHTS
+
+TASKS = ("generate", "encode", "decode")
+BASELINES = ("eager", "compile")
+
+Phases = dict[str, float]
+"""Seconds of the parts of one call, `total` among them."""
+
+
+@dataclass
+class Runner:
+    """Something that can be timed: a call that returns its phases."""
+
+    name: str
+    call: Callable[[], Phases]
+
+
+def bench(
+    engine: Path,
+    tasks: Sequence[str] = TASKS,
+    batch_sizes: Sequence[int] = (1,),
+    warm_up: int = 1,
+    iterations: int = 5,
+    baselines: Sequence[str] = (),
+    checkpoint: Path | None = None,
+    progress: Callable[[str], object] = lambda name: None,
+) -> dict[str, Any]:
+    """Times tasks of a plan, and the same tasks in PyTorch.
+
+    The plan and its baselines take turns, call by call, so that all see the same machine.
+
+    Args:
+        engine: The plan.
+        tasks: Some of `TASKS`. `generate` is the prior alone; `decode` turns its codes into images.
+        batch_sizes: Images per call.
+        warm_up: Calls of each that are not counted.
+        iterations: Calls of each that are.
+        baselines: Some of `BASELINES`.
+        checkpoint: Weights of the baselines; those that the plan was made of, when None.
+        progress: Told what is being timed.
+
+    Returns:
+        `{"results": [...], "ratios": {...}, "environment": {...}}`; see `docs/speed.md`.
+
+    Raises:
+        VqdeployError: A task, baseline or size is not known.
+    """
+    _check(tasks, TASKS, "task")
+    _check(baselines, BASELINES, "baseline")
+    start = time.perf_counter()
+    pipeline = load(engine)
+    load_seconds = time.perf_counter() - start
+    reference = _reference(pipeline, checkpoint) if baselines else None
+    results = []
+    for task in tasks:
+        for batch in batch_sizes:
+            runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch))]
+            for name in baselines:
+                runners.append(Runner(name, reference.call(task, batch, pipeline, compiled=name == "compile")))
+            progress(f"{task}, batch {batch}")
+            results += _measure(runners, task, batch, warm_up, iterations)
+    facts = environment() | {"load_s": load_seconds, "peak_memory_mb": peak_memory_mb(), "plan": _describe(pipeline)}
+    if "generate" in tasks:
+        facts["read_bandwidth_gb_s"] = bandwidth = read_bandwidth()
+        _add_traffic(results, pipeline, bandwidth)
+    return {"results": results, "ratios": ratios(results), "environment": facts}
+
+
+def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
+    if unknown := [name for name in chosen if name not in known]:
+        raise VqdeployError(f"there is no such {kind}", expected=" or ".join(known), found=unknown[0])
+
+
+def _reference(pipeline: Pipeline, checkpoint: Path | None) -> Any:
+    from vqdeploy.baselines import Reference
+
+    return Reference(pipeline.manifest, checkpoint)
+
+
+def _plan_call(pipeline: Pipeline, task: str, batch: int) -> Callable[[], Phases]:
+    rng = np.random.default_rng(0)
+    if task == "encode":
+        images = rng.integers(0, 256, (batch, pipeline.side, pipeline.side, 3), np.uint8)
+        return _timed(lambda: pipeline.encode(images))
+    if task == "decode":
+        codes = rng.integers(0, pipeline.codebook_size, (batch, *pipeline.grid))
+        return _timed(lambda: pipeline.decode(codes))
+    labels = [i % pipeline.classes for i in range(batch)]
+    known = np.full((batch, *pipeline.grid), -1)
+
+    def generate() -> Phases:
+        start = time.perf_counter()
+        engine = pipeline.sample(known, labels, seed=0)[1]
+        total = time.perf_counter() - start
+        return {"total": total, "steps": engine, "host": total - engine}
+
+    return generate
+
+
+def _timed(call: Callable[[], Any]) -> Callable[[], Phases]:
+    def timed() -> Phases:
+        start = time.perf_counter()
+        call()
+        return {"total": time.perf_counter() - start}
+
+    return timed
+
+
+def _measure(runners: list[Runner], task: str, batch: int, warm_up: int, iterations: int) -> list[dict[str, Any]]:
+    for runner in runners:
+        for _ in range(warm_up):
+            runner.call()
+    gc.collect()
+    samples: dict[str, list[Phases]] = {runner.name: [] for runner in runners}
+    for _ in range(iterations):
+        for runner in runners:
+            samples[runner.name].append(runner.call())
+    return [_summary(name, task, batch, phases) for name, phases in samples.items()]
+
+
+def _summary(name: str, task: str, batch: int, phases: list[Phases]) -> dict[str, Any]:
+    totals = np.array([phase["total"] for phase in phases]) * 1e3
+    median = float(np.median(totals))
+    parts = {f"{key}_ms": float(np.median([p[key] for p in phases]) * 1e3) for key in phases[0] if key != "total"}
+    return {
+        "name": name,
+        "task": task,
+        "batch_size": batch,
+        "median_ms": median,
+        "p90_ms": float(np.percentile(totals, 90)),
+        "p99_ms": float(np.percentile(totals, 99)),
+        "images_per_s": batch / median * 1e3,
+        "iterations": len(phases),
+        **parts,
+    }
+
+
+def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times faster the plan is than each baseline, by median, keyed `TASK/bBATCH/BASELINE`."""
+    plan = {(r["task"], r["batch_size"]): r["median_ms"] for r in results if r["name"] == "vqdeploy"}
+    return {
+        f"{r['task']}/b{r['batch_size']}/{r['name']}": r["median_ms"] / plan[r["task"], r["batch_size"]]
+        for r in results
+        if r["name"] != "vqdeploy"
+    }
+
+
+def _add_traffic(results: list[dict[str, Any]], pipeline: Pipeline, bandwidth: float) -> None:
+    """Adds weight bytes read per step, over time, as a share of the read bandwidth.
+
+    Each weight of the step counts once, although the depth transformer is read once for each depth, and of tables that
+    are only gathered from nothing counts.
+    """
+    steps = pipeline.grid[0] * pipeline.grid[1]
+    size = step_weight_bytes(pipeline)
+    for result in results:
+        if result["task"] == "generate" and result["name"] == "vqdeploy":
+            rate = size * steps / result["steps_ms"] / 1e6
+            result |= {"step_ms": result["steps_ms"] / steps, "weight_mb_per_step": size / 1e6}
+            result |= {"weight_gb_s": rate, "share_of_read_bandwidth": rate / bandwidth}
+
+
+def step_weight_bytes(pipeline: Pipeline) -> int:
+    """Bytes of the matrices that one step multiplies by; lookup tables are left out."""
+    weights = tensors(pipeline.bundle.member(WEIGHTS))
+    names = pipeline.manifest.stage("step").weights
+    return sum(weights[name].nbytes for name in names if name.endswith(".weight") and weights[name].ndim == 2)
+
+
+def read_bandwidth(megabytes: int = 1024, repeats: int = 5) -> float:
+    """GB/s at which all cores together read memory that is not in a cache, the best of several tries.
+
+    Each thread takes the dot product of its share with itself, which BLAS does as fast as the data comes.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    data = np.ones(megabytes * 2**20 // 4, np.float32)
+    # Several streams a thread: one alone does not keep the memory busy.
+    parts = [np.array_split(part, 8) for part in np.array_split(data, cores)]
+    best = 0.0
+    for _ in range(repeats):
+        threads = [threading.Thread(target=_read, args=(part,)) for part in parts]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, data.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def _read(parts: list[np.ndarray]) -> None:
+    for part in parts:
+        part.dot(part)
+
+
+def environment() -> dict[str, Any]:
+    """Processor and versions."""
+    versions = {}
+    for name in ("vqdeploy", "onnxruntime", "torch", "numpy"):
+        try:
+            versions[name] = version(name)
+        except ImportError:
+            continue
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, baselines included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _describe(pipeline: Pipeline) -> str:
+    manifest = pipeline.manifest
+    return f"{manifest.system} {manifest.config['preset']} {manifest.precision} {manifest.backend}"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"{'task':9} {'batch':>5} {'':10} {'median':>10} {'p90':>10} {'p99':>10} {'images/s':>9} {'ratio':>6}"]
+    for r in report["results"]:
+        ratio = report["ratios"].get(f"{r['task']}/b{r['batch_size']}/{r['name']}")
+        times = " ".join(f"{r[key]:7.1f} ms" for key in ("median_ms", "p90_ms", "p99_ms"))
+        shown = f"{ratio:5.2f}x" if ratio else ""
+        lines.append(f"{r['task']:9} {r['batch_size']:5} {r['name']:10} {times} {r['images_per_s']:9.2f} {shown:>6}")
+    for r in report["results"]:
+        if "weight_gb_s" in r:
+            lines.append(
+                f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}; weights "
+                f"{r['weight_mb_per_step']:.0f} MB a step, {r['weight_gb_s']:.1f} GB/s, "
+                f"{r['share_of_read_bandwidth']:.0%} of {report['environment']['read_bandwidth_gb_s']:.1f} GB/s read"
+            )
+    facts = report["environment"]
+    lines.append(f"{facts['plan']}; {facts['cpu']}, {facts['cores']} cores; loaded in {facts['load_s']:.2f} s")
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars of the median time of each task and batch size, one colour a runner.
+
+    Raises:
+        VqdeployError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise VqdeployError("plots need matplotlib, which is not installed", fix="pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = report["results"]
+    groups = list(dict.fromkeys((r["task"], r["batch_size"]) for r in results))
+    names = list(dict.fromkeys(r["name"] for r in results))
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(2.2 * len(groups) + 1, 3.2), layout="constrained", squeeze=False
+    )
+    for axis, (task, batch) in zip(axes[0], groups, strict=True):
+        bars = {r["name"]: r["median_ms"] for r in results if (r["task"], r["batch_size"]) == (task, batch)}
+        for i, name in enumerate(names):
+            drawn = axis.bar(i, bars[name], color=f"C{i}")
+            axis.bar_label(drawn, fmt=lambda ms: f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}")
+        axis.set_title(f"{task}, batch {batch}", fontsize=10)
+        axis.set_xticks(range(len(names)), names)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("median time, ms")
+    figure.suptitle(report["environment"]["plan"], fontsize=11)
+    with replacing_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
