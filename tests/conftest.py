@@ -1,0 +1,163 @@
+"""A small system with random weights, its package and its plans, exported once a session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import settings
+
+from vqdeploy import checkpoint
+from vqdeploy.engines.build import build
+from vqdeploy.export.package import export
+from vqdeploy.models import System, SystemConfig, create
+from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.rqtransformer import RQTransformerConfig
+from vqdeploy.models.rqvae import RQVAEConfig
+from vqdeploy.models.system import Sampling
+from vqdeploy.runtime import load
+from vqdeploy.runtime.manifest import BatchRange
+
+settings.register_profile("suite", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("suite")
+
+SMALL = SystemConfig(
+    model="rqvae",
+    preset="small",
+    tokenizer=RQVAEConfig(
+        conv=ConvConfig(
+            resolution=16,
+            channels=16,
+            channel_multipliers=(1, 1, 1),
+            res_blocks=1,
+            attention_resolutions=(),
+            latent_channels=16,
+            norm_groups=4,
+        ),
+        codebook_size=64,
+        code_dim=16,
+    ),
+    prior=RQTransformerConfig(
+        grid=(4, 4, 4), codebook_size=64, code_dim=16, width=64, body_layers=2, head_layers=1, heads=4, classes=3
+    ),
+    labels=("cat", "dog", "eel"),
+    sampling=Sampling(temperature=0.9, top_k=40, top_p=0.95),
+)
+
+
+def lively(config: SystemConfig, seed: int = 0) -> System:
+    """Random weights as large as trained ones, so that what a layer gets wrong is seen in the output."""
+    system = create(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        system.tokenizer.quantizer.codebook.normal_(std=0.5, generator=generator)
+        for weight in system.prior.parameters() if system.prior else ():
+            if weight.ndim > 1:
+                weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    return system
+
+
+@pytest.fixture(scope="session")
+def system():
+    return lively(SMALL)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(system, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    checkpoint.save(system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def package(system, tmp_path_factory):
+    """The ONNX package of `system`. Tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("package") / "small-onnx"
+    export(system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plan(package, tmp_path_factory):
+    """For ONNX Runtime, with its own function bodies."""
+    file = tmp_path_factory.mktemp("plan") / "small.plan"
+    build(package, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def portable_plan(package, tmp_path_factory):
+    """For ONNX Runtime, with the function bodies of the package."""
+    file = tmp_path_factory.mktemp("plan") / "portable.plan"
+    build(package, file, portable=True)
+    return file
+
+
+@pytest.fixture(scope="session")
+def pipeline(plan):
+    return load(plan)
+
+
+@pytest.fixture(scope="session")
+def splitting_pipeline(package, tmp_path_factory):
+    """Splits every request into calls of at most two images."""
+    file = tmp_path_factory.mktemp("plan") / "two.plan"
+    build(package, file, batch=BatchRange(1, 1, 2))
+    return load(file)
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Runs the installed console script: `command("run", "--engine", file, cwd=folder)`."""
+    script = Path(sys.executable).with_name("vqdeploy")
+
+    def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [script, *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    run.script = script
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(command, tmp_path_factory):
+    """The two commands of the user as typed, with the build between them; nothing but their output is kept."""
+    folder = tmp_path_factory.mktemp("tiny")
+    steps = {
+        name: command(*line.split(), cwd=folder)
+        for name, line in (
+            ("export", "export --model rqvae"),
+            ("build", "build"),
+            ("run", "run --engine rqvae.plan"),
+        )
+    }
+    return SimpleNamespace(folder=folder, package=folder / "rqvae-onnx", plan=folder / "rqvae.plan", **steps)
+
+
+@pytest.fixture
+def python():
+    """Runs a script in a fresh interpreter and returns what it printed."""
+
+    def run(script: str, *arguments: object, cwd: Path | None = None) -> str:
+        process = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    return run

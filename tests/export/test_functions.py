@@ -1,0 +1,335 @@
+"""The ONNX function of each operator on ONNX Runtime against the PyTorch operator, in both bodies."""
+
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from vqdeploy.engines.bodies_onnxrt import swap_in
+from vqdeploy.export.functions import DOMAIN, OPSET, functions
+from vqdeploy.models.ops import truncate
+
+ops = torch.ops.vqdeploy
+BODIES = ("portable", "onnxrt")
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+SAMPLING = {
+    "logits": (FLOAT, 2),
+    "noise": (FLOAT, 2),
+    "temperature": (FLOAT, 1),
+    "top_k": (INT64, 1),
+    "top_p": (FLOAT, 1),
+}
+CACHES = {"past_key": (FLOAT, 4), "past_value": (FLOAT, 4)}
+SIGNATURES = {
+    "VQResidual": ({"z": (FLOAT, 2), "codebook": (FLOAT, 2)}, {"codes": (INT64, 2), "quantized": (FLOAT, 2)}),
+    "VQLookup": ({"codes": (INT64, 2), "codebook": (FLOAT, 2)}, {"vectors": (FLOAT, 2)}),
+    "CachedAttention": (
+        {"qkv": (FLOAT, 3), **CACHES, "position": (INT64, 1)},
+        {"attention": (FLOAT, 3), "present_key": (FLOAT, 4), "present_value": (FLOAT, 4)},
+    ),
+    "GumbelSample": (SAMPLING, {"codes": (INT64, 1)}),
+}
+
+
+def values(tensors: dict) -> list[onnx.ValueInfoProto]:
+    """Every dimension stays open, but ONNX Runtime's attention wants to know the heads of its caches."""
+    return [
+        helper.make_tensor_value_info(name, kind, [f"{name}_{i}" for i in range(rank)])
+        for name, (kind, rank) in tensors.items()
+    ]
+
+
+@cache
+def session(name: str, body: str = "portable", depth: int = 4, heads: int = 1) -> ort.InferenceSession:
+    """A model of one node and its function."""
+    inputs, outputs = SIGNATURES[name]
+    attributes = {"plugin_namespace": DOMAIN, "plugin_version": "1"} | (
+        {"depth": depth} if name == "VQResidual" else {}
+    )
+    node = helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
+    model = helper.make_model(
+        helper.make_graph([node], name, values(inputs), values(outputs)),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        functions=[functions(depth)[name]],
+        ir_version=10,
+    )
+    if body == "onnxrt":
+        swap_in(model, heads)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(name: str, *arguments: np.ndarray | torch.Tensor, **kind: object) -> list[np.ndarray]:
+    feed = dict(zip(SIGNATURES[name][0], map(np.asarray, arguments), strict=True))
+    return session(name, **kind).run(None, feed)
+
+
+class TestResidual:
+    @given(st.integers(1, 40), st.integers(1, 33), st.integers(1, 50), st.integers(1, 5), st.integers(0, 2**31))
+    def test_finds_the_codes_of_the_torch_operator(self, count, dim, size, depth, seed):
+        generator = torch.Generator().manual_seed(seed)
+        # On a lattice every product is exact, so that ties are ties in any order of summation.
+        z = torch.randint(-8, 9, (count, dim), generator=generator) / 4
+        codebook = torch.randint(-4, 5, (size, dim), generator=generator) / 4
+        codes, quantized = run("VQResidual", z, codebook, depth=depth)
+        expected, vectors = ops.residual_quantize(z, codebook, depth)
+        np.testing.assert_array_equal(codes, expected)
+        np.testing.assert_array_equal(quantized, vectors)
+
+    @given(st.integers(0, 2**31), st.floats(1e-3, 1e3))
+    def test_chooses_the_nearest_vector_up_to_rounding(self, seed, scale):
+        generator = torch.Generator().manual_seed(seed)
+        z, codebook = (torch.randn(n, 16, generator=generator, dtype=torch.double) * scale for n in (50, 64))
+        codes, quantized = map(torch.from_numpy, run("VQResidual", z.float(), codebook.float()))
+        residual = z
+        for code in codes.T:
+            distances = torch.cdist(residual, codebook).square()
+            chosen = distances.gather(1, code[:, None])[:, 0]
+            assert ((chosen - distances.amin(1)) <= 1e-5 * distances.amax(1)).all()
+            residual = residual - codebook[code]
+        torch.testing.assert_close(quantized.double(), z - residual, rtol=1e-5, atol=1e-5 * scale)
+
+    def test_a_tie_goes_to_the_lowest_index(self):
+        codebook = torch.tensor([[5.0, 5.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])  # the last is as near to rows 1, 2, 3 and 4
+        codes, _ = run("VQResidual", z, codebook, depth=2)
+        assert codes.tolist() == ops.residual_quantize(z, codebook, 2)[0].tolist() == [[1, 4], [3, 4], [1, 3]]
+
+    @pytest.mark.parametrize("value", [1e6, -1e6, 0.0, 1e-20])
+    def test_extreme_vectors(self, value):
+        z, codebook = torch.full((3, 8), value), torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+        codes, quantized = run("VQResidual", z, codebook)
+        expected, vectors = ops.residual_quantize(z, codebook, 4)
+        np.testing.assert_array_equal(codes, expected)
+        np.testing.assert_array_equal(quantized, vectors)
+
+
+class TestLookup:
+    @given(st.integers(1, 40), st.integers(1, 33), st.integers(1, 50), st.integers(1, 5), st.integers(0, 2**31))
+    def test_sums_the_rows(self, count, dim, size, depth, seed):
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(-1, size, (count, depth), generator=generator)
+        codebook = torch.randn(size, dim, generator=generator)
+        (vectors,) = run("VQLookup", codes, codebook)
+        np.testing.assert_allclose(vectors, ops.lookup(codes, codebook), atol=1e-5)
+
+    def test_minus_one_adds_nothing(self):
+        codebook = torch.tensor([[100.0, 200.0], [1.0, 2.0], [10.0, 20.0]])
+        (vectors,) = run("VQLookup", torch.tensor([[1, 2], [1, -1], [-1, -1]]), codebook)
+        assert vectors.tolist() == [[11, 22], [1, 2], [0, 0]]
+
+
+def attention_inputs(batch, length, heads, dim, places, positions, seed):
+    """Random inputs, and garbage in every place that is still empty."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, length, 3 * heads * dim, generator=generator)
+    key, value = torch.randn(2, batch, heads, places, dim, generator=generator).unbind()
+    position = torch.tensor(positions)
+    empty = torch.arange(places) >= position[:, None]
+    for cache_ in (key, value):
+        cache_.masked_fill_(empty[:, None, :, None], 1e4)
+    return qkv, key, value, position
+
+
+def attend(body, heads, qkv, key, value, position):
+    """One call with caches that are updated in place, as the runtime makes it; returns the output and the caches."""
+    names, (batch, length, width) = SIGNATURES["CachedAttention"], qkv.shape
+    bound = session("CachedAttention", body, heads=heads).io_binding()
+    feed = zip(names[0], (qkv, key.clone(), value.clone(), position), strict=True)
+    feed = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feed}
+    for name, x in feed.items():
+        bound.bind_ortvalue_input(name, x)
+    attention = ort.OrtValue.ortvalue_from_numpy(np.empty((batch, length, width // 3), np.float32))
+    for name, x in zip(names[1], (attention, feed["past_key"], feed["past_value"]), strict=True):
+        bound.bind_ortvalue_output(name, x)
+    session("CachedAttention", body, heads=heads).run_with_iobinding(bound)
+    return [torch.from_numpy(x.numpy().copy()) for x in (attention, feed["past_key"], feed["past_value"])]
+
+
+def check_attention(body, heads, qkv, key, value, position):
+    attention, keys, values_ = attend(body, heads, qkv, key, value, position)
+    expected = ops.cached_attention(qkv, key, value, position)
+    np.testing.assert_allclose(attention, expected[0], atol=2e-5)
+    np.testing.assert_array_equal(keys, expected[1])
+    np.testing.assert_array_equal(values_, expected[2])
+
+
+class TestCachedAttention:
+    @pytest.mark.parametrize("body", BODIES)
+    @given(data=st.data())
+    def test_one_entry_at_a_position_of_each_sample(self, body, data):
+        batch, heads = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 4), "heads")
+        places, dim = data.draw(st.integers(1, 20), "places"), 8 * data.draw(st.integers(1, 4), "dim / 8")
+        positions = data.draw(st.lists(st.integers(0, places - 1), min_size=batch, max_size=batch), "positions")
+        inputs = attention_inputs(batch, 1, heads, dim, places, positions, data.draw(st.integers(0, 2**31), "seed"))
+        check_attention(body, heads, *inputs)
+
+    @pytest.mark.parametrize("body", BODIES)
+    @given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 5), st.integers(0, 2**31))
+    def test_a_prefix_is_causal(self, body, batch, length, spare, seed):
+        check_attention(body, 2, *attention_inputs(batch, length, 2, 16, length + spare, [0] * batch, seed))
+
+    @given(st.integers(2, 5), st.integers(0, 2**31), st.lists(st.integers(0, 7), min_size=3, max_size=3))
+    def test_the_portable_body_takes_a_chunk_at_any_position(self, length, seed, positions):
+        check_attention("portable", 2, *attention_inputs(3, length, 2, 8, 12, positions, seed))
+
+    @pytest.mark.parametrize("body", BODIES)
+    def test_what_lies_behind_the_position_does_not_matter(self, body):
+        qkv, key, value, position = attention_inputs(2, 1, 2, 8, 6, [0, 3], 0)
+        clean = [c.masked_fill((torch.arange(6) >= position[:, None])[:, None, :, None], 0) for c in (key, value)]
+        dirty = attend(body, 2, qkv, key, value, position)
+        np.testing.assert_array_equal(dirty[0], attend(body, 2, qkv, *clean, position)[0])
+
+    @pytest.mark.parametrize("body", BODIES)
+    def test_entries_one_by_one_give_what_the_prefix_gives(self, body):
+        qkv, key, value, _ = attention_inputs(2, 5, 2, 8, 5, [0, 0], 0)
+        whole = attend(body, 2, qkv, key, value, torch.zeros(2, dtype=torch.int64))
+        for i in range(5):
+            step = attend(body, 2, qkv[:, i : i + 1], key, value, torch.full((2,), i))
+            np.testing.assert_allclose(step[0][:, 0], whole[0][:, i], atol=1e-5)
+            key, value = step[1:]
+        np.testing.assert_array_equal(key, whole[1])
+
+    @pytest.mark.parametrize("body", BODIES)
+    def test_large_scores_do_not_overflow(self, body):
+        qkv, key, value, position = attention_inputs(2, 1, 2, 8, 6, [2, 4], 0)
+        check_attention(body, 2, qkv * 30, key * 30, value, position)
+
+
+def sample(body, logits, noise=None, temperature=1.0, top_k=None, top_p=1.0):
+    """Codes of a body for options given as numbers or as one a row."""
+    logits = torch.as_tensor(logits, dtype=torch.float32)
+    rows, size = logits.shape
+    options = [
+        torch.broadcast_to(torch.as_tensor(value, dtype=kind), (rows,)).clone()
+        for value, kind in (
+            (temperature, torch.float32),
+            (size if top_k is None else top_k, torch.int64),
+            (top_p, torch.float32),
+        )
+    ]
+    noise = torch.zeros(rows, size) if noise is None else torch.as_tensor(noise, dtype=torch.float32)
+    if body == "torch":
+        return ops.sample(logits, noise, *options).tolist()
+    return run("GumbelSample", logits, noise, *options, body=body)[0].tolist()
+
+
+def kept(body, logits, **options):
+    """The codes that truncation leaves in: each in turn is pushed by noise, and wins if it is still there."""
+    size = len(logits)
+    winners = sample(body, [logits] * size, 1e6 * np.eye(size), **options)
+    return {code for i, code in enumerate(winners) if code == i}
+
+
+LOGITS = np.log([0.15, 0.5, 0.05, 0.3])
+
+
+@pytest.mark.parametrize("body", [*BODIES, "torch"])
+class TestTruncation:
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"top_p": 0.79}, {1, 3}),
+            ({"top_p": 0.81}, {0, 1, 3}),
+            ({"top_p": 0.49}, {1}),
+            ({"top_p": 1e-6}, {1}),
+            ({"top_p": 0.0}, {1}),
+            ({"top_p": 0.96}, {0, 1, 2, 3}),
+            ({"top_p": 1.0}, {0, 1, 2, 3}),
+            ({"top_k": 1}, {1}),
+            ({"top_k": 3}, {0, 1, 3}),
+            ({"top_k": 4}, {0, 1, 2, 3}),
+            # top-k comes first: of .5 and .3 the first has .625
+            ({"top_k": 2, "top_p": 0.6}, {1}),
+            ({"top_k": 2, "top_p": 0.65}, {1, 3}),
+            # temperature comes first: .25 .09 .0225 .0025 -> .685 .247
+            ({"temperature": 0.5, "top_p": 0.68}, {1}),
+            ({"temperature": 0.5, "top_p": 0.69}, {1, 3}),
+        ],
+    )
+    def test_keeps(self, body, options, expected):
+        assert kept(body, LOGITS, **options) == expected
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"top_k": 1}, {0}),
+            ({"top_k": 2}, {0, 1, 2}),
+            ({"top_k": 3}, {0, 1, 2}),
+            ({"top_k": 4}, {0, 1, 2, 3}),
+            ({"top_p": 0.6}, {0, 1, 2}),
+        ],
+    )
+    def test_ties_are_kept(self, body, options, expected):
+        assert kept(body, [2.0, 1.0, 1.0, 0.0], **options) == expected
+
+    def test_equal_logits_are_all_kept_whatever_k_and_p(self, body):
+        assert kept(body, [1.0] * 5, top_k=1, top_p=0.1) == {0, 1, 2, 3, 4}
+
+    def test_options_of_a_row_are_its_own(self, body):
+        noise = np.zeros((6, 4))
+        noise[:, 2] = 100  # pushes the least likely code
+        options = {
+            "top_k": [4, 1, 4, 3, 4, 4],
+            "top_p": [1, 1, 0.5, 1, 0.96, 0.79],
+            "temperature": [1, 1, 1, 1, 1, 0.1],
+        }
+        noise[3, 0] = 200
+        assert sample(body, [LOGITS] * 6, noise, **options) == [2, 1, 1, 0, 2, 1]
+
+    @pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e3])
+    def test_temperature_divides_the_logits_and_not_the_noise(self, body, temperature):
+        logits, noise = [[0.0, 0.5]], [[1.0, 0.0]]
+        assert sample(body, logits, noise, temperature=temperature) == [int(0.5 / temperature > 1)]
+
+    def test_without_noise_equal_logits_give_the_lowest_code(self, body):
+        assert sample(body, [[0.0, 3.0, 3.0, 1.0]]) == [1]
+
+    @pytest.mark.parametrize("scale", [1e-6, 1e4])
+    def test_small_and_large_logits(self, body, scale):
+        assert kept(body, np.array([3.0, 1.0, 2.0, 0.0]) * scale, top_k=2) == {0, 2}
+
+    def test_one_code_to_choose_from(self, body):
+        assert sample(body, [[0.3], [-2.0]], top_k=1, top_p=0.5) == [0, 0]
+
+
+@st.composite
+def requests(draw):
+    """Rows of logits on a lattice, where neighbours are equal or clearly apart, and options of each row."""
+    rows, size = draw(st.integers(1, 6)), draw(st.integers(1, 300))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    spread = draw(st.integers(1, 80))
+    logits = rng.integers(-spread, spread + 1, (rows, size)).astype(np.float32) / 8
+    temperature = rng.choice(np.array([0.25, 0.5, 1, 2, 4], np.float32), rows)
+    top_k = rng.choice([1, size, *rng.integers(1, size + 1, 3)], rows)
+    top_p = rng.choice(np.array([1, 1e-4, *rng.random(3)], np.float32), rows)
+    return logits, rng.gumbel(size=(rows, size)).astype(np.float32), temperature, top_k, top_p
+
+
+@pytest.mark.parametrize("body", BODIES)
+@settings(max_examples=60)
+@given(request=requests())
+def test_sampling_agrees_with_torch(body, request):
+    logits, noise, temperature, top_k, top_p = map(torch.from_numpy, request)
+    # Bodies sum probabilities in different orders. Where p meets a prefix sum to the last bits, either is right.
+    results = [truncate(logits, temperature, top_k, (top_p + shift).clamp(0, 1)) for shift in (-1e-5, 1e-5)]
+    assume(torch.equal(*(torch.where(top_p[:, None] < 1, result, 0) for result in results)))
+    assert run("GumbelSample", *request, body=body)[0].tolist() == ops.sample(*map(torch.from_numpy, request)).tolist()
+
+
+def test_names_differ_from_those_of_onnx_operators():
+    """TensorRT finds operators by name alone, whatever their domain."""
+    assert not {name for name in functions(2) if onnx.defs.has(name)}
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_functions_are_valid_onnx(depth):
+    for function in functions(depth).values():
+        onnx.checker.check_function(function)
