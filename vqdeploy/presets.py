@@ -16,16 +16,26 @@ _UNCONDITIONAL_SAMPLING = Sampling(top_k=250)
 
 
 def _rqvae(
-    preset: str, tokenizer: RQVAEConfig, prior: RQTransformerConfig | None, sampling: Sampling = Sampling(), labels=()
+    preset: str,
+    tokenizer: RQVAEConfig,
+    prior: RQTransformerConfig | None,
+    sampling: Sampling = Sampling(),
+    labels: tuple[str, ...] = (),
 ) -> SystemConfig:
     return SystemConfig("rqvae", preset, tokenizer, prior, labels, sampling)
 
 
 def _prior(
-    width: int, body: int, head: int, classes: int = 1000, codes: int = 16384, **rest: int
+    width: int, body: int, head: int, classes: int = 1000, codes: int = 16384, condition_length: int = 1
 ) -> RQTransformerConfig:
     return RQTransformerConfig(
-        width=width, body_layers=body, head_layers=head, heads=width // 64, classes=classes, codebook_size=codes, **rest
+        codebook_size=codes,
+        width=width,
+        body_layers=body,
+        head_layers=head,
+        heads=width // 64,
+        classes=classes,
+        condition_length=condition_length,
     )
 
 
@@ -48,7 +58,7 @@ _TINY_PRIOR = RQTransformerConfig(
 
 # Sizes and sampling options of kakaobrain/rq-vae-transformer, its configuration files and model cards.
 _RQVAE = [
-    _rqvae("tiny", _TINY_TOKENIZER, _TINY_PRIOR, labels=tuple("0123456789")),
+    _rqvae("tiny", _TINY_TOKENIZER, _TINY_PRIOR, Sampling(top_p=0.95), labels=tuple("0123456789")),
     _rqvae("bench", _IMAGENET, _prior(512, 24, 4)),
     _rqvae("ffhq-350m", _FFHQ, _prior(1024, 24, 4, classes=1, codes=2048), _UNCONDITIONAL_SAMPLING),
     _rqvae("church-350m", _IMAGENET, _prior(1024, 24, 4, classes=1), _UNCONDITIONAL_SAMPLING),

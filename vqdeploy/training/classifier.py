@@ -1,6 +1,7 @@
 """A small classifier of the real images, the judge of class-conditional samples."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class ImageClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(to_range(images, (-1.0, 1.0)))
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         """AdamW."""
         optimizer = torch.optim.AdamW(self.parameters(), self.recipe.classifier_learning_rate)
         scheduler = schedule(optimizer, self.recipe.classifier_steps)

@@ -1,5 +1,6 @@
 """Images to train on, as pairs of uint8 [3, R, R] and a label, with a fixed part held out."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +18,23 @@ _CUBIC = Image.Resampling.BICUBIC
 _LANCZOS = Image.Resampling.LANCZOS
 
 
-class Data(NamedTuple):
-    """`labels` names the classes and is empty when there are none; the label of every image is then 0."""
+class Images(Dataset[Item]):
+    """A dataset of known length."""
 
-    train: Dataset[Item]
-    held_out: Dataset[Item]
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Data(NamedTuple):
+    """`labels` names the classes and is empty when there are none; the label of every image is then 0.
+
+    `workers` is the number of processes that it takes to load the images as fast as they are needed.
+    """
+
+    train: Images
+    held_out: Images
     labels: tuple[str, ...]
+    workers: int = 0
 
 
 def open_data(name: str, resolution: int) -> Data:
@@ -40,7 +52,7 @@ def open_data(name: str, resolution: int) -> Data:
         ) from error
 
 
-class Digits(Dataset[Item]):
+class Digits(Images):
     """Scikit-learn's handwritten digits of 8x8 pixels, enlarged; turned, scaled and shifted a little in training."""
 
     MARGIN = 1  # pixels of the 8x8 original left free around the digit
@@ -82,7 +94,7 @@ def _digits(resolution: int) -> Data:
     )
 
 
-class Crops(Dataset[Item]):
+class Crops(Images):
     """Square crops of a few large images, mirrored at random; the label is the image.
 
     An epoch has `length` crops. The crops are new each time, or with `fixed` the same for the same index.
@@ -122,7 +134,7 @@ def _photos(resolution: int) -> Data:
     )
 
 
-class Files(Dataset[Item]):
+class Files(Images):
     """Image files, cut square and resized; in training a random part of 75 to 100 % of the side, mirrored at random."""
 
     def __init__(self, files: list[tuple[Path, int]], resolution: int, augment: bool):
@@ -160,6 +172,7 @@ def _folder(folder: Path, resolution: int) -> Data:
         Files([files[i] for i in order[held_out:]], resolution, augment=True),
         Files([files[i] for i in order[:held_out]], resolution, augment=False),
         labels,
+        min(os.cpu_count() or 1, 8) if resolution > 64 else 0,
     )
 
 
@@ -197,3 +210,9 @@ def to_uint8(images: Tensor, pixel_range: tuple[float, ...]) -> Tensor:
     """Images in the range of a model -> uint8, rounded."""
     low, high = pixel_range
     return ((images.float() - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def images_of(dataset: Images) -> tuple[Tensor, Tensor]:
+    """All images [N, 3, R, R] of a dataset, and their labels [N]."""
+    items = [dataset[i] for i in range(len(dataset))]
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

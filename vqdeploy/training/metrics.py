@@ -26,12 +26,11 @@ def codebook_use(codes: Tensor, size: int) -> dict[str, list[float]]:
 def reconstruct(tokenizer: RQVAE, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Images -> their reconstructions, and the codes between."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
-    parts = []
+    pixels, codes = [], []
     for part in images.split(batch_size):
-        codes = tokenizer.encode(to_range(part.to(device), pixel_range))
-        parts.append((to_uint8(tokenizer.decode(codes), pixel_range).cpu(), codes.cpu()))
-    pixels, codes = zip(*parts, strict=True)
-    return torch.cat(pixels), torch.cat(codes)
+        codes.append(tokenizer.encode(to_range(part.to(device), pixel_range)))
+        pixels.append(to_uint8(tokenizer.decode(codes[-1]), pixel_range))
+    return torch.cat(pixels).cpu(), torch.cat(codes).cpu()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Stage 2: the prior learns the codes of the frozen tokenizer (section 3.3 of the RQ-VAE paper)."""
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class PriorTraining(LightningModule):
         for frozen in filter(None, (system.tokenizer, classifier)):
             frozen.requires_grad_(False).eval()
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         """AdamW as in the paper."""
         parameters = self.system.prior.parameters()
         optimizer = torch.optim.AdamW(parameters, self.recipe.prior_learning_rate, (0.9, 0.95), weight_decay=1e-4)

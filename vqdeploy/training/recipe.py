@@ -33,13 +33,13 @@ class Recipe(Config):
 
 
 _TINY = Recipe(
-    steps=1000,
-    prior_steps=2500,
+    steps=800,
+    prior_steps=2000,
     classifier_steps=500,
     batch_size=64,
     learning_rate=2e-3,
-    prior_learning_rate=2e-3,
-    soft_temperature=0.05,
+    prior_learning_rate=1.5e-3,
+    soft_temperature=0.003,
     stored_dtype="float16",
 )
 

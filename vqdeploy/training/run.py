@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from vqdeploy.files import read_json, replacing_folder, write_json
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.presets import preset as find_preset
 from vqdeploy.training.classifier import ImageClassifier
-from vqdeploy.training.data import Data, open_data
+from vqdeploy.training.data import Data, images_of, open_data
 from vqdeploy.training.grids import write_grid
 from vqdeploy.training.metrics import codebook_use, diversity, generate, psnr, reconstruct
 from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.recipe import recipe as find_recipe
-from vqdeploy.training.stage import images_of, run_stage
+from vqdeploy.training.stage import run_stage
 from vqdeploy.training.tokenizer import TokenizerTraining
 
 _SAMPLES = 1000  # for the class accuracy that is reported
@@ -100,9 +99,18 @@ def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
             raise VqdeployError(f"{output} has no training that was cut", fix="run it without --resume")
         with replacing_folder(state, "asked.json") as new:
             write_json(new / "asked.json", asked)
-    elif (before := read_json(state / "asked.json")) != asked:
-        raise VqdeployError("the training that was cut had other options", expected=before, found=asked)
+    _compare(_flat(read_json(state / "asked.json")), _flat(asked))
     return state
+
+
+def _flat(asked: dict[str, Any]) -> dict[str, Any]:
+    return {**asked, **asked["recipe"], "recipe": None}
+
+
+def _compare(before: dict[str, Any], asked: dict[str, Any]) -> None:
+    if odd := sorted(key for key in before | asked if before.get(key) != asked.get(key)):
+        expected, found = (", ".join(f"{key} {side.get(key)}" for key in odd) for side in (before, asked))
+        raise VqdeployError("the training that was cut had other options", expected=expected, found=found)
 
 
 def _train(
@@ -113,9 +121,8 @@ def _train(
 
     def stage(name: str, module: LightningModule, steps: int, **options: Any) -> None:
         seed_everything(seed, verbose=False)
-        start = time.monotonic()
-        run_stage(module, data, steps, recipe.batch_size, state / f"{name}.ckpt", **options)
-        seconds[name] = round(time.monotonic() - start, 1)
+        elapsed = run_stage(module, data, steps, recipe.batch_size, state / f"{name}.ckpt", **options)
+        seconds[name] = round(elapsed, 1)
 
     stage("tokenizer", first, recipe.steps)
     if system.prior is None:

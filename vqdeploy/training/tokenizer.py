@@ -50,10 +50,10 @@ class TokenizerTraining(LightningModule):
         error = F.mse_loss(reconstruction, x)
         self.log("mse", error, prog_bar=True)
         loss = error + self._perceptual(reconstruction, x)
-        if self.discriminator is not None:
-            loss = loss + self._adversarial(reconstruction, loss)
+        if self.discriminator:
+            loss = loss + self._adversarial(self.discriminator(reconstruction), loss)
         self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)
-        if self.discriminator is not None:
+        if self.discriminator:
             logits = self.discriminator(x), self.discriminator(reconstruction.detach())
             self._step(1, self.recipe.adversarial_weight * discriminator_loss(*logits))
 
@@ -61,20 +61,18 @@ class TokenizerTraining(LightningModule):
         terms = [network.to(x.device)(reconstruction, x).mean() for network in self.perceptual]
         return self.recipe.perceptual_weight * sum(terms, x.new_zeros(()))
 
-    def _adversarial(self, reconstruction: Tensor, loss: Tensor) -> Tensor:
-        generator = generator_loss(self.discriminator(reconstruction))
+    def _adversarial(self, logits: Tensor, loss: Tensor) -> Tensor:
+        generator = generator_loss(logits)
         balance = adaptive_weight(loss, generator, last_layer(self.tokenizer.decoder))
         self.log_dict({"generator": generator, "balance": balance}, prog_bar=True)
         return self.recipe.adversarial_weight * balance * generator
 
     def _step(self, which: int, loss: Tensor) -> None:
-        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
-        optimizer = optimizers[which] if isinstance(optimizers, list) else optimizers
-        scheduler = schedulers[which] if isinstance(schedulers, list) else schedulers
+        optimizer = _pick(self.optimizers(), which)
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
-        scheduler.step()
+        _pick(self.lr_schedulers(), which).step()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Keeps held-out images, their reconstructions and codes."""
@@ -91,3 +89,8 @@ class TokenizerTraining(LightningModule):
         values = {"psnr": psnr(reconstructions, images), **values}
         self.log_dict(values, prog_bar=True)
         logger.info("tokenizer: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+
+def _pick(group: Any, which: int) -> Any:
+    """One of Lightning's optimizers or schedules, which are a list only when there are several."""
+    return group[which] if isinstance(group, list) else group
