@@ -1,0 +1,1 @@
+"""From an ONNX package to a plan, one module a backend."""

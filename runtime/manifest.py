@@ -70,7 +70,7 @@ class Manifest(Config):
     batch: BatchRange | None = None
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Any) -> Self:
         """Checks the format version before anything else.
 
         Raises:

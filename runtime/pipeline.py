@@ -16,6 +16,8 @@ from vqdeploy.runtime.manifest import BatchRange
 
 log = logging.getLogger("vqdeploy")
 
+_CALL_PIXELS = 256 * 256
+
 PerDepth = float | Sequence[float]
 """One value for all depths, or one for each."""
 
@@ -51,7 +53,7 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
     if backend != "onnxrt":
         raise VqdeployError(
             f"{path} was built for {backend} and cannot run here",
-            expected=f"an NVIDIA GPU of {' or '.join(bundle.manifest.targets)} and a version of vqdeploy that drives it",
+            expected=f"an NVIDIA GPU of {' or '.join(bundle.manifest.targets)} and a vqdeploy that drives it",
             found="ONNX Runtime only",
             fix="vqdeploy build PACKAGE --backend onnxrt",
         )
@@ -131,7 +133,7 @@ class Pipeline:
                 found=f"{images.dtype} {list(images.shape)}",
             )
         run = self._sessions["encode"].run
-        return np.concatenate([run(image=images[part])["codes"] for part in self._batches(len(images))])
+        return np.concatenate([run(image=images[part])["codes"] for part in self._image_batches(len(images))])
 
     def decode(self, codes: np.ndarray, depth: int | None = None) -> np.ndarray:
         """Codes int64 [B, *grid] -> images uint8 [B, H, W, 3].
@@ -149,7 +151,7 @@ class Pipeline:
                 raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
             codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
         run = self._sessions["decode"].run
-        return np.concatenate([run(codes=codes[part])["image"] for part in self._batches(len(codes))])
+        return np.concatenate([run(codes=codes[part])["image"] for part in self._image_batches(len(codes))])
 
     def reconstruct(self, images: np.ndarray, depth: int | None = None) -> np.ndarray:
         """Images -> their codes -> images, as `encode` and `decode`."""
@@ -275,7 +277,7 @@ class Pipeline:
             )
         per_depth = self._per_depth(options or self._options(None, None, None))
         codes, engine = [], 0.0
-        for part in self._batches(len(known)):
+        for part in self._batches(len(known), self._batch.max):
             images = np.arange(len(known))[part]
             per_image = {name: np.tile(value, (len(images), 1)) for name, value in per_depth.items()}
             request = Request(known[part], classes[part], images + first_image, seed=seed, **per_image)
@@ -339,8 +341,11 @@ class Pipeline:
             raise VqdeployError("codes are out of range", expected=f"{lowest}..{self.codebook_size - 1}", found=found)
         return codes.astype(np.int64)
 
-    def _batches(self, count: int) -> list[slice]:
+    def _image_batches(self, count: int) -> list[slice]:
+        """Batches for the tokenizer, small enough for the feature maps to stay in the caches of a CPU."""
+        return self._batches(count, min(self._batch.max, max(1, _CALL_PIXELS // self.side**2)))
+
+    def _batches(self, count: int, size: int) -> list[slice]:
         if count == 0:
             raise VqdeployError("nothing was asked for", expected="at least one image", found=0)
-        size = self._batch.max
         return [slice(start, start + size) for start in range(0, count, size)]

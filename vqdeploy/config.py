@@ -13,7 +13,7 @@ class Config:
     """Base of every configuration."""
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: Any) -> Self:
         """Builds the configuration, nested ones included.
 
         Raises:
@@ -42,7 +42,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         (hint,) = [option for option in typing.get_args(hint) if option is not type(None)]
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and issubclass(hint, Config):
         return hint.from_dict(value)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):

@@ -132,7 +132,7 @@ def _smooth_images(side: int, rng: np.random.Generator) -> np.ndarray:
     return (smooth * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def _far_codes(tokenizer: torch.nn.Module, latents: Tensor, codes: Tensor) -> int:
+def _far_codes(tokenizer: Any, latents: Tensor, codes: Tensor) -> int:
     """How many codes are farther from their residual than the nearest one is, given the codes before them."""
     residual, far = latents.flatten(0, -2), 0
     for code in codes.flatten(0, -2).unbind(-1):
@@ -196,10 +196,11 @@ def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> li
     """Whole generations by the margin rule for tokens; an image alone against the same image in a batch."""
     labels = [i % pipeline.classes for i in range(_IMAGES)]
     checks = []
-    for name, options in (
-        ("whole distribution", {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
-        ("truncated", {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}),
-    ):
+    distributions: dict[str, dict[str, Any]] = {
+        "whole distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        "truncated": {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9},
+    }
+    for name, options in distributions.items():
         result = pipeline.generate(labels, seed=1, **options)
         far = _far_tokens(pipeline, system, result.codes, labels, 0, options, tolerance)
         checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far.sum(), 0))
@@ -286,7 +287,7 @@ def _close_calls(
 def table(report: dict[str, Any]) -> str:
     """The report as text, one check a line."""
     lines = [
-        f"{'ok  ' if c['passed'] else 'FAIL'} {c['stage']:9} {c['metric']:58} {c['value']:<12.4g} limit {c['limit']:.4g}"
+        f"{'ok  ' if c['passed'] else 'FAIL'} {c['stage']:9} {c['metric']:58} {c['value']:<9.3g} limit {c['limit']:.4g}"
         for c in report["checks"]
     ]
     return "\n".join([*lines, "PASSED" if report["passed"] else "FAILED"])

@@ -5,6 +5,7 @@ checkpoints, so that their weights fit.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,6 +129,8 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Image [B, 3, H, W] -> latent [B, latent_channels, H / f, W / f]."""
 
+    down: Any  # list of Level, each with `downsample`
+
     def __init__(self, config: ConvConfig):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
@@ -151,6 +154,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Latent [B, latent_channels, h, w] -> image [B, 3, h * f, w * f]. `up[i]` is the level of `Encoder.down[i]`."""
+
+    up: Any  # list of Level, each with `upsample`
 
     def __init__(self, config: ConvConfig):
         super().__init__()

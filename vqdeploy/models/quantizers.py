@@ -24,6 +24,10 @@ class ResidualQuantizer(nn.Module):
     moving average no longer counts once a step is restarted from a vector of the batch.
     """
 
+    codebook: Tensor  # [K, D]
+    cluster_size_ema: Tensor  # [K]
+    embed_ema: Tensor  # [K, D]
+
     def __init__(self, codebook_size: int, dim: int, depth: int, decay: float = 0.99):
         super().__init__()
         self.depth, self.decay = depth, decay

@@ -62,6 +62,8 @@ class RQTransformer(nn.Module):
     not saved with the prior.
     """
 
+    codebook: Tensor
+
     def __init__(self, config: RQTransformerConfig, codebook: Tensor):
         super().__init__()
         self.config = config
@@ -118,7 +120,8 @@ class RQTransformer(nn.Module):
         Returns:
             Codes [B, h, w, Q].
         """
-        body, codes = self.body_transformer.growing_caches(), []
+        body = self.body_transformer.growing_caches()
+        codes: list[Tensor] = []
         for position in range(self.config.positions):
             entry = self.embed_condition(labels) if not codes else self.embed_codes(codes[-1][:, None], position - 1)
             context = self.body_transformer(entry, body)[:, -1:]
@@ -127,7 +130,8 @@ class RQTransformer(nn.Module):
         return torch.stack(codes, 1).view(len(labels), *self.config.grid)
 
     def _sample_depths(self, context: Tensor, noise: Tensor, *options: Tensor) -> Tensor:
-        caches, entry, total, codes = self.head_transformer.growing_caches(), context, 0, []
+        caches, entry, codes = self.head_transformer.growing_caches(), context, []
+        total = torch.zeros_like(self.codebook[0])
         for depth in range(self.config.depth):
             hidden = self.head_transformer(entry + self.pos_emb_d[:, depth], caches)
             logits = self.classifier(hidden[:, 0])

@@ -45,7 +45,7 @@ class SystemConfig(Config):
     sampling: Sampling = Sampling()
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "SystemConfig":
+    def from_dict(cls, data: Any) -> "SystemConfig":
         if not isinstance(data, dict) or data.get("model") not in ARCHITECTURES:
             found = data.get("model") if isinstance(data, dict) else data
             raise ArtifactError("the configuration names no known model", expected=sorted(ARCHITECTURES), found=found)
@@ -57,6 +57,9 @@ class SystemConfig(Config):
 
 class System(nn.Module):
     """Tokenizer and prior of one configuration; `prior` is None when there is none."""
+
+    tokenizer: Any
+    prior: Any
 
     def __init__(self, config: SystemConfig):
         super().__init__()
