@@ -1,12 +1,15 @@
 """The stages of RQ-VAE with RQ-Transformer: `encode`, `decode` and `step`."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export.layers import DecodeBlock, ImageInput, ImageOutput, Projection
+from vqdeploy.export.layers import DecodeBlock, ImageInput, ImageOutput, Projection, SplitUpsample
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models import System
+from vqdeploy.models.conv import Upsample
 from vqdeploy.models.rqtransformer import RQTransformer
 from vqdeploy.models.rqvae import RQVAE
 
@@ -29,7 +32,10 @@ class Decode(nn.Module):
     def __init__(self, tokenizer: RQVAE):
         super().__init__()
         self.output = ImageOutput(tokenizer.config.pixel_range)
-        self.tokenizer = tokenizer
+        self.tokenizer = copy.deepcopy(tokenizer)
+        for level in self.tokenizer.decoder.up:
+            if isinstance(level.upsample, Upsample):
+                level.upsample = SplitUpsample(level.upsample)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.output(self.tokenizer.decode(codes))
