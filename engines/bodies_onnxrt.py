@@ -109,6 +109,32 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 }"""
 
 
+# ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map.
+_GROUP_NORM = """
+<opset_import: ["" : 24], domain: "vqdeploy">
+GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
+{
+    batch = Constant <value_ints = [0]> ()
+    rest = Constant <value_ints = [-1]> ()
+    columns = Constant <value_ints = [1, 2]> ()
+    one = Constant <value = float {1.0}> ()
+    zero = Constant <value = float {0.0}> ()
+    count = Constant <value_int: int = @num_groups> ()
+    groups = Unsqueeze (count, batch)
+    grouped_shape = Concat <axis = 0> (batch, groups, rest)
+    grouped = Reshape (x, grouped_shape)
+    ones = Expand (one, groups)
+    zeros = Expand (zero, groups)
+    normalized = InstanceNormalization <epsilon: float = @epsilon> (grouped, ones, zeros)
+    shape = Shape (x)
+    maps = Reshape (normalized, shape)
+    scale_columns = Unsqueeze (scale, columns)
+    bias_columns = Unsqueeze (bias, columns)
+    scaled = Mul (maps, scale_columns)
+    y = Add (scaled, bias_columns)
+}"""
+
+
 def swap_in(model: onnx.ModelProto, heads: int) -> None:
     """Replaces the bodies of a graph's functions. `heads` is the number of attention heads."""
     bodies = {
@@ -117,5 +143,8 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     }
     functions = [bodies.get(function.name, function) for function in model.functions]
     del model.functions[:]
-    model.functions.extend(functions)
+    model.functions.extend([*functions, onnx.parser.parse_function(_GROUP_NORM)])
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    for node in model.graph.node:
+        if node.op_type == "GroupNormalization":
+            node.domain, node.op_type = "vqdeploy", "GroupNorm"
