@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
@@ -89,8 +90,8 @@ class Step(nn.Module):
     def embed(self, codes: Tensor, label: Tensor, position: Tensor) -> Tensor:
         """Entries position..position + S - 1 [B, S, width]."""
         entry = position[:, None] + torch.arange(codes.shape[1])
-        x = self.input_table[codes].sum(2) + self.places[(entry - 1).clamp(min=0)]
-        return torch.where((entry == 0)[:, :, None], self.labels[label][:, None], x)
+        x = F.embedding(codes, self.input_table).sum(2) + F.embedding((entry - 1).clamp(min=0), self.places)
+        return torch.where((entry == 0)[:, :, None], F.embedding(label, self.labels)[:, None], x)
 
     def sample_depths(self, context: Tensor, noise: Tensor, *options: Tensor) -> tuple[Tensor, Tensor]:
         """Context [B, 1, width] -> codes [B, Q] and logits [B, Q, K], depth by depth."""
@@ -103,7 +104,7 @@ class Step(nn.Module):
             logits.append(self.classifier(self.norm(x))[:, 0])
             columns = (option[:, depth] for option in options)
             codes.append(torch.ops.vqdeploy.sample(logits[-1], noise[:, depth], *columns))
-            total = self.head_table[codes[-1]].unsqueeze(1)
+            total = F.embedding(codes[-1], self.head_table).unsqueeze(1)
             sums = total if depth == 0 else sums + total  # noqa: F821
             x = sums
         return torch.stack(codes, 1), torch.stack(logits, 1)
