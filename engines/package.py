@@ -27,7 +27,7 @@ def read(folder: Path) -> Manifest:
         if (found := sha256(file)) != expected:
             raise ArtifactError(
                 f"{file} was changed after it was exported",
-                expected=f"sha256 {expected[:12]}",
+                expected=f"sha256 {str(expected)[:12]}",
                 found=found[:12],
                 fix="vqdeploy export",
             )

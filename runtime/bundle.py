@@ -15,7 +15,7 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
-from vqdeploy.runtime.manifest import FILE, Manifest
+from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest
 
 ALIGNMENT = 4096
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign uses
@@ -62,7 +62,7 @@ class Bundle:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise VqdeployError(f"{path} does not exist", fix="vqdeploy build PACKAGE") from error
-        except (zipfile.BadZipFile, struct.error, ValueError, KeyError, EOFError) as error:
+        except (zipfile.BadZipFile, struct.error, ValueError, KeyError, EOFError, RuntimeError) as error:
             raise ArtifactError(
                 f"{path} is not a plan, or is damaged ({error})", fix="vqdeploy build PACKAGE"
             ) from error
@@ -71,6 +71,8 @@ class Bundle:
 
     def _read_directory(self, stream: BinaryIO) -> tuple[Manifest, dict[str, tuple[int, int]]]:
         with zipfile.ZipFile(stream) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a member is compressed")
             manifest = Manifest.from_dict(json.loads(archive.read(FILE)))
             spans = {}
             for entry in archive.infolist():
@@ -79,7 +81,8 @@ class Bundle:
                 start = entry.header_offset + 30 + name + extra
                 spans[entry.filename] = (start, start + entry.file_size)
         listed = set(manifest.members)
-        if missing := sorted({stage.file for stage in manifest.stages} - listed | listed - set(spans)):
+        needed = {stage.file for stage in manifest.stages} | {WEIGHTS for stage in manifest.stages if stage.weights}
+        if missing := sorted(needed - listed | listed - set(spans)):
             raise ArtifactError(f"{self.path} lacks members that its manifest names: {', '.join(missing)}")
         if bad := sorted(name for name in listed if not _NAME.fullmatch(name)):
             raise ArtifactError(f"{self.path} has a member with a forbidden name, {bad[0]!r}")
@@ -104,7 +107,7 @@ class Bundle:
             if found != expected:
                 raise ArtifactError(
                     f"{name} in {self.path} was changed after it was built",
-                    expected=f"sha256 {expected[:12]}",
+                    expected=f"sha256 {str(expected)[:12]}",
                     found=found[:12],
                     fix="vqdeploy build PACKAGE",
                 )
@@ -135,9 +138,11 @@ def tensors(blob: memoryview) -> dict[str, np.ndarray]:
     try:
         size = int.from_bytes(blob[:8], "little")
         header = json.loads(bytes(blob[8 : 8 + size]))
+        if size > len(blob) - 8 or not isinstance(header, dict):
+            raise ValueError("the header is malformed")
         header.pop("__metadata__", None)
         return {name: _view(blob[8 + size :], **entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"the weights cannot be read ({error})") from error
 
 
@@ -146,4 +151,6 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int3
 
 def _view(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
     start, stop = data_offsets
+    if not 0 <= start <= stop <= len(data) or any(size < 0 for size in shape):
+        raise ValueError(f"shape {shape} at {data_offsets}")
     return np.frombuffer(data[start:stop], dtype=_DTYPES[dtype]).reshape(shape)

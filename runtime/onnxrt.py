@@ -13,6 +13,13 @@ except ImportError as error:
         "this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime"
     ) from error
 
+_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
+
+
+def _failure(what: str, error: Exception) -> ArtifactError:
+    """ONNX Runtime's exceptions share no base class but `Exception`, and run over many lines."""
+    return ArtifactError(f"{what} ({' '.join(str(error).split())[:500]})")
+
 
 class Binding:
     """Input and output buffers of fixed shape. Write into `inputs`, call `run`, read from `outputs`."""
@@ -20,7 +27,7 @@ class Binding:
     def __init__(
         self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], caches: dict[str, np.ndarray]
     ):
-        self._session = session
+        self._session, self._name = session, stage.name
         self._io = session.io_binding()
         self._values = {}  # keeps the bound memory alive
         self.inputs: dict[str, np.ndarray] = {}
@@ -40,7 +47,10 @@ class Binding:
 
     def run(self) -> None:
         """One engine call."""
-        self._session.run_with_iobinding(self._io)
+        try:
+            self._session.run_with_iobinding(self._io)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+            raise _failure(f"stage {self._name} failed", error) from error
 
 
 class OnnxrtSession:
@@ -52,14 +62,29 @@ class OnnxrtSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         weights = tensors(bundle.member(WEIGHTS)) if stage.weights else {}
-        # ONNX Runtime borrows this memory: the views must live as long as the session.
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
-        options.add_external_initializers(list(self._weights), list(self._weights.values()))
         try:
+            # ONNX Runtime borrows this memory: the views must live as long as the session.
+            self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
+            options.add_external_initializers(list(self._weights), list(self._weights.values()))
             graph = bytes(bundle.member(stage.file))
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this
-            raise ArtifactError(f"stage {stage.name} of {bundle.path} cannot be opened ({error})") from error
+        except Exception as error:
+            raise _failure(f"stage {stage.name} of {bundle.path} cannot be opened", error) from error
+        if not self._described():
+            raise ArtifactError(f"stage {stage.name} of {bundle.path} is not the graph that its manifest describes")
+
+    def _described(self) -> bool:
+        """Whether the manifest has the tensors of the graph, and pairs only such."""
+        pairs = (
+            (self.stage.inputs, self._session.get_inputs(), list(self.stage.aliases.values())),
+            (self.stage.outputs, self._session.get_outputs(), list(self.stage.aliases)),
+        )
+        return all(
+            [(info.name, _TYPES.get(info.dtype), list(info.shape)) for info in infos]
+            == [(found.name, found.type, found.shape) for found in graph]
+            and all(alias in [info.name for info in infos] for alias in aliases)
+            for infos, graph, aliases in pairs
+        )
 
     def caches(self, dims: dict[str, int]) -> dict[str, np.ndarray]:
         """Empty buffers of the inputs that are updated in place."""
@@ -76,4 +101,7 @@ class OnnxrtSession:
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One call with fresh outputs."""
         names = [info.name for info in self.stage.outputs]
-        return dict(zip(names, self._session.run(names, inputs), strict=True))
+        try:
+            return dict(zip(names, self._session.run(names, inputs), strict=True))
+        except Exception as error:
+            raise _failure(f"stage {self.stage.name} failed", error) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.autoregressive import Callback, Request, Sampler
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import BatchRange
@@ -72,6 +72,24 @@ class Pipeline:
         self._config, self._batch = bundle.manifest.config, bundle.manifest.batch or BatchRange()
         self._sessions = {stage.name: OnnxrtSession(bundle, stage, threads) for stage in self.manifest.stages}
         self._sampler: Any = Sampler(self._sessions["step"]) if "step" in self._sessions else None
+        if not self._configured():
+            raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy build PACKAGE")
+
+    def _configured(self) -> bool:
+        """Whether the manifest holds what this class reads of it."""
+        config = self._config
+        try:
+            counts = [config["tokenizer"]["codebook_size"]] + ([config["prior"]["classes"]] if self._sampler else [])
+            sampling = [config["sampling"][name] for name in ("temperature", "top_k", "top_p")]
+            texts = list(config["labels"])
+            return (
+                1 <= self._batch.min <= self._batch.opt <= self._batch.max
+                and all(isinstance(count, int) and count > 0 for count in counts)
+                and all(isinstance(value, int | float) for value in sampling)
+                and all(isinstance(text, str) for text in texts)
+            )
+        except (KeyError, TypeError):
+            return False
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -317,7 +317,7 @@ def requests(draw):
 @settings(max_examples=60)
 @given(request=requests())
 def test_sampling_agrees_with_torch(body, request):
-    logits, noise, temperature, top_k, top_p = map(torch.from_numpy, request)
+    logits, _noise, temperature, top_k, top_p = map(torch.from_numpy, request)
     # Bodies sum probabilities in different orders. Where p meets a prefix sum to the last bits, either is right.
     results = [truncate(logits, temperature, top_k, (top_p + shift).clamp(0, 1)) for shift in (-1e-5, 1e-5)]
     assume(torch.equal(*(torch.where(top_p[:, None] < 1, result, 0) for result in results)))
