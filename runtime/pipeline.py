@@ -18,6 +18,9 @@ log = logging.getLogger("vqdeploy")
 
 _CALL_PIXELS = 256 * 256
 
+_LARGEST = 2**62  # seed and image index, which key the noise
+_COLDEST, _HOTTEST = 1e-20, 1e20  # temperatures beyond which quotients of logits leave fp32
+
 PerDepth = float | Sequence[float]
 """One value for all depths, or one for each."""
 
@@ -192,7 +195,7 @@ class Pipeline:
                     "this prior needs labels", expected=f"labels in 0..{self.classes - 1}", found="none"
                 )
             labels = [0] * num_images
-        known = np.full((len(labels), *self.grid), -1, np.int64)
+        known = np.full((np.size(labels), *self.grid), -1, np.int64)
         return self.complete(known, labels, **options)
 
     def inpaint(
@@ -275,7 +278,7 @@ class Pipeline:
             "decode_s": end - sampled,
             "total_s": end - start,
         }
-        return Output(images, codes, {"seed": seed, "labels": list(map(int, labels or ())), **chosen}, timings)
+        return Output(images, codes, {"seed": seed, "labels": np.asarray(labels).tolist(), **chosen}, timings)
 
     def sample(
         self,
@@ -289,10 +292,12 @@ class Pipeline:
         """The codes of `complete`, and the seconds that the engine took of it. `options` are complete and checked."""
         classes = self._check_labels(labels, len(known))
         known = self._check_codes(known, lowest=-1).reshape(len(known), -1, self.grid[-1])
-        if seed < 0 or first_image < 0:
-            raise VqdeployError(
-                "the seed or image index is negative", expected="0 or more", found=min(seed, first_image)
-            )
+        if np.any((known < 0).any(-1) != (known < 0).all(-1)):
+            raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
+        for name, value in (("seed", seed), ("first_image", first_image)):
+            if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
+                expected = f"a whole number in 0..{_LARGEST}"
+                raise VqdeployError(f"{name} is out of range", expected=expected, found=value)
         per_depth = self._per_depth(options or self._options(None, None, None))
         codes, engine = [], 0.0
         for part in self._batches(len(known), self._batch.max):
@@ -309,22 +314,27 @@ class Pipeline:
         chosen = {name: self._config["sampling"][name] if value is None else value for name, value in given.items()}
         limits = {"temperature": (0, np.inf), "top_k": (0, self.codebook_size), "top_p": (0, 1)}
         for name, value in chosen.items():
-            values, (low, high) = np.atleast_1d(np.asarray(value, float)), limits[name]
+            try:
+                values, (low, high) = np.atleast_1d(np.asarray(value, float)), limits[name]
+            except (TypeError, ValueError, OverflowError) as error:
+                raise VqdeployError(f"{name} is malformed", expected="a number", found=value) from error
             if values.shape not in ((1,), (self.grid[-1],)):
                 expected = f"one value or {self.grid[-1]}"
                 raise VqdeployError(f"{name} has the wrong number of values", expected=expected, found=values.size)
             if not np.all((values >= low) & (values <= high) & np.isfinite(values)):
                 raise VqdeployError(f"{name} is out of range", expected=f"{low}..{high}", found=value)
-            chosen[name] = value if np.isscalar(value) else list(value)
+            if name == "top_k" and np.any(values % 1):
+                raise VqdeployError("top_k is malformed", expected="whole numbers", found=value)
+            chosen[name] = np.asarray(value).tolist()
         return chosen
 
     def _per_depth(self, options: dict[str, Any]) -> dict[str, np.ndarray]:
         """Options as the graph takes them [Q]: temperature above 0, `top_k` in 1..K."""
         depth = self.grid[-1]
-        temperature = np.broadcast_to(np.asarray(options["temperature"], np.float32), depth)
+        temperature = np.broadcast_to(np.clip(options["temperature"], 0, _HOTTEST).astype(np.float32), depth)
         top_k = np.broadcast_to(np.asarray(options["top_k"], np.int64), depth)
         top_p = np.broadcast_to(np.asarray(options["top_p"], np.float32), depth)
-        greedy = temperature == 0
+        greedy = temperature < _COLDEST
         return {
             "temperature": np.where(greedy, np.float32(1), temperature),
             "top_k": np.where(greedy, 1, np.where(top_k == 0, self.codebook_size, top_k)),

@@ -23,6 +23,7 @@ from vqdeploy.runtime.manifest import BatchRange
 
 settings.register_profile("suite", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("suite")
+torch.set_num_threads(1)  # its waiting threads and those of ONNX Runtime would take the cores from each other
 
 SMALL = SystemConfig(
     model="rqvae",
@@ -115,7 +116,7 @@ def command():
     script = Path(sys.executable).with_name("vqdeploy")
 
     def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return subprocess.run(  # noqa: S603
             [script, *map(str, arguments)],
             cwd=cwd,
             env=os.environ | environment,
@@ -149,7 +150,7 @@ def python():
     """Runs a script in a fresh interpreter and returns what it printed."""
 
     def run(script: str, *arguments: object, cwd: Path | None = None) -> str:
-        process = subprocess.run(
+        process = subprocess.run(  # noqa: S603
             [sys.executable, "-c", script, *map(str, arguments)],
             cwd=cwd,
             capture_output=True,

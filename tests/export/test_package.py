@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,14 +181,14 @@ def encode_only(monkeypatch):
     monkeypatch.setattr("vqdeploy.export.package.STAGES", {"rqvae": lambda system: stages(system)[:1]})
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(package, checkpoint_folder, tmp_path):
+def test_the_same_checkpoint_gives_the_same_bytes(package, checkpoint_folder, tmp_path, python):
     """In another process, where hashes and addresses differ."""
     script = (
         "import sys; from pathlib import Path; from vqdeploy.checkpoint import load; "
         "from vqdeploy.export.package import export; export(load(sys.argv[1]), Path(sys.argv[2]))"
     )
     again = tmp_path / "again"
-    subprocess.run([sys.executable, "-c", script, checkpoint_folder, again], check=True, capture_output=True)
+    python(script, checkpoint_folder, again)
     for file in package.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
 

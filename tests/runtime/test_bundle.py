@@ -196,8 +196,7 @@ def test_any_changed_bytes_are_refused_or_do_no_harm(little, tmp_path_factory, d
     try:
         bundle = Bundle(path)
         bundle.verify()
-    except VqdeployError as error:
-        assert error.exit_code in (1, 2)
+    except VqdeployError:
         return
     members = {name: bytes(bundle.member(name)) for name in bundle.manifest.members}
     assert members == {"a.onnx": b"graph", WEIGHTS: b"weights"}

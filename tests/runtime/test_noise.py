@@ -1,0 +1,90 @@
+"""Gumbel noise keyed by seed, image and step."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from vqdeploy.runtime.noise import gumbel
+
+
+def draw(seed, images, step, shape=(4, 64)):
+    out = np.full((len(images), *shape), np.nan, np.float32)
+    gumbel(seed, np.asarray(images), step, out)
+    return out
+
+
+@given(st.integers(0, 2**40), st.lists(st.integers(0, 2**40), min_size=1, max_size=6), st.integers(0, 5000))
+def test_an_image_has_its_noise_alone_and_in_any_batch(seed, images, step):
+    batch = draw(seed, images, step)
+    for row, image in zip(batch, images, strict=True):
+        np.testing.assert_array_equal(row, draw(seed, [image], step)[0])
+
+
+@pytest.mark.parametrize("other", [(1, 5, 3), (0, 6, 3), (0, 5, 4), (5, 0, 3), (0, 3, 5)])
+def test_seed_image_and_step_each_matter(other):
+    def one(seed, image, step):
+        return draw(seed, [image], step)[0].ravel()
+
+    assert np.abs(np.corrcoef(one(0, 5, 3), one(*other))[0, 1]) < 0.25
+    assert not set(one(0, 5, 3).tolist()) & set(one(*other)[:50].tolist())
+
+
+def test_steps_do_not_overlap_however_much_each_draws():
+    steps = [draw(0, [0], step, (40_000,))[0, :2000] for step in range(6)]
+    for i, first in enumerate(steps):
+        for second in steps[i + 1 :]:
+            assert abs(stats.pearsonr(first, second)[0]) < 0.1
+
+
+def test_two_calls_give_the_same():
+    np.testing.assert_array_equal(draw(3, [1, 2], 7), draw(3, [1, 2], 7))
+
+
+def test_values_of_a_release_stay_those_of_the_next():
+    """Images of a seed must not change. The numbers are Philox's, so they are the same on every machine."""
+    out = draw(1, [2], 3, (4,))[0]
+    words = np.random.Philox(key=[1, 2], counter=[0, 0, 0, 3]).random_raw(2)
+    uniform = [((int(word) >> shift & 0xFFFFFFFF) >> 9) * 2 + 1 for word in words for shift in (0, 32)]
+    np.testing.assert_allclose(out, -np.log(-np.log(np.array(uniform) / 2**24)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def many():
+    return draw(0, range(20), 0, (16, 1563)).ravel().astype(float)  # half a million
+
+
+def test_it_is_a_standard_gumbel_distribution(many):
+    assert many.mean() == pytest.approx(np.euler_gamma, abs=4 * np.pi / np.sqrt(6 * many.size))
+    assert many.var() == pytest.approx(np.pi**2 / 6, rel=0.02)
+    assert stats.kstest(many, stats.gumbel_r.cdf).pvalue > 0.01
+
+
+def test_the_largest_of_many_chooses_with_the_probability_of_the_softmax():
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    noise = draw(0, range(40), 0, (1000, 4)).reshape(-1, 4)
+    counts = np.bincount((np.log(probabilities) + noise).argmax(1), minlength=4)
+    assert stats.chisquare(counts, probabilities * len(noise)).pvalue > 0.01
+
+
+def test_it_is_never_infinite(many):
+    assert np.isfinite(many).all()
+
+
+@pytest.mark.parametrize("word", [0, 2**64 - 1])
+def test_not_even_for_the_most_extreme_random_bits(monkeypatch, word):
+    class Stuck:
+        def __init__(self, **key):
+            pass
+
+        def random_raw(self, size):
+            return np.full(size, word, np.uint64)
+
+    monkeypatch.setattr(np.random, "Philox", Stuck)
+    assert np.isfinite(draw(0, [0], 0)).all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 5), (1, 1, 7)])
+def test_odd_sizes_are_filled(shape):
+    assert np.isfinite(draw(0, [0, 1], 0, shape)).all()
