@@ -96,7 +96,7 @@ class Step(nn.Module):
     def sample_depths(self, context: Tensor, noise: Tensor, *options: Tensor) -> tuple[Tensor, Tensor]:
         """Context [B, 1, width] -> codes [B, Q] and logits [B, Q, K], depth by depth."""
         caches: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self.head]
-        x, codes, logits = context, [], []
+        x, sums, codes, logits = context, None, [], []
         for depth in range(self.depth):
             x = x + self.depths[depth]
             for block, (keys, values) in zip(self.head, caches, strict=True):
@@ -104,9 +104,8 @@ class Step(nn.Module):
             logits.append(self.classifier(self.norm(x))[:, 0])
             columns = (option[:, depth] for option in options)
             codes.append(torch.ops.vqdeploy.sample(logits[-1], noise[:, depth], *columns))
-            total = F.embedding(codes[-1], self.head_table).unsqueeze(1)
-            sums = total if depth == 0 else sums + total  # noqa: F821
-            x = sums
+            row = F.embedding(codes[-1], self.head_table).unsqueeze(1)
+            x = sums = row if sums is None else sums + row
         return torch.stack(codes, 1), torch.stack(logits, 1)
 
 

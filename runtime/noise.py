@@ -1,15 +1,20 @@
 """Random numbers that depend on the seed, the image and the step, and on nothing else."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
-_ONE = np.uint32(0x3F800000)  # the bits of 1.0: with 23 random bits below them, a number in [1, 2)
+_SMALLEST = np.float32(2**-25)  # stands for u = 0, whose logarithm is infinite
+_WORTH_A_THREAD = 2**14  # draws per image
+_pool = ThreadPoolExecutor(os.cpu_count(), "noise")  # numpy releases the interpreter while it draws
 
 
 def gumbel(seed: int, images: np.ndarray, step: int, out: np.ndarray) -> None:
     """Fills `out` [B, ...] float32 with standard Gumbel noise, -log(-log(u)).
 
     Philox is keyed by (seed, image index) and its counter starts at the step, so that image i gets the same noise
-    alone, in any batch, and on any backend. u is an odd multiple of 2^-24, never 0 or 1.
+    alone, in any batch, and on any backend.
 
     Args:
         seed: At least 0.
@@ -17,13 +22,17 @@ def gumbel(seed: int, images: np.ndarray, step: int, out: np.ndarray) -> None:
         step: Index of the engine call.
         out: Where the noise goes, contiguous.
     """
-    for row, image in zip(out.reshape(len(out), -1), images, strict=True):
-        bits = np.random.Philox(key=[seed, int(image)], counter=[0, 0, 0, step])
-        # Raw words, in place: Generator.random takes twice as long for float32.
-        words = row.view(np.uint32)
-        np.right_shift(bits.random_raw(-(-row.size // 2)).view(np.uint32)[: row.size], np.uint32(9), out=words)
-        np.bitwise_or(words, _ONE, out=words)
-        row -= np.float32(1 - 2**-24)
-        for _ in range(2):
-            np.log(row, out=row)
-            np.negative(row, out=row)
+    keys = [(seed, int(image), step) for image in images]
+    rows = out.reshape(len(keys), -1)
+    threaded = len(rows) > 1 and rows.shape[1] >= _WORTH_A_THREAD
+    list((_pool.map if threaded else map)(_fill, keys, rows))
+
+
+def _fill(key: tuple[int, int, int], row: np.ndarray) -> None:
+    seed, image, step = key
+    generator = np.random.Generator(np.random.Philox(key=[seed, image], counter=[0, 0, 0, step]))
+    generator.random(dtype=np.float32, out=row)
+    np.maximum(row, _SMALLEST, out=row)
+    for _ in range(2):
+        np.log(row, out=row)
+        np.negative(row, out=row)

@@ -61,6 +61,7 @@ class OnnxrtSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # the host works between calls
         weights = tensors(bundle.member(WEIGHTS)) if stage.weights else {}
         try:
             # ONNX Runtime borrows this memory: the views must live as long as the session.
