@@ -6,7 +6,7 @@ from pathlib import Path
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json
 from vqdeploy.runtime.bundle import sha256
-from vqdeploy.runtime.manifest import FILE, Manifest
+from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest
 
 
 def read(folder: Path) -> Manifest:
@@ -31,6 +31,6 @@ def read(folder: Path) -> Manifest:
                 found=found[:12],
                 fix="vqdeploy export",
             )
-    if missing := {stage.file for stage in manifest.stages} - set(manifest.members):
+    if missing := {WEIGHTS, *(stage.file for stage in manifest.stages)} - set(manifest.members):
         raise ArtifactError(f"the manifest of {folder} gives no digest for {min(missing)}", fix="vqdeploy export")
     return manifest

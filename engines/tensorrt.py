@@ -71,9 +71,10 @@ def build_stage(backend: str, stage: StageInfo, package: Path, folder: Path, bat
     job = {"onnx": str(package / stage.file), "engine": str(target), "shapes": shapes}
     environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt-rtx" else "0"}
     process = subprocess.run(  # noqa: S603 (our own module)
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-u", "-m", __name__],
         input=json.dumps(job),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env=environment,
         check=False,
@@ -84,11 +85,11 @@ def build_stage(backend: str, stage: StageInfo, package: Path, folder: Path, bat
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
+    errors = [line.removeprefix("[E] ") for line in lines if line.startswith("[E]")]
     if process.returncode < 0:
         death = f"its builder died of {signal.Signals(-process.returncode).name}"
         return f"{death} ({lines[-1]})" if lines else death
-    errors = [line for line in lines if "[E]" in line or "Error" in line]
     return (errors or lines or ["it gave no reason"])[-1]
 
 

@@ -1,0 +1,152 @@
+"""Real engines of TensorRT-RTX, which builds without a GPU, and what happens when its builder dies."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from vqdeploy.engines import tensorrt
+from vqdeploy.engines.build import build
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime import load
+from vqdeploy.runtime.bundle import Bundle, sha256
+from vqdeploy.runtime.manifest import FILE, BatchRange
+
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (it is on PyPI)"
+)
+needs_no_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed, so its absence cannot be tested"
+)
+
+
+@needs_rtx
+def test_every_stage_of_tiny_builds(tiny, tmp_path):
+    names = []
+    manifest = build(tiny.package, tmp_path / "tiny.plan", "tensorrt-rtx", BatchRange(1, 2, 4), names.append)
+    assert names == ["encode", "decode", "step"]
+    assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]
+    assert (manifest.backend, manifest.targets[0]) == ("tensorrt-rtx", "sm_80")
+    assert manifest.builder.startswith("tensorrt-rtx 1.")
+    bundle = Bundle(tmp_path / "tiny.plan")
+    bundle.verify()
+    assert set(bundle.sizes()) == {FILE, "encode.engine", "decode.engine", "step.engine"}
+    assert min(bundle.sizes()[stage.file] for stage in manifest.stages) > 100_000
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.plan"]
+    with pytest.raises(VqdeployError, match=r"built for tensorrt-rtx and cannot run here.*--backend onnxrt"):
+        load(tmp_path / "tiny.plan")
+
+
+def crashing_graph():
+    """TensorRT finds importers by name, whatever the domain: given no whole k, the parser dies of SIGSEGV."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in "xy")
+    body = helper.make_function(
+        "vqdeploy",
+        "TopK",
+        ["a", "c"],
+        ["b"],
+        [helper.make_node("Identity", ["a"], ["b"])],
+        [helper.make_opsetid("", 24)],
+    )
+    return helper.make_model(
+        helper.make_graph([helper.make_node("TopK", ["x", "x"], ["y"], domain="vqdeploy")], "crash", [x], [y]),
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("vqdeploy", 1)],
+        functions=[body],
+        ir_version=10,
+    )
+
+
+def refused_graph():
+    """Valid, but of an operator that TensorRT lacks."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in "xy")
+    node = helper.make_node("Bernoulli", ["x"], ["y"])
+    return helper.make_model(
+        helper.make_graph([node], "refused", [x], [y]), opset_imports=[helper.make_opsetid("", 22)], ir_version=10
+    )
+
+
+@pytest.fixture
+def package_of(package, tmp_path):
+    """A package of one stage with the given graph, whose digests fit."""
+
+    def make(model):
+        folder = tmp_path / "package"
+        folder.mkdir()
+        onnx.save(model, folder / "encode.onnx")
+        shutil.copy(package / "weights.safetensors", folder)
+        data = json.loads((package / FILE).read_text())
+        tensor = {"dtype": "float32", "shape": ["batch", 4]}
+        stage = {"name": "encode", "file": "encode.onnx", "weights": [], "aliases": {}}
+        stage |= {"inputs": [{"name": "x", **tensor}], "outputs": [{"name": "y", **tensor}]}
+        members = {file.name: sha256(file) for file in folder.iterdir()}
+        (folder / FILE).write_text(json.dumps(data | {"stages": [stage], "members": members}))
+        return folder
+
+    return make
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("graph", "reason"),
+    [(crashing_graph, "its builder died of SIG(SEGV|ABRT)"), (refused_graph, "Bernoulli")],
+)
+def test_a_builder_that_dies_or_refuses_is_an_error(package_of, tmp_path, graph, reason):
+    folder = package_of(graph())
+    with pytest.raises(ArtifactError, match=f"tensorrt-rtx could not build stage encode: .*({reason})") as caught:
+        build(folder, tmp_path / "out.plan", "tensorrt-rtx")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+
+
+@needs_rtx
+def test_the_command_survives_a_builder_that_dies(package_of, tmp_path, command):
+    folder = package_of(crashing_graph())
+    result = command("build", folder, "--backend", "tensorrt-rtx", "-o", tmp_path / "out.plan")
+    assert result.returncode == 1
+    assert "error: tensorrt-rtx could not build stage encode" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+
+
+@needs_no_tensorrt
+def test_without_its_libraries_tensorrt_is_refused(package, tmp_path, command):
+    result = command("build", package, "--backend", "tensorrt", "-o", tmp_path / "out.plan")
+    assert result.returncode == 2
+    assert "error: tensorrt is not installed" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("missing", "fix"), [("tensorrt_rtx", "tensorrt-rtx"), ("polygraphy", "polygraphy")])
+def test_what_is_missing_is_named(monkeypatch, missing, fix):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == missing else found("json", *rest)
+    )
+    with pytest.raises(VqdeployError, match=f"Fix: pip install .*{fix}") as caught:
+        tensorrt.check("tensorrt-rtx")
+    assert caught.value.exit_code == 2
+
+
+@needs_rtx
+def test_the_profile_covers_the_batch_and_the_prefix(tiny, tmp_path, monkeypatch):
+    """The builder is told the smallest, usual and largest shape of every input."""
+    jobs = []
+    run = subprocess.run
+
+    def spy(arguments, **options):
+        jobs.append(json.loads(options["input"]))
+        return run([sys.executable, "-c", "raise SystemExit(3)"], **options)
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    stage = next(s for s in Bundle(tiny.plan).manifest.stages if s.name == "step")
+    with pytest.raises(ArtifactError, match="could not build stage step"):
+        tensorrt.build_stage("tensorrt-rtx", stage, tiny.package, tmp_path, BatchRange(2, 3, 8), length=64)
+    (job,) = jobs
+    assert job["shapes"]["codes"] == [[2, 1, 4], [3, 1, 4], [8, 64, 4]]
+    assert job["shapes"]["past_key.0"] == [[2, 4, 64, 32], [3, 4, 64, 32], [8, 4, 64, 32]]
+    assert set(job["shapes"]) == {info.name for info in stage.inputs}
