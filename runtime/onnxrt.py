@@ -1,5 +1,9 @@
 """Sessions on ONNX Runtime: buffers that are bound once and reused, caches that are updated in place."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -56,9 +60,12 @@ class Binding:
 class OnnxrtSession:
     """One stage of a plan on ONNX Runtime's CPU provider."""
 
-    def __init__(self, bundle: Bundle, stage: StageInfo, threads: int = 0):
+    def __init__(self, bundle: Bundle, stage: StageInfo, threads: int = 0, profile: Path | None = None):
+        """Opens the stage; with `profile`, ONNX Runtime writes a trace whose name starts with this path."""
         self.stage = stage
         options = ort.SessionOptions()
+        options.enable_profiling = profile is not None
+        options.profile_file_prefix = str(profile)
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the host works between calls
@@ -86,6 +93,10 @@ class OnnxrtSession:
             and all(alias in [info.name for info in infos] for alias in aliases)
             for infos, graph, aliases in pairs
         )
+
+    def end_profile(self) -> list[dict[str, Any]]:
+        """The events of the trace so far, in the Chrome trace format."""
+        return json.loads(Path(self._session.end_profiling()).read_text())
 
     def caches(self, dims: dict[str, int]) -> dict[str, np.ndarray]:
         """Empty buffers of the inputs that are updated in place."""

@@ -65,15 +65,21 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
 
 
 class Pipeline:
-    """The tasks of a plan. Not for use by several threads at once."""
+    """The tasks of a plan. Not for use by several threads at once.
 
-    def __init__(self, bundle: Bundle, threads: int = 0):
+    With `profile`, ONNX Runtime writes a trace of each stage into that folder; see `OnnxrtSession.end_profile`.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 0, profile: Path | None = None):
         from vqdeploy.runtime.onnxrt import OnnxrtSession
 
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._config, self._batch = bundle.manifest.config, bundle.manifest.batch or BatchRange()
-        self._sessions = {stage.name: OnnxrtSession(bundle, stage, threads) for stage in self.manifest.stages}
+        self._sessions = {
+            stage.name: OnnxrtSession(bundle, stage, threads, profile and profile / stage.name)
+            for stage in self.manifest.stages
+        }
         self._sampler: Any = Sampler(self._sessions["step"]) if "step" in self._sessions else None
         if not self._configured():
             raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy build PACKAGE")

@@ -56,6 +56,14 @@ def test_the_report_is_json_and_a_table(report):
     assert "GB/s read" in text
 
 
+def test_the_profile_names_the_operators_of_the_step(plan):
+    report = bench.bench(plan, tasks=("generate",), iterations=1, profile=True)
+    shares = {row["op"]: row["share"] for row in report["profile"]}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert {"MatMul", "GroupQueryAttention", "ArgMax"} <= set(shares)
+    assert "GroupQueryAttention" in bench.table(report)
+
+
 def test_the_plot_is_a_picture(report, tmp_path):
     bench.plot(report, tmp_path / "times.png")
     with Image.open(tmp_path / "times.png") as image:

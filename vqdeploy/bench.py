@@ -4,8 +4,10 @@ import gc
 import os
 import platform
 import resource
+import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,6 +45,7 @@ def bench(
     iterations: int = 5,
     baselines: Sequence[str] = (),
     checkpoint: Path | None = None,
+    profile: bool = False,
     progress: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Any]:
     """Times tasks of a plan, and the same tasks in PyTorch.
@@ -57,6 +60,7 @@ def bench(
         iterations: Calls of each that are.
         baselines: Some of `BASELINES`.
         checkpoint: Weights of the baselines; those that the plan was made of, when None.
+        profile: Add the time of each kind of operator in the step, under `profile`, by ONNX Runtime's profiler.
         progress: Told what is being timed.
 
     Returns:
@@ -83,7 +87,8 @@ def bench(
     if "generate" in tasks:
         facts["read_bandwidth_gb_s"] = bandwidth = read_bandwidth()
         _add_traffic(results, pipeline, bandwidth)
-    return {"results": results, "ratios": ratios(results), "environment": facts}
+    report = {"results": results, "ratios": ratios(results), "environment": facts}
+    return report | {"profile": step_profile(pipeline, batch_sizes[0])} if profile else report
 
 
 def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
@@ -180,6 +185,27 @@ def _add_traffic(results: list[dict[str, Any]], pipeline: Pipeline, bandwidth: f
             result |= {"weight_gb_s": rate, "share_of_read_bandwidth": rate / bandwidth}
 
 
+def step_profile(pipeline: Pipeline, batch: int) -> list[dict[str, Any]]:
+    """Operators of the step graph by the time they took in one generation, most first.
+
+    The profiler itself costs a few microseconds an operator, which the small ones show.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = Pipeline(pipeline.bundle, profile=Path(folder))
+        _plan_call(profiled, "generate", batch)()
+        session = profiled.session("step")
+        events = [e for e in session.end_profile() if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
+    spent, calls = Counter[str](), Counter[str]()
+    for event in events:
+        spent[event["args"]["op_name"]] += event["dur"]
+        calls[event["args"]["op_name"]] += 1
+    total = sum(spent.values())
+    return [
+        {"op": op, "ms": micros / 1e3, "share": micros / total, "calls": calls[op]}
+        for op, micros in spent.most_common()
+    ]
+
+
 def step_weight_bytes(pipeline: Pipeline) -> int:
     """Bytes of the matrices that one step multiplies by; lookup tables are left out."""
     weights = tensors(pipeline.bundle.member(WEIGHTS))
@@ -253,10 +279,12 @@ def table(report: dict[str, Any]) -> str:
     for r in report["results"]:
         if "weight_gb_s" in r:
             lines.append(
-                f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}; weights "
-                f"{r['weight_mb_per_step']:.0f} MB a step, {r['weight_gb_s']:.1f} GB/s, "
+                f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}; "
+                f"weights {r['weight_mb_per_step']:.0f} MB a step, {r['weight_gb_s']:.1f} GB/s, "
                 f"{r['share_of_read_bandwidth']:.0%} of {report['environment']['read_bandwidth_gb_s']:.1f} GB/s read"
             )
+    for row in report.get("profile", [])[:12]:
+        lines.append(f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls")
     facts = report["environment"]
     lines.append(f"{facts['plan']}; {facts['cpu']}, {facts['cores']} cores; loaded in {facts['load_s']:.2f} s")
     return "\n".join(lines)

@@ -286,6 +286,7 @@ def bench(
     iterations: Annotated[int, typer.Option(min=1, help="Calls that are counted.")] = 5,
     baseline: Annotated[str, typer.Option(help="PyTorch baselines, split by commas: eager,compile.")] = "",
     checkpoint: Checkpoint = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time of a step goes.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the times as a PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -295,7 +296,7 @@ def bench(
     baselines = [name for name in baseline.split(",") if name]
     tasks, sizes = task or benchmark.TASKS, batch_size or (1,)
     with _progress("timing") as progress:
-        report = benchmark.bench(engine, tasks, sizes, warm_up, iterations, baselines, checkpoint, progress)
+        report = benchmark.bench(engine, tasks, sizes, warm_up, iterations, baselines, checkpoint, profile, progress)
     if plot:
         benchmark.plot(report, plot)
     _finish(report, as_json, benchmark.table(report))
