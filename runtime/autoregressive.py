@@ -45,7 +45,7 @@ class Sampler:
         """
         self.engine_seconds = 0.0
         codes, unknown = request.known.copy(), request.known[..., 0] < 0
-        batch, positions, depth = codes.shape
+        batch, positions = codes.shape[:2]
         needed = np.flatnonzero(unknown.any(0))
         if needed.size == 0:
             return codes

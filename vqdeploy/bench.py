@@ -171,11 +171,7 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _add_traffic(results: list[dict[str, Any]], pipeline: Pipeline, bandwidth: float) -> None:
-    """Adds weight bytes read per step, over time, as a share of the read bandwidth.
-
-    Each weight of the step counts once, although the depth transformer is read once for each depth, and of tables that
-    are only gathered from nothing counts.
-    """
+    """Adds weight bytes read per step, over time, as a share of the read bandwidth."""
     steps = pipeline.grid[0] * pipeline.grid[1]
     size = step_weight_bytes(pipeline)
     for result in results:
@@ -207,10 +203,15 @@ def step_profile(pipeline: Pipeline, batch: int) -> list[dict[str, Any]]:
 
 
 def step_weight_bytes(pipeline: Pipeline) -> int:
-    """Bytes of the matrices that one step multiplies by; lookup tables are left out."""
+    """Bytes of weights that one step reads.
+
+    The depth transformer and the classifier count once for each depth: no cache of a core holds them from one depth to
+    the next. Tables that are only gathered from do not count.
+    """
     weights = tensors(pipeline.bundle.member(WEIGHTS))
-    names = pipeline.manifest.stage("step").weights
-    return sum(weights[name].nbytes for name in names if name.endswith(".weight") and weights[name].ndim == 2)
+    matrices = [name for name in pipeline.manifest.stage("step").weights if name.endswith(".weight")]
+    sizes = {name: weights[name].nbytes for name in matrices if weights[name].ndim == 2}
+    return sum(size * (1 if name.startswith("body.") else pipeline.grid[-1]) for name, size in sizes.items())
 
 
 def read_bandwidth(megabytes: int = 1024, repeats: int = 5) -> float:
