@@ -86,8 +86,10 @@ def export(
 
 
 def _export_stage(stage: Stage, depth: int, opset: int) -> onnx_ir.Model:
+    # The exporter warns of its own deprecated calls, and at each export that torchvision is not there.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own deprecated calls
+        warnings.simplefilter("ignore")
         return stage.to_onnx(depth, opset)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -24,7 +24,7 @@ def read(path: Path, side: int | None = None) -> np.ndarray:
             rgb = image.convert("RGB")
     except FileNotFoundError as error:
         raise VqdeployError(f"{path} does not exist") from error
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except Exception as error:  # Pillow raises what its decoders raise
         raise ArtifactError(f"{path} is not an image that can be read") from error
     if side is not None:
         square = min(rgb.size)

@@ -54,8 +54,11 @@ def load(folder: str | Path) -> System:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error})") from error
-    with torch.device("meta"):
-        expected = System(config).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = System(config).state_dict()
+    except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder / 'config.json'} describes no model ({str(error).splitlines()[0]})") from error
     _check_weights(file, weights, expected)
     system = System(config)
     system.load_state_dict(weights)

@@ -19,6 +19,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Raises:
         VqdeployError: The folder cannot be written to.
     """
+    if path.is_dir():
+        raise VqdeployError(f"{path} cannot be written (it is a folder)", fix="name another place with -o")
     with _temporary(path) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
@@ -33,6 +35,8 @@ def replacing_folder(path: Path, marker: str) -> Iterator[Path]:
     Raises:
         VqdeployError: The folder is there and holds something else, or the place cannot be written to.
     """
+    if path.name in ("", ".."):
+        path = path.resolve()
     if path.exists() and not (path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))):
         raise VqdeployError(f"{path} holds something else and is not replaced", fix="name another folder with -o")
     with _temporary(path) as folder:

@@ -53,7 +53,15 @@ _TINY_TOKENIZER = RQVAEConfig(
     code_dim=32,
 )
 _TINY_PRIOR = RQTransformerConfig(
-    grid=(8, 8, 4), codebook_size=256, code_dim=32, width=128, body_layers=4, head_layers=1, heads=4, classes=10
+    grid=(8, 8, 4),
+    codebook_size=256,
+    code_dim=32,
+    width=128,
+    body_layers=4,
+    head_layers=1,
+    heads=4,
+    classes=10,
+    dropout=0.0,
 )
 
 # Sizes and sampling options of kakaobrain/rq-vae-transformer, its configuration files and model cards.

@@ -46,7 +46,7 @@ class SystemConfig(Config):
 
     @classmethod
     def from_dict(cls, data: Any) -> "SystemConfig":
-        if not isinstance(data, dict) or data.get("model") not in ARCHITECTURES:
+        if not isinstance(data, dict) or data.get("model") not in list(ARCHITECTURES):
             found = data.get("model") if isinstance(data, dict) else data
             raise ArtifactError("the configuration names no known model", expected=sorted(ARCHITECTURES), found=found)
         parts, prior = ARCHITECTURES[data["model"]], data.get("prior")

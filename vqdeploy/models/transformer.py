@@ -37,6 +37,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be split into {heads} heads")
         self.heads = heads
         self.key = nn.Linear(width, width)
         self.query = nn.Linear(width, width)

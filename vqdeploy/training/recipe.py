@@ -34,12 +34,12 @@ class Recipe(Config):
 
 _TINY = Recipe(
     steps=800,
-    prior_steps=2000,
+    prior_steps=1500,
     classifier_steps=500,
     batch_size=64,
     learning_rate=2e-3,
-    prior_learning_rate=1.5e-3,
-    soft_temperature=0.003,
+    prior_learning_rate=2e-3,
+    soft_temperature=0.03,
     stored_dtype="float16",
 )
 
