@@ -42,6 +42,9 @@ def replacing_folder(path: Path, marker: str) -> Iterator[Path]:
     with _temporary(path) as folder:
         (folder / "new").mkdir()
         yield folder / "new"
+        for file in (folder / "new").iterdir():
+            if file.is_file() and (folder / "new" / marker).exists():
+                shutil.copymode(folder / "new" / marker, file)  # safetensors lets only the owner read its files
         if path.exists():
             os.replace(path, folder / "old")
         os.replace(folder / "new", path)

@@ -1,0 +1,192 @@
+"""Checkpoint folders: what is saved is loaded, and what is damaged is refused."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vqdeploy
+from vqdeploy import checkpoint
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.models import create
+from vqdeploy.presets import preset
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def copy(checkpoint_folder, tmp_path):
+    return shutil.copytree(checkpoint_folder, tmp_path / "copy")
+
+
+def change(folder, edit):
+    weights = load_file(folder / FILE)
+    edit(weights)
+    save_file(weights, folder / FILE)
+
+
+def refused(folder, message, error=ArtifactError):
+    with pytest.raises(VqdeployError, match=message) as caught:
+        checkpoint.load(folder)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_saved_is_loaded(system, checkpoint_folder):
+    loaded = vqdeploy.load(str(checkpoint_folder))
+    assert loaded.config == system.config
+    assert loaded.state_dict().keys() == system.state_dict().keys()
+    for name, weight in system.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert not loaded.training
+    assert checkpoint.digest(loaded) == checkpoint.digest(system)
+
+
+def test_the_prior_uses_the_tokenizers_codebook(checkpoint_folder):
+    loaded = checkpoint.load(checkpoint_folder)
+    assert loaded.prior.codebook.data_ptr() == loaded.tokenizer.quantizer.codebook.data_ptr()
+    assert not [name for name in load_file(checkpoint_folder / FILE) if name.startswith("prior") and "codebook" in name]
+
+
+def test_the_files_of_a_checkpoint(system, tmp_path):
+    checkpoint.save(system, tmp_path / "a", training={"seed": 3})
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"config.json", FILE, "training.json"}
+    assert json.loads((tmp_path / "a" / "training.json").read_text()) == {"seed": 3}
+    names = load_file(tmp_path / "a" / FILE)
+    assert {name.split(".")[0] for name in names} == {"tokenizer", "prior"}
+
+
+def test_weights_may_be_stored_as_halves(system, tmp_path):
+    checkpoint.save(system, tmp_path / "half", dtype=torch.float16)
+    assert {w.dtype for w in load_file(tmp_path / "half" / FILE).values()} == {torch.float16}
+    loaded = checkpoint.load(tmp_path / "half").state_dict()
+    for name, weight in system.state_dict().items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], weight.half().float()), name
+
+
+def test_a_checkpoint_replaces_the_last_one(system, copy):
+    (copy / "training.json").write_text("{}")
+    checkpoint.save(system, copy)
+    assert {path.name for path in copy.iterdir()} == {"config.json", FILE}
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_failing_save_leaves_the_old_one(system, copy, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(system, copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_folder_of_something_else_is_kept(system, tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(VqdeployError, match="holds something else"):
+        checkpoint.save(system, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_the_digest_covers_weights_and_configuration(checkpoint_folder, copy):
+    original = checkpoint.digest(checkpoint.load(checkpoint_folder))
+
+    def nudge(weights):
+        weights["prior.classifier.linear.bias"][3] += 1e-6
+
+    change(copy, nudge)
+    assert checkpoint.digest(checkpoint.load(copy)) != original
+    shutil.copy(checkpoint_folder / FILE, copy / FILE)
+    config = json.loads((copy / "config.json").read_text())
+    config["sampling"]["temperature"] = 0.8
+    (copy / "config.json").write_text(json.dumps(config))
+    assert checkpoint.digest(checkpoint.load(copy)) != original
+
+
+@pytest.mark.parametrize("name", ["config.json", FILE])
+def test_a_missing_file(copy, name):
+    (copy / name).unlink()
+    refused(copy, f"{name} does not exist", VqdeployError)
+
+
+def test_what_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "nothing"):
+        refused(path, "is not a checkpoint folder", VqdeployError)
+
+
+@pytest.mark.parametrize("share", [0, 0.0001, 0.01, 0.5, 0.9999])
+def test_truncated_weights(copy, share):
+    content = (copy / FILE).read_bytes()
+    (copy / FILE).write_bytes(content[: int(len(content) * share)])
+    refused(copy, f"{FILE} is damaged")
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"a": 1}), b"\xff" * 100, b"\x00" * 8])
+def test_weights_that_are_something_else(copy, content):
+    (copy / FILE).write_bytes(content)
+    refused(copy, f"{FILE} is damaged")
+
+
+def test_a_pickle_is_never_executed(copy, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"weights": Evil()}, copy / FILE)
+    refused(copy, "is damaged")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_weight_of_the_wrong_shape(copy):
+    change(copy, lambda weights: weights.update({"prior.classifier.linear.bias": torch.zeros(3)}))
+    refused(copy, r"prior.classifier.linear.bias .* wrong shape; expected \[64\], found \[3\]")
+
+
+def test_a_missing_weight(copy):
+    change(copy, lambda weights: weights.pop("prior.classifier.linear.bias"))
+    refused(copy, "name different weights, such as prior.classifier.linear.bias")
+
+
+def test_an_unknown_weight(copy):
+    change(copy, lambda weights: weights.update({"prior.extra": torch.zeros(3)}))
+    refused(copy, "name different weights, such as prior.extra")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"model": "rqvae"}', "\x00"])
+def test_a_damaged_configuration(copy, text):
+    (copy / "config.json").write_text(text)
+    refused(copy, "")
+
+
+@pytest.mark.parametrize(
+    "change_",
+    [
+        {"width": 0},
+        {"width": -64},
+        {"heads": 3},
+        {"heads": 0},
+        {"body_layers": -1},
+        {"grid": [4]},
+        {"grid": [4, 4]},
+        {"codebook_size": 0},
+        {"width": 10**12},
+        {"dropout": 7.0},
+    ],
+)
+def test_a_configuration_of_impossible_numbers(copy, change_):
+    config = json.loads((copy / "config.json").read_text())
+    config["prior"].update(change_)
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy, "")
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    first, second, other = (checkpoint.digest(create(preset("rqvae", "tiny"), s)) for s in (1, 1, 2))
+    assert first == second != other

@@ -1,0 +1,488 @@
+"""The command line: as typed in a shell for exit codes and interrupts, in process for the rest."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqdeploy import cli
+from vqdeploy.runtime import load
+
+VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
+
+
+@pytest.fixture
+def vqdeploy(monkeypatch, capsys, tmp_path):
+    """Runs the entry point in process, in an empty folder; returns the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["vqdeploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """An image file of an odd size."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    return tmp_path / "in.png"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# As the user typed it
+
+
+def test_export_as_typed(tiny):
+    assert tiny.export.returncode == 0, tiny.export.stderr
+    assert tiny.export.stdout == "rqvae-onnx\n"
+    assert "PASSED" in tiny.export.stderr
+
+
+def test_build_needs_no_arguments(tiny):
+    assert tiny.build.returncode == 0, tiny.build.stderr
+    assert tiny.build.stdout.startswith("rqvae.plan  ")
+
+
+def test_run_as_typed(tiny):
+    assert tiny.run.returncode == 0, tiny.run.stderr
+    assert tiny.run.stdout.startswith("rqvae-generate.png  generate in ")
+    with Image.open(tiny.folder / "rqvae-generate.png") as image:
+        assert image.size == (8 * 34 - 2, 10 * 34 - 2)  # a row for each of ten classes
+
+
+def test_nothing_else_is_left_behind(tiny):
+    assert names(tiny.folder) == ["rqvae-generate.png", "rqvae-onnx", "rqvae.plan"]
+
+
+def test_verify_needs_no_checkpoint(tiny, vqdeploy):
+    code, out, _ = vqdeploy("verify", "--engine", tiny.plan)
+    assert code == 0
+    assert out.endswith("PASSED\n")
+
+
+# JSON
+
+
+def parsed(result):
+    """The one JSON object on stdout."""
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_models_json(vqdeploy):
+    listing = parsed(vqdeploy("models", "--json"))
+    assert set(listing["rqvae"].values()) <= {"random", "trained"}
+    assert {"tiny", "bench", "imagenet-480m"} < set(listing["rqvae"])
+
+
+def test_env_json(vqdeploy):
+    facts = parsed(vqdeploy("env", "--json"))
+    assert {"python", "system", "cores", "torch", "onnxruntime", "vqdeploy"} <= set(facts)
+
+
+def test_export_and_build_json(vqdeploy, checkpoint_folder, tmp_path):
+    result = parsed(vqdeploy("export", "--checkpoint", checkpoint_folder, "--json"))
+    assert result["package"] == "rqvae-onnx"
+    assert result["verify"]["passed"] is True
+    result = parsed(vqdeploy("build", "--json", "--max-batch", 4))
+    assert (result["plan"], result["backend"]) == ("rqvae.plan", "onnxrt")
+    assert result["bytes"] == (tmp_path / "rqvae.plan").stat().st_size
+    assert names(tmp_path) == ["rqvae-onnx", "rqvae.plan"]
+
+
+def test_verify_json(vqdeploy, plan, checkpoint_folder):
+    report = parsed(vqdeploy("verify", "--engine", plan, "--checkpoint", checkpoint_folder, "--json"))
+    assert report["passed"] is True
+    assert {"stage", "metric", "value", "limit", "passed"} == set(report["checks"][0])
+
+
+def test_inspect_json(vqdeploy, plan):
+    result = parsed(vqdeploy("inspect", plan, "--json"))
+    assert result["format"] == 1
+    assert result["extracted"] == []
+    assert set(result["sizes"]) == {"manifest.json", *result["members"]}
+
+
+def test_inspect_extract(vqdeploy, plan, tmp_path):
+    result = parsed(vqdeploy("inspect", plan, "--extract", "out", "--json"))
+    assert names(tmp_path / "out") == sorted(result["members"])
+    assert sorted(result["extracted"]) == sorted(f"out/{name}" for name in result["members"])
+
+
+@pytest.mark.parametrize("task", ["generate", "reconstruct", "inpaint", "encode"])
+def test_run_json(vqdeploy, plan, picture, task, tmp_path):
+    options = ["--input", picture] if task != "generate" else []
+    options += ["--label", "dog"] if task in ("generate", "inpaint") else []
+    result = parsed(vqdeploy("run", "--engine", plan, "--task", task, *options, "--json"))
+    assert result["task"] == task
+    assert result["output"] == f"rqvae-{task}.{'npz' if task == 'encode' else 'png'}"
+    assert result["seconds"] > 0
+    assert names(tmp_path) == ["in.png", result["output"]]
+
+
+def test_inspect_tells_the_stages(vqdeploy, plan):
+    code, out, _ = vqdeploy("inspect", plan)
+    assert code == 0
+    for word in ("rqvae small fp32 for onnxrt", "stage encode", "stage step", "past_key.0", "weights.safetensors"):
+        assert word in out
+
+
+# Running
+
+
+def test_the_same_request_gives_the_same_file(vqdeploy, plan, tmp_path):
+    for name in ("a.png", "b.png"):
+        assert vqdeploy("run", "--engine", plan, "--label", "cat", "--num-images", 2, "--seed", 5, "-o", name)[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    vqdeploy("run", "--engine", plan, "--label", "cat", "--num-images", 2, "--seed", 6, "-o", "c.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_the_options_are_in_the_file(vqdeploy, plan, pipeline, tmp_path):
+    options = ["--temperature", "0.7", "--top-k", "1,2,3,4", "--top-p", "0.5", "--seed", "3"]
+    vqdeploy("run", "--engine", plan, "--label", "eel", "--label", "0", "--num-images", 2, *options)
+    with Image.open(tmp_path / "rqvae-generate.png") as image:
+        note = json.loads(image.text["vqdeploy"])
+        pixels = np.asarray(image)
+    assert note == {
+        "system": "rqvae",
+        "checkpoint": pipeline.manifest.checkpoint,
+        "options": {"seed": 3, "labels": [2, 2, 0, 0], "temperature": 0.7, "top_k": [1, 2, 3, 4], "top_p": 0.5},
+    }
+    expected = pipeline.generate([2, 2, 0, 0], seed=3, temperature=0.7, top_k=[1, 2, 3, 4], top_p=0.5).images
+    for i, image in enumerate(expected):
+        top, left = i // 2 * 18, i % 2 * 18
+        np.testing.assert_array_equal(pixels[top : top + 16, left : left + 16], image)
+
+
+def test_without_labels_every_class_has_a_row(vqdeploy, plan, tmp_path):
+    result = parsed(vqdeploy("run", "--engine", plan, "--num-images", 2, "--json"))
+    assert result["options"]["labels"] == [0, 0, 1, 1, 2, 2]
+
+
+def test_codes_go_to_a_file_and_back(vqdeploy, plan, pipeline, picture, tmp_path):
+    assert vqdeploy("run", "--engine", plan, "--task", "encode", "--input", picture, "-o", "codes.npz")[0] == 0
+    codes = np.load(tmp_path / "codes.npz")["codes"]
+    assert (codes.shape, codes.dtype) == ((1, 4, 4, 4), np.int64)
+    vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz", "--num-images", 1, "-o", "d.png")
+    vqdeploy("run", "--engine", plan, "--task", "reconstruct", "--input", picture, "-o", "r.png")
+    decoded, both = (np.asarray(Image.open(tmp_path / name)) for name in ("d.png", "r.png"))
+    np.testing.assert_array_equal(decoded, pipeline.decode(codes)[0])
+    np.testing.assert_array_equal(both[18:], decoded)
+
+
+def test_depth_is_passed_on(vqdeploy, plan, pipeline, tmp_path):
+    codes = np.random.default_rng(0).integers(0, 64, (1, 4, 4, 4))
+    np.savez(tmp_path / "c.npz", codes=codes)
+    arguments = ["--task", "decode", "--input", "c.npz", "--num-images", 1, "--depth", 2, "-o", "d.png"]
+    assert vqdeploy("run", "--engine", plan, *arguments)[0] == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "d.png")), pipeline.decode(codes, 2)[0])
+
+
+def test_a_folder_of_images(vqdeploy, plan, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / ".hidden").write_text("not an image")
+    result = parsed(vqdeploy("run", "--engine", plan, "--task", "reconstruct", "--input", "images", "--json"))
+    assert result["images"] == 6
+
+
+def test_a_mask_of_its_own(vqdeploy, plan, picture, pipeline, tmp_path):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[12:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = ["--task", "inpaint", "--input", picture, "--mask", "mask.png", "--label", "1", "-o", "i.png"]
+    assert vqdeploy("run", "--engine", plan, *arguments)[0] == 0
+    sheet = np.asarray(Image.open(tmp_path / "i.png"))
+    expected = pipeline.inpaint(sheet[None, :16], [1], mask=mask > 127).images[0]
+    np.testing.assert_array_equal(sheet[18:], expected)
+
+
+# What is refused, in one sentence
+
+
+def refused(result, code, *words):
+    found, out, err = result
+    assert found == code, err
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "paint"], ["no such task", "inpaint"]),
+        (["--label", "unicorn"], ["no such label", "cat, dog, eel", "unicorn"]),
+        (["--label", "3"], ["no such label"]),
+        (["--temperature", "hot"], ["numbers split by commas", "hot"]),
+        (["--temperature", "1,2"], ["one value or 4"]),
+        (["--temperature", "nan"], ["temperature is out of range"]),
+        (["--top-k", "1.5"], ["numbers split by commas"]),
+        (["--top-k", "65"], ["0..64"]),
+        (["--top-p", "2"], ["top_p is out of range"]),
+        (["--seed", str(10**30)], ["seed is out of range"]),
+        (["--task", "encode"], ["needs images", "--input"]),
+        (["--task", "encode", "--input", "none.png"], ["none.png does not exist"]),
+        (["--task", "decode"], ["one file of codes"]),
+        (["--task", "decode", "--input", "none.npz"], ["none.npz does not exist"]),
+        (["--task", "inpaint", "--input", "in.png", "--label", "cat", "--mask-ratio", "1.5"], ["mask ratio"]),
+        (["--task", "inpaint", "--input", "in.png"], ["needs labels"]),
+        (["--task", "inpaint", "--input", "in.png", "--label", "cat", "--mask", "none.png"], ["none.png"]),
+        (["--task", "reconstruct", "--input", "in.png", "--depth", "5"], ["no such depth", "1..4"]),
+        (["-o", "in.png/out.png"], ["in.png/out.png cannot be written", "-o"]),
+        (["-o", "."], ["cannot be written"]),
+    ],
+)
+def test_wrong_requests(vqdeploy, plan, picture, tmp_path, arguments, words):
+    refused(vqdeploy("run", "--engine", plan, *arguments), 2, *words)
+    assert names(tmp_path) == ["in.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "--engine"],
+        ["paint"],
+        ["run", "--engine", "a.plan", "--num-images", "0"],
+        ["run", "--engine", "a.plan", "--seed", "-1"],
+        ["run", "--engine", "a.plan", "--seed", "x"],
+        ["export", "--opset", "new"],
+        ["export", "--unknown"],
+    ],
+)
+def test_wrong_usage(vqdeploy, arguments):
+    code, out, err = vqdeploy(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "Usage" in err or "Error: Option" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "--model", "rqvea"], ["no model is called 'rqvea'", "rqvae"]),
+        (["export", "--preset", "huge"], ["no preset 'huge'", "vqdeploy models"]),
+        (["export", "--checkpoint", "none"], ["none is not a checkpoint folder"]),
+        (["export", "--dtype", "fp64"], ["fp64 is not supported"]),
+        (["export", "--opset", "17"], ["24 or later, found 17"]),
+        (["export", "-o", "file/onnx"], ["file/onnx cannot be written"]),
+        (["export", "-o", "."], ["holds something else"]),
+        (["build"], ["rqvae-onnx is not an ONNX package", "vqdeploy export"]),
+        (["build", "file"], ["file is not an ONNX package"]),
+        (["run", "--engine", "none.plan"], ["none.plan does not exist"]),
+        (["run", "--engine", "."], ["cannot be read"]),
+        (["verify", "--engine", "none.plan"], ["none.plan does not exist"]),
+        (["inspect", "none.plan"], ["none.plan does not exist"]),
+        (["inspect", "."], ["cannot be read"]),
+    ],
+)
+def test_wrong_paths_and_names(vqdeploy, tmp_path, arguments, words):
+    (tmp_path / "file").write_text("x")
+    refused(vqdeploy(*arguments), 2, *words)
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("verb", ["run --engine", "verify --engine", "inspect"])
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps([1]), b"PK\x03\x04" + bytes(200)])
+def test_files_that_are_no_plan(vqdeploy, tmp_path, verb, content):
+    (tmp_path / "a.plan").write_bytes(content)
+    refused(vqdeploy(*verb.split(), "a.plan"), 1, "a.plan is not a plan, or is damaged")
+
+
+def test_batch_sizes_out_of_order(vqdeploy, package):
+    refused(vqdeploy("build", package, "--min-batch", 4, "--max-batch", 2), 2, "out of order", "4, 1, 2")
+
+
+def test_a_read_only_place(vqdeploy, plan, package):
+    """/proc refuses new files even from root."""
+    for arguments in (["run", "--engine", plan, "--label", "cat"], ["build", package], ["export"]):
+        refused(vqdeploy(*arguments, "-o", "/proc/none/out"), 2, "/proc/none/out cannot be written", "-o")
+    refused(vqdeploy("inspect", plan, "--extract", "/proc/none"), 2, "/proc/none cannot be written")
+
+
+def test_a_changed_package(vqdeploy, package, tmp_path):
+    copy = shutil.copytree(package, tmp_path / "copy")
+    (copy / "step.onnx").write_bytes((copy / "step.onnx").read_bytes() + b"\0")
+    refused(vqdeploy("build", "copy"), 1, "was changed after it was exported")
+    assert names(tmp_path) == ["copy"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"PK\x05\x06" + bytes(18), pickle.dumps({"codes": [1]}), b"\x93NUMPY\x01\x00"]
+)
+def test_damaged_codes(vqdeploy, plan, tmp_path, content):
+    (tmp_path / "codes.npz").write_bytes(content)
+    refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), 1, "not a file of codes")
+
+
+@pytest.mark.parametrize(
+    ("array", "code"),
+    [
+        (np.zeros((1, 4, 4, 3), int), 2),
+        (np.full((1, 4, 4, 4), 64), 2),
+        (np.zeros((1, 4, 4, 4)), 2),
+        (np.array([{"a": 1}], dtype=object), 1),
+    ],
+)
+def test_codes_that_do_not_fit(vqdeploy, plan, tmp_path, array, code):
+    np.savez(tmp_path / "codes.npz", codes=array)
+    refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), code, "codes")
+
+
+def test_codes_under_another_name(vqdeploy, plan, tmp_path):
+    np.savez(tmp_path / "codes.npz", tokens=np.zeros((1, 4, 4, 4), int))
+    refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), 1, "not a file of codes")
+
+
+def huge_png():
+    """A header that promises ten gigapixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "flipped", "huge", "folder"])
+def test_damaged_images(vqdeploy, plan, picture, tmp_path, kind):
+    good = picture.read_bytes()
+    contents = {
+        "empty": b"",
+        "text": b"hello",
+        "truncated": good[:1000],
+        "flipped": good[:60] + bytes(byte ^ 255 for byte in good[60:90]) + good[90:],
+        "huge": huge_png(),
+    }
+    if kind == "folder":
+        (tmp_path / "bad" / "sub").mkdir(parents=True)
+    else:
+        (tmp_path / "bad").write_bytes(contents[kind])
+    refused(vqdeploy("run", "--engine", plan, "--task", "encode", "--input", "bad"), 1, "bad", "not an image")
+
+
+def test_tracebacks_only_when_asked_for(command, tmp_path):
+    quiet = command("inspect", "none.plan", cwd=tmp_path)
+    loud = command("-vv", "inspect", "none.plan", cwd=tmp_path)
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+
+
+# Exit codes of the real script
+
+
+def test_exit_codes(command, plan, tmp_path):
+    (tmp_path / "bad.plan").write_bytes(plan.read_bytes()[:-1])
+    assert command("inspect", plan).returncode == 0
+    assert command("inspect", tmp_path / "bad.plan").returncode == 1
+    assert command("inspect", tmp_path / "none.plan").returncode == 2
+    assert command("paint").returncode == 2
+
+
+def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypatch):
+    monkeypatch.setattr("vqdeploy.verify._LOGITS", 0.0)
+    code, out, _ = vqdeploy("verify", "--engine", plan, "--checkpoint", checkpoint_folder, "--json")
+    assert code == 1
+    report = json.loads(out)
+    assert report["passed"] is False
+    assert {c["stage"] for c in report["checks"] if not c["passed"]} == {"step"}
+
+
+def test_an_export_that_fails_its_checks_exits_with_1(vqdeploy, checkpoint_folder, package, monkeypatch):
+    monkeypatch.setattr("vqdeploy.export.package.export", lambda system, folder, *_: shutil.copytree(package, folder))
+    monkeypatch.setattr("vqdeploy.verify._LOGITS", 0.0)
+    code, out, err = vqdeploy("export", "--checkpoint", checkpoint_folder, "--json")
+    assert code == 1
+    assert json.loads(out)["verify"]["passed"] is False
+    assert "FAILED" in err
+
+
+def test_python_m_vqdeploy(python):
+    script = (
+        "import runpy, sys; sys.argv = ['vqdeploy', '--version']; runpy.run_module('vqdeploy', run_name='__main__')"
+    )
+    assert python(script).strip().count(".") == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_json(vqdeploy, verb):
+    code, out, _ = vqdeploy(verb, "--help")
+    assert code == 0
+    assert "--json" in out
+
+
+def interrupt(command, cwd, arguments, sign):
+    """Sends Ctrl-C as soon as `sign` appears on stderr."""
+    with subprocess.Popen(  # noqa: S603
+        [command.script, *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
+        for line in process.stderr:
+            if sign in line:
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        return process.wait(60), rest
+
+
+def test_an_interrupted_export_leaves_nothing(command, tmp_path, checkpoint_folder):
+    arguments = ["export", "--checkpoint", checkpoint_folder, "-o", tmp_path / "onnx"]
+    code, err = interrupt(command, tmp_path, arguments, "exporting encode")
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert names(tmp_path) == []
+
+
+def test_an_interrupted_build_leaves_nothing(command, tmp_path, tiny):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed, and other builds are over too soon")
+    arguments = ["build", tiny.package, "--backend", "tensorrt-rtx", "-o", tmp_path / "a.plan"]
+    code, err = interrupt(command, tmp_path, arguments, "building encode")
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert names(tmp_path) == []
+
+
+def test_an_interrupted_run_leaves_nothing(vqdeploy, plan, monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("PIL.Image.Image.save", stop)
+    code, out, _ = vqdeploy("run", "--engine", plan, "--label", "cat", "--num-images", 1)
+    assert (code, out) == (130, "")
+    assert names(tmp_path) == []
+
+
+def test_the_plan_of_the_shipped_preset_generates_its_labels(tiny):
+    pipeline = load(tiny.plan)
+    assert [pipeline.label(str(digit)) for digit in range(10)] == list(range(10))

@@ -1,0 +1,173 @@
+"""Which part may import which, in fresh processes."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+HEAVY = ("torch", "onnx", "onnxscript", "onnx_ir", "lightning", "matplotlib", "scipy", "sklearn")
+LOADED = "import sys, json; print(json.dumps(sorted(sys.modules)))"
+
+
+def loaded(python, statement):
+    """Names of all modules that a statement loads."""
+    return set(json.loads(python(f"{statement}\n{LOADED}").splitlines()[-1]))
+
+
+def roots(modules):
+    return {name.split(".")[0] for name in modules}
+
+
+def test_the_runtime_needs_no_torch_and_no_onnx(python):
+    script = BLOCK.format(blocked=HEAVY) + "import vqdeploy.runtime; print('fine')"
+    assert python(script) == "fine\n"
+
+
+def test_the_runtime_loads_no_models_and_no_engine_before_a_plan(python):
+    modules = loaded(python, "import vqdeploy.runtime")
+    assert not [name for name in modules if name.startswith(("vqdeploy.models", "vqdeploy.export", "vqdeploy.engines"))]
+    assert not roots(modules) & {*HEAVY, "onnxruntime"}
+
+
+def test_a_plan_runs_without_torch_and_onnx(python, plan, pipeline):
+    script = BLOCK.format(blocked=HEAVY) + (
+        "import numpy as np\n"
+        "from vqdeploy.runtime import load\n"
+        "pipe = load(sys.argv[1])\n"
+        "out = pipe.generate([0, 2], seed=3)\n"
+        "codes = pipe.encode(out.images)\n"
+        "assert (pipe.decode(codes) == pipe.reconstruct(out.images)).all()\n"
+        "print(pipe.inpaint(out.images, [0, 2], mask_ratio=0.5).codes.shape, out.codes.sum())\n"
+    )
+    expected = pipeline.generate([0, 2], seed=3).codes.sum()
+    assert python(script, plan) == f"(2, 4, 4, 4) {expected}\n"
+
+
+def test_the_run_command_needs_no_torch_and_no_onnx(python, plan, tmp_path):
+    script = BLOCK.format(blocked=HEAVY) + (
+        "from vqdeploy.cli import main\n"
+        "sys.argv = ['vqdeploy', 'run', '--engine', sys.argv[1], '--num-images', '1', '-o', 'out.png']\n"
+        "main()\n"
+    )
+    python(script, plan, cwd=tmp_path)
+    assert (tmp_path / "out.png").exists()
+
+
+def test_the_package_itself_loads_almost_nothing(python):
+    modules = loaded(python, "import vqdeploy; vqdeploy.__version__")
+    assert not roots(modules) & {*HEAVY, "numpy", "onnxruntime"}
+
+
+def test_the_package_offers_load(python):
+    assert "torch" in roots(loaded(python, "import vqdeploy; vqdeploy.load"))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["export", "--help"], ["--version"], ["env"], []])
+def test_help_loads_no_library(python, arguments):
+    script = (
+        "import sys\n"
+        f"sys.argv = ['vqdeploy', *{arguments!r}]\n"
+        "from vqdeploy.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+    )
+    assert not roots(loaded(python, script)) & {*HEAVY, "numpy", "onnxruntime"}
+
+
+def test_inspect_opens_no_engine(python, plan):
+    script = (
+        "import sys\n"
+        f"sys.argv = ['vqdeploy', 'inspect', {str(plan)!r}]\n"
+        "from vqdeploy.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+    )
+    assert not roots(loaded(python, script)) & {*HEAVY, "onnxruntime"}
+
+
+def test_building_needs_no_torch(python, package, tmp_path):
+    script = BLOCK.format(blocked=("torch",)) + (
+        "from pathlib import Path\nfrom vqdeploy.engines.build import build\nbuild(Path(sys.argv[1]), Path('a.plan'))\n"
+    )
+    python(script, package, cwd=tmp_path)
+    assert (tmp_path / "a.plan").exists()
+
+
+def test_the_models_need_no_export_engines_or_runtime(python):
+    modules = loaded(python, "import vqdeploy.models, vqdeploy.presets, vqdeploy.checkpoint")
+    parts = ("vqdeploy.export", "vqdeploy.engines", "vqdeploy.runtime")
+    assert not [name for name in modules if name.startswith(parts)]
+    assert not roots(modules) & {"onnx", "onnxscript", "onnxruntime"}
+
+
+def test_the_export_needs_no_builder(python):
+    modules = loaded(python, "import vqdeploy.export.package")
+    assert not [name for name in modules if name.startswith("vqdeploy.engines")]
+
+
+@pytest.mark.parametrize("module", ["torch", "onnxruntime"])
+def test_a_missing_library_is_named_with_its_remedy(python, module, plan, tmp_path):
+    verb = ["models"] if module == "torch" else ["run", "--engine", str(plan)]
+    script = BLOCK.format(blocked=(module,)) + (
+        "import io, contextlib\n"
+        f"sys.argv = ['vqdeploy', *{verb!r}]\n"
+        "from vqdeploy.cli import main\n"
+        "errors = io.StringIO()\n"
+        "with contextlib.redirect_stderr(errors):\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as end:\n"
+        "        code = end.code\n"
+        "print(code, errors.getvalue())\n"
+    )
+    printed = python(script, cwd=tmp_path)
+    assert printed.startswith("2 error: ")
+    assert "pip install" in printed
+    assert module in printed
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_one_package(tmp_path):
+    pytest.importorskip("setuptools", reason="setuptools is not installed, and without it no wheel is built offline")
+    sources = tmp_path / "source"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout, so the sources cannot be told from other files")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (sources / name).parent.mkdir(parents=True, exist_ok=True)
+            (sources / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", sources, "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vqdeploy"}
+    for folder in ("", "models", "training", "export", "engines", "runtime"):
+        inside = ROOT / "vqdeploy" / folder if folder in ("", "models", "training") else ROOT / folder
+        modules = {f"vqdeploy/{folder}/{file.name}".replace("//", "/") for file in inside.glob("*.py")}
+        assert modules
+        assert modules <= set(names)
+    assert "vqdeploy/py.typed" in names

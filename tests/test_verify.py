@@ -1,0 +1,285 @@
+"""A good plan passes, and whatever is broken in one is found, by the check that names it."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.export.functions import parse
+from vqdeploy.runtime.bundle import sha256
+from vqdeploy.runtime.manifest import FILE, WEIGHTS
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.verify import table, verify, verify_package
+
+
+@pytest.fixture
+def copy(package, tmp_path):
+    return shutil.copytree(package, tmp_path / "package")
+
+
+def reseal(folder):
+    """Makes the digests fit again, as someone who knows how would."""
+    data = json.loads((folder / FILE).read_text())
+    data["members"] = {name: sha256(folder / name) for name in data["members"]}
+    (folder / FILE).write_text(json.dumps(data))
+
+
+def change_weight(folder, weight, change):
+    """Changes a tensor in the weights file, found by its value."""
+    blob = bytearray((folder / WEIGHTS).read_bytes())
+    (size,) = struct.unpack("<Q", blob[:8])
+    start = blob.index(weight.detach().contiguous().numpy().tobytes(), 8 + size)
+    array = np.frombuffer(blob, np.float32, weight.numel(), start).reshape(weight.shape)
+    change(array)
+    (folder / WEIGHTS).write_bytes(blob)
+    reseal(folder)
+
+
+def change_function(folder, stage, name, change):
+    """Changes the nodes of a function in the graph of a stage; `change` maps a node to its replacement or None."""
+    model = onnx.load(folder / f"{stage}.onnx", load_external_data=False)
+    (function,) = [f for f in model.functions if f.name == name]
+    nodes = [(node, change(node)) for node in function.node]
+    assert any(new is not None for _, new in nodes)
+    del function.node[:]
+    function.node.extend(node if new is None else new for node, new in nodes)
+    onnx.save(model, folder / f"{stage}.onnx")
+    reseal(folder)
+
+
+def failures(report):
+    assert report["passed"] == (not [c for c in report["checks"] if not c["passed"]])
+    return {f"{check['stage']}: {check['metric']}" for check in report["checks"] if not check["passed"]}
+
+
+def failed(found, *expected):
+    """Each of the expected metrics, given by their first words, is among those that failed."""
+    for metric in expected:
+        assert any(name.startswith(metric) for name in found), f"{metric} is not among {sorted(found)}"
+
+
+def replace_with(output, operator, *inputs):
+    """Replaces the node that makes `output`."""
+    return lambda node: helper.make_node(operator, list(inputs), [output]) if node.output[0] == output else None
+
+
+@pytest.mark.parametrize("kind", ["plan", "portable_plan"])
+def test_a_good_plan_passes(request, kind, system):
+    names = []
+    report = verify(request.getfixturevalue(kind), system, names.append)
+    assert failures(report) == set()
+    assert names == ["encode and decode", "step", "generation"]
+    assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "generate"}
+    assert set(report["checks"][0]) == {"stage", "metric", "value", "limit", "passed"}
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_good_package_passes(package, system):
+    assert failures(verify_package(package, system)) == set()
+
+
+def test_the_table_tells_what_failed():
+    check = {"stage": "decode", "metric": "largest difference", "value": 7.0, "limit": 1.0, "passed": False}
+    text = table({"passed": False, "checks": [check, check | {"value": 0.5, "passed": True}]})
+    assert [line[:4] for line in text.splitlines()] == ["FAIL", "ok  ", "FAIL"]
+
+
+# Weights
+
+
+def test_a_decoder_weight(copy, system):
+    weight = system.tokenizer.decoder.conv_out.weight
+
+    def change(array):
+        array[0, 0, 1, 1] += 0.3
+
+    change_weight(copy, weight, change)
+    assert failures(verify_package(copy, system)) == {"decode: largest difference in grey levels"}
+
+
+def test_an_encoder_weight(copy, system):
+    def change(array):
+        array[:] *= 1.2
+
+    change_weight(copy, system.tokenizer.encoder.conv_in.weight, change)
+    failed(failures(verify_package(copy, system)), "encode: codes outside the margin rule")
+
+
+@pytest.fixture(scope="module")
+def used(pipeline):
+    """Rows of the codebook from the most used down."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    return np.bincount(pipeline.encode(images).ravel(), minlength=64).argsort()[::-1]
+
+
+def test_a_row_of_the_codebook(copy, system, used):
+    def change(array):
+        array[used[0]] += 0.5
+
+    change_weight(copy, system.tokenizer.quantizer.codebook, change)
+    failed(failures(verify_package(copy, system)), "decode: largest difference", "encode: codes outside")
+
+
+def test_two_rows_of_the_codebook_swapped(copy, system, used):
+    def change(array):
+        array[used[:2]] = array[used[1::-1]]
+
+    change_weight(copy, system.tokenizer.quantizer.codebook, change)
+    failed(failures(verify_package(copy, system)), "decode: largest difference", "encode: codes outside")
+
+
+def test_one_weight_of_the_prior(copy, system):
+    def change(array):
+        array[5, 7] += 0.05
+
+    change_weight(copy, system.prior.classifier.linear.weight.T.contiguous(), change)
+    failed(failures(verify_package(copy, system)), "step: cached step: largest difference of logits")
+
+
+# The step
+
+
+def test_a_cache_that_is_written_at_the_wrong_place(copy, system):
+    def change(node):
+        if node.op_type != "TensorScatter":
+            return None
+        return helper.make_node("TensorScatter", [*node.input[:2], "shifted"], node.output, axis=-2, mode="linear")
+
+    model = onnx.load(copy / "step.onnx", load_external_data=False)
+    (function,) = [f for f in model.functions if f.name == "CachedAttention"]
+    function.node.insert(0, helper.make_node("Sub", ["position", "position"], ["shifted"]))
+    onnx.save(model, copy / "step.onnx")
+    change_function(copy, "step", "CachedAttention", change)
+    failed(failures(verify_package(copy, system)), "step: cached step: largest difference")
+
+
+@pytest.mark.parametrize("cache", ["key", "value"])
+def test_a_cache_that_is_not_written(copy, system, cache):
+    change_function(copy, "step", "CachedAttention", replace_with(f"present_{cache}", "Identity", f"past_{cache}"))
+    failed(failures(verify_package(copy, system)), "step: cached step: largest difference", "step: prefix: largest")
+
+
+def test_one_layer_whose_cache_belongs_to_another(copy, system):
+    data = json.loads((copy / FILE).read_text())
+    aliases = data["stages"][2]["aliases"]
+    aliases["present_key.0"], aliases["present_key.1"] = aliases["present_key.1"], aliases["present_key.0"]
+    (copy / FILE).write_text(json.dumps(data))
+    failed(failures(verify_package(copy, system)), "step: cached step: largest difference")
+
+
+def test_attention_that_sees_what_is_to_come(copy, system):
+    change_function(copy, "step", "CachedAttention", replace_with("seen", "Identity", "scores"))
+    failed(failures(verify_package(copy, system)), "step: cached step: largest difference", "step: prefix: largest")
+
+
+def test_a_mask_that_is_one_place_off(copy, system):
+    def change(node):
+        if node.output[0] != "hidden":
+            return None
+        return helper.make_node("LessOrEqual", node.input, node.output)
+
+    change_function(copy, "step", "CachedAttention", change)
+    failed(failures(verify_package(copy, system)), "step: cached step: largest difference")
+
+
+# Sampling
+
+
+def test_sampling_without_noise(copy, system):
+    change_function(copy, "step", "GumbelSample", replace_with("perturbed", "Identity", "kept"))
+    failed(failures(verify_package(copy, system)), "generate: whole distribution: tokens outside")
+
+
+def test_sampling_that_ignores_the_temperature(copy, system):
+    change_function(copy, "step", "GumbelSample", replace_with("scaled", "Identity", "logits_fp32"))
+    found = failures(verify_package(copy, system))
+    failed(found, "generate: truncated: tokens outside")
+    assert not any("whole distribution" in name for name in found)
+
+
+def test_sampling_that_ignores_top_k(copy, system):
+    change_function(copy, "step", "GumbelSample", replace_with("survivors", "Identity", "scaled"))
+    failed(failures(verify_package(copy, system)), "generate: truncated: tokens outside")
+
+
+def test_sampling_that_ignores_top_p(copy, system):
+    change_function(copy, "step", "GumbelSample", replace_with("threshold_p", "Identity", "k_low_3"))
+    assert failures(verify_package(copy, system)) == {
+        "generate: truncated: tokens outside the margin rule",
+        "generate: image alone: tokens outside the margin rule",
+    }
+
+
+def test_noise_keyed_by_the_place_in_the_batch(plan, system, monkeypatch):
+    monkeypatch.setattr(
+        "vqdeploy.runtime.autoregressive.gumbel",
+        lambda seed, images, step, out: gumbel(seed, np.arange(len(images)), step, out),
+    )
+    failed(failures(verify(plan, system)), "generate: image alone")
+
+
+def test_noise_that_is_the_same_at_each_step(plan, system, monkeypatch):
+    monkeypatch.setattr(
+        "vqdeploy.runtime.autoregressive.gumbel", lambda seed, images, step, out: gumbel(seed, images, 0, out)
+    )
+    failed(failures(verify(plan, system)), "generate: whole distribution: tokens outside")
+
+
+def test_noise_that_changes_from_run_to_run(plan, system, monkeypatch):
+    runs = iter(range(10**6))
+    monkeypatch.setattr(
+        "vqdeploy.runtime.autoregressive.gumbel",
+        lambda seed, images, step, out: gumbel(next(runs), images, step, out),
+    )
+    failed(failures(verify(plan, system)), "generate: codes that differ in a second run")
+
+
+# The quantizer
+
+
+def test_a_quantizer_that_takes_the_second_nearest(copy, system):
+    model = onnx.load(copy / "encode.onnx", load_external_data=False)
+    index = next(i for i, f in enumerate(model.functions) if f.name == "VQResidual")
+    text = onnx.printer.to_text(model.functions[index])
+    body = text[text.index("VQResidual") :].replace("ArgMax", "ArgMin")
+    model.functions[index].CopyFrom(parse(body))
+    onnx.save(model, copy / "encode.onnx")
+    reseal(copy)
+    failed(failures(verify_package(copy, system)), "encode: codes outside the margin rule")
+
+
+def test_a_lookup_that_ignores_missing_codes(copy, system):
+    """The code -1 would count as code 0."""
+    change_function(copy, "decode", "VQLookup", replace_with("masked", "Identity", "rows"))
+    assert failures(verify_package(copy, system)) == {"decode: largest difference in grey levels"}
+
+
+# The checkpoint
+
+
+def test_another_checkpoint_is_refused(plan, system):
+    from copy import deepcopy
+
+    other = deepcopy(system)
+    other.prior.pos_emb_d.data[0, 0, 0] += 1e-3
+    with pytest.raises(
+        VqdeployError, match=r"made of another checkpoint; expected digest .*, found .*--checkpoint"
+    ) as caught:
+        verify(plan, other)
+    assert caught.value.exit_code == 2
+
+
+def test_without_a_checkpoint_the_preset_is_compared(plan):
+    with pytest.raises(VqdeployError, match="no preset 'small'"):
+        verify(plan)
+
+
+def test_a_damaged_plan_is_refused_before_anything_runs(plan, system, tmp_path):
+    (tmp_path / "a.plan").write_bytes(plan.read_bytes()[:-100])
+    with pytest.raises(VqdeployError, match="not a plan, or is damaged"):
+        verify(tmp_path / "a.plan", system)
