@@ -338,12 +338,12 @@ class Pipeline:
     def _per_depth(self, options: dict[str, Any]) -> dict[str, np.ndarray]:
         """Options as the graph takes them [Q]: temperature above 0, `top_k` in 1..K."""
         depth = self.grid[-1]
-        temperature = np.broadcast_to(np.clip(options["temperature"], 0, _HOTTEST).astype(np.float32), depth)
+        temperature = np.broadcast_to(np.clip(np.asarray(options["temperature"], float), 0, _HOTTEST), depth)
         top_k = np.broadcast_to(np.asarray(options["top_k"], np.int64), depth)
         top_p = np.broadcast_to(np.asarray(options["top_p"], np.float32), depth)
         greedy = temperature < _COLDEST
         return {
-            "temperature": np.where(greedy, np.float32(1), temperature),
+            "temperature": np.where(greedy, 1, temperature).astype(np.float32),
             "top_k": np.where(greedy, 1, np.where(top_k == 0, self.codebook_size, top_k)),
             "top_p": top_p,
         }

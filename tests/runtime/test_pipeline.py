@@ -390,6 +390,13 @@ def test_tiny_temperatures_take_the_likeliest_codes(pipeline, temperature):
     np.testing.assert_array_equal(pipeline.generate([0, 1], temperature=temperature).codes, expected)
 
 
+@pytest.mark.parametrize("temperature", [1e20, 2**64, 1e300])
+def test_huge_temperatures_leave_only_the_noise(pipeline, temperature):
+    options = {"temperature": temperature, "top_k": 0, "top_p": 1}
+    first, second = (pipeline.generate([label], **options).codes for label in (0, 1))
+    np.testing.assert_array_equal(first, second)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
