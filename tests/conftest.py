@@ -99,7 +99,7 @@ def portable_plan(package, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipeline(plan):
-    return load(plan)
+    return load(plan, threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,7 @@ def splitting_pipeline(package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
     file = tmp_path_factory.mktemp("plan") / "two.plan"
     build(package, file, batch=BatchRange(1, 1, 2))
-    return load(file)
+    return load(file, threads=1)
 
 
 @pytest.fixture(scope="session")

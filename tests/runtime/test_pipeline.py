@@ -22,7 +22,7 @@ GRID, SIZE, SIDE = (4, 4, 4), 64, 16
 @pytest.fixture(scope="module", params=["plan", "portable_plan"])
 def either(request):
     """A pipeline with ONNX Runtime's bodies, and one with the portable ones."""
-    return load(request.getfixturevalue(request.param))
+    return load(request.getfixturevalue(request.param), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_seeds_labels_and_images_matter(pipeline):
 
 
 def test_a_plan_loaded_twice_gives_the_same(plan, pipeline):
-    np.testing.assert_array_equal(load(plan, threads=1).generate(LABELS).codes, pipeline.generate(LABELS).codes)
+    np.testing.assert_array_equal(load(plan).generate(LABELS).codes, pipeline.generate(LABELS).codes)
 
 
 # Completion
