@@ -162,7 +162,7 @@ def test_an_unknown_weight(copy):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"model": "rqvae"}', "\x00"])
 def test_a_damaged_configuration(copy, text):
     (copy / "config.json").write_text(text)
-    refused(copy, "")
+    refused(copy, None)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_configuration_of_impossible_numbers(copy, change_):
     config = json.loads((copy / "config.json").read_text())
     config["prior"].update(change_)
     (copy / "config.json").write_text(json.dumps(config))
-    refused(copy, "")
+    refused(copy, None)
 
 
 def test_random_weights_depend_on_the_seed_alone():

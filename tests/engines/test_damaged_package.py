@@ -104,7 +104,7 @@ def test_a_newer_manifest(copy):
 @pytest.mark.parametrize("members", [[], {"step.onnx": 5}, {"step.onnx": None}])
 def test_malformed_digests(copy, members):
     edit(copy, lambda data: data.update(members=members))
-    refused(copy, "")
+    refused(copy, None)
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "file", "nothing"])

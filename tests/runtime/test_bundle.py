@@ -144,7 +144,7 @@ def test_a_failing_write_leaves_the_old_plan(plan, tmp_path):
 # What is refused
 
 
-def refused(path, error=ArtifactError, message=""):
+def refused(path, error=ArtifactError, message=None):
     """Loading fails with one sentence and the exit code of its error."""
     with pytest.raises(VqdeployError, match=message) as caught:
         load(path)
