@@ -4,6 +4,7 @@ How the queries meet the keys is a parameter, so that one block serves training 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), the MLP four times as wide with exact GELU."""
 
+    mlp: Any
+
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.ln1 = nn.LayerNorm(width)
@@ -73,6 +76,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A stack of blocks on [B, S, width], without embeddings or a last norm."""
+
+    blocks: Any  # list of Block
 
     def __init__(self, layers: int, width: int, heads: int, dropout: float):
         super().__init__()
