@@ -22,7 +22,7 @@ demo: .venv/ready
 	cd demo && vqdeploy run --engine rqvae.plan --task reconstruct --input ../examples/digits
 	cd demo && vqdeploy verify --engine rqvae.plan
 	@echo
-	@echo "Generated digits, one row a class:    demo/rqvae-generate.png"
+	@echo "Generated digits, one row a class:        demo/rqvae-generate.png"
 	@echo "Real digits, above their decoded codes: demo/rqvae-reconstruct.png"
 
 # mypy finds packages by folder. The links give it the import paths: vqdeploy.export is export/, and so on.
