@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime import options
 from vqdeploy.runtime.autoregressive import Callback, Request, Sampler
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import BatchRange
@@ -17,12 +18,7 @@ from vqdeploy.runtime.manifest import BatchRange
 log = logging.getLogger("vqdeploy")
 
 _CALL_PIXELS = 256 * 256
-
 _LARGEST = 2**62  # seed and image index, which key the noise
-_COLDEST, _HOTTEST = 1e-20, 1e20  # temperatures beyond which quotients of logits leave fp32
-
-PerDepth = float | Sequence[float]
-"""One value for all depths, or one for each."""
 
 
 @dataclass
@@ -253,9 +249,9 @@ class Pipeline:
         *,
         seed: int = 0,
         first_image: int = 0,
-        temperature: PerDepth | None = None,
+        temperature: options.PerDepth | None = None,
         top_k: int | Sequence[int] | None = None,
-        top_p: PerDepth | None = None,
+        top_p: options.PerDepth | None = None,
         callback: Callback | None = None,
     ) -> Output:
         """Samples the codes that are -1, given those before them in raster order.
@@ -274,7 +270,8 @@ class Pipeline:
             VqdeployError: An argument is out of range, or the plan has no prior.
         """
         start = time.perf_counter()
-        chosen = self._options(temperature, top_k, top_p)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        chosen = options.choose(given, self._config["sampling"], self.grid[-1], self.codebook_size)
         codes, engine = self.sample(known, labels, seed, first_image, chosen, callback)
         sampled = time.perf_counter()
         images = self.decode(codes)
@@ -293,10 +290,10 @@ class Pipeline:
         labels: Sequence[int] | None,
         seed: int = 0,
         first_image: int = 0,
-        options: dict[str, Any] | None = None,
+        chosen: dict[str, Any] | None = None,
         callback: Callback | None = None,
     ) -> tuple[np.ndarray, float]:
-        """The codes of `complete`, and the seconds that the engine took of it. `options` are complete and checked."""
+        """The codes of `complete`, and the seconds that the engine took of it; `chosen` comes from `options.choose`."""
         classes = self._check_labels(labels, len(known))
         known = self._check_codes(known, lowest=-1).reshape(len(known), -1, self.grid[-1])
         if np.any((known < 0).any(-1) != (known < 0).all(-1)):
@@ -305,7 +302,7 @@ class Pipeline:
             if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
                 expected = f"a whole number in 0..{_LARGEST}"
                 raise VqdeployError(f"{name} is out of range", expected=expected, found=value)
-        per_depth = self._per_depth(options or self._options(None, None, None))
+        per_depth = options.for_graph(chosen or self._config["sampling"], self.grid[-1], self.codebook_size)
         codes, engine = [], 0.0
         for part in self._batches(len(known), self._batch.max):
             images = np.arange(len(known))[part]
@@ -314,39 +311,6 @@ class Pipeline:
             codes.append(self._sampler(request, callback))
             engine += self._sampler.engine_seconds
         return np.concatenate(codes).reshape(-1, *self.grid), engine
-
-    def _options(self, temperature: Any, top_k: Any, top_p: Any) -> dict[str, Any]:
-        """The options in force, defaults of the checkpoint filled in, as numbers or lists of one for each depth."""
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        chosen = {name: self._config["sampling"][name] if value is None else value for name, value in given.items()}
-        limits = {"temperature": (0, np.inf), "top_k": (0, self.codebook_size), "top_p": (0, 1)}
-        for name, value in chosen.items():
-            try:
-                values, (low, high) = np.atleast_1d(np.asarray(value, float)), limits[name]
-            except (TypeError, ValueError, OverflowError) as error:
-                raise VqdeployError(f"{name} is malformed", expected="a number", found=value) from error
-            if values.shape not in ((1,), (self.grid[-1],)):
-                expected = f"one value or {self.grid[-1]}"
-                raise VqdeployError(f"{name} has the wrong number of values", expected=expected, found=values.size)
-            if not np.all((values >= low) & (values <= high) & np.isfinite(values)):
-                raise VqdeployError(f"{name} is out of range", expected=f"{low}..{high}", found=value)
-            if name == "top_k" and np.any(values % 1):
-                raise VqdeployError("top_k is malformed", expected="whole numbers", found=value)
-            chosen[name] = np.asarray(value).tolist()
-        return chosen
-
-    def _per_depth(self, options: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Options as the graph takes them [Q]: temperature above 0, `top_k` in 1..K."""
-        depth = self.grid[-1]
-        temperature = np.broadcast_to(np.clip(np.asarray(options["temperature"], float), 0, _HOTTEST), depth)
-        top_k = np.broadcast_to(np.asarray(options["top_k"], np.int64), depth)
-        top_p = np.broadcast_to(np.asarray(options["top_p"], np.float32), depth)
-        greedy = temperature < _COLDEST
-        return {
-            "temperature": np.where(greedy, 1, temperature).astype(np.float32),
-            "top_k": np.where(greedy, 1, np.where(top_k == 0, self.codebook_size, top_k)),
-            "top_p": top_p,
-        }
 
     def _check_labels(self, labels: Sequence[int] | None, count: int) -> np.ndarray:
         classes = self.classes

@@ -59,6 +59,8 @@ class Reference:
         ]
         noise = _Noise(batch, depth, pipeline.codebook_size)
         if compiled:
+            # Each layer's cache, empty and filled, is a case of its own.
+            torch._dynamo.config.recompile_limit = 256
             prior = copy.copy(prior)
             prior._modules = dict(prior._modules)
             for name in ("body_transformer", "head_transformer"):
