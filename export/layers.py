@@ -11,12 +11,15 @@ from vqdeploy.models.transformer import Block
 class Projection(nn.Module):
     """One or more linear layers side by side, as MatMul and Add: the form that weight quantizers look for."""
 
+    weight: Tensor  # [inputs, outputs]
+    bias: Tensor  # [outputs]
+
     def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()):
         super().__init__()
         scales = scales or (1.0,) * len(layers)
         weight = torch.cat([layer.weight.T * scale for layer, scale in zip(layers, scales, strict=True)], 1)
         bias = torch.cat([layer.bias * scale for layer, scale in zip(layers, scales, strict=True)])
-        self.register_buffer("weight", weight.detach().contiguous())  # [inputs, outputs]
+        self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:

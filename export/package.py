@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -61,7 +62,7 @@ def export(
         weights = _share_weights({name: model for name, (_, model) in graphs.items()})
         save_file(weights, new / WEIGHTS)
         _point_to_file((model for _, model in graphs.values()), new / WEIGHTS)
-        provenance = {
+        provenance: dict[str, Any] = {
             "producer": f"vqdeploy {version('vqdeploy')}",
             "system": system.config.model,
             "checkpoint": digest(system),
@@ -109,8 +110,9 @@ def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
     return weights
 
 
-def _large(model: onnx_ir.Model) -> list[onnx_ir.Value]:
-    return [value for value in model.graph.initializers.values() if value.const_value.nbytes >= _INLINE_BYTES]
+def _large(model: onnx_ir.Model) -> list[Any]:
+    initializers: Iterable[Any] = model.graph.initializers.values()  # by their type, all fields may be None
+    return [value for value in initializers if value.const_value.nbytes >= _INLINE_BYTES]
 
 
 def _point_to_file(models: Iterable[onnx_ir.Model], file: Path) -> None:
@@ -138,6 +140,6 @@ def _describe(stage: Stage, model: onnx_ir.Model) -> StageInfo:
     )
 
 
-def _tensor(value: onnx_ir.Value) -> TensorInfo:
+def _tensor(value: Any) -> TensorInfo:
     shape = (d if isinstance(d, int) else d.value for d in value.shape)
     return TensorInfo(value.name, str(value.dtype.numpy()), tuple(shape))

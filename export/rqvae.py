@@ -1,6 +1,7 @@
 """The stages of RQ-VAE with RQ-Transformer: `encode`, `decode` and `step`."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,14 @@ class Step(nn.Module):
     sampling loop, more for a known prefix.
     """
 
+    body: Any  # list of DecodeBlock
+    head: Any  # list of DecodeBlock
+    input_table: Tensor  # [K, width]
+    head_table: Tensor  # [K, width]
+    labels: Tensor  # [classes, width]
+    places: Tensor  # [h * w, width]
+    depths: Tensor  # [Q, width]
+
     def __init__(self, prior: RQTransformer):
         super().__init__()
         config = prior.config
@@ -58,13 +67,13 @@ class Step(nn.Module):
         self.head = nn.ModuleList(DecodeBlock(block) for block in prior.head_transformer.blocks)
         self.norm, self.classifier = prior.classifier.layer_norm, Projection(prior.classifier.linear)
         # Both products act linearly on rows of the codebook, so each is a table; biases go where they count once.
-        self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())  # [K, width]
-        self.register_buffer("head_table", (prior.codebook @ prior.head_mlp.weight.T).detach())  # [K, width]
-        self.register_buffer("labels", (prior.cond_emb.weight + prior.pos_emb_cond[0]).detach())  # [classes, width]
-        self.register_buffer("places", prior.pos_emb_hw[0].detach())  # [h * w, width]
+        self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())
+        self.register_buffer("head_table", (prior.codebook @ prior.head_mlp.weight.T).detach())
+        self.register_buffer("labels", (prior.cond_emb.weight + prior.pos_emb_cond[0]).detach())
+        self.register_buffer("places", prior.pos_emb_hw[0].detach())
         depths = prior.pos_emb_d[0].detach().clone()
         depths[1:] += prior.head_mlp.bias.detach()
-        self.register_buffer("depths", depths)  # [Q, width]
+        self.register_buffer("depths", depths)
 
     def forward(
         self,
@@ -133,7 +142,7 @@ def _step(prior: RQTransformer) -> Stage:
         )
     head_dim, layers = config.width // config.heads, range(config.body_layers)
     per_code, cache = (2, config.depth), (2, config.heads, config.positions, head_dim)
-    inputs = {
+    inputs: dict[str, Tensor | list[Tensor]] = {
         "codes": torch.zeros(2, 2, config.depth, dtype=torch.int64),
         "label": torch.zeros(2, dtype=torch.int64),
         "position": torch.zeros(2, dtype=torch.int64),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import onnx_ir
 import torch
@@ -48,7 +49,7 @@ class Stage:
         def shape(name: str) -> dict[int, torch.export.Dim]:
             return {0: dims[Dimension.BATCH]} | {axis: dims[d] for axis, d in self.dynamic.get(name, {}).items()}
 
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             self.module.eval(),
             tuple(self.inputs.values()),
             dynamo=True,

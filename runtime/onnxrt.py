@@ -1,6 +1,7 @@
 """Sessions on ONNX Runtime: buffers that are bound once and reused, caches that are updated in place."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ class OnnxrtSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the host works between calls
+        # All weights come from the plan: a graph that names a file must find none.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         weights = tensors(bundle.member(WEIGHTS)) if stage.weights else {}
         try:
             # ONNX Runtime borrows this memory: the views must live as long as the session.

@@ -74,7 +74,7 @@ def bench(
     start = time.perf_counter()
     pipeline = load(engine)
     load_seconds = time.perf_counter() - start
-    reference = _reference(pipeline, checkpoint) if baselines else None
+    reference: Any = _reference(pipeline, checkpoint) if baselines else None
     results = []
     for task in tasks:
         for batch in batch_sizes:

@@ -17,7 +17,7 @@ SHIPPED = Path(__file__).parent / "weights"
 
 
 def save(
-    system: System, folder: Path, training: dict[str, Any] | None = None, dtype: torch.dtype | None = None
+    system: System, folder: str | Path, training: dict[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Writes a checkpoint, replacing one that is there.
 
@@ -27,7 +27,7 @@ def save(
         training: Recipe, seed and metrics, for `training.json`.
         dtype: Type of the stored weights, for example `torch.float16`; as they are when None.
     """
-    with replacing_folder(folder, "config.json") as new:
+    with replacing_folder(Path(folder), "config.json") as new:
         write_json(new / "config.json", system.config.to_dict())
         save_file(
             {k: w.to(dtype or w.dtype).contiguous() for k, w in system.state_dict().items()}, new / "model.safetensors"

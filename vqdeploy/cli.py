@@ -198,8 +198,9 @@ def build(
     plan = output or Path(f"{read(package).system}.plan")
     with _progress("building") as progress:
         manifest = build_plan(package, plan, backend, BatchRange(min_batch, opt_batch, max_batch), progress)
-    result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": plan.stat().st_size}
-    _finish(result, as_json, f"{plan}  {result['bytes'] / 1e6:.1f} MB for {backend}")
+    size = plan.stat().st_size
+    result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}
+    _finish(result, as_json, f"{plan}  {size / 1e6:.1f} MB for {backend}")
 
 
 def _numbers(text: str | None, kind: type) -> Any:

@@ -21,7 +21,7 @@ def read_golden(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, tor
     """Configuration, inputs and outputs by name, and the full state_dict in the public naming."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     state = {
         key.removeprefix("state_dict/"): tensors.pop(key) for key in list(tensors) if key.startswith("state_dict/")
     }

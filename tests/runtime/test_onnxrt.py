@@ -1,5 +1,7 @@
 """Sessions on ONNX Runtime: what is bound, and that caches are updated in place."""
 
+import dataclasses
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -25,6 +27,16 @@ def fill(binding):
             buffer[:] = rng.random(buffer.shape) + 0.1
     binding.inputs["top_k"][:] = 64
     binding.inputs["position"][:] = 3
+
+
+def test_a_graph_reads_no_file_beside_the_plan(plan, package, monkeypatch):
+    """The graphs name the package's weights file, which lies in the working folder here."""
+    monkeypatch.chdir(package)
+    bundle = Bundle(plan)
+    stage = bundle.manifest.stage("decode")
+    OnnxrtSession(bundle, stage)
+    with pytest.raises(ArtifactError, match="External data path"):
+        OnnxrtSession(bundle, dataclasses.replace(stage, weights=stage.weights[1:]))
 
 
 def test_present_caches_are_the_past_caches(step):
