@@ -15,8 +15,10 @@ from torch.utils.data import Subset
 from vqdeploy import checkpoint
 from vqdeploy.checkpoint import SHIPPED, load
 from vqdeploy.errors import VqdeployError
+from vqdeploy.models import create
 from vqdeploy.models.quantizers import ResidualQuantizer
-from vqdeploy.training import train
+from vqdeploy.presets import preset
+from vqdeploy.training import Recipe, train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import images_of, open_data, to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, diversity, psnr, reconstruct
@@ -359,6 +361,23 @@ def test_perceptual_term_names_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(VqdeployError, match="pip install torchvision"):
         train(output=tmp_path / "out", perceptual_weight=1.0)
     assert not (tmp_path / "out.training").exists()
+
+
+def test_perceptual_term_is_weighted_and_reaches_the_decoder(monkeypatch):
+    class Distance(nn.Module):  # stands in for VGG, whose weights are a download
+        def forward(self, first, second):
+            return (first - second).abs().flatten(1).mean(1)
+
+    monkeypatch.setattr("vqdeploy.training.tokenizer.perceptual_network", Distance)
+    tokenizer = create(preset("rqvae", "tiny")).tokenizer
+    training = TokenizerTraining(tokenizer, Recipe(perceptual_weight=2.0))
+    x = torch.zeros(2, 3, 32, 32)
+    reconstruction = tokenizer(x)[0]
+    term = training._perceptual(reconstruction, x)
+    torch.testing.assert_close(term, 2 * reconstruction.abs().mean())
+    term.backward()
+    assert tokenizer.decoder.conv_out.weight.grad.abs().sum() > 0
+    assert TokenizerTraining(tokenizer, Recipe())._perceptual(reconstruction.detach(), x) == 0
 
 
 def test_a_missing_package_is_named(monkeypatch):
