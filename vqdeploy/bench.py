@@ -75,8 +75,10 @@ def bench(
     pipeline = load(engine)
     load_seconds = time.perf_counter() - start
     reference: Any = _reference(pipeline, checkpoint) if baselines else None
+    # Measured just before the steps, because the speed of shared machines drifts.
+    bandwidth = read_bandwidth() if "generate" in tasks else None
     results = []
-    for task in tasks:
+    for task in sorted(tasks, key=TASKS.index):
         for batch in batch_sizes:
             runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch))]
             for name in baselines:
@@ -84,8 +86,8 @@ def bench(
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
     facts = environment() | {"load_s": load_seconds, "peak_memory_mb": peak_memory_mb(), "plan": _describe(pipeline)}
-    if "generate" in tasks:
-        facts["read_bandwidth_gb_s"] = bandwidth = read_bandwidth()
+    if bandwidth is not None:
+        facts["read_bandwidth_gb_s"] = bandwidth
         _add_traffic(results, pipeline, bandwidth)
     report = {"results": results, "ratios": ratios(results), "environment": facts}
     return report | {"profile": step_profile(pipeline, batch_sizes[0])} if profile else report
