@@ -318,6 +318,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             drawn = axis.bar(i, bars[name], color=f"C{i}")
             axis.bar_label(drawn, fmt=lambda ms: f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}")
         axis.set_title(f"{task}, batch {batch}", fontsize=10)
+        axis.margins(y=0.12)  # room for the label of the tallest bar
         axis.set_xticks(range(len(names)), names)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("median time, ms")
