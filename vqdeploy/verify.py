@@ -25,6 +25,7 @@ from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.noise import gumbel
 
 _IMAGES = 4
+_SEED = 1
 _GREY_LEVELS = 1  # fp32: rounding may move a pixel to the next level
 _LOGITS = 1e-4  # of the largest logit
 _DISTANCE = 1e-4  # of the largest distance
@@ -201,87 +202,69 @@ def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> li
         "truncated": {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9},
     }
     for name, options in distributions.items():
-        result = pipeline.generate(labels, seed=1, **options)
-        far = _far_tokens(pipeline, system, result.codes, labels, 0, options, tolerance)
+        codes = pipeline.generate(labels, seed=_SEED, **options).codes
+        far, _ = _judge(system, codes, labels, 0, options, tolerance)
         checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far.sum(), 0))
-    again = pipeline.generate(labels, seed=1, **options).codes
-    checks.append(at_most("generate", "codes that differ in a second run", (again != result.codes).sum(), 0))
+    again = pipeline.generate(labels, seed=_SEED, **options).codes
+    checks.append(at_most("generate", "codes that differ in a second run", (again != codes).sum(), 0))
 
     chosen = _IMAGES - 2
-    alone = pipeline.generate(labels[chosen:][:1], seed=1, first_image=chosen, **options).codes
-    far = _far_tokens(pipeline, system, alone, labels[chosen:][:1], chosen, options, tolerance)
-    close = _close_calls(pipeline, system, alone, labels[chosen:][:1], chosen, options, tolerance)
-    different = np.flatnonzero((alone != result.codes[chosen : chosen + 1]).ravel())
+    label = [labels[chosen]]
+    alone = pipeline.generate(label, seed=_SEED, first_image=chosen, **options).codes
+    far, close = _judge(system, alone, label, chosen, options, tolerance)
+    different = np.flatnonzero((alone != codes[chosen : chosen + 1]).ravel())
     excused = different.size == 0 or close.ravel()[different[0]]
     checks.append(at_most("generate", "image alone: tokens outside the margin rule", far.sum() + (not excused), 0))
     return checks
 
 
-def _perturbed(
-    pipeline: Pipeline,
-    system: System,
-    codes: np.ndarray,
-    labels: list[int],
-    first: int,
-    options: dict[str, Any],
-    slack: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Perturbed logits [B, h * w, Q, K] given `codes`, and which codes truncation surely, or perhaps, leaves in."""
-    grid, size = codes.shape[1:], pipeline.codebook_size
-    batch, depth, positions = len(codes), grid[-1], grid[0] * grid[1]
-    logits = system.prior.logits(torch.from_numpy(codes), torch.tensor(labels)).view(-1, size)
-    rows = len(logits)
-    temperature = torch.full((rows,), options["temperature"])
+def _judge(
+    system: System, codes: np.ndarray, labels: list[int], first: int, options: dict[str, Any], tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Holds generated codes against the reference's choice, given the codes before each.
+
+    Returns:
+        Which codes the reference would clearly not have drawn, and where its two best candidates are closer than the
+        tolerance; both bool, of the shape of the codes.
+    """
+    slack = tolerance / options["temperature"] + 1e-6
+    logits = system.prior.logits(torch.from_numpy(codes), torch.tensor(labels)).flatten(0, -2)
+    surely, perhaps = _candidates(logits, options, slack)
+    perturbed = logits / options["temperature"] + _noise(codes.shape, first, logits.shape[1])
+    drawn = torch.from_numpy(codes).view(-1, 1)
+    best = perturbed.masked_fill(~surely, -torch.inf).amax(1)
+    far = (perturbed.gather(1, drawn)[:, 0] < best - slack) | ~perhaps.gather(1, drawn)[:, 0]
+    two = perturbed.masked_fill(~perhaps, -torch.inf).topk(2).values
+    close = two[:, 0] - two[:, 1] <= slack
+    return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
+
+
+def _candidates(logits: Tensor, options: dict[str, Any], slack: float) -> tuple[Tensor, Tensor]:
+    """Which codes [N, K] truncation surely, and which it perhaps leaves in, when logits are off by up to `slack`."""
+    rows, size = logits.shape
+    temperature, top_p = options["temperature"], options["top_p"]
     top_k = torch.full((rows,), options["top_k"] or size)
 
     def lowest_kept(p: float) -> Tensor:
-        kept = truncate(logits, temperature, top_k, torch.full((rows,), min(max(p, 0.0), 1.0)))
+        kept = truncate(logits, torch.full((rows,), temperature), top_k, torch.full((rows,), p))
         return kept.masked_fill(kept < -1e29, torch.inf).amin(1, keepdim=True)
 
-    scaled = logits / options["temperature"]
-    p = options["top_p"]
-    surely = scaled >= lowest_kept(p - _MASS if p < 1 else p) + slack * ((p < 1) or (options["top_k"] > 0))
+    if top_p >= 1 and options["top_k"] == 0:
+        everything = torch.ones_like(logits, dtype=torch.bool)
+        return everything, everything
+    scaled = logits / temperature
+    surely = scaled >= lowest_kept(max(top_p - _MASS, 0.0)) + slack
     surely |= scaled >= scaled.amax(1, keepdim=True)
-    perhaps = scaled >= lowest_kept(p + _MASS if p < 1 else p) - slack
-    noise = np.zeros((positions, batch, depth, size), np.float32)
-    for position in range(positions):
-        gumbel(1, np.arange(first, first + batch), position, noise[position])
-    perturbed = scaled + torch.from_numpy(noise).transpose(0, 1).reshape(rows, size)
-    return perturbed, surely, perhaps
+    return surely, scaled >= lowest_kept(min(top_p + _MASS, 1.0)) - slack
 
 
-def _far_tokens(
-    pipeline: Pipeline,
-    system: System,
-    codes: np.ndarray,
-    labels: list[int],
-    first: int,
-    options: dict[str, Any],
-    tolerance: float,
-) -> np.ndarray:
-    """Which tokens the reference, given the ones before, would clearly not have drawn, bool [*codes.shape]."""
-    slack = tolerance / options["temperature"] + 1e-6
-    perturbed, surely, perhaps = _perturbed(pipeline, system, codes, labels, first, options, slack)
-    token = torch.from_numpy(codes).view(-1, 1)
-    best = perturbed.masked_fill(~surely, -torch.inf).amax(1)
-    far = (perturbed.gather(1, token)[:, 0] < best - slack) | ~perhaps.gather(1, token)[:, 0]
-    return far.view(codes.shape).numpy()
-
-
-def _close_calls(
-    pipeline: Pipeline,
-    system: System,
-    codes: np.ndarray,
-    labels: list[int],
-    first: int,
-    options: dict[str, Any],
-    tolerance: float,
-) -> np.ndarray:
-    """Where the two best candidates are closer than the tolerance, bool [*codes.shape]."""
-    slack = tolerance / options["temperature"] + 1e-6
-    perturbed, _, perhaps = _perturbed(pipeline, system, codes, labels, first, options, slack)
-    best = perturbed.masked_fill(~perhaps, -torch.inf).topk(2).values
-    return (best[:, 0] - best[:, 1] <= slack).view(codes.shape).numpy()
+def _noise(shape: tuple[int, ...], first: int, size: int) -> Tensor:
+    """The noise behind codes of this shape [B * h * w * Q, K]."""
+    batch, height, width, depth = shape
+    noise = np.empty((height * width, batch, depth, size), np.float32)
+    for position in range(height * width):
+        gumbel(_SEED, np.arange(first, first + batch), position, noise[position])
+    return torch.from_numpy(noise).transpose(0, 1).reshape(-1, size)
 
 
 def table(report: dict[str, Any]) -> str:
