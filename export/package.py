@@ -26,6 +26,7 @@ from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, StageInfo
 
 STAGES = {"rqvae": rqvae.stages}
 PRECISIONS = ("fp32",)
+_NEWEST_OPSET = 25  # of those that the exporter writes
 _INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
 
 log = logging.getLogger("vqdeploy")
@@ -44,7 +45,7 @@ def export(
         system: A tokenizer, with a prior or without.
         folder: Where. A package that is there is replaced.
         dtype: Precision of the graphs.
-        opset: ONNX opset, 24 or later: `TensorScatter` came with 24.
+        opset: ONNX opset, 24 or 25: `TensorScatter` came with 24.
         progress: Told the name of each stage as its export begins.
 
     Raises:
@@ -52,9 +53,9 @@ def export(
     """
     if dtype not in PRECISIONS:
         raise VqdeployError(f"precision {dtype} is not supported yet", expected=" or ".join(PRECISIONS), found=dtype)
-    if opset < OPSET:
-        raise VqdeployError("the opset is too old for caches in place", expected=f"{OPSET} or later", found=opset)
-    with replacing_folder(folder, FILE) as new:
+    if not OPSET <= opset <= _NEWEST_OPSET:
+        raise VqdeployError("the opset will not do", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
+    with replacing_folder(folder, (FILE, WEIGHTS, "*.onnx")) as new:
         graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
         for stage in STAGES[system.config.model](system):
             progress(stage.name)

@@ -1,5 +1,6 @@
 """The manifest of an ONNX package and of a plan: what is inside, for whom it was built, and how to check it."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -8,6 +9,8 @@ from vqdeploy.errors import ArtifactError
 
 FORMAT = 1
 """Version of the manifest. A reader refuses every other one."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 FILE = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -81,7 +84,13 @@ class Manifest(Config):
             raise ArtifactError(
                 "the manifest's format is not known here", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
-        return super().from_dict(data)
+        manifest = super().from_dict(data)
+        names = [manifest.system, *(stage.name for stage in manifest.stages)]
+        names += [manifest.config.get("model"), manifest.config.get("preset")]
+        # Names become parts of paths and commands.
+        if bad := [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]:
+            raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])
+        return manifest
 
     def stage(self, name: str) -> StageInfo:
         """The stage of this name.

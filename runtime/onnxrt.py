@@ -68,7 +68,7 @@ class OnnxrtSession:
         options.enable_profiling = profile is not None
         options.profile_file_prefix = str(profile)
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # failures come back as exceptions
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the host works between calls
         # All weights come from the plan: a graph that names a file must find none.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)

@@ -49,6 +49,10 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
         raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
     if device not in ("auto", "cpu"):
         raise VqdeployError(f"device {device!r} is not supported", expected="auto or cpu", found=device)
+    if backend not in ("onnxrt", "tensorrt-rtx", "tensorrt"):
+        raise ArtifactError(
+            f"{path} is for a backend that is not known here", found=backend, fix="pip install -U vqdeploy"
+        )
     if backend != "onnxrt":
         raise VqdeployError(
             f"{path} was built for {backend} and cannot run here",
@@ -123,6 +127,11 @@ class Pipeline:
             raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train")
         return self._config["prior"]["classes"]
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages that the plan has."""
+        return tuple(self._sessions)
+
     def session(self, stage: str) -> Any:
         """The session of one stage, to drive it call by call."""
         self.manifest.stage(stage)
@@ -137,7 +146,7 @@ class Pipeline:
         names = self._config["labels"]
         if name in names:
             return list(names).index(name)
-        if name.isdecimal() and int(name) < self.classes:
+        if name.isdecimal() and len(name) < 10 and int(name) < self.classes:
             return int(name)
         expected = f"0..{self.classes - 1}" + (f" or one of {', '.join(names)}" if names else "")
         raise VqdeployError("no such label", expected=expected, found=name)
@@ -227,6 +236,7 @@ class Pipeline:
         """
         if (mask is None) == (mask_ratio is None):
             raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
+        images = np.asarray(images)
         codes = self.encode(images)
         if mask_ratio is not None:
             if not 0 <= mask_ratio <= 1:

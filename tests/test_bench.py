@@ -56,7 +56,7 @@ def test_the_profile_names_the_operators_of_the_step(plan):
     shares = {row["op"]: row["share"] for row in report["profile"]}
     assert sum(shares.values()) == pytest.approx(1)
     assert {"MatMul", "GroupQueryAttention", "ArgMax"} <= set(shares)
-    assert "GroupQueryAttention" in bench.table(report)
+    assert report["profile"][0]["op"] in bench.table(report)
 
 
 def test_the_plot_is_a_picture(report, tmp_path):
@@ -77,7 +77,7 @@ def test_the_compiled_baseline_draws_the_eager_tokens(plan, system, checkpoint_f
     pipeline, drawn = load(plan), []
     generate = type(system.prior).generate
     monkeypatch.setattr(type(system.prior), "generate", lambda *args: drawn.append(generate(*args)), raising=True)
-    reference = baselines.Reference(pipeline.manifest, checkpoint_folder)
+    reference = baselines.Reference(pipeline, checkpoint_folder)
     for compiled in (False, True):
         reference.call("generate", 2, pipeline, compiled)()
     known = -(drawn[0] * 0 + 1).numpy()

@@ -20,6 +20,9 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
     assert content(tmp_path) == {"deep/a": "new"}
 
 
+OURS = ("marker", "old", "new", "x")
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failing_block_leaves_the_old_file(tmp_path, error):
     (tmp_path / "a").write_text("old")
@@ -31,7 +34,7 @@ def test_a_failing_block_leaves_the_old_file(tmp_path, error):
 
 def test_a_folder_is_replaced_whole(tmp_path):
     for text in ("old", "new"):
-        with replacing_folder(tmp_path / "a", "marker") as folder:
+        with replacing_folder(tmp_path / "a", OURS) as folder:
             (folder / "marker").write_text(text)
             (folder / text).write_text(text)
     assert content(tmp_path) == {"a/marker": "new", "a/new": "new"}
@@ -41,15 +44,40 @@ def test_a_folder_is_replaced_whole(tmp_path):
 def test_a_failing_block_leaves_the_old_folder(tmp_path, error):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "marker").write_text("old")
-    with pytest.raises(error), replacing_folder(tmp_path / "a", "marker") as folder:  # noqa: PT012
+    with pytest.raises(error), replacing_folder(tmp_path / "a", OURS) as folder:  # noqa: PT012
         (folder / "marker").write_text("half")
         raise error
     assert content(tmp_path) == {"a/marker": "old"}
 
 
+def test_a_folder_with_a_file_of_the_user_is_left_alone(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("marker", "thesis.txt"):
+        (tmp_path / "a" / name).write_text("precious")
+    with pytest.raises(VqdeployError, match="holds something else"), replacing_folder(tmp_path / "a", OURS):
+        pytest.fail("the block must not run")
+    assert content(tmp_path) == {"a/marker": "precious", "a/thesis.txt": "precious"}
+
+
+def test_an_interrupt_between_the_renames_brings_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "marker").write_text("old")
+    replace = os.replace
+
+    def interrupted(source, target):
+        if source.name == "new":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "a", OURS) as folder:
+        (folder / "marker").write_text("new")
+    assert content(tmp_path) == {"a/marker": "old"}
+
+
 def test_the_empty_folder_one_stands_in_may_be_filled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with replacing_folder(type(tmp_path)("."), "marker") as folder:
+    with replacing_folder(type(tmp_path)("."), OURS) as folder:
         (folder / "marker").write_text("new")
     assert content(tmp_path) == {"marker": "new"}
 
@@ -67,7 +95,7 @@ def test_files_are_readable_by_whom_the_umask_allows(tmp_path, name):
 
     before = os.umask(0o022)
     try:
-        with replacing_folder(tmp_path / "a", "marker") as folder:
+        with replacing_folder(tmp_path / "a", OURS) as folder:
             write_json(folder / "marker", {})
             save_file({"w": np.zeros(3)}, folder / "x") if name == "safetensors" else write_json(folder / "x", {})
     finally:

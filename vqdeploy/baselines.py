@@ -10,19 +10,16 @@ import torch
 
 from vqdeploy import checkpoint as checkpoints
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.manifest import Manifest
 from vqdeploy.runtime.noise import gumbel
 
 
 class Reference:
     """The checkpoint behind a plan, with the same tokens, batch and precision."""
 
-    def __init__(self, manifest: Manifest, checkpoint: Path | None):
-        config = manifest.config
-        self.system = (
-            checkpoints.load(checkpoint) if checkpoint else checkpoints.default(config["model"], config["preset"])
-        )
-        self.sampling = config["sampling"]
+    def __init__(self, pipeline: Pipeline, checkpoint: Path | None):
+        manifest = pipeline.manifest
+        self.system = checkpoints.source(manifest.config, manifest.checkpoint, checkpoint, pipeline.bundle.path)
+        self.sampling = manifest.config["sampling"]
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], dict[str, float]]:
         """A call that does the task once and returns its seconds."""

@@ -13,6 +13,9 @@ from vqdeploy.files import read_json, replacing_folder, write_json
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.presets import preset
 
+FILES = ("config.json", "model.safetensors", "training.json", "reconstructions.png", "samples.png")
+"""What a checkpoint folder holds; the pictures are for people."""
+
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -27,7 +30,7 @@ def save(
         training: Recipe, seed and metrics, for `training.json`.
         dtype: Type of the stored weights, for example `torch.float16`; as they are when None.
     """
-    with replacing_folder(Path(folder), "config.json") as new:
+    with replacing_folder(Path(folder), FILES) as new:
         write_json(new / "config.json", system.config.to_dict())
         save_file(
             {k: w.to(dtype or w.dtype).contiguous() for k, w in system.state_dict().items()}, new / "model.safetensors"
@@ -80,6 +83,34 @@ def digest(system: System) -> str:
     for name, weight in sorted(system.state_dict().items()):
         total.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
     return total.hexdigest()
+
+
+def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Path) -> System:
+    """The checkpoint that a plan was made of: the one in `folder`, or the default of its preset when None.
+
+    Args:
+        config: `config` of the plan's manifest.
+        expected: Its digest in the manifest.
+        folder: Checkpoint folder.
+        plan: The plan, for the error.
+
+    Raises:
+        VqdeployError: It is another checkpoint.
+    """
+    system = load(folder) if folder else default(config["model"], config["preset"])
+    check_digest(system, expected, plan)
+    return system
+
+
+def check_digest(system: System, expected: str, plan: Path) -> None:
+    """Refuses a system that is not the one with this digest, which `plan` was made of."""
+    if (found := digest(system)) != expected:
+        raise VqdeployError(
+            f"{plan} was made of another checkpoint",
+            expected=f"digest {expected[:12]}",
+            found=found[:12],
+            fix="add --checkpoint FOLDER",
+        )
 
 
 def default(model: str, name: str = "tiny", seed: int = 0) -> System:

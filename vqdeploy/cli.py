@@ -3,11 +3,13 @@
 import contextlib
 import json
 import logging
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -31,21 +33,29 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn
 
 def main() -> None:
     """Entry point: errors become one sentence and an exit code, without a traceback unless `-vv` is given."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as clean as an interrupt
     try:
         app()
     except VqdeployError as error:
-        if logging.getLogger("vqdeploy").isEnabledFor(logging.DEBUG):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("vqdeploy"):
             raise
-        print(f'error: this needs the package {error.name}. Fix: pip install "vqdeploy[dev]"', file=sys.stderr)
-        sys.exit(2)
+        _fail(f'this needs the package {error.name}. Fix: pip install ".[dev]" in the checkout', 2)
+    except MemoryError:
+        _fail("the request does not fit into memory.", 2)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error}).", 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    if logging.getLogger("vqdeploy").isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def _version(value: bool) -> None:
@@ -121,7 +131,9 @@ def train(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the tokenizer; the recipe's when left out.")
     ] = None,
-    prior_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the prior; 0 for none.")] = None,
+    prior_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the prior; the recipe's when left out.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the recipe's when left out.")] = None,
     perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
     adversarial_weight: Annotated[float, typer.Option(min=0, help="Weight of the discriminator.")] = 0.0,
@@ -184,9 +196,11 @@ def export(
 def build(
     package: Annotated[Path, typer.Argument(help="Folder that `vqdeploy export` wrote.")] = Path("rqvae-onnx"),
     backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
-    min_batch: Annotated[int, typer.Option(help="Smallest batch that the plan accepts.")] = 1,
-    opt_batch: Annotated[int, typer.Option(help="Batch that the plan is tuned for.")] = 1,
-    max_batch: Annotated[int, typer.Option(help="Largest batch of one call; larger requests are split.")] = 64,
+    min_batch: Annotated[int, typer.Option(min=1, help="TensorRT: smallest batch of the engines.")] = 1,
+    opt_batch: Annotated[int, typer.Option(min=1, help="TensorRT: batch that the engines are tuned for.")] = 1,
+    max_batch: Annotated[
+        int, typer.Option(min=1, max=4096, help="Largest batch of one call; larger requests are split.")
+    ] = 64,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File; MODEL.plan when left out.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -219,7 +233,7 @@ def run(
     engine: Engine,
     task: Annotated[str, typer.Option(help="generate, reconstruct, inpaint, encode or decode.")] = "generate",
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Images of each label, which make a row.")] = 8,
+    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images of each label, which make a row.")] = 8,
     seed: Seed = 0,
     temperature: Annotated[str | None, typer.Option(help="Divides the logits; 0 takes the likeliest code.")] = None,
     top_k: Annotated[str | None, typer.Option(help="Keep the k likeliest codes; 0 keeps all.")] = None,
@@ -295,9 +309,11 @@ def bench(
     from vqdeploy import bench as benchmark
 
     baselines = [name for name in baseline.split(",") if name]
-    tasks, sizes = task or benchmark.TASKS, batch_size or (1,)
+    sizes = batch_size or (1,)
     with _progress("timing") as progress:
-        report = benchmark.bench(engine, tasks, sizes, warm_up, iterations, baselines, checkpoint, profile, progress)
+        report = benchmark.bench(
+            engine, task or (), sizes, warm_up, iterations, baselines, checkpoint, profile, progress
+        )
     if plot:
         benchmark.plot(report, plot)
     _finish(report, as_json, benchmark.table(report))

@@ -1,11 +1,12 @@
 """Writes that either happen or leave nothing behind."""
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,51 @@ def replacing_file(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
 
 
+def check_replaceable(path: Path, ours: Collection[str]) -> None:
+    """Refuses a place that holds anything but files that we write.
+
+    Args:
+        path: A folder, which need not exist.
+        ours: Patterns of the names of such files.
+
+    Raises:
+        VqdeployError: The place is taken by something else, or its name will not do.
+    """
+    try:
+        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        taken = path.exists() and not path.is_dir()
+    except OSError as error:
+        raise VqdeployError(f"{path} cannot be written ({error.strerror})", fix="name another place with -o") from error
+    if taken or not all(any(fnmatch.fnmatchcase(name, pattern) for pattern in ours) for name in names):
+        raise VqdeployError(f"{path} holds something else and is not replaced", fix="name another folder with -o")
+
+
 @contextlib.contextmanager
-def replacing_folder(path: Path, marker: str) -> Iterator[Path]:
+def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which takes its place when the block ends well.
 
-    A folder that is there already is replaced only when it is empty or holds a file named `marker`.
+    A folder that is there already is replaced only when it holds nothing but files of ours; see `check_replaceable`.
 
     Raises:
         VqdeployError: The folder is there and holds something else, or the place cannot be written to.
     """
     if path.name in ("", ".."):
         path = path.resolve()
-    if path.exists() and not (path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))):
-        raise VqdeployError(f"{path} holds something else and is not replaced", fix="name another folder with -o")
+    check_replaceable(path, ours)
     with _temporary(path) as folder:
-        (folder / "new").mkdir()
-        yield folder / "new"
-        for file in (folder / "new").iterdir():
-            if file.is_file() and (folder / "new" / marker).exists():
-                shutil.copymode(folder / "new" / marker, file)  # safetensors lets only the owner read its files
+        new, old = folder / "new", folder / "old"
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
+            file.chmod(new.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
         if path.exists():
-            os.replace(path, folder / "old")
-        os.replace(folder / "new", path)
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqdeploy import checkpoint as checkpoints
-from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import ImageInput, ImageOutput
 from vqdeploy.models import System
 from vqdeploy.models.ops import truncate
@@ -67,7 +66,12 @@ def verify(
         ArtifactError: The plan is damaged.
     """
     pipeline = load(plan)
-    return _report(pipeline, _source(pipeline, plan, system), progress)
+    manifest = pipeline.manifest
+    if system is None:
+        system = checkpoints.source(manifest.config, manifest.checkpoint, None, plan)
+    else:
+        checkpoints.check_digest(system, manifest.checkpoint, plan)
+    return _report(pipeline, system, progress)
 
 
 def verify_package(folder: Path, system: System, progress: Callable[[str], Any] = lambda name: None) -> dict[str, Any]:
@@ -78,19 +82,6 @@ def verify_package(folder: Path, system: System, progress: Callable[[str], Any] 
         plan = Path(scratch) / "package.plan"
         build(folder, plan, portable=True)
         return verify(plan, system, progress)
-
-
-def _source(pipeline: Pipeline, plan: Path, system: System | None) -> System:
-    config = pipeline.manifest.config
-    system = system or checkpoints.default(config["model"], config["preset"])
-    if (found := checkpoints.digest(system)) != pipeline.manifest.checkpoint:
-        raise VqdeployError(
-            f"{plan} was made of another checkpoint",
-            expected=f"digest {pipeline.manifest.checkpoint[:12]}",
-            found=found[:12],
-            fix=f"vqdeploy verify --engine {plan} --checkpoint FOLDER",
-        )
-    return system
 
 
 @torch.no_grad()
@@ -158,13 +149,11 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         expected = reference[:, prefix:]
         difference = (logits - expected).abs()
         largest, mean = difference.max(), difference.mean()
-        best = expected.topk(2).values
-        clear = best[..., 0] - best[..., 1] > 2 * largest
-        wrong = ((logits.argmax(-1) != expected.argmax(-1)) & clear).sum()
+        differing = (logits.argmax(-1) != expected.argmax(-1)).float().mean()
         checks += [
             at_most("step", f"{name}: largest difference of logits", largest, limit),
             at_most("step", f"{name}: mean difference of logits", mean, limit / 10),
-            at_most("step", f"{name}: likeliest codes that differ beyond the margin", wrong, 0),
+            at_most("step", f"{name}: share of likeliest codes that differ", differing, 0.01),
         ]
     return checks
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 
-from vqdeploy.checkpoint import save
+from vqdeploy.checkpoint import FILES, save
 from vqdeploy.errors import VqdeployError
-from vqdeploy.files import read_json, replacing_folder, write_json
+from vqdeploy.files import check_replaceable, read_json, replacing_folder, write_json
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.presets import preset as find_preset
 from vqdeploy.training.classifier import ImageClassifier
@@ -69,7 +69,7 @@ def train(
     system.to(getattr(torch, recipe.stored_dtype)).float().eval()
     training = asked | {"versions": _versions(), "seconds": seconds}
     training["metrics"], sheets = _measure(system, source, classifier, seed, samples)
-    with replacing_folder(Path(output), "config.json") as new:
+    with replacing_folder(Path(output), FILES) as new:
         save(system, new, training, getattr(torch, recipe.stored_dtype))
         for name, images in sheets.items():
             write_grid(images, new / f"{name}.png")
@@ -89,15 +89,14 @@ def _adapt(config: SystemConfig, data: Data) -> SystemConfig:
 
 def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
     """The folder of the state, after all that can be refused before hours of training has been refused."""
-    if output.exists() and not (output.is_dir() and ((output / "config.json").exists() or not any(output.iterdir()))):
-        raise VqdeployError(f"{output} holds something else and is not replaced", fix="name another folder with -o")
+    check_replaceable(output, FILES)
     state = output.with_name(output.name + ".training")
     if state.exists() and not resume:
         raise VqdeployError(f"{state} holds a training that was cut", fix="add --resume, or remove that folder")
     if not state.exists():
         if resume:
             raise VqdeployError(f"{output} has no training that was cut", fix="run it without --resume")
-        with replacing_folder(state, "asked.json") as new:
+        with replacing_folder(state, ("asked.json",)) as new:
             write_json(new / "asked.json", asked)
     _compare(_flat(read_json(state / "asked.json")), _flat(asked))
     return state
