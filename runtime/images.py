@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -21,7 +21,7 @@ def read(path: Path, side: int | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except FileNotFoundError as error:
         raise VqdeployError(f"{path} does not exist") from error
     except Exception as error:  # Pillow raises what its decoders raise
@@ -32,6 +32,13 @@ def read(path: Path, side: int | None = None) -> np.ndarray:
         box = (left, top, left + square, top + square)
         rgb = rgb.resize((side, side), Image.Resampling.LANCZOS, box=box)
     return np.asarray(rgb)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; Pillow would clip it to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any], gap: int = 2) -> None:

@@ -85,7 +85,7 @@ class Manifest(Config):
                 "the manifest's format is not known here", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
         manifest = super().from_dict(data)
-        names = [manifest.system, *(stage.name for stage in manifest.stages)]
+        names: list[Any] = [manifest.system, *(stage.name for stage in manifest.stages)]
         names += [manifest.config.get("model"), manifest.config.get("preset")]
         # Names become parts of paths and commands.
         if bad := [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
@@ -112,9 +113,9 @@ def _write(output: Path, pipeline: Pipeline, images: np.ndarray, columns: int, n
 
 
 def _read_images(pipeline: Pipeline, inputs: Sequence[Path]) -> np.ndarray:
-    files: list[Path] = []
+    files, suffixes = [], Image.registered_extensions()
     for path in inputs:
-        files += sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else [path]
+        files += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
     if not files:
         raise VqdeployError("this task needs images", expected="--input FILE or FOLDER", found="none")
     return np.stack([read(file, pipeline.side) for file in files])
