@@ -2,15 +2,15 @@
 
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from vqdeploy.engines import onnxrt, package, tensorrt
 from vqdeploy.errors import VqdeployError
+from vqdeploy.files import temporary_folder
 from vqdeploy.runtime import bundle
-from vqdeploy.runtime.manifest import BatchRange, Manifest, StageInfo
+from vqdeploy.runtime.manifest import WEIGHTS, BatchRange, Manifest, StageInfo
 
 BACKENDS = ("onnxrt", *tensorrt.LIBRARIES)
 
@@ -46,19 +46,21 @@ def build(
         raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
     manifest = package.read(folder)
     builder = f"onnx {version('onnx')}" if backend == "onnxrt" else f"{backend} {tensorrt.check(backend)}"
-    with tempfile.TemporaryDirectory(dir=_parent(plan)) as scratch:
+    with temporary_folder(plan) as scratch:
         files, stages = [], []
         for stage in manifest.stages:
             progress(stage.name)
-            files.append(_build_stage(backend, manifest, stage, folder, Path(scratch), batch, portable))
+            files.append(_build_stage(backend, manifest, stage, folder, scratch, batch, portable))
             kept = stage.weights if backend == "onnxrt" else ()
             stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept))
+        members = {file.name: bundle.sha256(file) for file in files}
         if backend == "onnxrt":
-            files += onnxrt.weights(folder)
+            files.append(folder / WEIGHTS)
+            members[WEIGHTS] = manifest.members[WEIGHTS]
         manifest = dataclasses.replace(
             manifest,
             stages=tuple(stages),
-            members={file.name: bundle.sha256(file) for file in files},
+            members=members,
             backend=backend,
             builder=builder,
             targets=() if backend == "onnxrt" else tensorrt.targets(backend),
@@ -66,15 +68,6 @@ def build(
         )
         bundle.write(plan, manifest, files)
     return manifest
-
-
-def _parent(plan: Path) -> Path:
-    try:
-        plan.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=plan.parent):
-            return plan.parent
-    except OSError as error:
-        raise VqdeployError(f"{plan} cannot be written ({error.strerror})", fix="name another place with -o") from error
 
 
 def _build_stage(

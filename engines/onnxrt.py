@@ -6,7 +6,7 @@ import onnx
 
 from vqdeploy.engines.bodies_onnxrt import swap_in
 from vqdeploy.errors import ArtifactError
-from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
+from vqdeploy.runtime.manifest import StageInfo
 
 
 def build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool = False) -> Path:
@@ -24,8 +24,3 @@ def build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool = 
     target = folder / stage.file
     onnx.save(model, target)
     return target
-
-
-def weights(package: Path) -> list[Path]:
-    """Files of the package that go into the plan unchanged."""
-    return [package / WEIGHTS]

@@ -9,6 +9,18 @@ from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of a package and nothing else.
+
+    Raises:
+        VqdeployError: The folder is not a package.
+        ArtifactError: The manifest is damaged or of another version.
+    """
+    if not (folder / FILE).exists():
+        raise VqdeployError(f"{folder} is not an ONNX package", expected=f"a folder with {FILE}", fix="vqdeploy export")
+    return Manifest.from_dict(read_json(folder / FILE))
+
+
 def read(folder: Path) -> Manifest:
     """Reads the manifest of a package and compares the digest of every file that it lists.
 
@@ -16,9 +28,7 @@ def read(folder: Path) -> Manifest:
         VqdeployError: The folder is not a package.
         ArtifactError: A file is missing, is a link, or was changed.
     """
-    if not (folder / FILE).exists():
-        raise VqdeployError(f"{folder} is not an ONNX package", expected=f"a folder with {FILE}", fix="vqdeploy export")
-    manifest = Manifest.from_dict(read_json(folder / FILE))
+    manifest = read_manifest(folder)
     for name, expected in manifest.members.items():
         file = folder / name
         # A link could make the TensorRT parser read files outside the package.

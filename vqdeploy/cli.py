@@ -206,10 +206,10 @@ def build(
 ) -> None:
     """Build an ONNX package into one plan."""
     from vqdeploy.engines.build import build as build_plan
-    from vqdeploy.engines.package import read
+    from vqdeploy.engines.package import read_manifest
     from vqdeploy.runtime.manifest import BatchRange
 
-    plan = output or Path(f"{read(package).system}.plan")
+    plan = output or Path(f"{read_manifest(package).system}.plan")
     with _progress("building") as progress:
         manifest = build_plan(package, plan, backend, BatchRange(min_batch, opt_batch, max_batch), progress)
     size = plan.stat().st_size

@@ -22,7 +22,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise VqdeployError(f"{path} cannot be written (it is a folder)", fix="name another place with -o")
-    with _temporary(path) as folder:
+    with temporary_folder(path) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
 
@@ -58,7 +58,7 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
     if path.name in ("", ".."):
         path = path.resolve()
     check_replaceable(path, ours)
-    with _temporary(path) as folder:
+    with temporary_folder(path) as folder:
         new, old = folder / "new", folder / "old"
         new.mkdir()
         yield new
@@ -75,7 +75,12 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder beside `path`, for what is to take its place, and removes it afterwards.
+
+    Raises:
+        VqdeployError: The place cannot be written to.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
