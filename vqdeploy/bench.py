@@ -86,7 +86,7 @@ def bench(
         for batch in batch_sizes:
             runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch))]
             for name in baselines:
-                runners.append(Runner(name, reference.call(task, batch, pipeline, compiled=name == "compile")))
+                runners.append(Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile"))))
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
     facts = environment() | {"load_s": load_seconds, "peak_memory_mb": peak_memory_mb(), "plan": _describe(pipeline)}
