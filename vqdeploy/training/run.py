@@ -14,9 +14,9 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.files import check_replaceable, read_json, replacing_folder, write_json
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.presets import preset as find_preset
+from vqdeploy.runtime.images import write_grid
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import Data, images_of, open_data
-from vqdeploy.training.grids import write_grid
 from vqdeploy.training.metrics import codebook_use, diversity, generate, psnr, reconstruct
 from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.recipe import recipe as find_recipe
@@ -72,7 +72,8 @@ def train(
     with replacing_folder(Path(output), FILES) as new:
         save(system, new, training, getattr(torch, recipe.stored_dtype))
         for name, images in sheets.items():
-            write_grid(images, new / f"{name}.png")
+            pixels = images.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+            write_grid(new / f"{name}.png", pixels, columns=images.shape[1], note=training)
     shutil.rmtree(state)
     return training
 
