@@ -76,4 +76,9 @@ def _build_stage(
     if backend == "onnxrt":
         return onnxrt.build_stage(stage, folder, scratch, portable)
     height, width, *_ = manifest.config["prior"]["grid"] if manifest.config["prior"] else (1, 1)
-    return tensorrt.build_stage(backend, stage, folder, scratch, batch, length=height * width)
+    sizes = {
+        "batch": (batch.min, batch.opt, batch.max),
+        "length": (1, 1, height * width),
+        "conditions": (1, 1, 2),
+    }
+    return tensorrt.build_stage(backend, stage, folder, scratch, sizes)

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.runtime.manifest import BatchRange, StageInfo
+from vqdeploy.runtime.manifest import StageInfo
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> Python module."""
@@ -46,7 +46,9 @@ def targets(backend: str) -> tuple[str, ...]:
     return _RTX_TARGETS if backend == "tensorrt-rtx" else ("this GPU",)
 
 
-def build_stage(backend: str, stage: StageInfo, package: Path, folder: Path, batch: BatchRange, length: int) -> Path:
+def build_stage(
+    backend: str, stage: StageInfo, package: Path, folder: Path, sizes: dict[str, tuple[int, int, int]]
+) -> Path:
     """Builds the engine of a stage in a subprocess.
 
     Args:
@@ -54,18 +56,14 @@ def build_stage(backend: str, stage: StageInfo, package: Path, folder: Path, bat
         stage: The stage.
         package: Folder of its ONNX file.
         folder: Where the engine goes.
-        batch: Batch sizes of the optimization profile.
-        length: Largest size of the open dimension `length`.
+        sizes: Smallest, usual and largest size of each open dimension, for the optimization profile.
 
     Raises:
         ArtifactError: The builder refused the graph or died.
     """
     target = folder / f"{stage.name}.engine"
     shapes = {
-        info.name: [
-            info.concrete({"batch": getattr(batch, kind), "length": length if kind == "max" else 1})
-            for kind in ("min", "opt", "max")
-        ]
+        info.name: [info.concrete({name: size[kind] for name, size in sizes.items()}) for kind in range(3)]
         for info in stage.inputs
     }
     job = {"onnx": str(package / stage.file), "engine": str(target), "shapes": shapes}

@@ -84,6 +84,38 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
 }"""
 
 
+_SCORES = {
+    "l2": """
+    squares = Mul (table, table)
+    norms = ReduceSum <keepdims = 0> (squares, axis)
+    two = Constant <value = float {2.0}> ()
+    half_scores = MatMul (vectors, transposed)
+    products = Mul (half_scores, two)
+    scores = Sub (products, norms)""",
+    "cosine": """
+    lengths = ReduceL2 <keepdims = 0> (table, axis)
+    smallest = Constant <value = float {1e-12}> ()
+    divisors = Max (lengths, smallest)
+    products = MatMul (vectors, transposed)
+    scores = Div (products, divisors)""",
+}
+"""How near each code is; the length of the vector itself changes no cosine's rank."""
+
+
+def _nearest(metric: str) -> str:
+    """`VQNearest`; an ONNX function cannot branch on an attribute. Its body is an fp32 island."""
+    return f"""
+VQNearest (z, codebook) => (codes)
+{{
+    axis = Constant <value_ints = [1]> ()
+    table = Cast <to = 1> (codebook)
+    vectors = Cast <to = 1> (z)
+    transposed = Transpose <perm = [1, 0]> (table)
+    {_SCORES[metric]}
+    codes = ArgMax <axis = 1, keepdims = 0> (scores)
+}}"""
+
+
 def _residual(depth: int) -> str:
     """`VQResidual` unrolled: an ONNX function cannot loop over an attribute. Its body is an fp32 island."""
     steps = "\n".join(
@@ -177,22 +209,26 @@ def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProt
     return onnx.parser.parse_function(f'<opset_import: [{opsets}], domain: "{DOMAIN}">{text}')
 
 
-def functions(depth: int) -> dict[str, onnx.FunctionProto]:
-    """The portable function of each operator by name. `depth` is the number of codes that `VQResidual` finds."""
-    texts = {
-        "VQResidual": _residual(depth),
-        "VQLookup": _LOOKUP,
-        "CachedAttention": _CACHED_ATTENTION,
-        "GumbelSample": _GUMBEL_SAMPLE,
-    }
-    return {name: parse(text) for name, text in texts.items()}
+_FUNCTIONS: dict[str, Callable[..., str]] = {
+    "VQNearest": _nearest,
+    "VQResidual": _residual,
+    "VQLookup": lambda: _LOOKUP,
+    "CachedAttention": lambda: _CACHED_ATTENTION,
+    "GumbelSample": lambda: _GUMBEL_SAMPLE,
+}
+
+
+def function(name: str, **attributes: Any) -> onnx.FunctionProto:
+    """The portable function of an operator: `VQNearest` with its `metric`, `VQResidual` with its `depth`, ..."""
+    return parse(_FUNCTIONS[name](**attributes))
 
 
 def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: Any) -> Callable:
     """A translation of a PyTorch operator to one node, which needs no function yet and is not inlined."""
     kinds = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     required = [OpSchema.Attribute(key, OpSchema.AttrType.STRING) for key in kinds]
-    required += [OpSchema.Attribute(key, OpSchema.AttrType.INT) for key in attributes]
+    types = {int: OpSchema.AttrType.INT, str: OpSchema.AttrType.STRING}
+    required += [OpSchema.Attribute(key, types[kind]) for key, kind in attributes.items()]
     schema = OpSchema(
         name,
         DOMAIN,
@@ -213,6 +249,7 @@ def translations() -> dict[Callable, Callable]:
     sampling += [("top_k", _INT64), ("top_p", "tensor(float)")]
     caches = [("key", "T"), ("value", "T")]
     return {
+        ops.nearest.default: _node("VQNearest", [("z", "T"), ("codebook", "T")], [("codes", _INT64)], metric=str),
         ops.residual_quantize.default: _node(
             "VQResidual", [("z", "T"), ("codebook", "T")], [("codes", _INT64), ("quantized", "T")], depth=int
         ),
@@ -224,12 +261,12 @@ def translations() -> dict[Callable, Callable]:
     }
 
 
-def attach(model: onnx_ir.Model, depth: int) -> None:
+def attach(model: onnx_ir.Model) -> None:
     """Puts the function of each `vqdeploy` node of a graph beside it."""
-    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
-    for name, function in functions(depth).items():
-        if name in used:
-            parsed = onnx_ir.serde.deserialize_function(function)
-            model.functions[parsed.identifier()] = parsed
-    if used:
+    nodes = {node.op_type: node for node in model.graph if node.domain == DOMAIN}
+    for name, node in nodes.items():
+        attributes = {key: node.attributes[key].value for key in ("metric", "depth") if key in node.attributes}
+        parsed = onnx_ir.serde.deserialize_function(function(name, **attributes))
+        model.functions[parsed.identifier()] = parsed
+    if nodes:
         model.graph.opset_imports[DOMAIN] = 1

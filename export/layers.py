@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.models.conv import Upsample
+from vqdeploy.models.conv import SpatialNorm, Upsample
 from vqdeploy.models.transformer import Block
 
 
@@ -26,7 +26,7 @@ class Projection(nn.Module):
         return x @ self.weight + self.bias
 
 
-class DecodeBlock(nn.Module):
+class InferenceBlock(nn.Module):
     """A transformer block with queries, keys and values from one product, the scale folded into the queries."""
 
     def __init__(self, block: Block):
@@ -48,6 +48,12 @@ class DecodeBlock(nn.Module):
         """Entries [B, S, width] at `position` [B], through caches [B, H, T, D] that live outside the graph."""
         attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(self.norm1(x)), key, value, position)
         return self.finish(x, attention), key, value
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All entries [B, S, width] at once, each attending to all."""
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        attention = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+        return self.finish(x, attention.transpose(1, 2).flatten(2))
 
     def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """One entry [B, 1, width] after those in the lists, whose keys and values it joins [B, H, 1, D]."""
@@ -88,6 +94,31 @@ def _merge(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Three taps along an axis -> the two that an even and the two that an odd output pixel needs."""
     first, middle, last = kernel.detach().unbind(axis)
     return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
+
+
+class Modulation(nn.Module):
+    """`SpatialNorm` with GroupNorm's own scale and shift folded into one convolution of the small map.
+
+    The maps of scales and shifts are enlarged along the rows alone; one row then serves all the rows of its block.
+    """
+
+    def __init__(self, norm: SpatialNorm):
+        super().__init__()
+        self.groups, self.eps = norm.norm_layer.num_groups, norm.norm_layer.eps
+        scale, shift = norm.norm_layer.weight, norm.norm_layer.bias
+        weight_y, bias_y = norm.conv_y.weight, norm.conv_y.bias
+        weight_b = shift[:, None, None, None] * weight_y + norm.conv_b.weight
+        self.weight = nn.Parameter(torch.cat([scale[:, None, None, None] * weight_y, weight_b]).detach())
+        self.bias = nn.Parameter(torch.cat([scale * bias_y, shift * bias_y + norm.conv_b.bias]).detach())
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        rows, times = condition.shape[-2], x.shape[-1] // condition.shape[-1]
+        maps = F.conv2d(condition, self.weight, self.bias)
+        if times > 1:
+            maps = F.interpolate(maps, scale_factor=(1.0, float(times)))
+        scale, shift = maps.unsqueeze(3).chunk(2, 1)  # [B, C, h, 1, W]
+        normal = F.instance_norm(x.reshape(len(x), self.groups, -1), eps=self.eps).view_as(x)
+        return (normal.unflatten(2, (rows, times)) * scale + shift).flatten(2, 3)
 
 
 class ImageInput(nn.Module):

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from vqdeploy.checkpoint import digest
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export import rqvae
+from vqdeploy.export import movq, rqvae
 from vqdeploy.export.functions import OPSET
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
@@ -24,7 +24,7 @@ from vqdeploy.models import System
 from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, StageInfo, TensorInfo
 
-STAGES = {"rqvae": rqvae.stages}
+STAGES = {"rqvae": rqvae.stages, "movq": movq.stages}
 PRECISIONS = ("fp32",)
 _NEWEST_OPSET = 25  # of those that the exporter writes
 _INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
@@ -59,7 +59,7 @@ def export(
         graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
         for stage in STAGES[system.config.model](system):
             progress(stage.name)
-            graphs[stage.name] = stage, _export_stage(stage, system.config.tokenizer.grid[-1], opset)
+            graphs[stage.name] = stage, _export_stage(stage, opset)
         weights = _share_weights({name: model for name, (_, model) in graphs.items()})
         save_file(weights, new / WEIGHTS)
         _point_to_file((model for _, model in graphs.values()), new / WEIGHTS)
@@ -87,12 +87,12 @@ def export(
     return manifest
 
 
-def _export_stage(stage: Stage, depth: int, opset: int) -> onnx_ir.Model:
+def _export_stage(stage: Stage, opset: int) -> onnx_ir.Model:
     # The exporter warns of its own deprecated calls, and at each export that torchvision is not there.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return stage.to_onnx(depth, opset)
+        return stage.to_onnx(opset)
 
 
 def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:

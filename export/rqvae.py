@@ -1,6 +1,5 @@
 """The stages of RQ-VAE with RQ-Transformer: `encode`, `decode` and `step`."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,39 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export.layers import DecodeBlock, ImageInput, ImageOutput, Projection, SplitUpsample
+from vqdeploy.export import tokenizer
+from vqdeploy.export.layers import InferenceBlock, Projection
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models import System
-from vqdeploy.models.conv import Upsample
 from vqdeploy.models.rqtransformer import RQTransformer
-from vqdeploy.models.rqvae import RQVAE
-
-
-class Encode(nn.Module):
-    """Image uint8 [B, H, W, 3] -> codes int64 [B, h, w, Q]."""
-
-    def __init__(self, tokenizer: RQVAE):
-        super().__init__()
-        self.input = ImageInput(tokenizer.config.pixel_range)
-        self.tokenizer = tokenizer
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.tokenizer.encode(self.input(image))
-
-
-class Decode(nn.Module):
-    """Codes int64 [B, h, w, Q], -1 for a depth to leave out -> image uint8 [B, H, W, 3]."""
-
-    def __init__(self, tokenizer: RQVAE):
-        super().__init__()
-        self.output = ImageOutput(tokenizer.config.pixel_range)
-        self.tokenizer = copy.deepcopy(tokenizer)
-        for level in self.tokenizer.decoder.up:
-            if isinstance(level.upsample, Upsample):
-                level.upsample = SplitUpsample(level.upsample)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.output(self.tokenizer.decode(codes))
 
 
 class Step(nn.Module):
@@ -51,8 +22,8 @@ class Step(nn.Module):
     sampling loop, more for a known prefix.
     """
 
-    body: Any  # list of DecodeBlock
-    head: Any  # list of DecodeBlock
+    body: Any  # list of InferenceBlock
+    head: Any  # list of InferenceBlock
     input_table: Tensor  # [K, width]
     head_table: Tensor  # [K, width]
     labels: Tensor  # [classes, width]
@@ -63,8 +34,8 @@ class Step(nn.Module):
         super().__init__()
         config = prior.config
         self.depth, self.positions = config.depth, config.positions
-        self.body = nn.ModuleList(DecodeBlock(block) for block in prior.body_transformer.blocks)
-        self.head = nn.ModuleList(DecodeBlock(block) for block in prior.head_transformer.blocks)
+        self.body = nn.ModuleList(InferenceBlock(block) for block in prior.body_transformer.blocks)
+        self.head = nn.ModuleList(InferenceBlock(block) for block in prior.head_transformer.blocks)
         self.norm, self.classifier = prior.classifier.layer_norm, Projection(prior.classifier.linear)
         # Both products act linearly on rows of the codebook, so each is a table; biases go where they count once.
         self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())
@@ -124,14 +95,7 @@ def stages(system: System) -> list[Stage]:
     Raises:
         VqdeployError: The prior is conditioned on text.
     """
-    side, grid = system.config.tokenizer.resolution, system.config.tokenizer.grid
-    image = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    codes = torch.zeros(2, *grid, dtype=torch.int64)
-    tokenizer = [
-        Stage("encode", Encode(system.tokenizer), {"image": image}, ["codes"]),
-        Stage("decode", Decode(system.tokenizer), {"codes": codes}, ["image"]),
-    ]
-    return tokenizer if system.prior is None else [*tokenizer, _step(system.prior)]
+    return tokenizer.stages(system.tokenizer) + ([] if system.prior is None else [_step(system.prior)])
 
 
 def _step(prior: RQTransformer) -> Stage:

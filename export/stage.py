@@ -16,6 +16,7 @@ class Dimension(StrEnum):
 
     BATCH = "batch"
     LENGTH = "length"
+    CONDITIONS = "conditions"
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Stage:
         )
         return [name for names in spread for name in names]
 
-    def to_onnx(self, depth: int, opset: int = OPSET) -> onnx_ir.Model:
-        """Exports the module; `depth` is the number of codes per position."""
+    def to_onnx(self, opset: int = OPSET) -> onnx_ir.Model:
+        """Exports the module."""
         dims = {name: torch.export.Dim(name, min=1, max=4096) for name in Dimension}
 
         def shape(name: str) -> dict[int, torch.export.Dim]:
@@ -62,5 +63,5 @@ class Stage:
             custom_translation_table=translations(),
             verbose=False,
         )
-        attach(program.model, depth)
+        attach(program.model)
         return program.model

@@ -1,37 +1,19 @@
 """Key-value cached sampling: one engine call a position."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.noise import gumbel
-
-Callback = Callable[[int, int, np.ndarray], None]
-"""Called after each step with its number from 1, the number of steps, and the codes so far."""
+from vqdeploy.runtime.request import Callback, Request, buffers_of_options
 
 
-@dataclass
-class Request:
-    """What to sample, for a batch of B images. Nothing is shared by the batch but the seed.
+class AutoregressiveSampler:
+    """Runs the `step` stage of an autoregressive prior. Buffers are made once for each batch size and reused."""
 
-    `known` holds the codes that are given, int64 [B, h * w, Q], and -1 at the positions to sample. `images` are the
-    indices that key the noise. Options have one value for each depth [B, Q]; `top_k` is in 1..K.
-    """
-
-    known: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    seed: int
-
-
-class Sampler:
-    """Runs the `step` stage of a system. Buffers are made once for each batch size and reused."""
+    no_label = None
 
     def __init__(self, session: Any):
         self._session = session
@@ -39,32 +21,40 @@ class Sampler:
         self.engine_seconds = 0.0
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
-        """Codes int64 [B, h * w, Q]: the known ones, and samples elsewhere.
+        """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
 
         `engine_seconds` then tells how much of the time the engine took.
+
+        Raises:
+            VqdeployError: A position is known in part.
         """
         self.engine_seconds = 0.0
-        codes, unknown = request.known.copy(), request.known[..., 0] < 0
+        codes = request.known.reshape(len(request.known), -1, request.known.shape[-1]).copy()
+        unknown = codes[..., 0] < 0
+        if np.any((codes < 0) != unknown[..., None]):
+            raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
         batch, positions = codes.shape[:2]
         needed = np.flatnonzero(unknown.any(0))
         if needed.size == 0:
-            return codes
+            return request.known
         first = int(needed[0])
         caches, binding = self._buffers(batch)
         if first > 0:
             prefill = self._session.bind({"batch": batch, "length": first}, caches)
             prefill.inputs["codes"][:, 1:] = codes[:, : first - 1]
-            self._call(prefill, request, position=0)
+            _write_options(prefill, request)
+            self._call(prefill, position=0)
+        _write_options(binding, request)
         for position in range(first, positions):
             if position > 0:
                 binding.inputs["codes"][:, 0] = codes[:, position - 1]
             gumbel(request.seed, request.images, position, binding.inputs["noise"])
-            self._call(binding, request, position)
+            self._call(binding, position)
             sampled = unknown[:, position]
             codes[sampled, position] = binding.outputs["next_codes"][sampled]
             if callback:
-                callback(position - first + 1, positions - first, codes)
-        return codes
+                callback(position - first + 1, positions - first, codes.reshape(request.known.shape))
+        return codes.reshape(request.known.shape)
 
     def _buffers(self, batch: int) -> tuple[dict[str, np.ndarray], Any]:
         if batch not in self._bindings:
@@ -73,15 +63,26 @@ class Sampler:
             self._bindings = {batch: (caches, self._session.bind(dims, caches))}  # one batch size at a time
         return self._bindings[batch]
 
-    def _call(self, binding: Any, request: Request, position: int) -> None:
+    def _call(self, binding: Any, position: int) -> None:
         binding.inputs["position"][:] = position
-        for name, value in (
-            ("label", request.labels),
-            ("temperature", request.temperature),
-            ("top_k", request.top_k),
-            ("top_p", request.top_p),
-        ):
-            binding.inputs[name][:] = value
         start = time.perf_counter()
         binding.run()
         self.engine_seconds += time.perf_counter() - start
+
+    def unknown(self, cells: np.ndarray, depth: int) -> np.ndarray:
+        """The codes to draw [B, h, w, Q], where the image is unknown at some positions [B, h, w].
+
+        The prior goes from the top left to the bottom right: everything from the first such row on.
+        """
+        rows = np.maximum.accumulate(cells.any(2), axis=1)
+        return np.broadcast_to(rows[:, :, None, None], (*cells.shape, depth))
+
+    def unknown_share(self, ratio: float, grid: tuple[int, ...], images: np.ndarray, seed: int) -> np.ndarray:
+        """A share of the codes of each image [B, h, w, Q], the rows at the bottom."""
+        rows = np.arange(grid[0]) >= int(grid[0] * (1 - ratio) + 1e-9)
+        return np.broadcast_to(rows[:, None, None], (len(images), *grid))
+
+
+def _write_options(binding: Any, request: Request) -> None:
+    binding.inputs["label"][:] = request.labels
+    buffers_of_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.schedules import SCHEDULES
 
 _COLDEST, _HOTTEST = 1e-20, 1e20  # temperatures beyond which quotients of logits leave fp32
 
@@ -13,34 +14,60 @@ PerDepth = float | Sequence[float]
 """One value for all depths, or one for each."""
 
 
+_COMMON = ("temperature", "top_k", "top_p")
+_MASKED = (*_COMMON, "steps", "schedule", "guidance_scale", "choice_temperature")
+OF_SYSTEMS = {"rqvae": _COMMON, "movq": _MASKED}
+"""Names of the sampling options that each system has."""
+
+_LIMITS = {
+    "temperature": (0, np.inf),
+    "top_k": (0, np.inf),
+    "top_p": (0, 1),
+    "steps": (1, 10_000),
+    "guidance_scale": (0, np.inf),
+    "choice_temperature": (0, np.inf),
+}
+_WHOLE = ("top_k", "steps")
+
+
 def choose(given: dict[str, Any], defaults: dict[str, Any], depth: int, codebook_size: int) -> dict[str, Any]:
-    """The options in force, as numbers or lists of one for each depth.
+    """The options in force, as numbers, names, or lists of one number for each depth.
 
     Args:
-        given: `temperature`, `top_k` and `top_p`; None for the default.
-        defaults: The same, of the checkpoint.
+        given: Some of the options; None for the default.
+        defaults: All options that the system has, with the checkpoint's values.
         depth: Codes per position.
         codebook_size: Number of codes.
 
     Raises:
-        VqdeployError: A value is malformed or out of range.
+        VqdeployError: A value is malformed or out of range, or the system has no such option.
     """
-    chosen = {name: defaults[name] if value is None else value for name, value in given.items()}
-    limits = {"temperature": (0, np.inf), "top_k": (0, codebook_size), "top_p": (0, 1)}
-    for name, value in chosen.items():
-        try:
-            values, (low, high) = np.atleast_1d(np.asarray(value, float)), limits[name]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise VqdeployError(f"{name} is malformed", expected="a number", found=value) from error
-        if values.shape not in ((1,), (depth,)):
-            expected = f"one value or {depth}"
-            raise VqdeployError(f"{name} has the wrong number of values", expected=expected, found=values.size)
-        if not np.all((values >= low) & (values <= high) & np.isfinite(values)):
-            raise VqdeployError(f"{name} is out of range", expected=f"{low}..{high}", found=value)
-        if name == "top_k" and np.any(values % 1):
-            raise VqdeployError("top_k is malformed", expected="whole numbers", found=value)
-        chosen[name] = np.asarray(value).tolist()
-    return chosen
+    given = {name: value for name, value in given.items() if value is not None}
+    if unknown := sorted(set(given) - set(defaults)):
+        raise VqdeployError(f"this system has no option {unknown[0]}", expected=", ".join(defaults), found=unknown[0])
+    chosen = defaults | given
+    return {name: _check(name, value, depth, codebook_size) for name, value in chosen.items()}
+
+
+def _check(name: str, value: Any, depth: int, codebook_size: int) -> Any:
+    if name == "schedule":
+        if value not in SCHEDULES:
+            raise VqdeployError("there is no such schedule", expected=" or ".join(SCHEDULES), found=value)
+        return value
+    low, high = _LIMITS[name]
+    high = codebook_size if name == "top_k" else high
+    try:
+        values = np.atleast_1d(np.asarray(value, float))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise VqdeployError(f"{name} is malformed", expected="a number", found=value) from error
+    if values.shape not in ((1,), (depth if name in _COMMON else 1,)):
+        expected = f"one value or {depth}" if name in _COMMON else "one value"
+        raise VqdeployError(f"{name} has the wrong number of values", expected=expected, found=values.size)
+    if not np.all((values >= low) & (values <= high) & np.isfinite(values)):
+        raise VqdeployError(f"{name} is out of range", expected=f"{low}..{high}", found=value)
+    if name in _WHOLE and np.any(values % 1):
+        raise VqdeployError(f"{name} is malformed", expected="whole numbers", found=value)
+    return np.asarray(value).tolist()
 
 
 def for_graph(chosen: dict[str, Any], depth: int, codebook_size: int) -> dict[str, np.ndarray]:

@@ -11,9 +11,11 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import options
-from vqdeploy.runtime.autoregressive import Callback, Request, Sampler
+from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.masked import MaskedSampler
+from vqdeploy.runtime.request import Callback, Request
 
 log = logging.getLogger("vqdeploy")
 
@@ -80,25 +82,33 @@ class Pipeline:
             stage.name: OnnxrtSession(bundle, stage, threads, profile and profile / stage.name)
             for stage in self.manifest.stages
         }
-        self._sampler: Any = Sampler(self._sessions["step"]) if "step" in self._sessions else None
         if not self._configured():
             raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy build PACKAGE")
+        self._sampler: Any = self._make_sampler() if "step" in self._sessions else None
+
+    def _make_sampler(self) -> Any:
+        session = self._sessions["step"]
+        if self.manifest.system == "movq":
+            return MaskedSampler(session, no_label=self._config["prior"]["classes"])
+        return AutoregressiveSampler(session)
 
     def _configured(self) -> bool:
         """Whether the manifest holds what this class reads of it."""
         config = self._config
         try:
-            counts = [config["tokenizer"]["codebook_size"]] + ([config["prior"]["classes"]] if self._sampler else [])
-            sampling = [config["sampling"][name] for name in ("temperature", "top_k", "top_p")]
+            counts = [config["tokenizer"]["codebook_size"]]
+            counts += [config["prior"]["classes"]] if "step" in self._sessions else []
             texts = list(config["labels"])
+            if not {"encode", "decode"} <= set(self._sessions):
+                return False
+            names = options.OF_SYSTEMS[self.manifest.system]
+            options.choose({}, {name: config["sampling"][name] for name in names}, self.grid[-1], counts[0])
             return (
-                {"encode", "decode"} <= set(self._sessions)
-                and 1 <= self._batch.min <= self._batch.opt <= self._batch.max
+                1 <= self._batch.min <= self._batch.opt <= self._batch.max
                 and all(isinstance(count, int) and count > 0 for count in counts)
-                and all(isinstance(value, int | float) for value in sampling)
                 and all(isinstance(text, str) for text in texts)
             )
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, VqdeployError):
             return False
 
     @property
@@ -180,6 +190,8 @@ class Pipeline:
         """
         codes = self._check_codes(codes)
         if depth is not None:
+            if "depth" not in self._config["tokenizer"]:
+                raise VqdeployError("this system's codes have no depths to leave out", expected="no depth", found=depth)
             if not 1 <= depth <= self.grid[-1]:
                 raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
             codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
@@ -196,7 +208,7 @@ class Pipeline:
         Args:
             labels: Class of each image; None for `num_images` of an unconditional prior.
             num_images: How many images when `labels` is None.
-            **options: `seed`, `first_image`, `temperature`, `top_k`, `top_p`, `callback`; see `complete`.
+            **options: `seed`, `first_image`, `callback` and sampling options; see `complete`.
 
         Raises:
             VqdeployError: A label or an option is out of range, or the plan has no prior.
@@ -217,40 +229,67 @@ class Pipeline:
         *,
         mask: np.ndarray | None = None,
         mask_ratio: float | None = None,
+        seed: int = 0,
+        first_image: int = 0,
         **options: Any,
     ) -> Output:
-        """Keeps the upper rows of images and samples the rest.
+        """Keeps a part of each image and samples the rest.
 
-        The prior goes from the top left to the bottom right: everything from the first row of codes that the mask
-        touches is sampled anew.
+        A masked prior samples what is unknown and nothing else; with a mask, pixels outside of it stay as they are. An
+        autoregressive prior goes from the top left to the bottom right: everything from the first row of codes that
+        the mask touches is sampled anew.
 
         Args:
             images: uint8 [B, H, W, 3].
-            labels: Class of each image; None for an unconditional prior.
+            labels: Class of each image; None for an unconditional prior, and for none with a masked prior.
             mask: True where pixels are unknown, bool [B, H, W] or [H, W].
-            mask_ratio: Instead of a mask, the share of the image to sample, from the bottom up.
-            **options: As for `generate`.
+            mask_ratio: Instead of a mask, the share of codes to sample: chosen at random by the seed for a masked
+                prior, from the bottom up for an autoregressive one.
+            seed: As for `complete`.
+            first_image: As for `complete`.
+            **options: As for `complete`.
 
         Raises:
             VqdeployError: An argument is out of range or missing.
         """
-        if (mask is None) == (mask_ratio is None):
-            raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
         images = np.asarray(images)
         codes = self.encode(images)
+        unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)
+        known = np.where(unknown, -1, codes)
+        labels = [0] * len(images) if labels is None and self.classes == 1 else labels
+        output = self.complete(known, labels, seed=seed, first_image=first_image, **options)
+        if mask is not None and self._sampler.no_label is not None:
+            output.images = np.where(np.asarray(mask, bool)[..., None], output.images, images)
+        return output
+
+    def unknown(
+        self,
+        count: int,
+        *,
+        mask: np.ndarray | None = None,
+        mask_ratio: float | None = None,
+        seed: int = 0,
+        first_image: int = 0,
+    ) -> np.ndarray:
+        """The codes that `inpaint` samples, bool [B, *grid], for a number of images; the rest as there.
+
+        Raises:
+            VqdeployError: An argument is out of range or missing, or the plan has no prior.
+        """
+        if (mask is None) == (mask_ratio is None):
+            raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
+        _check_whole("seed", seed), _check_whole("first_image", first_image)
+        self.classes  # noqa: B018  (there is a prior)
         if mask_ratio is not None:
             if not 0 <= mask_ratio <= 1:
                 raise VqdeployError("the mask ratio is out of range", expected="0..1", found=mask_ratio)
-            mask = np.broadcast_to(
-                np.arange(self.side)[:, None] >= round(self.side * (1 - mask_ratio)), (self.side,) * 2
-            )
-        mask = np.asarray(mask, bool)
-        if mask.shape not in (images.shape[:3], images.shape[1:3]):
-            raise VqdeployError("the mask does not fit", expected=list(images.shape[1:3]), found=list(mask.shape))
-        rows = np.broadcast_to(mask, images.shape[:3]).any(2).reshape(len(images), self.grid[0], -1).any(2)
-        unknown = np.maximum.accumulate(rows, axis=1)  # [B, h]
-        codes[unknown] = -1
-        return self.complete(codes, [0] * len(images) if labels is None and self.classes == 1 else labels, **options)
+            return self._sampler.unknown_share(mask_ratio, self.grid, first_image + np.arange(count), seed)
+        mask, square = np.asarray(mask, bool), (self.side, self.side)
+        if mask.shape not in (square, (count, *square)):
+            raise VqdeployError("the mask does not fit", expected=list(square), found=list(mask.shape))
+        height, width, depth = self.grid
+        cells = np.broadcast_to(mask, (count, *square)).reshape(count, height, self.side // height, width, -1)
+        return self._sampler.unknown(cells.any((2, 4)), depth)
 
     def complete(
         self,
@@ -259,29 +298,34 @@ class Pipeline:
         *,
         seed: int = 0,
         first_image: int = 0,
-        temperature: options.PerDepth | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: options.PerDepth | None = None,
         callback: Callback | None = None,
+        **given: Any,
     ) -> Output:
-        """Samples the codes that are -1, given those before them in raster order.
+        """Samples the codes that are -1, given the others.
+
+        An autoregressive prior takes whole positions, and what comes before each in raster order.
 
         Args:
-            known: Codes int64 [B, *grid], -1 at whole positions to sample.
-            labels: Class of each image [B].
+            known: Codes int64 [B, *grid], -1 where a code is to be sampled.
+            labels: Class of each image [B]; None for none with a masked prior.
             seed: Seed of the noise, at least 0.
             first_image: Index of the first image: image i of any batch is drawn from (seed, first_image + i).
-            temperature: Divides the logits; 0 takes the most likely code.
-            top_k: Keeps the k most likely codes; 0 keeps all.
-            top_p: Keeps the most likely codes until their probability reaches p.
             callback: Called after every step; see `Callback`.
+            **given: Sampling options; the default of the checkpoint where one is left out or None.
+                `temperature` divides the logits; 0 takes the most likely code.
+                `top_k` keeps the k most likely codes; 0 keeps all.
+                `top_p` keeps the most likely codes until their probability reaches p.
+                These three may be lists of one value for each depth. Masked priors also take:
+                `steps`, the number of engine calls.
+                `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
+                `guidance_scale` s: logits are u + s * (c - u) with c given the label and u without; 1 is no guidance.
+                `choice_temperature` scales the noise on the confidence, which falls to 0 at the last step.
 
         Raises:
             VqdeployError: An argument is out of range, or the plan has no prior.
         """
         start = time.perf_counter()
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        chosen = options.choose(given, self._config["sampling"], self.grid[-1], self.codebook_size)
+        chosen = self.options(**given)
         codes, engine = self.sample(known, labels, seed, first_image, chosen, callback)
         sampled = time.perf_counter()
         images = self.decode(codes)
@@ -292,7 +336,18 @@ class Pipeline:
             "decode_s": end - sampled,
             "total_s": end - start,
         }
-        return Output(images, codes, {"seed": seed, "labels": np.asarray(labels).tolist(), **chosen}, timings)
+        named = None if labels is None else np.asarray(labels).tolist()
+        return Output(images, codes, {"seed": seed, "labels": named, **chosen}, timings)
+
+    def options(self, **given: Any) -> dict[str, Any]:
+        """The sampling options in force: those given, and the checkpoint's defaults.
+
+        Raises:
+            VqdeployError: An option is malformed or out of range, or the system does not have it.
+        """
+        names = options.OF_SYSTEMS[self.manifest.system]
+        defaults = {name: self._config["sampling"][name] for name in names}
+        return options.choose(given, defaults, self.grid[-1], self.codebook_size)
 
     def sample(
         self,
@@ -303,27 +358,22 @@ class Pipeline:
         chosen: dict[str, Any] | None = None,
         callback: Callback | None = None,
     ) -> tuple[np.ndarray, float]:
-        """The codes of `complete`, and the seconds that the engine took of it; `chosen` comes from `options.choose`."""
+        """The codes of `complete`, and the seconds that the engine took of it; `chosen` comes from `options`."""
         classes = self._check_labels(labels, len(known))
-        known = self._check_codes(known, lowest=-1).reshape(len(known), -1, self.grid[-1])
-        if np.any((known < 0).any(-1) != (known < 0).all(-1)):
-            raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
-        for name, value in (("seed", seed), ("first_image", first_image)):
-            if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
-                expected = f"a whole number in 0..{_LARGEST}"
-                raise VqdeployError(f"{name} is out of range", expected=expected, found=value)
-        per_depth = options.for_graph(chosen or self._config["sampling"], self.grid[-1], self.codebook_size)
+        known = self._check_codes(known, lowest=-1)
+        _check_whole("seed", seed), _check_whole("first_image", first_image)
+        chosen = chosen or self.options()
         codes, engine = [], 0.0
         for part in self._batches(len(known), self._batch.max):
-            images = np.arange(len(known))[part]
-            per_image = {name: np.tile(value, (len(images), 1)) for name, value in per_depth.items()}
-            request = Request(known[part], classes[part], images + first_image, seed=seed, **per_image)
-            codes.append(self._sampler(request, callback))
+            images = first_image + np.arange(len(known))[part]
+            codes.append(self._sampler(Request(known[part], classes[part], images, seed, chosen), callback))
             engine += self._sampler.engine_seconds
-        return np.concatenate(codes).reshape(-1, *self.grid), engine
+        return np.concatenate(codes), engine
 
     def _check_labels(self, labels: Sequence[int] | None, count: int) -> np.ndarray:
         classes = self.classes
+        if labels is None and self._sampler.no_label is not None:
+            return np.full(count, self._sampler.no_label)
         if labels is None:
             raise VqdeployError("this prior needs labels", expected=f"labels in 0..{classes - 1}", found="none")
         array = np.asarray(labels)
@@ -358,3 +408,9 @@ class Pipeline:
         if count == 0:
             raise VqdeployError("nothing was asked for", expected="at least one image", found=0)
         return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
+        expected = f"a whole number in 0..{_LARGEST}"
+        raise VqdeployError(f"{name} is out of range", expected=expected, found=value)

@@ -41,7 +41,7 @@ def test_parameter_count(name):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(VqdeployError, match="expected rqvae"):
+    with pytest.raises(VqdeployError, match="expected movq or rqvae"):
         preset("rqvea", "tiny")
     with pytest.raises(VqdeployError, match="imagenet-480m"):
         preset("rqvae", "huge")

@@ -10,6 +10,7 @@ import torch
 from vqdeploy import checkpoint as checkpoints
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
+from vqdeploy.sampling import generate
 
 
 class Reference:
@@ -18,7 +19,6 @@ class Reference:
     def __init__(self, pipeline: Pipeline, checkpoint: Path | None):
         manifest = pipeline.manifest
         self.system = checkpoints.source(manifest.config, manifest.checkpoint, checkpoint, pipeline.bundle.path)
-        self.sampling = manifest.config["sampling"]
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
         """A call that does the task once."""
@@ -38,34 +38,24 @@ class Reference:
         return lambda: decode(codes)
 
     def _generate(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
-        prior, depth = self.system.prior, pipeline.grid[-1]
+        prior, config = self.system.prior, self.system.config
         labels = torch.arange(batch) % pipeline.classes
-        top_k = self.sampling["top_k"] or pipeline.codebook_size
-        options = [
-            torch.full((batch, depth), float(self.sampling["temperature"])),
-            torch.full((batch, depth), top_k),
-            torch.full((batch, depth), float(self.sampling["top_p"])),
-        ]
-        noise = _Noise(batch, depth, pipeline.codebook_size)
         if compiled:
             # Each layer's cache, empty and filled, is a case of its own.
             torch._dynamo.config.recompile_limit = 256
             prior = copy.copy(prior)
             prior._modules = dict(prior._modules)
-            for name in ("body_transformer", "head_transformer"):
-                setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))
-        return lambda: prior.generate(labels, noise, *options)
+            for name in ("transformer", "body_transformer", "head_transformer"):
+                if hasattr(prior, name):
+                    setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))
+        return lambda: generate(prior, config, labels, _noise)
 
 
-class _Noise:
-    """The plan's own noise, drawn when a position asks for it."""
-
-    def __init__(self, batch: int, depth: int, size: int):
-        self.images, self.buffer = np.arange(batch), np.empty((batch, depth, size), np.float32)
-
-    def __getitem__(self, position: int) -> torch.Tensor:
-        gumbel(0, self.images, position, self.buffer)
-        return torch.from_numpy(self.buffer)
+def _noise(index: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The plan's own noise."""
+    out = np.empty(shape, np.float32)
+    gumbel(0, np.arange(shape[0]), index, out)
+    return torch.from_numpy(out)
 
 
 def _compile(function: Callable, compiled: bool) -> Callable:

@@ -2,9 +2,11 @@
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.maskgit import MaskGITConfig
+from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
-from vqdeploy.models.system import Sampling, SystemConfig, architecture
+from vqdeploy.models.system import MaskedSampling, Sampling, SystemConfig, architecture
 
 _F32 = ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(8,))
 _IMAGENET = RQVAEConfig(conv=_F32)
@@ -39,19 +41,16 @@ def _prior(
     )
 
 
-_TINY_TOKENIZER = RQVAEConfig(
-    conv=ConvConfig(
-        resolution=32,
-        channels=32,
-        channel_multipliers=(1, 1, 1),
-        res_blocks=1,
-        attention_resolutions=(),
-        latent_channels=32,
-        norm_groups=8,
-    ),
-    codebook_size=256,
-    code_dim=32,
+_TINY_CONV = ConvConfig(
+    resolution=32,
+    channels=32,
+    channel_multipliers=(1, 1, 1),
+    res_blocks=1,
+    attention_resolutions=(),
+    latent_channels=32,
+    norm_groups=8,
 )
+_TINY_TOKENIZER = RQVAEConfig(conv=_TINY_CONV, codebook_size=256, code_dim=32)
 _TINY_PRIOR = RQTransformerConfig(
     grid=(8, 8, 4),
     codebook_size=256,
@@ -81,7 +80,54 @@ _RQVAE = [
     _rqvae("f8", RQVAEConfig(conv=ConvConfig(channel_multipliers=(1, 2, 2, 4), attention_resolutions=(32,))), None),
 ]
 
-PRESETS: dict[str, dict[str, SystemConfig]] = {"rqvae": {config.preset: config for config in _RQVAE}}
+
+def _movq(
+    preset: str,
+    tokenizer: MoVQConfig,
+    prior: MaskGITConfig | None = None,
+    sampling: MaskedSampling = MaskedSampling(),
+    labels: tuple[str, ...] = (),
+) -> SystemConfig:
+    return SystemConfig("movq", preset, tokenizer, prior, labels, sampling)
+
+
+def _published_movq(channels: int = 128, res_blocks: int = 2) -> MoVQConfig:
+    conv = ConvConfig(256, channels, (1, 2, 2, 4), res_blocks, attention_resolutions=(32,), latent_channels=4)
+    return MoVQConfig(conv, codebook_size=16384, code_dim=4, groups=1)
+
+
+def _vqgan(codebook_size: int) -> MoVQConfig:
+    return MoVQConfig(codebook_size=codebook_size, groups=1, modulation=False)
+
+
+_HALTON = MaskGITConfig((24, 24, 1), 16384, width=1024, layers=24, heads=16, adaptive=True)
+_LLAMAGEN = MoVQConfig(
+    ConvConfig(384, attention_resolutions=(24,)), 16384, 8, groups=1, modulation=False, metric="cosine"
+)
+
+# Sizes of ai-forever/MoVQGAN, CompVis/taming-transformers, valeoai/Halton-MaskGIT with the tokenizer of
+# FoundationVision/LlamaGen, and of the MoVQ paper as far as it gives them.
+_MOVQ = [
+    _movq(
+        "tiny",
+        MoVQConfig(_TINY_CONV, codebook_size=128, code_dim=32),
+        MaskGITConfig((8, 8, 4), 128, width=128, layers=6, heads=4, classes=10),
+        MaskedSampling(steps=8),
+        labels=tuple("0123456789"),
+    ),
+    _movq("bench", MoVQConfig(), MaskGITConfig()),
+    _movq("paper", MoVQConfig(), MaskGITConfig(width=1024, layers=24, heads=16)),
+    _movq("67m", _published_movq()),
+    _movq("102m", _published_movq(res_blocks=4)),
+    _movq("270m", _published_movq(channels=256)),
+    _movq("vqgan-f16-1024", _vqgan(1024)),
+    _movq("vqgan-f16-16384", _vqgan(16384)),
+    _movq("halton-large", _LLAMAGEN, _HALTON, MaskedSampling(steps=32, schedule="halton", guidance_scale=3.0)),
+]
+
+PRESETS: dict[str, dict[str, SystemConfig]] = {
+    model: {config.preset: config for config in configs} for model, configs in (("rqvae", _RQVAE), ("movq", _MOVQ))
+}
 
 
 def preset(model: str, name: str) -> SystemConfig:

@@ -145,7 +145,7 @@ def test_the_profile_covers_the_batch_and_the_prefix(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(subprocess, "run", spy)
     stage = next(s for s in Bundle(tiny.plan).manifest.stages if s.name == "step")
     with pytest.raises(ArtifactError, match="could not build stage step"):
-        tensorrt.build_stage("tensorrt-rtx", stage, tiny.package, tmp_path, BatchRange(2, 3, 8), length=64)
+        tensorrt.build_stage("tensorrt-rtx", stage, tiny.package, tmp_path, {"batch": (2, 3, 8), "length": (1, 1, 64)})
     (job,) = jobs
     assert job["shapes"]["codes"] == [[2, 1, 4], [3, 1, 4], [8, 64, 4]]
     assert job["shapes"]["past_key.0"] == [[2, 4, 64, 32], [3, 4, 64, 32], [8, 4, 64, 32]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from vqdeploy.engines.bodies_onnxrt import swap_in
-from vqdeploy.export.functions import DOMAIN, OPSET, functions
+from vqdeploy.export.functions import DOMAIN, OPSET, function
 from vqdeploy.models.ops import truncate
 
 ops = torch.ops.vqdeploy
@@ -49,14 +49,13 @@ def values(tensors: dict) -> list[onnx.ValueInfoProto]:
 def session(name: str, body: str = "portable", depth: int = 4, heads: int = 1) -> ort.InferenceSession:
     """A model of one node and its function."""
     inputs, outputs = SIGNATURES[name]
-    attributes = {"plugin_namespace": DOMAIN, "plugin_version": "1"} | (
-        {"depth": depth} if name == "VQResidual" else {}
-    )
+    own = {"depth": depth} if name == "VQResidual" else {}
+    attributes = {"plugin_namespace": DOMAIN, "plugin_version": "1"} | own
     node = helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
     model = helper.make_model(
         helper.make_graph([node], name, values(inputs), values(outputs)),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        functions=[functions(depth)[name]],
+        functions=[function(name, **own)],
         ir_version=10,
     )
     if body == "onnxrt":
@@ -324,12 +323,20 @@ def test_sampling_agrees_with_torch(body, request):
     assert run("GumbelSample", *request, body=body)[0].tolist() == ops.sample(*map(torch.from_numpy, request)).tolist()
 
 
+FUNCTIONS = [
+    function("VQResidual", depth=1),
+    function("VQResidual", depth=8),
+    function("VQNearest", metric="l2"),
+    function("VQNearest", metric="cosine"),
+    *(function(name) for name in ("VQLookup", "CachedAttention", "GumbelSample")),
+]
+
+
 def test_names_differ_from_those_of_onnx_operators():
     """TensorRT finds operators by name alone, whatever their domain."""
-    assert not {name for name in functions(2) if onnx.defs.has(name)}
+    assert not {function.name for function in FUNCTIONS if onnx.defs.has(function.name)}
 
 
-@pytest.mark.parametrize("depth", [1, 3, 8])
-def test_functions_are_valid_onnx(depth):
-    for function in functions(depth).values():
-        onnx.checker.check_function(function)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_are_valid_onnx(function):
+    onnx.checker.check_function(function)

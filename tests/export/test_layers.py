@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqdeploy.export.layers import DecodeBlock, ImageInput, ImageOutput, SplitUpsample
+from vqdeploy.export.layers import ImageInput, ImageOutput, InferenceBlock, SplitUpsample
 from vqdeploy.models.conv import Upsample
 from vqdeploy.models.transformer import Block
 
@@ -25,7 +25,7 @@ def block():
 def test_a_cached_block_is_the_block_entry_by_entry(block):
     x = torch.randn(2, 6, 32)
     key, value = torch.randn(2, 2, 4, 6, 8)  # whatever an earlier request left behind
-    decode, outputs = DecodeBlock(block), []
+    decode, outputs = InferenceBlock(block), []
     for first, last in ((0, 3), (3, 4), (4, 6)):
         position = torch.full((2,), first)
         output, key, value = decode.cached(x[:, first:last], key, value, position)
@@ -36,7 +36,7 @@ def test_a_cached_block_is_the_block_entry_by_entry(block):
 @torch.no_grad()
 def test_an_appended_block_is_the_block_entry_by_entry(block):
     x = torch.randn(2, 4, 32)
-    decode, keys, values = DecodeBlock(block), [], []
+    decode, keys, values = InferenceBlock(block), [], []
     outputs = [decode.append(x[:, i : i + 1], keys, values) for i in range(4)]
     torch.testing.assert_close(torch.cat(outputs, 1), block(x))
 

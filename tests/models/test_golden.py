@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.maskgit import MaskGITConfig
+from vqdeploy.models.movq import MoVQ, MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
 
@@ -42,20 +45,23 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
+def conv_config(public: dict) -> ConvConfig:
+    return ConvConfig(
+        public["resolution"],
+        public["ch"],
+        tuple(public["ch_mult"]),
+        public["num_res_blocks"],
+        tuple(public["attn_resolutions"]),
+        public["z_channels"],
+    )
+
+
 @pytest.fixture(scope="module")
 def rqvae():
     config, tensors, state = read_golden("rqvae")
-    conv = config["ddconfig"]
     model = RQVAE(
         RQVAEConfig(
-            conv=ConvConfig(
-                conv["resolution"],
-                conv["ch"],
-                tuple(conv["ch_mult"]),
-                conv["num_res_blocks"],
-                tuple(conv["attn_resolutions"]),
-                conv["z_channels"],
-            ),
+            conv=conv_config(config["ddconfig"]),
             codebook_size=config["n_embed"],
             code_dim=config["embed_dim"],
             depth=config["code_shape"][-1],
@@ -114,4 +120,57 @@ def test_rqtransformer_greedy_codes(rqtransformer):
     batch, shape = len(labels), (len(labels), config.depth)
     noise = torch.zeros(config.positions, batch, config.depth, config.codebook_size)
     options = torch.ones(shape), torch.ones(shape, dtype=torch.int64), torch.ones(shape)
-    assert torch.equal(model.generate(labels, noise, *options), tensors["out/greedy_codes"])
+    assert torch.equal(model.generate(labels, noise.__getitem__, *options), tensors["out/greedy_codes"])
+
+
+def read_movq(name: str, modulation: bool):
+    config, tensors, state = read_golden(name)
+    model = MoVQ(
+        MoVQConfig(
+            conv=conv_config(config["ddconfig"]),
+            codebook_size=config["n_embed"],
+            code_dim=config["embed_dim"],
+            groups=1,
+            modulation=modulation,
+        )
+    ).eval()
+    codebook = state.pop("quantize.embedding.weight")
+    learned = {"quantizer.embed_ema": codebook, "quantizer.cluster_size_ema": torch.ones(len(codebook))}
+    model.load_state_dict(state | {"quantizer.codebook": codebook} | learned)
+    return model, tensors
+
+
+@pytest.mark.parametrize(("name", "modulation"), [("movq", True), ("vqgan", False)])
+@torch.no_grad()
+def test_movq_with_one_group(name, modulation):
+    model, tensors = read_movq(name, modulation)
+    codes, quantized = model.quantizer.encode(model.latents(tensors["in/image"]))
+    assert torch.equal(codes[..., 0], tensors["out/codes"])
+    assert_close(quantized.permute(0, 3, 1, 2), tensors["out/z_q"])
+    assert_close(model.decode(codes), tensors["out/reconstruction"])
+    assert_close(model(tensors["in/image"])[0], tensors["out/reconstruction"])
+
+
+@torch.no_grad()
+def test_adaptive_maskgit():
+    config, tensors, state = read_golden("maskgit")
+    size = config["input_size"]
+    model = AdaptiveMaskGIT(
+        MaskGITConfig(
+            grid=(size, size, 1),
+            codebook_size=config["codebook_size"],
+            width=config["hidden_dim"],
+            layers=config["depth"],
+            heads=config["heads"],
+            classes=config["nclass"],
+            adaptive=True,
+        )
+    ).eval()
+    model.load_state_dict(state)
+    codes, labels = tensors["in/codes"][..., None], tensors["in/class"]
+    assert_close(model.logits_with_mask(codes, labels), tensors["out/logits"])
+    no_label = torch.full_like(labels, config["nclass"])
+    assert_close(model.logits_with_mask(codes, no_label), tensors["out/logits_unconditional"])
+    assert torch.equal(
+        model.logits(codes, labels).flatten(1, 3), model.logits_with_mask(codes, labels)[..., : config["codebook_size"]]
+    )

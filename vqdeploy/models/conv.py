@@ -4,7 +4,9 @@ Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (CVPR 20
 checkpoints, so that their weights fit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -40,36 +42,69 @@ class ConvConfig(Config):
         return self.resolution >> (len(self.channel_multipliers) - 1)
 
 
-class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions behind GroupNorm and SiLU, and a skip connection."""
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm, which has no use for a condition."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int):
+    def __init__(self, groups: int, channels: int):
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class SpatialNorm(nn.Module):
+    """GroupNorm, scaled and shifted at each place by a map of code vectors.
+
+    Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation" (NeurIPS 2022), section 3.2.
+    A 1x1 convolution and an enlargement by nearest neighbour can change places, so the convolutions run on the small
+    map.
+    """
+
+    def __init__(self, groups: int, condition_channels: int, channels: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-6)
+        self.norm_layer = GroupNorm(groups, channels)
+        self.conv_y = nn.Conv2d(condition_channels, channels, 1)
+        self.conv_b = nn.Conv2d(condition_channels, channels, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = (F.interpolate(conv(condition), x.shape[-2:]) for conv in (self.conv_y, self.conv_b))
+        return self.norm_layer(x) * scale + shift
+
+
+Norm = Callable[[int], Any]
+"""Makes the norm of a number of channels; `GroupNorm` and `SpatialNorm` are both called with a map and a condition."""
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions behind a norm and SiLU, and a skip connection."""
+
+    def __init__(self, inputs: int, outputs: int, norm: Norm):
+        super().__init__()
+        self.norm1 = norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.norm2 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x, condition)))
+        h = self.conv2(F.silu(self.norm2(h, condition)))
         return self.nin_shortcut(x) + h
 
 
 class AttentionBlock(nn.Module):
     """Attention with one head over all positions of the map."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, norm: Norm):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(x)
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        n = self.norm(x, condition)
         q, k, v = self.q(n).flatten(2), self.k(n).flatten(2), self.v(n).flatten(2)  # [B, C, H*W]
         weights = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)
         return x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
@@ -100,30 +135,32 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where the configuration asks for it."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, groups: int):
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, norm: Norm):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(outputs, groups) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, norm) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(outputs, norm) for _ in range(blocks if attention else 0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = block(x, condition)
             if self.attn:
-                x = self.attn[i](x)
+                x = self.attn[i](x, condition)
         return x
 
 
 class Middle(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, norm: Norm):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
+        self.block_1 = ResnetBlock(channels, channels, norm)
+        self.attn_1 = AttentionBlock(channels, norm)
+        self.block_2 = ResnetBlock(channels, channels, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        for layer in (self.block_1, self.attn_1, self.block_2):
+            x = layer(x, condition)
+        return x
 
 
 class Encoder(nn.Module):
@@ -133,16 +170,16 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ConvConfig):
         super().__init__()
-        widths, groups = config.widths, config.norm_groups
+        widths, norm = config.widths, partial(GroupNorm, config.norm_groups)
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             attention = config.resolution >> i in config.attention_resolutions
-            level = Level(widths[max(i - 1, 0)], width, config.res_blocks, attention, groups)
+            level = Level(widths[max(i - 1, 0)], width, config.res_blocks, attention, norm)
             level.downsample = Downsample(width) if i < len(widths) - 1 else nn.Identity()
             self.down.append(level)
-        self.mid = Middle(widths[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.mid = Middle(widths[-1], norm)
+        self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,29 +190,35 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [B, latent_channels, h, w] -> image [B, 3, h * f, w * f]. `up[i]` is the level of `Encoder.down[i]`."""
+    """Latent [B, latent_channels, h, w] -> image [B, 3, h * f, w * f]. `up[i]` is the level of `Encoder.down[i]`.
+
+    With `condition_channels` every norm is a `SpatialNorm`, and the call takes a map [B, condition_channels, h, w] too.
+    """
 
     up: Any  # list of Level, each with `upsample`
 
-    def __init__(self, config: ConvConfig):
+    def __init__(self, config: ConvConfig, condition_channels: int = 0):
         super().__init__()
         widths, groups = config.widths, config.norm_groups
+        norm: Norm = (
+            partial(SpatialNorm, groups, condition_channels) if condition_channels else partial(GroupNorm, groups)
+        )
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups)
+        self.mid = Middle(widths[-1], norm)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             attention = config.resolution >> i in config.attention_resolutions
-            level = Level(widths[min(i + 1, len(widths) - 1)], width, config.res_blocks + 1, attention, groups)
+            level = Level(widths[min(i + 1, len(widths) - 1)], width, config.res_blocks + 1, attention, norm)
             level.upsample = Upsample(width) if i > 0 else nn.Identity()
             self.up.append(level)
-        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+    def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        x = self.mid(self.conv_in(z), condition)
         for level in reversed(self.up):
-            x = level.upsample(level(x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = level.upsample(level(x, condition))
+        return self.conv_out(F.silu(self.norm_out(x, condition)))
 
 
 def last_layer(decoder: Decoder) -> Tensor:

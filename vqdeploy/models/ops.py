@@ -5,7 +5,31 @@ Distances and the arg-min are fp32 whatever the input type; ties go to the lowes
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+@torch.library.custom_op("vqdeploy::nearest", mutates_args=())
+def nearest(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """Nearest vector of the codebook.
+
+    Args:
+        z: Vectors [N, D].
+        codebook: Codebook [K, D].
+        metric: `l2` for the smallest distance, `cosine` for the smallest angle.
+
+    Returns:
+        Codes [N] int64.
+    """
+    vectors, table = z.float(), codebook.float()
+    if metric == "cosine":
+        return (F.normalize(vectors, dim=1) @ F.normalize(table, dim=1).T).argmax(-1)
+    return (2 * (vectors @ table.T) - table.square().sum(1)).argmax(-1)
+
+
+@nearest.register_fake
+def _(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    return z.new_empty((z.shape[0],), dtype=torch.int64)
 
 
 @torch.library.custom_op("vqdeploy::residual_quantize", mutates_args=())
@@ -122,7 +146,7 @@ def truncate(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) 
     ordered = scaled.sort(-1, descending=True).values
     kth = ordered.gather(1, top_k[:, None] - 1)
     probabilities = ordered.masked_fill(ordered < kth, -torch.inf).softmax(-1)
-    before = torch.nn.functional.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
+    before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
     kept = (ordered >= kth) & ((before < top_p[:, None]) | (top_p[:, None] >= 1))
     kept[:, 0] = True
     last = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)

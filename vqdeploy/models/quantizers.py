@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.models.ops import lookup, residual_quantize
+from vqdeploy.models.ops import lookup, nearest, residual_quantize
 
 
 class Quantized(NamedTuple):
@@ -17,23 +17,52 @@ class Quantized(NamedTuple):
     commitment_loss: Tensor  # scalar
 
 
-class ResidualQuantizer(nn.Module):
-    """Residual quantization with one codebook shared by all depths, learned by moving averages.
+class AveragedCodebook(nn.Module):
+    """A codebook that is learned by moving averages.
 
-    Lee et al., "Autoregressive Image Generation using Residual Quantization" (CVPR 2022), section 3.1. A code that the
-    moving average no longer counts once a step is restarted from a vector of the batch.
+    Van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017), appendix A.1. A code that the moving
+    average no longer counts once a step is restarted from a vector of the batch.
     """
 
     codebook: Tensor  # [K, D]
     cluster_size_ema: Tensor  # [K]
     embed_ema: Tensor  # [K, D]
 
-    def __init__(self, codebook_size: int, dim: int, depth: int, decay: float = 0.99):
+    def __init__(self, codebook_size: int, dim: int, decay: float):
         super().__init__()
-        self.depth, self.decay = depth, decay
+        self.decay = decay
         self.register_buffer("codebook", torch.randn(codebook_size, dim) / codebook_size**0.5)
         self.register_buffer("cluster_size_ema", torch.ones(codebook_size))
         self.register_buffer("embed_ema", self.codebook.clone())
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, codes: Tensor, epsilon: float = 1e-5) -> None:
+        size = len(self.codebook)
+        counts = torch.bincount(codes, minlength=size).to(vectors)
+        sums = torch.zeros_like(self.embed_ema).index_add_(0, codes, vectors)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(sums)
+        self.cluster_size_ema.lerp_(counts, 1 - self.decay)
+        self.embed_ema.lerp_(sums, 1 - self.decay)
+
+        unused = self.cluster_size_ema < 1
+        self.embed_ema[unused] = _draw(vectors, size)[unused]
+        self.cluster_size_ema[unused] = 1
+        total = self.cluster_size_ema.sum()
+        smoothed = total * (self.cluster_size_ema + epsilon) / (total + size * epsilon)
+        self.codebook.copy_(self.embed_ema / smoothed[:, None])
+
+
+class ResidualQuantizer(AveragedCodebook):
+    """Residual quantization with one codebook shared by all depths.
+
+    Lee et al., "Autoregressive Image Generation using Residual Quantization" (CVPR 2022), section 3.1.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, depth: int, decay: float = 0.99):
+        super().__init__(codebook_size, dim, decay)
+        self.depth = depth
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [..., D] -> codes int64 [..., Q] and their sum [..., D]."""
@@ -77,23 +106,38 @@ class ResidualQuantizer(nn.Module):
                 self._update(residuals[..., depth, :].flatten(0, -2), codes[..., depth].flatten())
         return Quantized(z + (quantized - z).detach(), codes, commitment)
 
-    @torch.no_grad()
-    def _update(self, vectors: Tensor, codes: Tensor, epsilon: float = 1e-5) -> None:
-        size = len(self.codebook)
-        counts = torch.bincount(codes, minlength=size).to(vectors)
-        sums = torch.zeros_like(self.embed_ema).index_add_(0, codes, vectors)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-            torch.distributed.all_reduce(sums)
-        self.cluster_size_ema.lerp_(counts, 1 - self.decay)
-        self.embed_ema.lerp_(sums, 1 - self.decay)
 
-        unused = self.cluster_size_ema < 1
-        self.embed_ema[unused] = _draw(vectors, size)[unused]
-        self.cluster_size_ema[unused] = 1
-        total = self.cluster_size_ema.sum()
-        smoothed = total * (self.cluster_size_ema + epsilon) / (total + size * epsilon)
-        self.codebook.copy_(self.embed_ema / smoothed[:, None])
+class MultichannelQuantizer(AveragedCodebook):
+    """Each of Q equal groups of channels is replaced by its nearest vector of one shared codebook.
+
+    Zheng et al., "MoVQ" (NeurIPS 2022), section 3.3. With one group it is the quantizer of VQ-VAE and VQGAN.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, groups: int, metric: str = "l2", decay: float = 0.99):
+        if dim % groups:
+            raise ValueError(f"{dim} channels cannot be split into {groups} groups")
+        if metric not in ("l2", "cosine"):
+            raise ValueError(f"there is no metric {metric!r}")
+        super().__init__(codebook_size, dim // groups, decay)
+        self.groups, self.metric = groups, metric
+
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [..., D] -> codes int64 [..., Q] and the vectors that stand for them [..., D]."""
+        codes = nearest(z.reshape(-1, self.codebook.shape[1]), self.codebook, self.metric)
+        codes = codes.view(*z.shape[:-1], self.groups)
+        return codes, self.decode(codes)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 [..., Q] -> vectors [..., D]."""
+        table = F.normalize(self.codebook, dim=1) if self.metric == "cosine" else self.codebook
+        return lookup(codes.reshape(-1, 1), table).view(*codes.shape[:-1], -1)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantizes vectors [..., D]; in training mode the codebook takes one step."""
+        codes, quantized = self.encode(z.detach())
+        if self.training:
+            self._update(z.detach().reshape(-1, self.codebook.shape[1]), codes.flatten())
+        return Quantized(z + (quantized - z).detach(), codes, F.mse_loss(z, quantized))
 
 
 def _draw(vectors: Tensor, count: int) -> Tensor:

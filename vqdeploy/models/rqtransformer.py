@@ -3,6 +3,7 @@
 Lee et al., "Autoregressive Image Generation using Residual Quantization" (CVPR 2022), section 3.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -107,12 +108,14 @@ class RQTransformer(nn.Module):
         return self.classifier(hidden).view(batch, *self.config.grid, -1)
 
     @torch.no_grad()
-    def generate(self, labels: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    def generate(
+        self, labels: Tensor, noise: Callable[[int], Tensor], temperature: Tensor, top_k: Tensor, top_p: Tensor
+    ) -> Tensor:
         """Samples codes position by position with caches that grow, the way the public implementation does.
 
         Args:
             labels: Labels [B].
-            noise: Gumbel noise [h * w, B, Q, K]; anything indexed by position will do.
+            noise: Gumbel noise [B, Q, K] of a position.
             temperature: [B, Q], above 0.
             top_k: [B, Q] int64, in 1..K.
             top_p: [B, Q].
@@ -125,7 +128,7 @@ class RQTransformer(nn.Module):
         for position in range(self.config.positions):
             entry = self.embed_condition(labels) if not codes else self.embed_codes(codes[-1][:, None], position - 1)
             context = self.body_transformer(entry, body)[:, -1:]
-            options = (torch.as_tensor(noise[position]), temperature, top_k, top_p)
+            options = (noise(position), temperature, top_k, top_p)
             codes.append(self._sample_depths(context, *options))
         return torch.stack(codes, 1).view(len(labels), *self.config.grid)
 

@@ -1,27 +1,19 @@
 """A system: a tokenizer and, once it is trained, a prior."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
+from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
+from vqdeploy.models.movq import MoVQ, MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
-
-
-class Architecture(NamedTuple):
-    """The classes behind one value of `--model`."""
-
-    tokenizer: type[nn.Module]
-    tokenizer_config: type[Config]
-    prior: type[nn.Module]
-    prior_config: type[Config]
-
-
-ARCHITECTURES = {"rqvae": Architecture(RQVAE, RQVAEConfig, RQTransformer, RQTransformerConfig)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +26,36 @@ class Sampling(Config):
 
 
 @dataclass(frozen=True)
+class MaskedSampling(Sampling):
+    """Default options of parallel decoding; see `vqdeploy.runtime.masked`. A `guidance_scale` of 1 is no guidance."""
+
+    steps: int = 12
+    schedule: str = "cosine"
+    guidance_scale: float = 1.0
+    choice_temperature: float = 4.5
+
+
+class Architecture(NamedTuple):
+    """What is behind one value of `--model`. `prior` makes a prior of its configuration and the codebook."""
+
+    tokenizer: type[nn.Module]
+    tokenizer_config: type[Config]
+    prior: Callable[[Any, Tensor], nn.Module]
+    prior_config: type[Config]
+    sampling: type[Sampling]
+
+
+def _maskgit(config: MaskGITConfig, codebook: Tensor) -> nn.Module:
+    return AdaptiveMaskGIT(config) if config.adaptive else MaskGIT(config)
+
+
+ARCHITECTURES = {
+    "rqvae": Architecture(RQVAE, RQVAEConfig, RQTransformer, RQTransformerConfig, Sampling),
+    "movq": Architecture(MoVQ, MoVQConfig, _maskgit, MaskGITConfig, MaskedSampling),
+}
+
+
+@dataclass(frozen=True)
 class SystemConfig(Config):
     """Everything that `config.json` holds. `prior` is None for a tokenizer alone."""
 
@@ -42,7 +64,7 @@ class SystemConfig(Config):
     tokenizer: Any
     prior: Any = None
     labels: tuple[str, ...] = ()
-    sampling: Sampling = Sampling()
+    sampling: Any = Sampling()
 
     @classmethod
     def from_dict(cls, data: Any) -> "SystemConfig":
@@ -52,7 +74,8 @@ class SystemConfig(Config):
         parts, prior = ARCHITECTURES[data["model"]], data.get("prior")
         tokenizer = parts.tokenizer_config.from_dict(data.get("tokenizer"))
         prior = prior if prior is None else parts.prior_config.from_dict(prior)
-        return super().from_dict({**data, "tokenizer": tokenizer, "prior": prior})
+        sampling = parts.sampling.from_dict(data.get("sampling", {}))
+        return super().from_dict({**data, "tokenizer": tokenizer, "prior": prior, "sampling": sampling})
 
 
 class System(nn.Module):

@@ -19,6 +19,11 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
+def bidirectional(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each entry attends to all."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
 class GrowingCache:
     """Keys and values that grow by concatenation, one entry a call, as in the public samplers."""
 
@@ -79,13 +84,14 @@ class Transformer(nn.Module):
 
     blocks: Any  # list of Block
 
-    def __init__(self, layers: int, width: int, heads: int, dropout: float):
+    def __init__(self, layers: int, width: int, heads: int, dropout: float, attend: Attend = causal):
         super().__init__()
+        self.attend = attend
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
 
     def forward(self, x: Tensor, caches: list[GrowingCache] | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):
-            x = block(x, causal if caches is None else caches[i])
+            x = block(x, self.attend if caches is None else caches[i])
         return x
 
     def growing_caches(self) -> list[GrowingCache]:

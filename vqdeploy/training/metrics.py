@@ -1,11 +1,14 @@
 """What a tokenizer and the samples of a prior reach. Images are uint8 [N, 3, R, R]."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from vqdeploy.models import System, SystemConfig
-from vqdeploy.models.rqvae import RQVAE
+from vqdeploy.models import System
+from vqdeploy.sampling import Noise
+from vqdeploy.sampling import generate as sample_codes
 from vqdeploy.training.data import to_range, to_uint8
 
 
@@ -23,7 +26,7 @@ def codebook_use(codes: Tensor, size: int) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: RQVAE, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+def reconstruct(tokenizer: Any, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Images -> their reconstructions, and the codes between."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
     pixels, codes = [], []
@@ -40,27 +43,13 @@ def generate(system: System, labels: Tensor, seed: int, batch_size: int = 100) -
     device = next(system.prior.parameters()).device
     images = []
     for part in labels.split(batch_size):
-        noise = _GumbelNoise((len(part), system.config.prior.depth, system.config.prior.codebook_size), generator)
-        options = (option.to(device) for option in _sampling(system.config, len(part)))
-        codes = system.prior.generate(part.to(device), noise, *options)
+        codes = sample_codes(system.prior, system.config, part.to(device), _gumbel_noise(generator))
         images.append(to_uint8(system.tokenizer.decode(codes), system.config.tokenizer.pixel_range).cpu())
     return torch.cat(images)
 
 
-class _GumbelNoise:
-    """Noise drawn when a position asks for it: that of all positions at once would be large."""
-
-    def __init__(self, shape: tuple[int, ...], generator: torch.Generator):
-        self.shape, self.generator = shape, generator
-
-    def __getitem__(self, position: int) -> Tensor:
-        return -torch.empty(self.shape).exponential_(generator=self.generator).log()
-
-
-def _sampling(config: SystemConfig, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape, sampling = (batch, config.prior.depth), config.sampling
-    top_k = sampling.top_k or config.prior.codebook_size
-    return torch.full(shape, sampling.temperature), torch.full(shape, top_k), torch.full(shape, sampling.top_p)
+def _gumbel_noise(generator: torch.Generator) -> Noise:
+    return lambda index, shape: -torch.empty(shape).exponential_(generator=generator).log()
 
 
 def diversity(samples: Tensor, labels: Tensor, originals: Tensor, original_labels: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Stage 2: the prior learns the codes of the frozen tokenizer (section 3.3 of the RQ-VAE paper)."""
+"""Stage 2: the prior learns the codes of the frozen tokenizer."""
 
 import logging
 from typing import Any
@@ -19,14 +19,43 @@ logger = logging.getLogger("vqdeploy")
 _SAMPLES = 10  # of each class, to watch the training by
 
 
+def soft_target_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy with soft targets on drawn codes (RQ-VAE, section 3.3)."""
+    codes, targets = system.tokenizer.soft_codes(x, recipe.soft_temperature)
+    return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), targets.flatten(0, -2))
+
+
+def masked_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy with smoothed labels on masked codes (MaskGIT, section 3.1).
+
+    The masked share of each image follows the cosine schedule at a random place. In training some labels are dropped,
+    so that the prior can guide itself (Ho and Salimans, 2022).
+    """
+    config = system.config.prior
+    with torch.no_grad():
+        codes = system.tokenizer.encode(x)
+    cells = codes[0].numel()
+    shares = torch.cos(torch.pi / 2 * torch.rand(len(codes), device=codes.device))
+    ranks = torch.rand(len(codes), cells, device=codes.device).argsort(1).argsort(1)
+    masked = (ranks < (shares * cells).ceil()[:, None]).view_as(codes)
+    if training:
+        dropped = torch.rand(len(labels), device=labels.device) < recipe.label_dropout
+        labels = labels.masked_fill(dropped, config.classes)
+    logits = system.prior.logits(codes.masked_fill(masked, config.codebook_size), labels)
+    return F.cross_entropy(logits[masked], codes[masked], label_smoothing=recipe.label_smoothing)
+
+
+_LOSSES = {"rqvae": soft_target_loss, "movq": masked_loss}
+
+
 class PriorTraining(LightningModule):
-    """Soft-target cross entropy on drawn codes. `classifier` judges samples; there is none without classes."""
+    """The loss of the system. `classifier` judges samples; there is none without classes."""
 
     def __init__(self, system: System, recipe: Recipe, classifier: ImageClassifier | None):
         super().__init__()
         self.system, self.recipe, self.classifier = system, recipe, classifier
-        # A device may have parted the two, which share the codebook.
-        system.prior.codebook = system.tokenizer.quantizer.codebook
+        if hasattr(system.prior, "codebook"):  # a device may have parted the two, which share it
+            system.prior.codebook = system.tokenizer.quantizer.codebook
         system.prior.train()  # Lightning leaves modes as they are
         for frozen in filter(None, (system.tokenizer, classifier)):
             frozen.requires_grad_(False).eval()
@@ -50,8 +79,8 @@ class PriorTraining(LightningModule):
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         x = to_range(images, self.system.config.tokenizer.pixel_range)
-        codes, targets = self.system.tokenizer.soft_codes(x, self.recipe.soft_temperature)
-        return F.cross_entropy(self.system.prior.logits(codes, labels).flatten(0, -2), targets.flatten(0, -2))
+        loss = _LOSSES[self.system.config.model]
+        return loss(self.system, x, labels, self.recipe, training=not self.trainer.validating)
 
     def on_validation_epoch_end(self) -> None:
         """Reports the share of samples that the classifier puts in the class that was asked for."""

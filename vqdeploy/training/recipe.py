@@ -1,5 +1,6 @@
 """Recipes: how long and how fast each preset is trained."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from vqdeploy.config import Config
@@ -8,10 +9,11 @@ from vqdeploy.errors import VqdeployError
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """Options of a training run; the defaults are those of the RQ-VAE paper and its public code.
+    """Options of a training run; the defaults are those of the RQ-VAE and MaskGIT papers and their public code.
 
-    `soft_temperature` divides the squared distances of the prior's soft targets, so it depends on the scale of the
-    latents. `classifier_steps` is for the judge of the samples. `stored_dtype` is the type of the saved weights.
+    `soft_temperature` divides the squared distances of an autoregressive prior's soft targets, so it depends on the
+    scale of the latents. `label_smoothing` and `label_dropout`, the share of labels left out, are for masked priors.
+    `classifier_steps` is for the judge of the samples. `stored_dtype` is the type of the saved weights.
     """
 
     steps: int = 400_000
@@ -22,6 +24,8 @@ class Recipe(Config):
     prior_learning_rate: float = 5e-4
     classifier_learning_rate: float = 1e-3
     soft_temperature: float = 0.5
+    label_smoothing: float = 0.1
+    label_dropout: float = 0.1
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
     stored_dtype: str = "float32"
@@ -42,8 +46,12 @@ _TINY = Recipe(
     soft_temperature=0.03,
     stored_dtype="float16",
 )
+_RECIPES = {
+    ("rqvae", "tiny"): _TINY,
+    ("movq", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=1e-3),
+}
 
 
-def recipe(preset: str) -> Recipe:
-    """The recipe of a preset."""
-    return _TINY if preset == "tiny" else Recipe()
+def recipe(model: str, preset: str) -> Recipe:
+    """The recipe of a preset of a model."""
+    return _RECIPES.get((model, preset), Recipe())

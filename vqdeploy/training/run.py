@@ -59,7 +59,7 @@ def train(
         KeyboardInterrupt: The user cut it; `resume` continues from there.
     """
     config = find_preset(model, preset)
-    recipe = dataclasses.replace(find_recipe(preset), **{k: v for k, v in options.items() if v is not None})
+    recipe = dataclasses.replace(find_recipe(model, preset), **{k: v for k, v in options.items() if v is not None})
     source = open_data(data, config.tokenizer.resolution)
     system = create(_adapt(config, source), seed)
     first = TokenizerTraining(system.tokenizer, recipe)
@@ -82,7 +82,7 @@ def _adapt(config: SystemConfig, data: Data) -> SystemConfig:
     """The configuration with the classes of the data."""
     if config.prior is None:
         return dataclasses.replace(config, labels=data.labels)
-    if config.prior.condition_length > 1:
+    if getattr(config.prior, "condition_length", 1) > 1:
         raise VqdeployError(f"{config.preset} is conditioned on text and cannot be trained", fix="vqdeploy models")
     prior = dataclasses.replace(config.prior, classes=max(len(data.labels), 1))
     return dataclasses.replace(config, prior=prior, labels=data.labels)

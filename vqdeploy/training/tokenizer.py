@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from vqdeploy.models.conv import last_layer
-from vqdeploy.models.rqvae import RQVAE
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, psnr
@@ -28,7 +27,7 @@ class TokenizerTraining(LightningModule):
 
     automatic_optimization = False
 
-    def __init__(self, tokenizer: RQVAE, recipe: Recipe):
+    def __init__(self, tokenizer: Any, recipe: Recipe):
         super().__init__()
         # Lightning leaves modes as they are, and outside training mode the codebook stands still.
         self.tokenizer, self.recipe = tokenizer.train(), recipe

@@ -1,0 +1,114 @@
+"""The stages of MoVQ with MaskGIT: `encode`, `decode` and `step`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdeploy.export import tokenizer
+from vqdeploy.export.layers import InferenceBlock, Projection
+from vqdeploy.export.stage import Dimension, Stage
+from vqdeploy.models import System
+from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
+from vqdeploy.models.maskgit import MaskGIT, unmask
+
+
+class Logits(nn.Module):
+    """`MaskGIT.logits`: codes int64 [B, h, w, Q] and labels [B] -> [B, h, w, Q, K]."""
+
+    blocks: Any  # list of InferenceBlock
+    codes_first: Tensor  # [Q]
+    labels: Tensor  # [classes + 1, width]
+    places: Tensor  # [h * w, width]
+
+    def __init__(self, prior: MaskGIT):
+        super().__init__()
+        self.grid = prior.config.grid
+        self.blocks = nn.ModuleList(InferenceBlock(block) for block in prior.transformer.blocks)
+        self.table, self.norm, self.head = prior.tok_emb, prior.norm, Projection(prior.head)
+        self.register_buffer("codes_first", prior.codes_first)
+        self.register_buffer("labels", (prior.cls_emb.weight + prior.pos_emb[0, 0]).detach())
+        self.register_buffer("places", prior.pos_emb[0, 1:].detach())
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        places = F.embedding(codes.flatten(1, 2) + self.codes_first, self.table.weight).flatten(2) + self.places
+        x = torch.cat([F.embedding(labels, self.labels)[:, None], places], 1)
+        for block in self.blocks:
+            x = block.whole(x)
+        return self.head(self.norm(x[:, 1:])).unflatten(1, self.grid[:2]).unflatten(-1, (self.grid[2], -1))
+
+
+class AdaptiveLogits(nn.Module):
+    """`AdaptiveMaskGIT.logits`."""
+
+    def __init__(self, prior: AdaptiveMaskGIT):
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        return self.prior.logits(codes, labels)
+
+
+class Step(nn.Module):
+    """One step of parallel decoding; see `vqdeploy.models.maskgit.unmask`.
+
+    Each image has one label or, for guidance, two; `guidance` weighs their logits. All labels of all images go through
+    the transformer as one batch.
+    """
+
+    def __init__(self, prior: MaskGIT | AdaptiveMaskGIT):
+        super().__init__()
+        self.logits = Logits(prior) if isinstance(prior, MaskGIT) else AdaptiveLogits(prior)
+
+    def forward(
+        self,
+        codes: Tensor,
+        given: Tensor,
+        label: Tensor,
+        guidance: Tensor,
+        noise: Tensor,
+        choice_noise: Tensor,
+        masked: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        choice_temperature: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, conditions = label.shape
+        repeated = codes[:, None].expand(-1, conditions, -1, -1, -1).flatten(0, 1)
+        logits = self.logits(repeated, label.flatten()).reshape(batch, conditions, -1)
+        guided = (guidance[:, None] @ logits).view(noise.shape)
+        options = (temperature, top_k, top_p, choice_temperature)
+        return *unmask(guided, given, noise, choice_noise, masked, *options), guided
+
+
+def stages(system: System) -> list[Stage]:
+    """The graphs of a system; without a prior, those of the tokenizer alone."""
+    return tokenizer.stages(system.tokenizer) + ([] if system.prior is None else [_step(system.prior)])
+
+
+def _step(prior: MaskGIT | AdaptiveMaskGIT) -> Stage:
+    grid, size = prior.config.grid, prior.config.codebook_size
+    per_code = (2, grid[-1])
+    inputs: dict[str, Tensor | list[Tensor]] = {
+        "codes": torch.zeros(2, *grid, dtype=torch.int64),
+        "given": torch.zeros(2, *grid, dtype=torch.int64),
+        "label": torch.zeros(2, 2, dtype=torch.int64),
+        "guidance": torch.zeros(2, 2),
+        "noise": torch.zeros(2, *grid, size),
+        "choice_noise": torch.zeros(2, *grid),
+        "masked": torch.zeros(2, dtype=torch.int64),
+        "temperature": torch.ones(per_code),
+        "top_k": torch.ones(per_code, dtype=torch.int64),
+        "top_p": torch.ones(per_code),
+        "choice_temperature": torch.ones(2),
+    }
+    conditions = {1: Dimension.CONDITIONS}
+    return Stage(
+        "step",
+        Step(prior),
+        inputs,
+        ["drawn", "remaining", "logits"],
+        dynamic={"label": conditions, "guidance": conditions},
+    )

@@ -1,0 +1,52 @@
+"""The stages of a convolutional tokenizer: `encode` and `decode`."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, SplitUpsample
+from vqdeploy.export.stage import Stage
+from vqdeploy.models.conv import SpatialNorm, Upsample
+
+_FASTER = {Upsample: SplitUpsample, SpatialNorm: Modulation}
+
+
+class Encode(nn.Module):
+    """Image uint8 [B, H, W, 3] -> codes int64 [B, h, w, Q]."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__()
+        self.input = ImageInput(tokenizer.config.pixel_range)
+        self.tokenizer = tokenizer
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.tokenizer.encode(self.input(image))
+
+
+class Decode(nn.Module):
+    """Codes int64 [B, h, w, Q], -1 for a residual depth to leave out -> image uint8 [B, H, W, 3]."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__()
+        self.output = ImageOutput(tokenizer.config.pixel_range)
+        self.tokenizer = copy.deepcopy(tokenizer)
+        for module in list(self.tokenizer.decoder.modules()):
+            for name, child in module.named_children():
+                if type(child) in _FASTER:
+                    setattr(module, name, _FASTER[type(child)](child))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.output(self.tokenizer.decode(codes))
+
+
+def stages(tokenizer: Any) -> list[Stage]:
+    """Both graphs of a tokenizer."""
+    side = tokenizer.config.resolution
+    image = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    codes = torch.zeros(2, *tokenizer.config.grid, dtype=torch.int64)
+    return [
+        Stage("encode", Encode(tokenizer), {"image": image}, ["codes"]),
+        Stage("decode", Decode(tokenizer), {"codes": codes}, ["image"]),
+    ]

@@ -1,0 +1,99 @@
+"""Parallel masked decoding: one engine call a step, every masked code drawn in each.
+
+Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), section 3.2 and its public code.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.request import Callback, Request, buffers_of_options
+from vqdeploy.runtime.schedules import halton_order, masked_counts
+
+_BY_ORDER = 1e6  # choice temperature beside which a log-probability counts for nothing
+_MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
+
+
+class MaskedSampler:
+    """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused.
+
+    `no_label` is the label that stands for no class.
+    """
+
+    def __init__(self, session: Any, no_label: int):
+        self._session = session
+        self.no_label = no_label
+        self._bindings: dict[tuple[int, int], Any] = {}
+        self.engine_seconds = 0.0
+
+    def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
+        """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
+
+        `engine_seconds` then tells how much of the time the engine took.
+        """
+        self.engine_seconds = 0.0
+        options, batch = request.options, len(request.known)
+        unknown = (request.known < 0).reshape(batch, -1).sum(1)
+        if not unknown.any():
+            return request.known
+        binding = self._binding(request)
+        inputs, size = binding.inputs, binding.inputs["noise"].shape[-1]
+        steps, schedule = options["steps"], options["schedule"]
+        counts = np.stack([masked_counts(schedule, int(n), steps) for n in unknown], 1)  # [T, B]
+        inputs["codes"][:] = inputs["given"][:] = np.where(request.known < 0, size, request.known)
+        by_order = schedule == "halton"
+        if by_order:
+            inputs["choice_noise"][:] = _later_less(request.known.shape)
+        for step in range(steps):
+            gumbel(request.seed, request.images, 2 * step, inputs["noise"])
+            if not by_order:
+                gumbel(request.seed, request.images, 2 * step + 1, inputs["choice_noise"])
+            annealed = options["choice_temperature"] * (1 - (step + 1) / steps)
+            inputs["choice_temperature"][:] = _BY_ORDER if by_order else annealed
+            inputs["masked"][:] = counts[step]
+            start = time.perf_counter()
+            binding.run()
+            self.engine_seconds += time.perf_counter() - start
+            drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
+            inputs["codes"][:] = remaining
+            if not by_order:  # by order, codes found earlier are drawn again
+                inputs["given"][:] = remaining
+            if callback:
+                open_codes = (remaining == size) & (step + 1 < steps)
+                callback(step + 1, steps, np.where(open_codes, -1 - drawn, drawn))
+        return drawn.copy()
+
+    def _binding(self, request: Request) -> Any:
+        """Buffers with the label and the options of a request written into them."""
+        batch, scale = len(request.known), request.options["guidance_scale"]
+        conditions = 1 if scale == 1 else 2
+        if (batch, conditions) not in self._bindings:
+            dims = {"batch": batch, "conditions": conditions}
+            self._bindings = {(batch, conditions): self._session.bind(dims)}  # one size at a time
+        binding = self._bindings[batch, conditions]
+        binding.inputs["label"][:] = self.no_label
+        binding.inputs["label"][:, 0] = request.labels
+        binding.inputs["guidance"][:] = 1 - scale
+        binding.inputs["guidance"][:, 0] = scale
+        buffers_of_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
+        return binding
+
+    def unknown(self, cells: np.ndarray, depth: int) -> np.ndarray:
+        """The codes to draw [B, h, w, Q], where the image is unknown at some positions [B, h, w]."""
+        return np.repeat(cells[..., None], depth, -1)
+
+    def unknown_share(self, ratio: float, grid: tuple[int, ...], images: np.ndarray, seed: int) -> np.ndarray:
+        """A share of the codes of each image [B, h, w, Q], each position and channel chosen by itself."""
+        noise = np.empty((len(images), *grid), np.float32)
+        gumbel(seed, images, _MASK_DRAW, noise)
+        ranks = noise.reshape(len(images), -1).argsort(1).argsort(1)
+        return (ranks < round(ratio * ranks.shape[1])).reshape(noise.shape)
+
+
+def _later_less(shape: tuple[int, ...]) -> np.ndarray:
+    """Minus the rank of each code [h, w, Q]: position by position in Halton order, its channels one after the other."""
+    _, height, width, depth = shape
+    ranks = np.argsort(halton_order(height, width)).reshape(height, width, 1)
+    return -(ranks * depth + np.arange(depth))

@@ -1,0 +1,36 @@
+"""What a sampling loop is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.runtime.options import for_graph
+
+Callback = Callable[[int, int, np.ndarray], None]
+"""Called after each step with its number from 1, the number of steps, and the codes so far.
+
+A code that is not settled is negative: -1 - c where a masked prior would put c for now, -1 where nothing is drawn yet.
+"""
+
+
+@dataclass
+class Request:
+    """What to sample, for a batch of B images. Nothing is shared by the batch but the seed and the options.
+
+    `known` holds the codes that are given, int64 [B, h, w, Q], and -1 where a code is to be drawn. `images` are the
+    indices that key the noise. `options` come from `options.choose`.
+    """
+
+    known: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+    seed: int
+    options: dict[str, Any]
+
+
+def buffers_of_options(options: dict[str, Any], inputs: dict[str, np.ndarray], size: int) -> None:
+    """Writes the options of the sampler into the inputs [B, Q] of a graph; `size` is that of the codebook."""
+    for name, values in for_graph(options, inputs["temperature"].shape[1], size).items():
+        inputs[name][:] = values

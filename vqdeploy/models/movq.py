@@ -1,0 +1,80 @@
+"""MoVQ: VQGAN with multichannel codes, and a decoder whose norms are modulated by the code vectors.
+
+Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation" (NeurIPS 2022). With one group of
+channels it is the published MoVQGAN. Without the modulation too it is VQGAN: Esser et al., "Taming Transformers for
+High-Resolution Image Synthesis" (CVPR 2021).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vqdeploy.config import Config
+from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
+from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
+
+
+@dataclass(frozen=True)
+class MoVQConfig(Config):
+    """Shape of the tokenizer.
+
+    `code_dim` channels fall into `groups` of equal width, each with a code of its own. `metric` is `l2` or `cosine`,
+    `pixel_range` the range of the images inside the model.
+    """
+
+    conv: ConvConfig = ConvConfig()
+    codebook_size: int = 1024
+    code_dim: int = 256
+    groups: int = 4
+    modulation: bool = True
+    metric: str = "l2"
+    decay: float = 0.99
+    commitment_weight: float = 0.25
+    pixel_range: tuple[float, ...] = (-1.0, 1.0)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the image in pixels."""
+        return self.conv.resolution
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the codes of one image."""
+        return (self.conv.grid, self.conv.grid, self.groups)
+
+
+class MoVQ(nn.Module):
+    """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
+
+    def __init__(self, config: MoVQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.conv)
+        self.decoder = Decoder(config.conv, config.code_dim if config.modulation else 0)
+        self.quant_conv = nn.Conv2d(config.conv.latent_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.conv.latent_channels, 1)
+        self.quantizer = MultichannelQuantizer(
+            config.codebook_size, config.code_dim, config.groups, config.metric, config.decay
+        )
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Image -> vectors before quantization [B, h, w, D]."""
+        return self.quant_conv(self.encoder(x)).permute(0, 2, 3, 1)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, h, w, D] -> image. The condition of the norms is the vectors before `post_quant_conv`."""
+        condition = vectors.permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(condition), condition)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Image -> codes."""
+        return self.quantizer.encode(self.latents(x))[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes -> image."""
+        return self.reconstruct(self.quantizer.decode(codes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        """Image -> its reconstruction, and the quantization behind it."""
+        quantized = self.quantizer(self.latents(x))
+        return self.reconstruct(quantized.vectors), quantized

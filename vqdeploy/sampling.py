@@ -1,0 +1,56 @@
+"""Whole generations in PyTorch, as the public implementations do them: to watch a training by, and for `bench`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqdeploy.models.maskgit import MaskGITConfig, unmask
+from vqdeploy.models.system import MaskedSampling, SystemConfig
+from vqdeploy.runtime.options import for_graph
+from vqdeploy.runtime.schedules import masked_counts
+
+Noise = Callable[[int, tuple[int, ...]], Tensor]
+"""Index of a draw and a shape [B, ...] -> standard Gumbel noise float32; the plan's loops count draws alike."""
+
+
+@torch.no_grad()
+def generate(prior: Any, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
+    """Codes [B, h, w, Q] for labels [B], with the default options of a system, on the device of the labels."""
+    sampling, depth = config.sampling, config.prior.depth
+    arrays = for_graph(sampling.to_dict(), depth, config.prior.codebook_size)
+    options = [torch.tensor(array, device=labels.device).repeat(len(labels), 1) for array in arrays.values()]
+    if isinstance(sampling, MaskedSampling):
+        return _generate_masked(prior, config.prior, sampling, labels, noise, options)
+    shape = (len(labels), depth, config.prior.codebook_size)
+    return prior.generate(labels, lambda position: noise(position, shape).to(labels.device), *options)
+
+
+def _generate_masked(
+    prior: Any, config: MaskGITConfig, sampling: MaskedSampling, labels: Tensor, noise: Noise, options: list[Tensor]
+) -> Tensor:
+    shape, device = (len(labels), *config.grid), labels.device
+    codes = drawn = torch.full(shape, config.codebook_size, device=device)
+    total = codes[0].numel()
+    for step, masked in enumerate(masked_counts(sampling.schedule, total, sampling.steps)):
+        heat = sampling.choice_temperature * (1 - (step + 1) / sampling.steps)
+        drawn, codes = unmask(
+            guided_logits(prior, codes, labels, sampling.guidance_scale),
+            codes,
+            noise(2 * step, (*shape, config.codebook_size)).to(device),
+            noise(2 * step + 1, shape).to(device),
+            torch.full((len(labels),), int(masked), device=device),
+            *options,
+            torch.full((len(labels),), heat, device=device),
+        )
+    return drawn
+
+
+def guided_logits(prior: Any, codes: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """Logits without the label, moved towards and beyond those with it (Ho and Salimans, 2022); 1 is no guidance."""
+    if scale == 1:
+        return prior.logits(codes, labels)
+    both = prior.logits(codes.repeat(2, 1, 1, 1), torch.cat([labels, torch.full_like(labels, prior.config.classes)]))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
