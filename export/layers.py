@@ -117,7 +117,7 @@ class Modulation(nn.Module):
         if times > 1:
             maps = F.interpolate(maps, scale_factor=(1.0, float(times)))
         scale, shift = maps.unsqueeze(3).chunk(2, 1)  # [B, C, h, 1, W]
-        normal = F.instance_norm(x.reshape(len(x), self.groups, -1), eps=self.eps).view_as(x)
+        normal = F.instance_norm(x.unflatten(1, (self.groups, -1)).flatten(2), eps=self.eps).view_as(x)
         return (normal.unflatten(2, (rows, times)) * scale + shift).flatten(2, 3)
 
 

@@ -11,9 +11,13 @@ from vqdeploy.runtime.request import Callback, Request, buffers_of_options
 
 
 class AutoregressiveSampler:
-    """Runs the `step` stage of an autoregressive prior. Buffers are made once for each batch size and reused."""
+    """Runs the `step` stage of an autoregressive prior. Buffers are made once for each batch size and reused.
+
+    There is no label for no class, and what surrounds a mask does not stay as it is; compare `MaskedSampler`.
+    """
 
     no_label = None
+    keeps_pixels = False
 
     def __init__(self, session: Any):
         self._session = session

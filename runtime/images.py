@@ -11,6 +11,11 @@ from PIL.PngImagePlugin import PngInfo
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
 
+GREY = 128
+"""What is shown in place of what is unknown."""
+
+_FRAME_MS, _LAST_FRAME_MS = 250, 1500
+
 
 def read(path: Path, side: int | None = None) -> np.ndarray:
     """An image file as uint8 [H, W, 3]; with `side`, its centre square resized to that many pixels.
@@ -54,3 +59,20 @@ def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any
     text.add_text("vqdeploy", json.dumps(note))
     with replacing_file(path) as file:
         Image.fromarray(sheet).save(file, format="PNG", pnginfo=text)
+
+
+def veil(images: np.ndarray, unknown: np.ndarray, opacity: float = 1.0) -> np.ndarray:
+    """Images uint8 [N, H, W, 3] under grey where their codes [N, h, w, Q] are unknown, by the share that is."""
+    side = images.shape[1] // unknown.shape[1]
+    share = opacity * np.kron(unknown.mean(3), np.ones((1, side, side)))[..., None]
+    return (images * (1 - share) + GREY * share).round().astype(np.uint8)
+
+
+def write_frames(path: Path, frames: np.ndarray) -> None:
+    """Writes frames uint8 [N, H, W, 3] as an animation when the name ends in `.gif`, else side by side as a PNG."""
+    if path.suffix.lower() != ".gif":
+        return write_grid(path, frames, columns=len(frames), note={})
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    durations = [_FRAME_MS] * len(rest) + [_LAST_FRAME_MS]
+    with replacing_file(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)

@@ -19,8 +19,10 @@ _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay 
 class MaskedSampler:
     """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused.
 
-    `no_label` is the label that stands for no class.
+    `no_label` is the label that stands for no class, `keeps_pixels` whether what surrounds a mask can stay as it is.
     """
+
+    keeps_pixels = True
 
     def __init__(self, session: Any, no_label: int):
         self._session = session

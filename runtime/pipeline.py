@@ -229,6 +229,7 @@ class Pipeline:
         *,
         mask: np.ndarray | None = None,
         mask_ratio: float | None = None,
+        completions: int = 1,
         seed: int = 0,
         first_image: int = 0,
         **options: Any,
@@ -245,6 +246,8 @@ class Pipeline:
             mask: True where pixels are unknown, bool [B, H, W] or [H, W].
             mask_ratio: Instead of a mask, the share of codes to sample: chosen at random by the seed for a masked
                 prior, from the bottom up for an autoregressive one.
+            completions: How many to sample of each image, N. The result holds N * B images: the first of each image,
+                then the second of each, and so on.
             seed: As for `complete`.
             first_image: As for `complete`.
             **options: As for `complete`.
@@ -252,14 +255,17 @@ class Pipeline:
         Raises:
             VqdeployError: An argument is out of range or missing.
         """
+        _check_whole("completions", completions, lowest=1)
         images = np.asarray(images)
         codes = self.encode(images)
         unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)
-        known = np.where(unknown, -1, codes)
+        known = np.tile(np.where(unknown, -1, codes), (completions, 1, 1, 1))
         labels = [0] * len(images) if labels is None and self.classes == 1 else labels
+        labels = None if labels is None else np.tile(labels, completions)
         output = self.complete(known, labels, seed=seed, first_image=first_image, **options)
-        if mask is not None and self._sampler.no_label is not None:
-            output.images = np.where(np.asarray(mask, bool)[..., None], output.images, images)
+        if mask is not None and self._sampler.keeps_pixels:
+            drawn = output.images.reshape(completions, *images.shape)
+            output.images = np.where(np.asarray(mask, bool)[..., None], drawn, images).reshape(output.images.shape)
         return output
 
     def unknown(
@@ -410,7 +416,7 @@ class Pipeline:
         return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _check_whole(name: str, value: Any) -> None:
-    if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
-        expected = f"a whole number in 0..{_LARGEST}"
+def _check_whole(name: str, value: Any, lowest: int = 0) -> None:
+    if not isinstance(value, int | np.integer) or not lowest <= value <= _LARGEST:
+        expected = f"a whole number in {lowest}..{_LARGEST}"
         raise VqdeployError(f"{name} is out of range", expected=expected, found=value)

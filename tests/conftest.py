@@ -1,8 +1,9 @@
-"""A small system with random weights, its package and its plans, exported once a session."""
+"""Small systems with random weights, their packages and plans, exported once a session."""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,11 @@ from vqdeploy.engines.build import build
 from vqdeploy.export.package import export
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.maskgit import MaskGITConfig
+from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
-from vqdeploy.models.system import Sampling
+from vqdeploy.models.system import MaskedSampling, Sampling
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import BatchRange
 
@@ -25,27 +28,39 @@ settings.register_profile("suite", deadline=None, max_examples=30, derandomize=T
 settings.load_profile("suite")
 torch.set_num_threads(1)  # its waiting threads and those of ONNX Runtime would take the cores from each other
 
+CONV = ConvConfig(
+    resolution=16,
+    channels=16,
+    channel_multipliers=(1, 1, 1),
+    res_blocks=1,
+    attention_resolutions=(),
+    latent_channels=16,
+    norm_groups=4,
+)
 SMALL = SystemConfig(
     model="rqvae",
     preset="small",
-    tokenizer=RQVAEConfig(
-        conv=ConvConfig(
-            resolution=16,
-            channels=16,
-            channel_multipliers=(1, 1, 1),
-            res_blocks=1,
-            attention_resolutions=(),
-            latent_channels=16,
-            norm_groups=4,
-        ),
-        codebook_size=64,
-        code_dim=16,
-    ),
+    tokenizer=RQVAEConfig(conv=CONV, codebook_size=64, code_dim=16),
     prior=RQTransformerConfig(
         grid=(4, 4, 4), codebook_size=64, code_dim=16, width=64, body_layers=2, head_layers=1, heads=4, classes=3
     ),
     labels=("cat", "dog", "eel"),
     sampling=Sampling(temperature=0.9, top_k=40, top_p=0.95),
+)
+SMALL_MOVQ = SystemConfig(
+    model="movq",
+    preset="small",
+    tokenizer=MoVQConfig(conv=CONV, codebook_size=32, code_dim=16, groups=4),
+    prior=MaskGITConfig(grid=(4, 4, 4), codebook_size=32, width=64, layers=2, heads=4, classes=3, dropout=0.0),
+    labels=("cat", "dog", "eel"),
+    sampling=MaskedSampling(
+        temperature=0.9, top_k=20, top_p=0.95, steps=5, schedule="linear", guidance_scale=1.5, choice_temperature=3.0
+    ),
+)
+SMALL_ADAPTIVE = replace(
+    SMALL_MOVQ,
+    tokenizer=replace(SMALL_MOVQ.tokenizer, groups=1, metric="cosine", modulation=False),
+    prior=replace(SMALL_MOVQ.prior, grid=(4, 4, 1), adaptive=True),
 )
 
 
@@ -58,6 +73,9 @@ def lively(config: SystemConfig, seed: int = 0) -> System:
         for weight in system.prior.parameters() if system.prior else ():
             if weight.ndim > 1:
                 weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+        for weight in system.parameters():
+            if weight.ndim == 1:  # biases, and the scales of norms
+                weight += 0.2 * torch.randn(weight.shape, generator=generator)
     return system
 
 
@@ -107,6 +125,66 @@ def splitting_pipeline(package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
     file = tmp_path_factory.mktemp("plan") / "two.plan"
     build(package, file, batch=BatchRange(1, 1, 2))
+    return load(file, threads=1)
+
+
+@pytest.fixture(scope="session")
+def movq_system():
+    return lively(SMALL_MOVQ)
+
+
+@pytest.fixture(scope="session")
+def movq_package(movq_system, tmp_path_factory):
+    """The ONNX package of `movq_system`."""
+    folder = tmp_path_factory.mktemp("package") / "small-movq-onnx"
+    export(movq_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def movq_plan(movq_package, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "movq.plan"
+    build(movq_package, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def movq_portable_plan(movq_package, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "movq-portable.plan"
+    build(movq_package, file, portable=True)
+    return file
+
+
+@pytest.fixture(scope="session")
+def movq_pipeline(movq_plan):
+    return load(movq_plan, threads=1)
+
+
+@pytest.fixture(scope="session")
+def movq_splitting_pipeline(movq_package, tmp_path_factory):
+    """Splits every request into calls of at most two images."""
+    file = tmp_path_factory.mktemp("plan") / "movq-two.plan"
+    build(movq_package, file, batch=BatchRange(1, 1, 2))
+    return load(file, threads=1)
+
+
+@pytest.fixture(scope="session")
+def adaptive_system():
+    """One code a position, an adaptive prior, and the other variants of the tokenizer."""
+    return lively(SMALL_ADAPTIVE)
+
+
+@pytest.fixture(scope="session")
+def adaptive_package(adaptive_system, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("package") / "small-adaptive-onnx"
+    export(adaptive_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adaptive_pipeline(adaptive_package, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "adaptive.plan"
+    build(adaptive_package, file)
     return load(file, threads=1)
 
 

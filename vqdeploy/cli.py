@@ -233,15 +233,34 @@ def run(
     engine: Engine,
     task: Annotated[str, typer.Option(help="generate, reconstruct, inpaint, encode or decode.")] = "generate",
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images of each label, which make a row.")] = 8,
+    num_images: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Images of each label, which make a row; inpaint: completions of each."),
+    ] = None,
     seed: Seed = 0,
     temperature: Annotated[str | None, typer.Option(help="Divides the logits; 0 takes the likeliest code.")] = None,
     top_k: Annotated[str | None, typer.Option(help="Keep the k likeliest codes; 0 keeps all.")] = None,
     top_p: Annotated[str | None, typer.Option(help="Keep the likeliest codes up to this probability.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", "--num-inference-steps", help="Engine calls of a masked prior.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="How many codes stay masked: cosine, arccos, linear, ...; or halton."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "--cfg-scale", help="Pull towards the label; 1 is none.")
+    ] = None,
+    choice_temperature: Annotated[
+        float | None, typer.Option(help="Noise on the confidence by which a masked prior keeps codes.")
+    ] = None,
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="Image, folder or codes; repeatable.")] = None,
     mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
-    mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share to redraw, from the bottom up.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share of the codes to draw anew.")] = None,
     depth: Annotated[int | None, typer.Option(help="decode, reconstruct: use this many codes a position.")] = None,
+    film: Annotated[
+        Path | None, typer.Option(help="generate: write the steps of the first image as a PNG strip or a GIF.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File; SYSTEM-TASK.png when left out.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -256,6 +275,10 @@ def run(
         "temperature": _numbers(temperature, float),
         "top_k": _numbers(top_k, int),
         "top_p": _numbers(top_p, float),
+        "steps": steps,
+        "schedule": schedule,
+        "guidance_scale": guidance_scale,
+        "choice_temperature": choice_temperature,
     }
     job = Job(
         engine=engine,
@@ -266,6 +289,7 @@ def run(
         mask=mask,
         mask_ratio=mask_ratio,
         depth=depth,
+        film=film,
         output=output,
         options={"seed": seed, **options},
     )

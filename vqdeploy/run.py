@@ -12,24 +12,31 @@ from PIL import Image
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
-from vqdeploy.runtime.images import read, write_grid
+from vqdeploy.runtime.images import GREY, read, veil, write_frames, write_grid
 
 TASKS = ("generate", "reconstruct", "inpaint", "encode", "decode")
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
+_COLUMNS = 8
+_FILM_VEIL = 0.75  # lets what is drawn for now shine through
 
 
 @dataclass
 class Job:
-    """What the command line asked for; `options` are sampling options of `Pipeline.complete`."""
+    """What the command line asked for; `options` are those of `Pipeline.complete`.
+
+    `num_images` is the number of images of each label, or of completions of each image; None for a usual number.
+    `film` is where the steps of the first image go.
+    """
 
     engine: Path
     task: str = "generate"
     labels: Sequence[str] = ()
-    num_images: int = 8
+    num_images: int | None = None
     inputs: Sequence[Path] = ()
     mask: Path | None = None
     mask_ratio: float | None = None
     depth: int | None = None
+    film: Path | None = None
     output: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -43,6 +50,8 @@ def run(job: Job) -> dict[str, Any]:
     """
     if job.task not in TASKS:
         raise VqdeployError("there is no such task", expected=" or ".join(TASKS), found=job.task)
+    if job.film and job.task != "generate":
+        raise VqdeployError("only a generation has steps to film", expected="--task generate", found=job.task)
     pipeline = load(job.engine)
     suffix = "npz" if job.task == "encode" else "png"
     output = job.output or Path(f"{pipeline.manifest.system}-{job.task}.{suffix}")
@@ -54,11 +63,23 @@ def run(job: Job) -> dict[str, Any]:
 
 def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     names = job.labels or [str(label) for label in range(min(pipeline.classes, _CLASSES_SHOWN))]
-    labels = [pipeline.label(name) for name in names for _ in range(job.num_images)]
+    columns = job.num_images or _COLUMNS
+    labels = [pipeline.label(name) for name in names for _ in range(columns)]
     result = pipeline.generate(labels, **job.options)
-    return _write(
-        output, pipeline, result.images, job.num_images, {"options": result.options, "timings": result.timings}
-    )
+    note = {"options": result.options, "timings": result.timings}
+    if job.film:
+        note["film"] = str(job.film)
+        _film(pipeline, labels[0], job)
+    return _write(output, pipeline, result.images, columns, note)
+
+
+def _film(pipeline: Pipeline, label: int, job: Job) -> None:
+    """The first image once more, step by step, under a veil where it is not settled."""
+    seen: list[np.ndarray] = []
+    pipeline.generate([label], callback=lambda step, total, codes: seen.append(codes.copy()), **job.options)
+    codes = np.concatenate(seen)
+    frames = veil(pipeline.decode(np.where(codes < 0, -1 - codes, codes)), codes < 0, opacity=_FILM_VEIL)
+    write_frames(job.film, frames)
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -74,8 +95,11 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     labels = [pipeline.label(name) for name in job.labels]
     if len(labels) == 1:
         labels *= len(images)
-    result = pipeline.inpaint(images, labels or None, mask=mask, mask_ratio=ratio, **job.options)
-    shown = np.concatenate([images, result.images])
+    place = {"mask": mask, "mask_ratio": ratio}
+    result = pipeline.inpaint(images, labels or None, completions=job.num_images or 1, **place, **job.options)
+    unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
+    masked = veil(images, unknown) if mask is None else np.where(mask[..., None], GREY, images)
+    shown = np.concatenate([masked, result.images, images])
     note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
     return _write(output, pipeline, shown, len(images), note)
 
@@ -92,7 +116,7 @@ def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
         raise VqdeployError("decode takes one file of codes", expected="--input FILE.npz", found=len(job.inputs))
     codes = _read_codes(job.inputs[0])
     images = pipeline.decode(codes, job.depth)
-    return _write(output, pipeline, images, job.num_images, {"depth": job.depth or pipeline.grid[-1]})
+    return _write(output, pipeline, images, job.num_images or _COLUMNS, {"depth": job.depth or pipeline.grid[-1]})
 
 
 _HANDLERS: dict[str, Callable[[Pipeline, Job, Path], dict[str, Any]]] = {

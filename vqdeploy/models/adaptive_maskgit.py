@@ -137,11 +137,11 @@ class AdaptiveMaskGIT(nn.Module):
         """Logits [B, h * w, K + 1] of codes [B, h, w, 1]; the last is that of the mask."""
         condition = F.embedding(labels, self.cls_emb.weight)
         x = F.embedding(codes.flatten(1), self.tok_emb.weight) + self.pos_emb.weight
-        x = torch.cat([x, self.reg_tokens.weight.expand(len(codes), 1, -1)], 1)
+        x = torch.cat([x, self.reg_tokens.weight.expand(codes.shape[0], 1, -1)], 1)
         x = self.transformer(x, condition)[:, : self.config.positions]
         return self.head(self.last_norm(x, condition))
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Logits [B, h, w, 1, K] of each code given those that are not masked."""
         logits = self.logits_with_mask(codes, labels)[..., : self.config.codebook_size]
-        return logits.reshape(len(codes), *self.config.grid, -1)
+        return logits.reshape(codes.shape[0], *self.config.grid, -1)

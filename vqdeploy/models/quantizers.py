@@ -73,6 +73,14 @@ class ResidualQuantizer(AveragedCodebook):
         """Codes int64 [..., Q], -1 for none -> vectors [..., D]."""
         return lookup(codes.flatten(0, -2), self.codebook).view(*codes.shape[:-1], -1)
 
+    def distances(self, z: Tensor, codes: Tensor) -> Tensor:
+        """Squared distances [..., Q, K] between what the codes before leave of vectors [..., D] and the codebook."""
+        residual, distances = z.flatten(0, -2), []
+        for code in codes.flatten(0, -2).unbind(-1):
+            distances.append(torch.cdist(residual, self.codebook).square())
+            residual = residual - self.codebook[code]
+        return torch.stack(distances, 1).view(*codes.shape, -1)
+
     def soft_codes(self, z: Tensor, temperature: float, stochastic: bool = True) -> tuple[Tensor, Tensor]:
         """Targets for the prior (section 3.3): at each depth the softmax of minus the squared distances.
 
@@ -131,6 +139,13 @@ class MultichannelQuantizer(AveragedCodebook):
         """Codes int64 [..., Q] -> vectors [..., D]."""
         table = F.normalize(self.codebook, dim=1) if self.metric == "cosine" else self.codebook
         return lookup(codes.reshape(-1, 1), table).view(*codes.shape[:-1], -1)
+
+    def distances(self, z: Tensor, codes: Tensor) -> Tensor:
+        """Squared distances [..., Q, K] of the channel groups of vectors [..., D] from the codebook, by the metric."""
+        vectors, table = z.reshape(-1, self.codebook.shape[1]), self.codebook
+        if self.metric == "cosine":
+            vectors, table = F.normalize(vectors, dim=1), F.normalize(table, dim=1)
+        return torch.cdist(vectors, table).square().view(*codes.shape, -1)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes vectors [..., D]; in training mode the codebook takes one step."""

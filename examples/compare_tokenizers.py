@@ -1,0 +1,120 @@
+"""VQGAN against MoVQ: what do multichannel codes and the modulated decoder bring?
+
+Trains tokenizers that differ in their configuration alone, on the same batches of photo crops with the same optimizer
+and loss, and writes what they reach on the held-out crops: `results.json`, and the picture `reconstructions.png` with
+a row of originals above one row a tokenizer. Six trainings of 1,000 steps take about half an hour on two cores.
+
+    python examples/compare_tokenizers.py --steps 1000 --seed 0 --output comparison
+
+docs/movq-claim.md shows and discusses the outcome.
+"""
+
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from lightning.pytorch import seed_everything
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from vqdeploy.files import write_json
+from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.movq import MoVQ, MoVQConfig
+from vqdeploy.runtime.images import write_grid
+from vqdeploy.training.data import Data, images_of, open_data
+from vqdeploy.training.metrics import codebook_use, psnr, reconstruct
+from vqdeploy.training.recipe import Recipe
+from vqdeploy.training.stage import run_stage
+from vqdeploy.training.tokenizer import TokenizerTraining
+
+CONV = ConvConfig(
+    resolution=64,
+    channels=32,
+    channel_multipliers=(1, 2, 2, 4),
+    res_blocks=1,
+    attention_resolutions=(8,),
+    latent_channels=64,
+    norm_groups=8,
+)
+FINER = replace(CONV, channel_multipliers=(1, 2, 4), attention_resolutions=(16,))
+VQGAN = MoVQConfig(CONV, codebook_size=256, code_dim=64, groups=1, modulation=False)
+
+TOKENIZERS = {
+    "VQGAN": VQGAN,
+    "VQGAN + modulation": replace(VQGAN, modulation=True),
+    "VQGAN + multichannel": replace(VQGAN, groups=4),
+    "MoVQ": replace(VQGAN, groups=4, modulation=True),
+    # Multichannel codes cost four times the bits. One control has as many bits without them, one as few with them.
+    "VQGAN, finer grid": replace(VQGAN, conv=FINER),
+    "VQGAN + multichannel, as few bits": replace(VQGAN, groups=2, codebook_size=16),
+}
+
+COLUMNS = 8  # of the picture
+ZOOM = 2
+
+
+def main(steps: int = 1000, seed: int = 0, batch_size: int = 32, output: Path = Path("comparison")) -> None:
+    """Trains every tokenizer, writes the results and prints them as a table."""
+    output.mkdir(parents=True, exist_ok=True)
+    # Crops are drawn in a process of their own, so that batches do not depend on how many numbers a quantizer draws.
+    data = open_data("photos", CONV.resolution)._replace(workers=1)
+    recipe = Recipe(steps=steps, batch_size=batch_size, learning_rate=1e-3)
+    images, _ = images_of(data.held_out)
+    results, rows = {}, [images[:COLUMNS]]
+    for name, config in TOKENIZERS.items():
+        tokenizer, seconds = train(config, recipe, data, seed)
+        reconstructions, codes = reconstruct(tokenizer, images)
+        results[name] = measure(tokenizer, images, reconstructions, codes) | {"seconds": round(seconds)}
+        rows.append(reconstructions[:COLUMNS])
+    note = {"seed": seed, "recipe": recipe.to_dict(), "results": results}
+    write_json(output / "results.json", note)
+    pixels = torch.cat(rows).repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
+    write_grid(output / "reconstructions.png", pixels.permute(0, 2, 3, 1).numpy(), COLUMNS, note)
+    typer.echo(table(results))
+
+
+def train(config: MoVQConfig, recipe: Recipe, data: Data, seed: int) -> tuple[MoVQ, float]:
+    """A tokenizer after its training, and the seconds that took."""
+    seed_everything(seed, verbose=False)
+    tokenizer = MoVQ(config)
+    seed_everything(seed, verbose=False)  # the weights of each configuration take other numbers
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "tokenizer.ckpt"
+        seconds = run_stage(TokenizerTraining(tokenizer, recipe), data, recipe.steps, recipe.batch_size, state)
+    return tokenizer.eval(), seconds
+
+
+def measure(tokenizer: MoVQ, images: Tensor, reconstructions: Tensor, codes: Tensor) -> dict[str, Any]:
+    """What a tokenizer costs, and what it reaches. Groups share a codebook, so their codes are counted together."""
+    config = tokenizer.config
+    pair = reconstructions.float(), images.float()
+    use = codebook_use(codes.reshape(-1, 1), config.codebook_size)
+    return {
+        "config": config.to_dict(),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()) + tokenizer.quantizer.codebook.numel(),
+        "bits": math.prod(config.grid) * round(math.log2(config.codebook_size)),
+        "psnr": psnr(reconstructions, images),
+        "ssim": float(structural_similarity_index_measure(*pair, data_range=255.0)),
+        "usage": use["usage"][0],
+        "perplexity": use["perplexity"][0],
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = ["| tokenizer | codes | bits | parameters | PSNR | SSIM | usage | perplexity |", "|---" * 8 + "|"]
+    for name, result in results.items():
+        grid = "x".join(map(str, TOKENIZERS[name].grid))
+        lines.append(
+            f"| {name} | {grid} of {TOKENIZERS[name].codebook_size} | {result['bits']} | {result['parameters']:,} "
+            f"| {result['psnr']:.2f} dB | {result['ssim']:.3f} | {result['usage']:.0%} | {result['perplexity']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

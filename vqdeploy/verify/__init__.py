@@ -1,0 +1,82 @@
+"""`vqdeploy verify`: every stage of a plan, and whole generations, against PyTorch on the CPU in fp32.
+
+Numbers may differ by rounding, decisions only where they are close: a code may differ from the reference's only when
+the two are nearly as good. Later decisions are judged given the plan's own earlier ones, so that one close call does
+not excuse what follows.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vqdeploy import checkpoint as checkpoints
+from vqdeploy.models import System
+from vqdeploy.runtime import Pipeline, load
+from vqdeploy.verify import autoregressive, masked
+from vqdeploy.verify.tokenizer import check_tokenizer
+
+_PRIORS: dict[str, Any] = {"rqvae": autoregressive, "movq": masked}
+
+
+def verify(
+    plan: Path, system: System | None = None, progress: Callable[[str], Any] = lambda name: None
+) -> dict[str, Any]:
+    """Runs every check of a plan.
+
+    Args:
+        plan: The plan.
+        system: The checkpoint that it was made of; the shipped one of its preset when None.
+        progress: Told the name of each part as its checks begin.
+
+    Returns:
+        `{"passed": bool, "checks": [{"stage", "metric", "value", "limit", "passed"}]}`.
+
+    Raises:
+        VqdeployError: The plan was made of another checkpoint, or cannot run here.
+        ArtifactError: The plan is damaged.
+    """
+    pipeline = load(plan)
+    manifest = pipeline.manifest
+    if system is None:
+        system = checkpoints.source(manifest.config, manifest.checkpoint, None, plan)
+    else:
+        checkpoints.check_digest(system, manifest.checkpoint, plan)
+    return _report(pipeline, system, progress)
+
+
+def verify_package(folder: Path, system: System, progress: Callable[[str], Any] = lambda name: None) -> dict[str, Any]:
+    """Runs every check on the graphs of an ONNX package as they are, with their portable function bodies."""
+    from vqdeploy.engines.build import build
+
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = Path(scratch) / "package.plan"
+        build(folder, plan, portable=True)
+        return verify(plan, system, progress)
+
+
+@torch.no_grad()
+def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    progress("encode and decode")
+    checks = check_tokenizer(pipeline, system, rng)
+    if system.prior is not None:
+        prior = _PRIORS[system.config.model]
+        progress("step")
+        logits = prior.check_logits(pipeline, system, rng)
+        progress("generation")
+        checks += logits + prior.check_generation(pipeline, system, 2 * min(logits[0].value, logits[0].limit))
+    return {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text, one check a line."""
+    lines = [
+        f"{'ok  ' if c['passed'] else 'FAIL'} {c['stage']:9} {c['metric']:58} {c['value']:<9.3g} limit {c['limit']:.4g}"
+        for c in report["checks"]
+    ]
+    return "\n".join([*lines, "PASSED" if report["passed"] else "FAILED"])

@@ -1,0 +1,105 @@
+"""Checks of autoregressive priors: the cached step, and whole generations."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdeploy.models import System
+from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.verify.checks import IMAGES, LOGITS, SEED, Check, at_most, judge
+
+_FORCE = 1e9  # noise that makes the sampler choose a given code
+
+
+def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
+    """Teacher-forced logits of the cached step, position by position and after a prefix, against the full forward."""
+    batch, config = 2, system.prior.config
+    codes = rng.integers(0, config.codebook_size, (batch, config.positions, config.depth))
+    labels = rng.integers(0, config.classes, batch)
+    reference = system.prior.logits(torch.from_numpy(codes).view(batch, *config.grid), torch.from_numpy(labels))
+    reference = reference.view(batch, config.positions, config.depth, -1)
+    limit = LOGITS * reference.abs().max()
+    checks = []
+    for name, prefix in (("cached step", 0), ("prefix", config.positions // 2)):
+        logits = torch.from_numpy(_forced_logits(pipeline, codes, labels, prefix))
+        expected = reference[:, prefix:]
+        difference = (logits - expected).abs()
+        largest, mean = difference.max(), difference.mean()
+        differing = (logits.argmax(-1) != expected.argmax(-1)).float().mean()
+        checks += [
+            at_most("step", f"{name}: largest difference of logits", largest, limit),
+            at_most("step", f"{name}: mean difference of logits", mean, limit / 10),
+            at_most("step", f"{name}: share of likeliest codes that differ", differing, 0.01),
+        ]
+    return checks
+
+
+def _forced_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, prefix: int) -> np.ndarray:
+    """Logits [B, h * w - prefix, Q, K] while noise forces the sampler to the given codes."""
+    session, (batch, positions, depth) = pipeline.session("step"), codes.shape
+    caches = session.caches({"batch": batch, "length": 1})
+    binding = session.bind({"batch": batch, "length": 1}, caches)
+    options = {"label": labels, "temperature": 1, "top_k": pipeline.codebook_size, "top_p": 1}
+    if prefix:
+        first = session.bind({"batch": batch, "length": prefix}, caches)
+        _write(first.inputs, position=0, codes=np.pad(codes[:, : prefix - 1], ((0, 0), (1, 0), (0, 0))), **options)
+        first.run()
+    rows, collected = np.indices((batch, depth)), []
+    for position in range(prefix, positions):
+        _write(binding.inputs, position=position, codes=codes[:, [max(position - 1, 0)]], noise=0, **options)
+        binding.inputs["noise"][rows[0], rows[1], codes[:, position]] = _FORCE
+        binding.run()
+        collected.append(binding.outputs["logits"].copy())
+    return np.stack(collected, 1)
+
+
+def _write(buffers: dict[str, np.ndarray], **values: Any) -> None:
+    for name, value in values.items():
+        buffers[name][:] = value.reshape(-1, *[1] * (buffers[name].ndim - 1)) if name == "label" else value
+
+
+def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> list[Check]:
+    """Whole generations by the margin rule for tokens; an image alone against the same image in a batch."""
+    labels = [i % pipeline.classes for i in range(IMAGES)]
+    checks = []
+    distributions: dict[str, dict[str, Any]] = {
+        "whole distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        "truncated": {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9},
+    }
+    for name, options in distributions.items():
+        codes = pipeline.generate(labels, seed=SEED, **options).codes
+        far, _ = _judge(system, codes, labels, 0, options, tolerance)
+        checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far.sum(), 0))
+    again = pipeline.generate(labels, seed=SEED, **options).codes
+    checks.append(at_most("generate", "codes that differ in a second run", (again != codes).sum(), 0))
+
+    chosen = IMAGES - 2
+    label = [labels[chosen]]
+    alone = pipeline.generate(label, seed=SEED, first_image=chosen, **options).codes
+    far, close = _judge(system, alone, label, chosen, options, tolerance)
+    different = np.flatnonzero((alone != codes[chosen : chosen + 1]).ravel())
+    excused = different.size == 0 or close.ravel()[different[0]]
+    checks.append(at_most("generate", "image alone: tokens outside the margin rule", far.sum() + (not excused), 0))
+    return checks
+
+
+def _judge(
+    system: System, codes: np.ndarray, labels: list[int], first: int, options: dict[str, Any], tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`judge` for generated codes, given the codes before each; both of the shape of the codes."""
+    logits = system.prior.logits(torch.from_numpy(codes), torch.tensor(labels)).flatten(0, -2)
+    noise = _noise(codes.shape, first, logits.shape[1])
+    far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
+    return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
+
+
+def _noise(shape: tuple[int, ...], first: int, size: int) -> Tensor:
+    """The noise behind codes of this shape [B * h * w * Q, K]."""
+    batch, height, width, depth = shape
+    noise = np.empty((height * width, batch, depth, size), np.float32)
+    for position in range(height * width):
+        gumbel(SEED, np.arange(first, first + batch), position, noise[position])
+    return torch.from_numpy(noise).transpose(0, 1).reshape(-1, size)

@@ -1,0 +1,170 @@
+"""Checks of masked priors: the logits of a step, and every draw and every choice of whole generations."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdeploy.models import System
+from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.options import for_graph
+from vqdeploy.runtime.schedules import halton_order, masked_counts
+from vqdeploy.sampling import guided_logits
+from vqdeploy.verify.checks import IMAGES, LOGITS, SEED, Check, at_most, judge
+
+_SCALE = 3.0  # of guidance
+_STEPS = 6
+
+
+def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
+    """Logits of partly masked codes, with one label and with guidance."""
+    batch, config = 2, system.prior.config
+    codes = rng.integers(0, config.codebook_size, (batch, *config.grid))
+    codes[rng.random(codes.shape) < np.array([0.3, 0.9])[:, None, None, None]] = config.codebook_size
+    labels = rng.integers(0, config.classes, batch)
+    checks = []
+    for name, scale in (("one label", 1.0), ("guidance", _SCALE)):
+        expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
+        logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
+        difference, limit = (logits - expected).abs(), LOGITS * expected.abs().max()
+        differing = (logits.argmax(-1) != expected.argmax(-1)).float().mean()
+        checks += [
+            at_most("step", f"{name}: largest difference of logits", difference.max(), limit),
+            at_most("step", f"{name}: mean difference of logits", difference.mean(), limit / 10),
+            at_most("step", f"{name}: share of likeliest codes that differ", differing, 0.01),
+        ]
+    return checks
+
+
+def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
+    options = for_graph({"temperature": 1, "top_k": 0, "top_p": 1}, codes.shape[-1], pipeline.codebook_size)
+    repeated = {name: np.repeat(value[None], len(codes), 0) for name, value in options.items()}
+    pairs = np.stack([labels, np.full_like(labels, pipeline.classes)], 1)
+    weights = np.array([[scale, 1 - scale]] * len(codes), np.float32)
+    conditions = 1 if scale == 1 else 2
+    return pipeline.session("step").run(
+        codes=codes,
+        given=codes,
+        label=np.ascontiguousarray(pairs[:, :conditions]),
+        guidance=np.ascontiguousarray(weights[:, :conditions]),
+        noise=np.zeros((*codes.shape, pipeline.codebook_size), np.float32),
+        choice_noise=np.zeros(codes.shape, np.float32),
+        masked=np.zeros(len(codes), np.int64),
+        choice_temperature=np.zeros(len(codes), np.float32),
+        **repeated,
+    )["logits"]
+
+
+@dataclass
+class _Step:
+    """One step of a generation: the codes that went in, those drawn [B, h, w, Q], and which were masked again."""
+
+    codes: Tensor
+    given: Tensor
+    drawn: Tensor
+    masked: Tensor
+
+
+def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> list[Check]:
+    """Whole generations by the margin rule; an image alone against the same image in a batch."""
+    whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "steps": _STEPS, "choice_temperature": 4.5}
+    cut = {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}
+    kinds: dict[str, dict[str, Any]] = {
+        "by order, guided": whole | {"schedule": "halton", "guidance_scale": _SCALE},
+        "truncated, guided": whole | cut | {"schedule": "linear", "guidance_scale": _SCALE},
+        "whole distribution": whole | {"schedule": "cosine", "guidance_scale": 1.0},
+    }
+    labels = [i % pipeline.classes for i in range(IMAGES)]
+    checks = []
+    for name, options in kinds.items():
+        steps = _trace(pipeline, labels, 0, options)
+        far, misplaced, _ = _judge(system, steps, labels, 0, options, tolerance)
+        checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far, 0))
+        checks.append(at_most("generate", f"{name}: codes masked against the rule", misplaced, 0))
+    again = _trace(pipeline, labels, 0, options)
+    differing = sum(int((a.drawn != b.drawn).sum()) for a, b in zip(steps, again, strict=True))
+    checks.append(at_most("generate", "codes that differ in a second run", differing, 0))
+
+    chosen = IMAGES - 2
+    alone = _trace(pipeline, [labels[chosen]], chosen, options)
+    far, misplaced, close = _judge(system, alone, [labels[chosen]], chosen, options, tolerance)
+    unexcused = _first_difference(steps, alone, chosen, close)
+    checks.append(at_most("generate", "image alone: codes outside the margin rule", far + misplaced + unexcused, 0))
+    return checks
+
+
+def _trace(pipeline: Pipeline, labels: list[int], first: int, options: dict[str, Any]) -> list[_Step]:
+    size, steps = pipeline.codebook_size, []
+    open_codes = codes = torch.full((len(labels), *pipeline.grid), size)
+
+    def record(step: int, total: int, seen: np.ndarray) -> None:
+        nonlocal codes
+        given = open_codes if options["schedule"] == "halton" else codes
+        drawn, masked = torch.from_numpy(np.where(seen < 0, -1 - seen, seen)), torch.from_numpy(seen < 0)
+        steps.append(_Step(codes, given, drawn, masked))
+        codes = torch.where(masked, size, drawn)
+
+    pipeline.generate(labels, seed=SEED, first_image=first, callback=record, **options)
+    return steps
+
+
+def _judge(
+    system: System, steps: list[_Step], labels: list[int], first: int, options: dict[str, Any], tolerance: float
+) -> tuple[int, int, list[Tensor]]:
+    """Holds each step against the reference, given the codes that went in.
+
+    Returns:
+        The number of codes that the reference would clearly not have drawn, the number that it would clearly not have
+        masked or left, and for each step where [B, h, w, Q] either was a close call.
+    """
+    tolerance *= 2 * options["guidance_scale"]  # guidance multiplies what logits are off by
+    heat_slack = 2 * tolerance / options["temperature"] + 1e-5
+    shape = steps[0].codes.shape
+    counts = masked_counts(options["schedule"], steps[0].codes[0].numel(), len(steps))
+    far, misplaced, close = 0, 0, []
+    for i, step in enumerate(steps):
+        logits = guided_logits(system.prior, step.codes, torch.tensor(labels), options["guidance_scale"]).flatten(0, -2)
+        known = step.given < logits.shape[1]
+        noise = _noise((*shape, logits.shape[1]), first, 2 * i).flatten(0, -2)
+        wrong, near = judge(logits, noise, step.drawn.flatten(), options, tolerance)
+        far += int((wrong.view(shape) & ~known).sum() + (step.drawn != step.given)[known].sum())
+        close.append(near.view(shape) & ~known)
+        if i + 1 < len(steps):
+            confidence = _confidence(logits / options["temperature"], step, i, first, options).masked_fill(known, 1e30)
+            cut = confidence.flatten(1).sort(1).values[:, counts[i]].view(-1, 1, 1, 1)
+            close[-1] |= ((confidence - cut).abs() <= heat_slack) & ~known
+            misplaced += int((step.masked & (confidence > cut + heat_slack)).sum())
+            misplaced += int((~step.masked & (confidence < cut - heat_slack)).sum())
+            misplaced += int((step.masked.flatten(1).sum(1) != counts[i]).sum())
+        else:
+            misplaced += int(step.masked.sum())
+    return far, misplaced, close
+
+
+def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: dict[str, Any]) -> Tensor:
+    """How sure the draw of each code is [B, h, w, Q], the choice noise included."""
+    shape = step.codes.shape
+    if options["schedule"] == "halton":
+        ranks = torch.from_numpy(np.argsort(halton_order(*shape[1:3]))).view(shape[1], shape[2], 1)
+        return -(ranks * shape[3] + torch.arange(shape[3])).float().expand(shape)
+    likelihood = scaled.log_softmax(-1).gather(1, step.drawn.view(-1, 1)).view(shape)
+    heat = options["choice_temperature"] * (1 - (index + 1) / options["steps"])
+    return likelihood + heat * _noise(shape, first, 2 * index + 1)
+
+
+def _noise(shape: tuple[int, ...], first: int, index: int) -> Tensor:
+    noise = np.empty(shape, np.float32)
+    gumbel(SEED, np.arange(first, first + shape[0]), index, noise)
+    return torch.from_numpy(noise)
+
+
+def _first_difference(steps: list[_Step], alone: list[_Step], image: int, close: list[Tensor]) -> int:
+    """How many codes part an image alone from itself in a batch, at the first step that does, without a close call."""
+    for together, single, excused in zip(steps, alone, close, strict=True):
+        differing = (together.drawn[image] != single.drawn[0]) | (together.masked[image] != single.masked[0])
+        if differing.any():
+            return int((differing & ~excused[0]).sum())
+    return 0
