@@ -33,7 +33,7 @@ from vqdeploy.training.tokenizer import TokenizerTraining
 
 CONV = ConvConfig(
     resolution=64,
-    channels=32,
+    channels=16,
     channel_multipliers=(1, 2, 2, 4),
     res_blocks=1,
     attention_resolutions=(8,),
@@ -53,39 +53,39 @@ TOKENIZERS = {
     "VQGAN + multichannel, as few bits": replace(VQGAN, groups=2, codebook_size=16),
 }
 
-COLUMNS = 8  # of the picture
-ZOOM = 2
+COLUMNS, ZOOM = 8, 2  # of the picture
 
 
 def main(steps: int = 1000, seed: int = 0, batch_size: int = 32, output: Path = Path("comparison")) -> None:
-    """Trains every tokenizer, writes the results and prints them as a table."""
+    """Trains every tokenizer, prints a table row for each, and writes results and picture."""
     output.mkdir(parents=True, exist_ok=True)
     # Crops are drawn in a process of their own, so that batches do not depend on how many numbers a quantizer draws.
     data = open_data("photos", CONV.resolution)._replace(workers=1)
     recipe = Recipe(steps=steps, batch_size=batch_size, learning_rate=1e-3)
     images, _ = images_of(data.held_out)
     results, rows = {}, [images[:COLUMNS]]
+    typer.echo("| tokenizer | codes | bits | parameters | PSNR | SSIM | usage | perplexity |\n" + "|---" * 8 + "|")
     for name, config in TOKENIZERS.items():
-        tokenizer, seconds = train(config, recipe, data, seed)
+        tokenizer = train(config, recipe, data, seed)
         reconstructions, codes = reconstruct(tokenizer, images)
-        results[name] = measure(tokenizer, images, reconstructions, codes) | {"seconds": round(seconds)}
+        results[name] = measure(tokenizer, images, reconstructions, codes)
         rows.append(reconstructions[:COLUMNS])
+        typer.echo(table_row(name, results[name]))
     note = {"seed": seed, "recipe": recipe.to_dict(), "results": results}
     write_json(output / "results.json", note)
     pixels = torch.cat(rows).repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
     write_grid(output / "reconstructions.png", pixels.permute(0, 2, 3, 1).numpy(), COLUMNS, note)
-    typer.echo(table(results))
 
 
-def train(config: MoVQConfig, recipe: Recipe, data: Data, seed: int) -> tuple[MoVQ, float]:
-    """A tokenizer after its training, and the seconds that took."""
+def train(config: MoVQConfig, recipe: Recipe, data: Data, seed: int) -> MoVQ:
+    """A tokenizer after its training."""
     seed_everything(seed, verbose=False)
     tokenizer = MoVQ(config)
-    seed_everything(seed, verbose=False)  # the weights of each configuration take other numbers
+    seed_everything(seed, verbose=False)  # again, because each configuration draws its own number of weights
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "tokenizer.ckpt"
-        seconds = run_stage(TokenizerTraining(tokenizer, recipe), data, recipe.steps, recipe.batch_size, state)
-    return tokenizer.eval(), seconds
+        run_stage(TokenizerTraining(tokenizer, recipe), data, recipe.steps, recipe.batch_size, state)
+    return tokenizer.eval()
 
 
 def measure(tokenizer: MoVQ, images: Tensor, reconstructions: Tensor, codes: Tensor) -> dict[str, Any]:
@@ -104,16 +104,19 @@ def measure(tokenizer: MoVQ, images: Tensor, reconstructions: Tensor, codes: Ten
     }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results in Markdown."""
-    lines = ["| tokenizer | codes | bits | parameters | PSNR | SSIM | usage | perplexity |", "|---" * 8 + "|"]
-    for name, result in results.items():
-        grid = "x".join(map(str, TOKENIZERS[name].grid))
-        lines.append(
-            f"| {name} | {grid} of {TOKENIZERS[name].codebook_size} | {result['bits']} | {result['parameters']:,} "
-            f"| {result['psnr']:.2f} dB | {result['ssim']:.3f} | {result['usage']:.0%} | {result['perplexity']:.0f} |"
-        )
-    return "\n".join(lines)
+def table_row(name: str, result: dict[str, Any]) -> str:
+    """One tokenizer in Markdown."""
+    cells = (
+        name,
+        f"{'x'.join(map(str, TOKENIZERS[name].grid))} of {TOKENIZERS[name].codebook_size}",
+        result["bits"],
+        f"{result['parameters']:,}",
+        f"{result['psnr']:.2f}",
+        f"{result['ssim']:.3f}",
+        f"{result['usage']:.0%}",
+        f"{result['perplexity']:.0f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class Logits(nn.Module):
 
     blocks: Any  # list of InferenceBlock
     codes_first: Tensor  # [Q]
+    table: Tensor  # [Q * (K + 1), width / Q]
     labels: Tensor  # [classes + 1, width]
     places: Tensor  # [h * w, width]
 
@@ -26,13 +27,14 @@ class Logits(nn.Module):
         super().__init__()
         self.grid = prior.config.grid
         self.blocks = nn.ModuleList(InferenceBlock(block) for block in prior.transformer.blocks)
-        self.table, self.norm, self.head = prior.tok_emb, prior.norm, Projection(prior.head)
+        self.norm, self.head = prior.norm, Projection(prior.head)
         self.register_buffer("codes_first", prior.codes_first)
+        self.register_buffer("table", prior.tok_emb.weight.detach())
         self.register_buffer("labels", (prior.cls_emb.weight + prior.pos_emb[0, 0]).detach())
         self.register_buffer("places", prior.pos_emb[0, 1:].detach())
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        places = F.embedding(codes.flatten(1, 2) + self.codes_first, self.table.weight).flatten(2) + self.places
+        places = F.embedding(codes.flatten(1, 2) + self.codes_first, self.table).flatten(2) + self.places
         x = torch.cat([F.embedding(labels, self.labels)[:, None], places], 1)
         for block in self.blocks:
             x = block.whole(x)

@@ -77,7 +77,7 @@ def test_the_compiled_baseline_draws_the_eager_tokens(plan, system, checkpoint_f
     pipeline, drawn = load(plan), []
     generate = type(system.prior).generate
     monkeypatch.setattr(type(system.prior), "generate", lambda *args: drawn.append(generate(*args)), raising=True)
-    reference = baselines.Reference(pipeline, checkpoint_folder)
+    reference = baselines.Reference(pipeline, checkpoint_folder, {})
     for compiled in (False, True):
         reference.call("generate", 2, pipeline, compiled)()
     known = -(drawn[0] * 0 + 1).numpy()

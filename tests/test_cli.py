@@ -212,8 +212,10 @@ def test_a_mask_of_its_own(vqdeploy, plan, picture, pipeline, tmp_path):
     arguments = ["--task", "inpaint", "--input", picture, "--mask", "mask.png", "--label", "1", "-o", "i.png"]
     assert vqdeploy("run", "--engine", plan, *arguments)[0] == 0
     sheet = np.asarray(Image.open(tmp_path / "i.png"))
-    expected = pipeline.inpaint(sheet[None, :16], [1], mask=mask > 127).images[0]
-    np.testing.assert_array_equal(sheet[18:], expected)
+    original = sheet[None, 36:]
+    expected = pipeline.inpaint(original, [1], mask=mask > 127).images[0]
+    np.testing.assert_array_equal(sheet[18:34], expected)
+    np.testing.assert_array_equal(sheet[:16], np.where(mask[..., None] > 127, 128, original[0]))
 
 
 # What is refused, in one sentence
@@ -412,7 +414,7 @@ def test_exit_codes(command, plan, tmp_path):
 
 
 def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr("vqdeploy.verify._LOGITS", 0.0)
+    monkeypatch.setattr("vqdeploy.verify.autoregressive.LOGITS", 0.0)
     code, out, _ = vqdeploy("verify", "--engine", plan, "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     report = json.loads(out)
@@ -422,7 +424,7 @@ def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypa
 
 def test_an_export_that_fails_its_checks_exits_with_1(vqdeploy, checkpoint_folder, package, monkeypatch):
     monkeypatch.setattr("vqdeploy.export.package.export", lambda system, folder, *_: shutil.copytree(package, folder))
-    monkeypatch.setattr("vqdeploy.verify._LOGITS", 0.0)
+    monkeypatch.setattr("vqdeploy.verify.autoregressive.LOGITS", 0.0)
     code, out, err = vqdeploy("export", "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     assert json.loads(out)["verify"]["passed"] is False

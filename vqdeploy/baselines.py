@@ -1,13 +1,18 @@
 """PyTorch as the baseline of `vqdeploy bench`: what the public implementations do, eager or compiled."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vqdeploy import checkpoint as checkpoints
+from vqdeploy.models.conv import SpatialNorm
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.sampling import generate
@@ -16,8 +21,8 @@ from vqdeploy.sampling import generate
 class Reference:
     """The checkpoint behind a plan, with the same tokens, batch and precision."""
 
-    def __init__(self, pipeline: Pipeline, checkpoint: Path | None):
-        manifest = pipeline.manifest
+    def __init__(self, pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]):
+        manifest, self.options = pipeline.manifest, options
         self.system = checkpoints.source(manifest.config, manifest.checkpoint, checkpoint, pipeline.bundle.path)
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
@@ -33,12 +38,16 @@ class Reference:
         return lambda: encode(images)
 
     def _decode(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
+        for norm in self.system.tokenizer.modules():
+            if isinstance(norm, SpatialNorm):
+                norm.forward = partial(enlarge_first, norm)  # type: ignore[method-assign]
         codes = torch.randint(pipeline.codebook_size, (batch, *pipeline.grid))
         decode = _compile(self.system.tokenizer.decode, compiled)
         return lambda: decode(codes)
 
     def _generate(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
         prior, config = self.system.prior, self.system.config
+        config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **self.options))
         labels = torch.arange(batch) % pipeline.classes
         if compiled:
             # Each layer's cache, empty and filled, is a case of its own.
@@ -49,6 +58,12 @@ class Reference:
                 if hasattr(prior, name):
                     setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))
         return lambda: generate(prior, config, labels, _noise)
+
+
+def enlarge_first(norm: SpatialNorm, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    """`SpatialNorm` in the order of the public code: enlarge the condition, then convolve it."""
+    enlarged = F.interpolate(condition, x.shape[-2:])
+    return norm.norm_layer(x) * norm.conv_y(enlarged) + norm.conv_b(enlarged)
 
 
 def _noise(index: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -48,6 +48,7 @@ def bench(
     baselines: Sequence[str] = (),
     checkpoint: Path | None = None,
     profile: bool = False,
+    options: dict[str, Any] | None = None,
     progress: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Any]:
     """Times tasks of a plan, and the same tasks in PyTorch.
@@ -64,6 +65,7 @@ def bench(
         baselines: Some of `BASELINES`.
         checkpoint: Weights of the baselines; those that the plan was made of, when None.
         profile: Add the time of each kind of operator in the step, under `profile`, by ONNX Runtime's profiler.
+        options: Sampling options that differ from the checkpoint's, for `generate`.
         progress: Told what is being timed.
 
     Returns:
@@ -78,23 +80,24 @@ def bench(
     pipeline = load(engine)
     load_seconds = time.perf_counter() - start
     tasks = tasks or [task for task in TASKS if task != "generate" or "step" in pipeline.stages]
-    reference: Any = _reference(pipeline, checkpoint) if baselines else None
+    chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
+    reference: Any = _reference(pipeline, checkpoint, chosen) if baselines else None
     # Measured just before the steps, because the speed of shared machines drifts.
-    bandwidth = _read_bandwidth_apart() if "generate" in tasks else None
+    bound = _bound(pipeline) if "generate" in tasks else {}
     results = []
     for task in sorted(tasks, key=TASKS.index):
         for batch in batch_sizes:
-            runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch))]
+            runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch, chosen))]
             for name in baselines:
                 runners.append(Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile"))))
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
     facts = environment() | {"load_s": load_seconds, "peak_memory_mb": peak_memory_mb(), "plan": _describe(pipeline)}
-    if bandwidth is not None:
-        facts["read_bandwidth_gb_s"] = bandwidth
-        _add_traffic(results, pipeline, bandwidth)
-    report = {"results": results, "ratios": ratios(results), "environment": facts}
-    return report | {"profile": step_profile(pipeline, batch_sizes[0])} if profile else report
+    for result in results:
+        if result["task"] == "generate" and result["name"] == "vqdeploy":
+            result |= _step_figures(pipeline, chosen, result, bound)
+    report = {"results": results, "ratios": ratios(results), "environment": facts | bound, "options": chosen}
+    return report | {"profile": step_profile(pipeline, batch_sizes[0], chosen)} if profile else report
 
 
 def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
@@ -102,13 +105,13 @@ def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
         raise VqdeployError(f"there is no such {kind}", expected=" or ".join(known), found=unknown[0])
 
 
-def _reference(pipeline: Pipeline, checkpoint: Path | None) -> Any:
+def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]) -> Any:
     from vqdeploy.baselines import Reference
 
-    return Reference(pipeline, checkpoint)
+    return Reference(pipeline, checkpoint, options)
 
 
-def _plan_call(pipeline: Pipeline, task: str, batch: int) -> Callable[[], Phases]:
+def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any]) -> Callable[[], Phases]:
     rng = np.random.default_rng(0)
     if task == "encode":
         images = rng.integers(0, 256, (batch, pipeline.side, pipeline.side, 3), np.uint8)
@@ -121,7 +124,7 @@ def _plan_call(pipeline: Pipeline, task: str, batch: int) -> Callable[[], Phases
 
     def generate() -> Phases:
         start = time.perf_counter()
-        engine = pipeline.sample(known, labels, seed=0)[1]
+        engine = pipeline.sample(known, labels, seed=0, chosen=options)[1]
         total = time.perf_counter() - start
         return {"total": total, "steps": engine, "host": total - engine}
 
@@ -176,25 +179,43 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _add_traffic(results: list[dict[str, Any]], pipeline: Pipeline, bandwidth: float) -> None:
-    """Adds weight bytes read per step, over time, as a share of the read bandwidth."""
-    steps = pipeline.grid[0] * pipeline.grid[1]
+def _bound(pipeline: Pipeline) -> dict[str, float]:
+    """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
+    name = "matmul_gflop_s" if pipeline.manifest.system == "movq" else "read_bandwidth_gb_s"
+    return {name: _measure_apart({"matmul_gflop_s": "matmul_rate", "read_bandwidth_gb_s": "read_bandwidth"}[name])}
+
+
+def _step_figures(
+    pipeline: Pipeline, options: dict[str, Any], result: dict[str, Any], bound: dict[str, float]
+) -> dict[str, float]:
+    """Time of a step, and how near it is to what bounds it."""
+    steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
+    time_ms = result["steps_ms"] / steps
+    if "matmul_gflop_s" in bound:
+        rows = result["batch_size"] * (1 if options["guidance_scale"] == 1 else 2)
+        work = step_gflop(pipeline) * rows
+        rate = work / time_ms * 1e3
+        share = rate / bound["matmul_gflop_s"]
+        return {"step_ms": time_ms, "gflop_per_step": work, "gflop_s": rate, "share_of_matmul_rate": share}
     size = step_weight_bytes(pipeline)
-    for result in results:
-        if result["task"] == "generate" and result["name"] == "vqdeploy":
-            rate = size * steps / result["steps_ms"] / 1e6
-            result |= {"step_ms": result["steps_ms"] / steps, "weight_mb_per_step": size / 1e6}
-            result |= {"weight_gb_s": rate, "share_of_read_bandwidth": rate / bandwidth}
+    rate = size / time_ms / 1e6
+    share = rate / bound["read_bandwidth_gb_s"]
+    return {
+        "step_ms": time_ms,
+        "weight_mb_per_step": size / 1e6,
+        "weight_gb_s": rate,
+        "share_of_read_bandwidth": share,
+    }
 
 
-def step_profile(pipeline: Pipeline, batch: int) -> list[dict[str, Any]]:
+def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Operators of the step graph by the time they took in one generation, most first.
 
     The profiler itself costs a few microseconds an operator, which the small ones show.
     """
     with tempfile.TemporaryDirectory() as folder:
         profiled = Pipeline(pipeline.bundle, profile=Path(folder))
-        _plan_call(profiled, "generate", batch)()
+        _plan_call(profiled, "generate", batch, options)()
         session = profiled.session("step")
         events = [e for e in session.end_profile() if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
     spent, calls = Counter[str](), Counter[str]()
@@ -208,16 +229,40 @@ def step_profile(pipeline: Pipeline, batch: int) -> list[dict[str, Any]]:
     ]
 
 
+def _step_matrices(pipeline: Pipeline) -> dict[str, np.ndarray]:
+    """The weights that a step multiplies by; tables that are only gathered from are none of them."""
+    weights = tensors(pipeline.bundle.member(WEIGHTS))
+    names = [name for name in pipeline.manifest.stage("step").weights if name.endswith(".weight")]
+    return {name: weights[name] for name in names if weights[name].ndim == 2}
+
+
 def step_weight_bytes(pipeline: Pipeline) -> int:
-    """Bytes of weights that one step reads.
+    """Bytes of weights that one step of an autoregressive prior reads.
 
     The depth transformer and the classifier count once for each depth: no cache of a core holds them from one depth to
-    the next. Tables that are only gathered from do not count.
+    the next.
     """
-    weights = tensors(pipeline.bundle.member(WEIGHTS))
-    matrices = [name for name in pipeline.manifest.stage("step").weights if name.endswith(".weight")]
-    sizes = {name: weights[name].nbytes for name in matrices if weights[name].ndim == 2}
+    sizes = {name: weight.nbytes for name, weight in _step_matrices(pipeline).items()}
     return sum(size * (1 if name.startswith("body.") else pipeline.grid[-1]) for name, size in sizes.items())
+
+
+def step_gflop(pipeline: Pipeline) -> float:
+    """Arithmetic of one step of a masked prior for one image and label, in 1e9 multiplications and additions."""
+    prior = pipeline.manifest.config["prior"]
+    entries = 1 + pipeline.grid[0] * pipeline.grid[1]
+    attention = 2 * entries**2 * prior["width"] * prior["layers"]
+    return 2 * (entries * sum(weight.size for weight in _step_matrices(pipeline).values()) + attention) / 1e9
+
+
+def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
+    """1e9 multiplications and additions a second of all cores in a product of fp32 matrices, the best of several."""
+    a = np.random.default_rng(0).random((size, size), np.float32)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
+    return best
 
 
 def read_bandwidth(megabytes: int = 1024, repeats: int = 5) -> float:
@@ -241,9 +286,9 @@ def read_bandwidth(megabytes: int = 1024, repeats: int = 5) -> float:
     return best
 
 
-def _read_bandwidth_apart() -> float:
-    """`read_bandwidth` in a process of its own, so that its memory does not count as the plan's."""
-    script = "from vqdeploy.bench import read_bandwidth; print(read_bandwidth())"
+def _measure_apart(function: str) -> float:
+    """A function of this module in a process of its own, so that its memory does not count as the plan's."""
+    script = f"from vqdeploy.bench import {function}; print({function}())"
     return float(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)  # noqa: S603
 
 
@@ -296,17 +341,26 @@ def table(report: dict[str, Any]) -> str:
         shown = f"{ratio:5.2f}x" if ratio else ""
         lines.append(f"{r['task']:9} {r['batch_size']:5} {r['name']:10} {times} {r['images_per_s']:9.2f} {shown:>6}")
     for r in report["results"]:
-        if "weight_gb_s" in r:
-            lines.append(
-                f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}; "
-                f"weights {r['weight_mb_per_step']:.0f} MB a step, {r['weight_gb_s']:.1f} GB/s, "
-                f"{r['share_of_read_bandwidth']:.0%} of {report['environment']['read_bandwidth_gb_s']:.1f} GB/s read"
-            )
+        if "step_ms" in r:
+            host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}; "
+            lines.append(host + _bound_line(r, report["environment"]))
     for row in report.get("profile", [])[:12]:
         lines.append(f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls")
     facts = report["environment"]
     lines.append(f"{facts['plan']}; {facts['cpu']}, {facts['cores']} cores; loaded in {facts['load_s']:.2f} s")
     return "\n".join(lines)
+
+
+def _bound_line(result: dict[str, Any], facts: dict[str, Any]) -> str:
+    if "gflop_s" in result:
+        return (
+            f"{result['gflop_per_step']:.0f} GFLOP a step, {result['gflop_s']:.0f} GFLOP/s, "
+            f"{result['share_of_matmul_rate']:.0%} of {facts['matmul_gflop_s']:.0f} GFLOP/s in a large matrix product"
+        )
+    return (
+        f"weights {result['weight_mb_per_step']:.0f} MB a step, {result['weight_gb_s']:.1f} GB/s, "
+        f"{result['share_of_read_bandwidth']:.0%} of {facts['read_bandwidth_gb_s']:.1f} GB/s read"
+    )
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

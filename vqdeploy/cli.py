@@ -324,6 +324,10 @@ def bench(
     warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Calls that are not counted.")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="Calls that are counted.")] = 5,
     baseline: Annotated[str, typer.Option(help="PyTorch baselines, split by commas: eager,compile.")] = "",
+    steps: Annotated[int | None, typer.Option(help="generate: engine calls of a masked prior.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "--cfg-scale", help="generate: 1 is no guidance.")
+    ] = None,
     checkpoint: Checkpoint = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time of a step goes.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the times as a PNG.")] = None,
@@ -336,7 +340,16 @@ def bench(
     sizes = batch_size or (1,)
     with _progress("timing") as progress:
         report = benchmark.bench(
-            engine, task or (), sizes, warm_up, iterations, baselines, checkpoint, profile, progress
+            engine,
+            task or (),
+            sizes,
+            warm_up,
+            iterations,
+            baselines,
+            checkpoint,
+            profile,
+            {"steps": steps, "guidance_scale": guidance_scale},
+            progress,
         )
     if plot:
         benchmark.plot(report, plot)
