@@ -26,6 +26,11 @@ class Projection(nn.Module):
         return x @ self.weight + self.bias
 
 
+def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`bidirectional` in plain products: TensorRT-RTX builds the Attention operator for few shapes."""
+    return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
 class InferenceBlock(nn.Module):
     """A transformer block with queries, keys and values from one product, the scale folded into the queries."""
 

@@ -1,5 +1,6 @@
 """The stages of MoVQ with MaskGIT: `encode`, `decode` and `step`."""
 
+import copy
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.export import tokenizer
-from vqdeploy.export.layers import InferenceBlock, Projection
+from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models import System
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
@@ -46,7 +47,9 @@ class AdaptiveLogits(nn.Module):
 
     def __init__(self, prior: AdaptiveMaskGIT):
         super().__init__()
-        self.prior = prior
+        self.prior = copy.deepcopy(prior)
+        for block in self.prior.transformer.layers:
+            block.attn.attend = attend_to_all
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         return self.prior.logits(codes, labels)

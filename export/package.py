@@ -100,6 +100,10 @@ def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
     names: dict[str, str] = {}  # digest -> name
     weights: dict[str, np.ndarray] = {}
     for stage, model in graphs.items():
+        for value in model.graph.initializers.values():
+            array = value.const_value.numpy()
+            if not array.flags.c_contiguous:  # the exporter leaves transposed views, which cannot be hashed
+                value.const_value = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
         common.DeduplicateHashedInitializersPass(size_limit=2**40)(model)
         for value in _large(model):
             array = value.const_value.numpy()

@@ -26,7 +26,7 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"a width of {width} cannot be split into {heads} heads")
-        self.heads = heads
+        self.heads, self.attend = heads, bidirectional
         self.wq = nn.Linear(width, width, bias=False)
         self.wk = nn.Linear(width, width, bias=False)
         self.wv = nn.Linear(width, width, bias=False)
@@ -35,7 +35,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key = (F.rms_norm(w(x), x.shape[-1:], eps=_EPSILON) for w in (self.wq, self.wk))
         heads = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (query, key, self.wv(x)))
-        return self.wo(bidirectional(*heads).transpose(1, 2).flatten(2))
+        return self.wo(self.attend(*heads).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
