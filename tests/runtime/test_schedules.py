@@ -108,10 +108,11 @@ def test_the_halton_order_of_the_public_code(size):
 def test_the_halton_order_visits_every_position_once_and_exactly(shape):
     """In fractions: a place on the edge of two cells belongs to the second."""
     order: dict[int, None] = {}
-    for index in range(1, 10_000):
+    index = 0
+    while len(order) < shape[0] * shape[1]:
+        index += 1
         row, column = (mirrored(index, base) * size for base, size in zip((2, 3), shape, strict=True))
         order.setdefault(int(row) * shape[1] + int(column))
-    assert sorted(order) == list(range(shape[0] * shape[1]))
     assert halton_order(*shape).tolist() == list(order)
 
 
