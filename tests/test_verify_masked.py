@@ -1,0 +1,150 @@
+"""A good plan of a masked prior passes, and whatever is broken in one is found, by the check that names it."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from test_verify import change_function, change_weight, failed, failures, replace_with, reseal
+
+from vqdeploy.runtime import masked
+from vqdeploy.runtime.masked import MaskedSampler
+from vqdeploy.verify import verify, verify_package
+
+
+@pytest.fixture
+def copy(movq_package, tmp_path):
+    return shutil.copytree(movq_package, tmp_path / "package")
+
+
+def change_node(folder, stage, operator, change):
+    """Changes the last node of an operator in the graph of a stage."""
+    model = onnx.load(folder / f"{stage}.onnx", load_external_data=False)
+    change([node for node in model.graph.node if node.op_type == operator][-1])
+    onnx.save(model, folder / f"{stage}.onnx")
+    reseal(folder)
+
+
+@pytest.mark.parametrize("kind", ["movq_plan", "movq_portable_plan"])
+def test_a_good_plan_passes(request, kind, movq_system):
+    names = []
+    report = verify(request.getfixturevalue(kind), movq_system, names.append)
+    assert failures(report) == set()
+    assert names == ["encode and decode", "step", "generation"]
+    assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "generate"}
+
+
+def test_an_adaptive_prior_passes(adaptive_package, adaptive_system):
+    assert failures(verify_package(adaptive_package, adaptive_system)) == set()
+
+
+# Broken graphs
+
+
+def test_a_codebook_that_moved(copy, movq_system):
+    change_weight(copy, movq_system.tokenizer.quantizer.codebook, lambda w: np.negative(w[:8], out=w[:8]))
+    failed(failures(verify_package(copy, movq_system)), "encode: codes outside", "decode: largest")
+
+
+def test_a_head_that_is_off(copy, movq_system):
+    change_weight(copy, movq_system.prior.head.weight.T, lambda w: np.multiply(w, 1.01, out=w))
+    failed(failures(verify_package(copy, movq_system)), "step: one label: largest", "step: guidance: largest")
+
+
+def test_a_table_of_one_channel_used_for_all(copy, movq_system):
+    """The offsets of the channels' tables are a small constant, and stay in the graph."""
+    model = onnx.load(copy / "step.onnx", load_external_data=False)
+    rows = movq_system.config.prior.codebook_size + 1
+    (offsets,) = [i for i in model.graph.initializer if i.name.endswith("codes_first")]
+    assert onnx.numpy_helper.to_array(offsets).tolist() == [0, rows, 2 * rows, 3 * rows]
+    offsets.CopyFrom(onnx.numpy_helper.from_array(np.zeros(4, np.int64), offsets.name))
+    onnx.save(model, copy / "step.onnx")
+    reseal(copy)
+    failed(failures(verify_package(copy, movq_system)), "step: one label: largest")
+
+
+def test_codes_of_most_confidence_masked_again(copy, movq_system):
+    def descend(node):
+        del node.attribute[:]
+        node.attribute.append(helper.make_attribute("largest", 1))
+
+    change_node(copy, "step", "TopK", descend)
+    failed(failures(verify_package(copy, movq_system)), "generate: whole distribution: codes masked")
+
+
+def test_ties_at_the_cut_lost(copy, movq_system):
+    """`confidence <= cut` in place of `<` masks one code more."""
+
+    def loosen(node):
+        node.op_type = "LessOrEqual"
+
+    change_node(copy, "step", "Less", loosen)
+    found = failures(verify_package(copy, movq_system))
+    failed(found, "generate: whole distribution: codes masked", "generate: by order, guided: codes masked")
+
+
+def test_a_draw_without_noise(copy, movq_system):
+    change_function(copy, "step", "GumbelSample", replace_with("perturbed", "Identity", "kept"))
+    failed(failures(verify_package(copy, movq_system)), "generate: whole distribution: tokens")
+
+
+def test_a_temperature_left_out(copy, movq_system):
+    change_function(copy, "step", "GumbelSample", replace_with("scaled", "Identity", "logits_fp32"))
+    found = failures(verify_package(copy, movq_system))
+    failed(found, "generate: truncated, guided: tokens")
+    assert not any("whole distribution" in name for name in found)
+
+
+def test_the_wrong_metric(copy, movq_system):
+    change_function(copy, "encode", "VQNearest", replace_with("scores", "Identity", "products"))
+    failed(failures(verify_package(copy, movq_system)), "encode: codes outside")
+
+
+# A broken loop
+
+
+def test_counts_that_are_off_by_one(movq_plan, movq_system, monkeypatch):
+    counts = masked.masked_counts
+    monkeypatch.setattr(masked, "masked_counts", lambda *args: np.maximum(counts(*args) - 1, 0))
+    failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: codes masked")
+
+
+def test_noise_of_another_step(movq_plan, movq_system, monkeypatch):
+    draw = masked.gumbel
+    monkeypatch.setattr(masked, "gumbel", lambda seed, images, step, out: draw(seed, images, step + 2, out))
+    failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: tokens")
+
+
+def test_noise_that_depends_on_the_batch(movq_plan, movq_system, monkeypatch):
+    draw = masked.gumbel
+    first = lambda images: np.arange(len(images))  # noqa: E731
+    monkeypatch.setattr(masked, "gumbel", lambda seed, images, step, out: draw(seed, first(images), step, out))
+    failed(failures(verify(movq_plan, movq_system)), "generate: image alone")
+
+
+def test_settled_codes_drawn_again(movq_plan, movq_system, monkeypatch):
+    bind = MaskedSampler._binding
+
+    def forgetful(sampler, request):
+        binding = bind(sampler, request)
+        binding.inputs["given"][:] = movq_system.config.prior.codebook_size
+        binding.inputs["given"] = binding.inputs["given"].copy()  # what the loop writes never reaches the engine
+        return binding
+
+    monkeypatch.setattr(MaskedSampler, "_binding", forgetful)
+    failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: tokens")
+
+
+def test_guidance_that_pulls_away(movq_plan, movq_system, monkeypatch):
+    bind = MaskedSampler._binding
+
+    def reversed_labels(sampler, request):
+        binding = bind(sampler, request)
+        binding.inputs["label"][:] = binding.inputs["label"][:, ::-1].copy()
+        return binding
+
+    monkeypatch.setattr(MaskedSampler, "_binding", reversed_labels)
+    found = failures(verify(movq_plan, movq_system))
+    failed(found, "generate: by order, guided: tokens")
+    assert not any("whole distribution" in name for name in found)
