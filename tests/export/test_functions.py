@@ -14,10 +14,11 @@ from onnx import TensorProto, helper
 from vqdeploy.engines.bodies_onnxrt import swap_in
 from vqdeploy.export.functions import DOMAIN, OPSET, function
 from vqdeploy.models.ops import truncate
+from vqdeploy.models.quantizers import MultichannelQuantizer
 
 ops = torch.ops.vqdeploy
 BODIES = ("portable", "onnxrt")
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+FLOAT, FLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 SAMPLING = {
     "logits": (FLOAT, 2),
     "noise": (FLOAT, 2),
@@ -27,6 +28,7 @@ SAMPLING = {
 }
 CACHES = {"past_key": (FLOAT, 4), "past_value": (FLOAT, 4)}
 SIGNATURES = {
+    "VQNearest": ({"z": (FLOAT, 2), "codebook": (FLOAT, 2)}, {"codes": (INT64, 1)}),
     "VQResidual": ({"z": (FLOAT, 2), "codebook": (FLOAT, 2)}, {"codes": (INT64, 2), "quantized": (FLOAT, 2)}),
     "VQLookup": ({"codes": (INT64, 2), "codebook": (FLOAT, 2)}, {"vectors": (FLOAT, 2)}),
     "CachedAttention": (
@@ -46,10 +48,14 @@ def values(tensors: dict) -> list[onnx.ValueInfoProto]:
 
 
 @cache
-def session(name: str, body: str = "portable", depth: int = 4, heads: int = 1) -> ort.InferenceSession:
+def session(
+    name: str, body: str = "portable", depth: int = 4, heads: int = 1, metric: str = "l2", half: bool = False
+) -> ort.InferenceSession:
     """A model of one node and its function."""
     inputs, outputs = SIGNATURES[name]
-    own = {"depth": depth} if name == "VQResidual" else {}
+    if half:
+        inputs = {key: (FLOAT16 if kind == FLOAT else kind, rank) for key, (kind, rank) in inputs.items()}
+    own = {"VQResidual": {"depth": depth}, "VQNearest": {"metric": metric}}.get(name, {})
     attributes = {"plugin_namespace": DOMAIN, "plugin_version": "1"} | own
     node = helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
     model = helper.make_model(
@@ -68,6 +74,65 @@ def session(name: str, body: str = "portable", depth: int = 4, heads: int = 1) -
 def run(name: str, *arguments: np.ndarray | torch.Tensor, **kind: object) -> list[np.ndarray]:
     feed = dict(zip(SIGNATURES[name][0], map(np.asarray, arguments), strict=True))
     return session(name, **kind).run(None, feed)
+
+
+class TestNearest:
+    @given(st.integers(1, 40), st.integers(1, 33), st.integers(1, 50), st.booleans(), st.integers(0, 2**31))
+    def test_finds_the_codes_of_the_torch_operator(self, count, dim, size, half, seed):
+        generator = torch.Generator().manual_seed(seed)
+        # On a lattice every product is exact, so that ties are ties in any order of summation.
+        kind = torch.float16 if half else torch.float32
+        z = (torch.randint(-8, 9, (count, dim), generator=generator) / 4).to(kind)
+        codebook = (torch.randint(-4, 5, (size, dim), generator=generator) / 4).to(kind)
+        (codes,) = run("VQNearest", z, codebook, half=half)
+        np.testing.assert_array_equal(codes, ops.nearest(z, codebook, "l2"))
+        distances = (z.double()[:, None] - codebook.double()).square().sum(-1)
+        first = [row.index(min(row)) for row in distances.tolist()]
+        np.testing.assert_array_equal(codes, first)
+
+    @pytest.mark.parametrize("metric", ["l2", "cosine"])
+    @given(st.integers(0, 2**31), st.floats(1e-3, 1e3))
+    def test_chooses_the_nearest_vector_up_to_rounding(self, metric, seed, scale):
+        generator = torch.Generator().manual_seed(seed)
+        z, codebook = (torch.randn(n, 16, generator=generator, dtype=torch.double) * scale for n in (50, 64))
+        codes = torch.from_numpy(run("VQNearest", z.float(), codebook.float(), metric=metric)[0])
+        torch_codes = ops.nearest(z.float(), codebook.float(), metric)
+        if metric == "cosine":
+            z, codebook = (torch.nn.functional.normalize(x, dim=1) for x in (z, codebook))
+        distances = torch.cdist(z, codebook).square()
+        for found in (codes, torch_codes):
+            chosen = distances.gather(1, found[:, None])[:, 0]
+            assert ((chosen - distances.amin(1)) <= 1e-5 * distances.amax(1)).all()
+
+    def test_the_cosine_of_half_precision_is_reckoned_in_fp32(self):
+        generator = torch.Generator().manual_seed(0)
+        z, codebook = (torch.randn(n, 64, generator=generator).half() for n in (200, 500))
+        (codes,) = run("VQNearest", z, codebook, metric="cosine", half=True)
+        (same,) = run("VQNearest", z.float(), codebook.float(), metric="cosine")
+        np.testing.assert_array_equal(codes, same)
+        np.testing.assert_array_equal(codes, ops.nearest(z, codebook, "cosine"))
+
+    @pytest.mark.parametrize("metric", ["l2", "cosine"])
+    def test_a_tie_goes_to_the_lowest_index(self, metric):
+        codebook = torch.tensor([[-3.0, -4.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])
+        z = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+        (codes,) = run("VQNearest", z, codebook, metric=metric)
+        assert codes.tolist() == ops.nearest(z, codebook, metric).tolist() == [1, 3, 1]
+
+    def test_lengths_count_for_distances_and_not_for_angles(self):
+        codebook = torch.tensor([[9.0, 9.0], [1.0, 0.5], [4.0, 4.0], [0.0, 1.0]])
+        z = torch.tensor([[1.0, 1.0], [50.0, 50.0], [0.25, 0.25]])
+        found = {metric: run("VQNearest", z, codebook, metric=metric)[0].tolist() for metric in ("l2", "cosine")}
+        assert found == {"l2": [1, 0, 1], "cosine": [0, 0, 0]}
+        assert found == {metric: ops.nearest(z, codebook, metric).tolist() for metric in found}
+
+    @pytest.mark.parametrize("metric", ["l2", "cosine"])
+    def test_zero_vectors(self, metric):
+        """Of a zero vector every angle is the same, and the angle to a zero code is a right one."""
+        z = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+        codebook = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        (codes,) = run("VQNearest", z, codebook, metric=metric)
+        assert codes.tolist() == ops.nearest(z, codebook, metric).tolist() == [int(metric == "l2"), 0, 1]
 
 
 class TestResidual:
@@ -123,6 +188,19 @@ class TestLookup:
         codebook = torch.tensor([[100.0, 200.0], [1.0, 2.0], [10.0, 20.0]])
         (vectors,) = run("VQLookup", torch.tensor([[1, 2], [1, -1], [-1, -1]]), codebook)
         assert vectors.tolist() == [[11, 22], [1, 2], [0, 0]]
+
+    @pytest.mark.parametrize("metric", ["l2", "cosine"])
+    def test_channels_are_looked_up_one_by_one(self, metric):
+        torch.manual_seed(0)
+        quantizer = MultichannelQuantizer(10, 12, groups=4, metric=metric)
+        codes = torch.randint(0, 10, (2, 3, 5, 4))
+        table = quantizer.codebook
+        if metric == "cosine":
+            table = table / table.norm(dim=1, keepdim=True)
+        (vectors,) = run("VQLookup", codes.reshape(-1, 1), table)
+        expected = quantizer.decode(codes)
+        np.testing.assert_allclose(vectors.reshape(2, 3, 5, 12), expected, atol=1e-6)
+        torch.testing.assert_close(expected[1, 2, 3, 6:9], table[codes[1, 2, 3, 2]])
 
 
 def attention_inputs(batch, length, heads, dim, places, positions, seed):

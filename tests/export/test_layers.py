@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vqdeploy.export.layers import ImageInput, ImageOutput, InferenceBlock, SplitUpsample
-from vqdeploy.models.conv import Upsample
-from vqdeploy.models.transformer import Block
+from vqdeploy.export.layers import ImageInput, ImageOutput, InferenceBlock, Modulation, SplitUpsample
+from vqdeploy.models.conv import SpatialNorm, Upsample
+from vqdeploy.models.transformer import Block, bidirectional
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 4, 7), (1, 8, 9, 2)])
@@ -14,6 +15,29 @@ def test_split_upsampling_is_the_same_sum(shape):
     upsample = Upsample(shape[1]).double()
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(SplitUpsample(upsample)(x), upsample(x), rtol=0, atol=1e-13)
+
+
+@pytest.fixture
+def norm():
+    """With weights of every kind that a trained one has."""
+    torch.manual_seed(0)
+    norm = SpatialNorm(4, 6, 8).double()
+    for weight in norm.parameters():
+        torch.nn.init.normal_(weight)
+    return norm
+
+
+@pytest.mark.parametrize("times", [1, 2, 4, 8])
+@torch.no_grad()
+def test_spatial_norm_is_that_of_the_paper(norm, times):
+    """Which enlarges the code vectors first and convolves them then."""
+    x = torch.randn(2, 8, 3 * times, 5 * times, dtype=torch.float64) * 3 + 1
+    condition = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    large = F.interpolate(condition, size=x.shape[-2:], mode="nearest")
+    normal = F.group_norm(x, 4, norm.norm_layer.weight, norm.norm_layer.bias, eps=1e-6)
+    expected = normal * norm.conv_y(large) + norm.conv_b(large)
+    torch.testing.assert_close(norm(x, condition), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(Modulation(norm)(x, condition), expected, rtol=0, atol=1e-12)
 
 
 @pytest.fixture
@@ -39,6 +63,12 @@ def test_an_appended_block_is_the_block_entry_by_entry(block):
     decode, keys, values = InferenceBlock(block), [], []
     outputs = [decode.append(x[:, i : i + 1], keys, values) for i in range(4)]
     torch.testing.assert_close(torch.cat(outputs, 1), block(x))
+
+
+@torch.no_grad()
+def test_a_whole_block_is_the_block_that_sees_everything(block):
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(InferenceBlock(block).whole(x), block(x, bidirectional))
 
 
 @pytest.mark.parametrize("pixel_range", [(-1.0, 1.0), (0.0, 1.0)])
