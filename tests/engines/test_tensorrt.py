@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper
 
 from vqdeploy.engines import tensorrt
 from vqdeploy.engines.build import build
+from vqdeploy.engines.package import read
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle, sha256
@@ -40,6 +42,23 @@ def test_every_stage_of_tiny_builds(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.plan"]
     with pytest.raises(VqdeployError, match=r"built for tensorrt-rtx and cannot run here.*--backend onnxrt"):
         load(tmp_path / "tiny.plan")
+
+
+@needs_rtx
+def test_every_stage_of_a_masked_system_builds(movq_package, tmp_path):
+    manifest = build(movq_package, tmp_path / "movq.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]
+    bundle = Bundle(tmp_path / "movq.plan")
+    bundle.verify()
+    assert min(bundle.sizes()[stage.file] for stage in manifest.stages) > 50_000
+
+
+@needs_rtx
+def test_an_adaptive_prior_builds(adaptive_package, tmp_path):
+    stage = read(adaptive_package).stage("step")
+    dims = {"batch": (1, 2, 4), "conditions": (1, 2, 2)}
+    engine = tensorrt.build_stage("tensorrt-rtx", stage, adaptive_package, tmp_path, dims)
+    assert engine.stat().st_size > 50_000
 
 
 def crashing_graph():
@@ -150,3 +169,22 @@ def test_the_profile_covers_the_batch_and_the_prefix(tiny, tmp_path, monkeypatch
     assert job["shapes"]["codes"] == [[2, 1, 4], [3, 1, 4], [8, 64, 4]]
     assert job["shapes"]["past_key.0"] == [[2, 4, 64, 32], [3, 4, 64, 32], [8, 4, 64, 32]]
     assert set(job["shapes"]) == {info.name for info in stage.inputs}
+
+
+@needs_rtx
+def test_the_profile_covers_one_label_and_two(movq_package, tmp_path, monkeypatch):
+    """Guidance doubles the labels of every image."""
+    jobs = {}
+
+    def spy(arguments, **options):
+        job = json.loads(options["input"])
+        engine = Path(job["engine"])
+        jobs[engine.stem] = job
+        engine.write_bytes(b"engine")
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", spy)
+    build(movq_package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    shapes = jobs["step"]["shapes"]
+    assert shapes["label"] == shapes["guidance"] == [[1, 1], [2, 1], [4, 2]]
+    assert shapes["noise"] == [[1, 4, 4, 4, 32], [2, 4, 4, 4, 32], [4, 4, 4, 4, 32]]
