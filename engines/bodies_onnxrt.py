@@ -23,6 +23,14 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
         (qkv, , , past_key, past_value, last_int32, total_int32)
 }}"""
 
+_PACKED_ATTENTION = """
+<opset_import: ["" : 24, "com.microsoft" : 1], domain: "vqdeploy">
+PackedAttention (qkv) => (attention)
+{{
+    query, key, value = Split <axis = -1, num_outputs = 3> (qkv)
+    attention = com.microsoft.MultiHeadAttention <num_heads = {heads}, scale = 1.0> (query, key, value)
+}}"""
+
 # Sorts as many logits as the request needs: none when it cuts nothing off, the first 2,048 for top-p when their
 # probability reaches p, which in a trained prior is the rule.
 _GUMBEL_SAMPLE = """
@@ -136,15 +144,18 @@ GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
 
 
 def swap_in(model: onnx.ModelProto, heads: int) -> None:
-    """Replaces the bodies of a graph's functions. `heads` is the number of attention heads."""
+    """Replaces the bodies of a graph's functions. `heads` is the number of attention heads of the caches."""
     bodies = {
         "CachedAttention": onnx.parser.parse_function(_CACHED_ATTENTION.format(heads=heads)),
         "GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE),
     }
+    for node in model.graph.node:
+        if node.op_type == "PackedAttention":
+            (own_heads,) = (attribute.i for attribute in node.attribute if attribute.name == "heads")
+            bodies[node.op_type] = onnx.parser.parse_function(_PACKED_ATTENTION.format(heads=own_heads))
+        if node.op_type == "GroupNormalization":
+            node.domain, node.op_type = "vqdeploy", "GroupNorm"
     functions = [bodies.get(function.name, function) for function in model.functions]
     del model.functions[:]
     model.functions.extend([*functions, onnx.parser.parse_function(_GROUP_NORM)])
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    for node in model.graph.node:
-        if node.op_type == "GroupNormalization":
-            node.domain, node.op_type = "vqdeploy", "GroupNorm"

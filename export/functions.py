@@ -84,6 +84,28 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
 }"""
 
 
+def _packed_attention(heads: int) -> str:
+    return f"""
+PackedAttention (qkv) => (attention)
+{{
+    first = Constant <value_ints = [0]> ()
+    split_shape = Constant <value_ints = [0, 0, 3, {heads}, -1]> ()
+    flat = Constant <value_ints = [0, 0, -1]> ()
+    split = Reshape (qkv, split_shape)
+    by_head = Transpose <perm = [2, 0, 3, 1, 4]> (split)
+    query_1, key_1, value_1 = Split <axis = 0, num_outputs = 3> (by_head)
+    query = Squeeze (query_1, first)
+    key = Squeeze (key_1, first)
+    value = Squeeze (value_1, first)
+    keys_transposed = Transpose <perm = [0, 1, 3, 2]> (key)
+    scores = MatMul (query, keys_transposed)
+    weights = Softmax <axis = -1> (scores)
+    heads_out = MatMul (weights, value)
+    merged = Transpose <perm = [0, 2, 1, 3]> (heads_out)
+    attention = Reshape (merged, flat)
+}}"""
+
+
 _SCORES = {
     "l2": """
     squares = Mul (table, table)
@@ -213,14 +235,19 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "VQNearest": _nearest,
     "VQResidual": _residual,
     "VQLookup": lambda: _LOOKUP,
+    "PackedAttention": _packed_attention,
     "CachedAttention": lambda: _CACHED_ATTENTION,
     "GumbelSample": lambda: _GUMBEL_SAMPLE,
 }
 
 
 def function(name: str, **attributes: Any) -> onnx.FunctionProto:
-    """The portable function of an operator: `VQNearest` with its `metric`, `VQResidual` with its `depth`, ..."""
+    """The portable function of an operator, made for those of its attributes that a body depends on."""
     return parse(_FUNCTIONS[name](**attributes))
+
+
+_VARYING = ("metric", "depth", "heads")
+"""Attributes that an ONNX function cannot branch on, so that its body is made for their values."""
 
 
 def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: Any) -> Callable:
@@ -254,6 +281,7 @@ def translations() -> dict[Callable, Callable]:
             "VQResidual", [("z", "T"), ("codebook", "T")], [("codes", _INT64), ("quantized", "T")], depth=int
         ),
         ops.lookup.default: _node("VQLookup", [("codes", _INT64), ("codebook", "T")], [("vectors", "T")]),
+        ops.packed_attention.default: _node("PackedAttention", [("qkv", "T")], [("attention", "T")], heads=int),
         ops.cached_attention.default: _node(
             "CachedAttention", [("qkv", "T"), *caches, ("position", _INT64)], [("attention", "T"), *caches]
         ),
@@ -265,7 +293,7 @@ def attach(model: onnx_ir.Model) -> None:
     """Puts the function of each `vqdeploy` node of a graph beside it."""
     nodes = {node.op_type: node for node in model.graph if node.domain == DOMAIN}
     for name, node in nodes.items():
-        attributes = {key: node.attributes[key].value for key in ("metric", "depth") if key in node.attributes}
+        attributes = {key: node.attributes[key].value for key in _VARYING if key in node.attributes}
         parsed = onnx_ir.serde.deserialize_function(function(name, **attributes))
         model.functions[parsed.identifier()] = parsed
     if nodes:

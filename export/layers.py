@@ -56,9 +56,7 @@ class InferenceBlock(nn.Module):
 
     def whole(self, x: Tensor) -> Tensor:
         """All entries [B, S, width] at once, each attending to all."""
-        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        attention = (query @ key.transpose(-1, -2)).softmax(-1) @ value
-        return self.finish(x, attention.transpose(1, 2).flatten(2))
+        return self.finish(x, torch.ops.vqdeploy.packed_attention(self.qkv(self.norm1(x)), self.heads))
 
     def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """One entry [B, 1, width] after those in the lists, whose keys and values it joins [B, H, 1, D]."""

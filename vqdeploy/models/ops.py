@@ -79,6 +79,26 @@ def _(codes: Tensor, codebook: Tensor) -> Tensor:
     return codebook.new_empty((codes.shape[0], codebook.shape[1]))
 
 
+@torch.library.custom_op("vqdeploy::packed_attention", mutates_args=())
+def packed_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention of all entries to all.
+
+    Args:
+        qkv: Queries (already scaled), keys and values side by side [B, S, 3 * H * D].
+        heads: Number of heads H.
+
+    Returns:
+        Attention output [B, S, H * D].
+    """
+    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0).transpose(1, 2).flatten(2)
+
+
+@packed_attention.register_fake
+def _(qkv: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
+
+
 @torch.library.custom_op("vqdeploy::cached_attention", mutates_args=())
 def cached_attention(
     qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor
