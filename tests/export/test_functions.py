@@ -406,6 +406,7 @@ FUNCTIONS = [
     function("VQResidual", depth=8),
     function("VQNearest", metric="l2"),
     function("VQNearest", metric="cosine"),
+    function("PackedAttention", heads=4),
     *(function(name) for name in ("VQLookup", "CachedAttention", "GumbelSample")),
 ]
 
