@@ -45,6 +45,16 @@ def test_what_is_saved_is_loaded(system, checkpoint_folder):
     assert checkpoint.digest(loaded) == checkpoint.digest(system)
 
 
+@pytest.mark.parametrize("name", ["movq_system", "adaptive_system"])
+def test_a_masked_system_is_saved_and_loaded(request, tmp_path, name):
+    """The adaptive prior ties two of its weights."""
+    system = request.getfixturevalue(name)
+    checkpoint.save(system, tmp_path / "a")
+    loaded = checkpoint.load(tmp_path / "a")
+    assert loaded.config == system.config
+    assert checkpoint.digest(loaded) == checkpoint.digest(system)
+
+
 def test_the_prior_uses_the_tokenizers_codebook(checkpoint_folder):
     loaded = checkpoint.load(checkpoint_folder)
     assert loaded.prior.codebook.data_ptr() == loaded.tokenizer.quantizer.codebook.data_ptr()

@@ -521,6 +521,29 @@ def test_which_codes_are_drawn_depends_on_seed_and_image_alone(movq_pipeline):
     assert (more | ~first).all()  # a larger share adds to a smaller one
 
 
+def test_completions_of_the_same_images_differ(movq_pipeline, images):
+    mask = np.zeros((2, SIDE, SIDE), bool)
+    mask[0, :8], mask[1, 3:9, 5:7] = True, True
+    options = WHOLE | {"seed": 1}
+    result = movq_pipeline.inpaint(images[:2], [0, 2], mask=mask, first_image=4, completions=3, **options)
+    unknown = movq_pipeline.unknown(2, mask=mask)
+    known = np.where(unknown, OPEN, movq_pipeline.encode(images[:2]))
+    codes, pictures = result.codes.reshape(3, 2, *GRID), result.images.reshape(3, 2, SIDE, SIDE, 3)
+    for completion in range(3):
+        expected = movq_pipeline.complete(known, [0, 2], first_image=4 + 2 * completion, **options).codes
+        np.testing.assert_array_equal(codes[completion], expected)
+        np.testing.assert_array_equal(pictures[completion][~mask], images[:2][~mask])
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert (codes[first] != codes[second])[unknown].mean() > 0.5
+
+
+def test_completions_share_the_codes_that_are_kept(movq_pipeline, images):
+    result = movq_pipeline.inpaint(images[:2], None, mask_ratio=0.5, completions=2, seed=1)
+    kept = ~movq_pipeline.unknown(2, mask_ratio=0.5, seed=1)
+    for codes in result.codes.reshape(2, 2, *GRID):
+        np.testing.assert_array_equal(codes[kept], movq_pipeline.encode(images[:2])[kept])
+
+
 # What is refused
 
 
@@ -625,6 +648,8 @@ def test_guidance_without_measure_leaves_no_room_for_the_noise(movq_pipeline, sc
         {"mask_ratio": 0.5, "seed": -1},
         {"mask_ratio": 0.5, "first_image": -1},
         {"mask_ratio": 0.5, "steps": 0},
+        {"mask_ratio": 0.5, "completions": 0},
+        {"mask_ratio": 0.5, "completions": 1.5},
     ],
 )
 def test_masks_that_do_not_fit(movq_pipeline, images, arguments):
