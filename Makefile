@@ -1,5 +1,5 @@
 # Both commands need Python 3.11 or newer and nothing else: packages go into .venv.
-#   make demo   export, build and run the tiny RQ-VAE, and verify it against PyTorch
+#   make demo   export, build and run the tiny RQ-VAE and the tiny MoVQ, and verify them against PyTorch
 #   make test   lint, type-check and test
 #   make clean  remove .venv and everything that was generated
 
@@ -21,9 +21,16 @@ demo: .venv/ready
 	cd demo && vqdeploy run --engine rqvae.plan
 	cd demo && vqdeploy run --engine rqvae.plan --task reconstruct --input ../examples/digits
 	cd demo && vqdeploy verify --engine rqvae.plan
+	cd demo && vqdeploy export --model movq --no-verify
+	cd demo && vqdeploy build movq-onnx
+	cd demo && vqdeploy run --engine movq.plan --film movq-film.gif
+	cd demo && vqdeploy run --engine movq.plan --task inpaint --input ../examples/digits --mask-ratio 0.95 --num-images 2
+	cd demo && vqdeploy verify --engine movq.plan
 	@echo
 	@echo "Generated digits, one row a class:        demo/rqvae-generate.png"
-	@echo "Real digits, above their decoded codes: demo/rqvae-reconstruct.png"
+	@echo "Real digits, above their decoded codes:   demo/rqvae-reconstruct.png"
+	@echo "Digits of MoVQ, in eight steps each:      demo/movq-generate.png, demo/movq-film.gif"
+	@echo "Digits from 5 % of their codes:           demo/movq-inpaint.png"
 
 # mypy finds packages by folder. The links give it the import paths: vqdeploy.export is export/, and so on.
 test: .venv/ready

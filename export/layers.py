@@ -108,11 +108,12 @@ class Modulation(nn.Module):
     def __init__(self, norm: SpatialNorm):
         super().__init__()
         self.groups, self.eps = norm.norm_layer.num_groups, norm.norm_layer.eps
-        scale, shift = norm.norm_layer.weight, norm.norm_layer.bias
-        weight_y, bias_y = norm.conv_y.weight, norm.conv_y.bias
-        weight_b = shift[:, None, None, None] * weight_y + norm.conv_b.weight
-        self.weight = nn.Parameter(torch.cat([scale[:, None, None, None] * weight_y, weight_b]).detach())
-        self.bias = nn.Parameter(torch.cat([scale * bias_y, shift * bias_y + norm.conv_b.bias]).detach())
+        (scale, shift), (weight_y, bias_y), (weight_b, bias_b) = (
+            layer.parameters() for layer in (norm.norm_layer, norm.conv_y, norm.conv_b)
+        )
+        weights = scale[:, None, None, None] * weight_y, shift[:, None, None, None] * weight_y + weight_b
+        self.weight = nn.Parameter(torch.cat(weights).detach())
+        self.bias = nn.Parameter(torch.cat([scale * bias_y, shift * bias_y + bias_b]).detach())
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         rows, times = condition.shape[-2], x.shape[-1] // condition.shape[-1]

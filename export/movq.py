@@ -48,7 +48,8 @@ class AdaptiveLogits(nn.Module):
     def __init__(self, prior: AdaptiveMaskGIT):
         super().__init__()
         self.prior = copy.deepcopy(prior)
-        for block in self.prior.transformer.layers:
+        layers: Any = self.prior.transformer.layers
+        for block in layers:
             block.attn.attend = attend_to_all
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
     names: dict[str, str] = {}  # digest -> name
     weights: dict[str, np.ndarray] = {}
     for stage, model in graphs.items():
-        for value in model.graph.initializers.values():
+        for value in _initializers(model):
             array = value.const_value.numpy()
             if not array.flags.c_contiguous:  # the exporter leaves transposed views, which cannot be hashed
                 value.const_value = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
@@ -115,9 +115,12 @@ def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
     return weights
 
 
+def _initializers(model: onnx_ir.Model) -> list[Any]:
+    return list(model.graph.initializers.values())  # by their type, all fields may be None
+
+
 def _large(model: onnx_ir.Model) -> list[Any]:
-    initializers: Iterable[Any] = model.graph.initializers.values()  # by their type, all fields may be None
-    return [value for value in initializers if value.const_value.nbytes >= _INLINE_BYTES]
+    return [value for value in _initializers(model) if value.const_value.nbytes >= _INLINE_BYTES]
 
 
 def _point_to_file(models: Iterable[onnx_ir.Model], file: Path) -> None:

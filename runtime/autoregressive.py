@@ -16,10 +16,12 @@ class AutoregressiveSampler:
     There is no label for no class, and what surrounds a mask does not stay as it is; compare `MaskedSampler`.
     """
 
+    options = ("temperature", "top_k", "top_p")
     no_label = None
     keeps_pixels = False
+    call_images = 2**31
 
-    def __init__(self, session: Any):
+    def __init__(self, session: Any, classes: int):
         self._session = session
         self._bindings: dict[int, tuple[dict[str, np.ndarray], Any]] = {}
         self.engine_seconds = 0.0

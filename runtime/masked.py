@@ -3,6 +3,7 @@
 Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), section 3.2 and its public code.
 """
 
+import math
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.request import Callback, Request, buffers_of_options
 from vqdeploy.runtime.schedules import halton_order, masked_counts
 
+_CALL_LOGITS = 2**23  # in one call; more images at once are no faster on a CPU and need more memory
 _BY_ORDER = 1e6  # choice temperature beside which a log-probability counts for nothing
 _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
 
@@ -19,14 +21,18 @@ _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay 
 class MaskedSampler:
     """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused.
 
-    `no_label` is the label that stands for no class, `keeps_pixels` whether what surrounds a mask can stay as it is.
+    `options` names its sampling options, `no_label` is the label that stands for no class, `call_images` the number of
+    images that one call may take, and `keeps_pixels` tells whether what surrounds a mask can stay as it is.
     """
 
+    options = ("temperature", "top_k", "top_p", "steps", "schedule", "guidance_scale", "choice_temperature")
     keeps_pixels = True
 
-    def __init__(self, session: Any, no_label: int):
+    def __init__(self, session: Any, classes: int):
         self._session = session
-        self.no_label = no_label
+        self.no_label = classes
+        logits = next(info for info in session.stage.inputs if info.name == "noise")
+        self.call_images = max(1, _CALL_LOGITS // math.prod(logits.shape[1:]))
         self._bindings: dict[tuple[int, int], Any] = {}
         self.engine_seconds = 0.0
 
@@ -36,31 +42,24 @@ class MaskedSampler:
         `engine_seconds` then tells how much of the time the engine took.
         """
         self.engine_seconds = 0.0
-        options, batch = request.options, len(request.known)
+        batch, steps, schedule = len(request.known), request.options["steps"], request.options["schedule"]
         unknown = (request.known < 0).reshape(batch, -1).sum(1)
         if not unknown.any():
             return request.known
         binding = self._binding(request)
         inputs, size = binding.inputs, binding.inputs["noise"].shape[-1]
-        steps, schedule = options["steps"], options["schedule"]
         counts = np.stack([masked_counts(schedule, int(n), steps) for n in unknown], 1)  # [T, B]
         inputs["codes"][:] = inputs["given"][:] = np.where(request.known < 0, size, request.known)
-        by_order = schedule == "halton"
-        if by_order:
-            inputs["choice_noise"][:] = _later_less(request.known.shape)
         for step in range(steps):
             gumbel(request.seed, request.images, 2 * step, inputs["noise"])
-            if not by_order:
-                gumbel(request.seed, request.images, 2 * step + 1, inputs["choice_noise"])
-            annealed = options["choice_temperature"] * (1 - (step + 1) / steps)
-            inputs["choice_temperature"][:] = _BY_ORDER if by_order else annealed
+            _write_choice(inputs, request, step)
             inputs["masked"][:] = counts[step]
             start = time.perf_counter()
             binding.run()
             self.engine_seconds += time.perf_counter() - start
             drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
             inputs["codes"][:] = remaining
-            if not by_order:  # by order, codes found earlier are drawn again
+            if schedule != "halton":  # by order, codes found earlier are drawn again
                 inputs["given"][:] = remaining
             if callback:
                 open_codes = (remaining == size) & (step + 1 < steps)
@@ -92,6 +91,17 @@ class MaskedSampler:
         gumbel(seed, images, _MASK_DRAW, noise)
         ranks = noise.reshape(len(images), -1).argsort(1).argsort(1)
         return (ranks < round(ratio * ranks.shape[1])).reshape(noise.shape)
+
+
+def _write_choice(inputs: dict[str, np.ndarray], request: Request, step: int) -> None:
+    """What is added to the confidence: noise that fades out, or the order."""
+    if request.options["schedule"] == "halton":
+        inputs["choice_noise"][:] = _later_less(request.known.shape)
+        inputs["choice_temperature"][:] = _BY_ORDER
+    else:
+        gumbel(request.seed, request.images, 2 * step + 1, inputs["choice_noise"])
+        remaining = 1 - (step + 1) / request.options["steps"]
+        inputs["choice_temperature"][:] = request.options["choice_temperature"] * remaining
 
 
 def _later_less(shape: tuple[int, ...]) -> np.ndarray:

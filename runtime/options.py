@@ -1,6 +1,5 @@
 """Sampling options: as users give them, and as the graphs take them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,24 +9,18 @@ from vqdeploy.runtime.schedules import SCHEDULES
 
 _COLDEST, _HOTTEST = 1e-20, 1e20  # temperatures beyond which quotients of logits leave fp32
 
-PerDepth = float | Sequence[float]
-"""One value for all depths, or one for each."""
+_STRONGEST = 1e6  # far from where confidence in known codes or fp32 ends
 
-
-_COMMON = ("temperature", "top_k", "top_p")
-_MASKED = (*_COMMON, "steps", "schedule", "guidance_scale", "choice_temperature")
-OF_SYSTEMS = {"rqvae": _COMMON, "movq": _MASKED}
-"""Names of the sampling options that each system has."""
+_PER_DEPTH, _WHOLE = ("temperature", "top_k", "top_p"), ("top_k", "steps")
 
 _LIMITS = {
     "temperature": (0, np.inf),
     "top_k": (0, np.inf),
     "top_p": (0, 1),
     "steps": (1, 10_000),
-    "guidance_scale": (0, np.inf),
-    "choice_temperature": (0, np.inf),
+    "guidance_scale": (0, _STRONGEST),
+    "choice_temperature": (0, _STRONGEST),
 }
-_WHOLE = ("top_k", "steps")
 
 
 def choose(given: dict[str, Any], defaults: dict[str, Any], depth: int, codebook_size: int) -> dict[str, Any]:
@@ -60,14 +53,16 @@ def _check(name: str, value: Any, depth: int, codebook_size: int) -> Any:
         values = np.atleast_1d(np.asarray(value, float))
     except (TypeError, ValueError, OverflowError) as error:
         raise VqdeployError(f"{name} is malformed", expected="a number", found=value) from error
-    if values.shape not in ((1,), (depth if name in _COMMON else 1,)):
-        expected = f"one value or {depth}" if name in _COMMON else "one value"
+    if values.shape not in ((1,), (depth if name in _PER_DEPTH else 1,)):
+        expected = f"one value or {depth}" if name in _PER_DEPTH else "one value"
         raise VqdeployError(f"{name} has the wrong number of values", expected=expected, found=values.size)
     if not np.all((values >= low) & (values <= high) & np.isfinite(values)):
         raise VqdeployError(f"{name} is out of range", expected=f"{low}..{high}", found=value)
     if name in _WHOLE and np.any(values % 1):
         raise VqdeployError(f"{name} is malformed", expected="whole numbers", found=value)
-    return np.asarray(value).tolist()
+    if name in _PER_DEPTH:
+        return np.asarray(value).tolist()
+    return int(values[0]) if name in _WHOLE else float(values[0])
 
 
 def for_graph(chosen: dict[str, Any], depth: int, codebook_size: int) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from vqdeploy.runtime.request import Callback, Request
 
 log = logging.getLogger("vqdeploy")
 
+_SAMPLERS: dict[str, Any] = {"rqvae": AutoregressiveSampler, "movq": MaskedSampler}
 _CALL_PIXELS = 256 * 256
 _LARGEST = 2**62  # seed and image index, which key the noise
 
@@ -84,13 +85,9 @@ class Pipeline:
         }
         if not self._configured():
             raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy build PACKAGE")
-        self._sampler: Any = self._make_sampler() if "step" in self._sessions else None
-
-    def _make_sampler(self) -> Any:
-        session = self._sessions["step"]
-        if self.manifest.system == "movq":
-            return MaskedSampler(session, no_label=self._config["prior"]["classes"])
-        return AutoregressiveSampler(session)
+        self._sampler: Any = None
+        if "step" in self._sessions:
+            self._sampler = _SAMPLERS[self.manifest.system](self._sessions["step"], self._config["prior"]["classes"])
 
     def _configured(self) -> bool:
         """Whether the manifest holds what this class reads of it."""
@@ -101,8 +98,7 @@ class Pipeline:
             texts = list(config["labels"])
             if not {"encode", "decode"} <= set(self._sessions):
                 return False
-            names = options.OF_SYSTEMS[self.manifest.system]
-            options.choose({}, {name: config["sampling"][name] for name in names}, self.grid[-1], counts[0])
+            self.options()
             return (
                 1 <= self._batch.min <= self._batch.opt <= self._batch.max
                 and all(isinstance(count, int) and count > 0 for count in counts)
@@ -255,13 +251,16 @@ class Pipeline:
         Raises:
             VqdeployError: An argument is out of range or missing.
         """
-        _check_whole("completions", completions, lowest=1)
+        if completions < 1:
+            raise VqdeployError("the number of completions is out of range", expected="1 or more", found=completions)
         images = np.asarray(images)
         codes = self.encode(images)
         unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)
         known = np.tile(np.where(unknown, -1, codes), (completions, 1, 1, 1))
-        labels = [0] * len(images) if labels is None and self.classes == 1 else labels
-        labels = None if labels is None else np.tile(labels, completions)
+        if labels is None and self.classes == 1:
+            labels = [0] * len(images)
+        if labels is not None:
+            labels = np.tile(labels, completions).tolist()
         output = self.complete(known, labels, seed=seed, first_image=first_image, **options)
         if mask is not None and self._sampler.keeps_pixels:
             drawn = output.images.reshape(completions, *images.shape)
@@ -284,7 +283,7 @@ class Pipeline:
         """
         if (mask is None) == (mask_ratio is None):
             raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
-        _check_whole("seed", seed), _check_whole("first_image", first_image)
+        _check_whole(seed=seed, first_image=first_image)
         self.classes  # noqa: B018  (there is a prior)
         if mask_ratio is not None:
             if not 0 <= mask_ratio <= 1:
@@ -351,8 +350,7 @@ class Pipeline:
         Raises:
             VqdeployError: An option is malformed or out of range, or the system does not have it.
         """
-        names = options.OF_SYSTEMS[self.manifest.system]
-        defaults = {name: self._config["sampling"][name] for name in names}
+        defaults = {name: self._config["sampling"][name] for name in _SAMPLERS[self.manifest.system].options}
         return options.choose(given, defaults, self.grid[-1], self.codebook_size)
 
     def sample(
@@ -367,10 +365,10 @@ class Pipeline:
         """The codes of `complete`, and the seconds that the engine took of it; `chosen` comes from `options`."""
         classes = self._check_labels(labels, len(known))
         known = self._check_codes(known, lowest=-1)
-        _check_whole("seed", seed), _check_whole("first_image", first_image)
+        _check_whole(seed=seed, first_image=first_image)
         chosen = chosen or self.options()
         codes, engine = [], 0.0
-        for part in self._batches(len(known), self._batch.max):
+        for part in self._batches(len(known), min(self._batch.max, self._sampler.call_images)):
             images = first_image + np.arange(len(known))[part]
             codes.append(self._sampler(Request(known[part], classes[part], images, seed, chosen), callback))
             engine += self._sampler.engine_seconds
@@ -416,7 +414,8 @@ class Pipeline:
         return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _check_whole(name: str, value: Any, lowest: int = 0) -> None:
-    if not isinstance(value, int | np.integer) or not lowest <= value <= _LARGEST:
-        expected = f"a whole number in {lowest}..{_LARGEST}"
-        raise VqdeployError(f"{name} is out of range", expected=expected, found=value)
+def _check_whole(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
+            expected = f"a whole number in 0..{_LARGEST}"
+            raise VqdeployError(f"{name} is out of range", expected=expected, found=value)

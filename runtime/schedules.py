@@ -1,16 +1,18 @@
 """Which codes a parallel decoder settles, and when: mask counts and the Halton order."""
 
+import math
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 
-_SHARES = {
-    "cosine": lambda r, n: np.cos(np.pi / 2 * r),
+_SHARES: dict[str, Callable[[float, int], float]] = {
+    "cosine": lambda r, n: math.cos(math.pi / 2 * r),
     "linear": lambda r, n: 1 - r,
     "square": lambda r, n: 1 - r**2,
     "cubic": lambda r, n: 1 - r**3,
-    "exp": lambda r, n: 1 - 2 ** (-np.log2(n) * (1 - r)),
-    "log": lambda r, n: -np.log2(r) / np.log2(n),
+    "exp": lambda r, n: 1 - 2 ** (-math.log2(n) * (1 - r)),
+    "log": lambda r, n: -math.log2(r) / math.log2(n),
 }
 """Share of n codes that stays masked after a share r of the steps, as in google-research/maskgit."""
 
@@ -29,29 +31,31 @@ def masked_counts(schedule: str, unknown: int, steps: int) -> np.ndarray:
         unknown: Number of codes to find, N.
         steps: Number of steps, T, at least 1.
     """
-    r = np.arange(1, steps + 1) / steps
     if unknown == 0:
         return np.zeros(steps, np.int64)
-    if schedule in _SHARES:
-        shares = np.clip(_SHARES[schedule](r, max(unknown, 2)), 1e-6, 1)
-        wanted = np.floor(unknown * shares)
-    elif schedule == "arccos":
-        wanted = unknown - np.cumsum(_arccos_gains(unknown, steps))
-    else:
-        wanted = unknown - np.maximum(np.arange(1, steps + 1), (unknown * (1 - np.arccos(r) / (np.pi / 2))).astype(int))
-    counts, left = np.empty(steps, np.int64), unknown
-    for step in range(steps):
-        counts[step] = left = max(1, min(left - 1, int(wanted[step])))
-    return counts
+    counts, left = [], unknown
+    for wanted in _wanted(schedule, unknown, steps):
+        left = max(1, min(left - 1, wanted))
+        counts.append(left)
+    return np.array(counts)
 
 
-def _arccos_gains(unknown: int, steps: int) -> np.ndarray:
+def _wanted(schedule: str, unknown: int, steps: int) -> list[int]:
+    # In Python's own arithmetic: numpy's differs in the last bit from one processor to the next.
+    shares = [step / steps for step in range(1, steps + 1)]
+    if schedule == "arccos":
+        return (unknown - np.cumsum(_arccos_gains(unknown, steps))).tolist()
+    if schedule == "halton":
+        return [unknown - int((1 - math.acos(r) / (math.pi / 2)) * unknown) for r in shares]
+    share = _SHARES[schedule]
+    return [math.floor(unknown * min(max(share(r, max(unknown, 2)), 1e-6), 1)) for r in shares]
+
+
+def _arccos_gains(unknown: int, steps: int) -> list[int]:
     """Codes that each step settles: the arc cosine of a falling line, scaled to their number and rounded."""
-    if steps == 1:
-        return np.array([unknown])
-    values = np.arccos(np.linspace(1, 0, steps))
-    gains = np.maximum(np.round(values / values.sum() * unknown), 1)
-    gains[-1] += unknown - gains.sum()
+    values = [math.acos(1 - step / (steps - 1)) for step in range(steps)] if steps > 1 else [1.0]
+    gains = [max(round(value / sum(values) * unknown), 1) for value in values]
+    gains[-1] += unknown - sum(gains)
     return gains
 
 
@@ -62,15 +66,14 @@ def halton_order(height: int, width: int) -> np.ndarray:
     index = 0
     while len(order) < height * width:
         index += 1
-        order.setdefault(int(_radical(index, 2) * height) * width + int(_radical(index, 3) * width))
+        order.setdefault(_cell(index, 2, height) * width + _cell(index, 3, width))
     return np.array(list(order))
 
 
-def _radical(index: int, base: int) -> float:
-    """Digits of the index in this base, mirrored behind the point."""
-    value, digit = 0.0, 1.0
+def _cell(index: int, base: int, size: int) -> int:
+    """The cell, of `size`, of a member of the van der Corput sequence: its digits mirrored at the point."""
+    numerator, denominator = 0, 1
     while index:
-        digit /= base
-        value += digit * (index % base)
-        index //= base
-    return value
+        index, digit = divmod(index, base)
+        numerator, denominator = numerator * base + digit, denominator * base
+    return numerator * size // denominator

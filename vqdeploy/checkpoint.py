@@ -32,9 +32,8 @@ def save(
     """
     with replacing_folder(Path(folder), FILES) as new:
         write_json(new / "config.json", system.config.to_dict())
-        save_file(
-            {k: w.to(dtype or w.dtype).contiguous() for k, w in system.state_dict().items()}, new / "model.safetensors"
-        )
+        weights = system.state_dict().items()  # copied, because safetensors takes no tied ones
+        save_file({k: w.to(dtype or w.dtype, copy=True).contiguous() for k, w in weights}, new / "model.safetensors")
         if training is not None:
             write_json(new / "training.json", training)
 

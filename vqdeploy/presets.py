@@ -112,7 +112,7 @@ _MOVQ = [
         "tiny",
         MoVQConfig(_TINY_CONV, codebook_size=128, code_dim=32),
         MaskGITConfig((8, 8, 4), 128, width=128, layers=6, heads=4, classes=10),
-        MaskedSampling(steps=8),
+        MaskedSampling(steps=8, guidance_scale=2.0),
         labels=tuple("0123456789"),
     ),
     _movq("bench", MoVQConfig(), MaskGITConfig()),

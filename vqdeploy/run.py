@@ -67,19 +67,19 @@ def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     labels = [pipeline.label(name) for name in names for _ in range(columns)]
     result = pipeline.generate(labels, **job.options)
     note = {"options": result.options, "timings": result.timings}
-    if job.film:
-        note["film"] = str(job.film)
-        _film(pipeline, labels[0], job)
-    return _write(output, pipeline, result.images, columns, note)
+    written = _write(output, pipeline, result.images, columns, note)
+    if job.film is None:
+        return written
+    write_frames(job.film, _frames(pipeline, labels[0], job.options))
+    return {**written, "film": str(job.film)}
 
 
-def _film(pipeline: Pipeline, label: int, job: Job) -> None:
+def _frames(pipeline: Pipeline, label: int, options: dict[str, Any]) -> np.ndarray:
     """The first image once more, step by step, under a veil where it is not settled."""
     seen: list[np.ndarray] = []
-    pipeline.generate([label], callback=lambda step, total, codes: seen.append(codes.copy()), **job.options)
+    pipeline.generate([label], callback=lambda step, total, codes: seen.append(codes.copy()), **options)
     codes = np.concatenate(seen)
-    frames = veil(pipeline.decode(np.where(codes < 0, -1 - codes, codes)), codes < 0, opacity=_FILM_VEIL)
-    write_frames(job.film, frames)
+    return veil(pipeline.decode(np.where(codes < 0, -1 - codes, codes)), codes < 0, opacity=_FILM_VEIL)
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     labels = [pipeline.label(name) for name in job.labels]
     if len(labels) == 1:
         labels *= len(images)
-    place = {"mask": mask, "mask_ratio": ratio}
+    place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
     result = pipeline.inpaint(images, labels or None, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
     masked = veil(images, unknown) if mask is None else np.where(mask[..., None], GREY, images)

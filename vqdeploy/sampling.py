@@ -31,18 +31,21 @@ def _generate_masked(
     prior: Any, config: MaskGITConfig, sampling: MaskedSampling, labels: Tensor, noise: Noise, options: list[Tensor]
 ) -> Tensor:
     shape, device = (len(labels), *config.grid), labels.device
+    temperature, top_k, top_p = options
     codes = drawn = torch.full(shape, config.codebook_size, device=device)
     total = codes[0].numel()
     for step, masked in enumerate(masked_counts(sampling.schedule, total, sampling.steps)):
         heat = sampling.choice_temperature * (1 - (step + 1) / sampling.steps)
         drawn, codes = unmask(
             guided_logits(prior, codes, labels, sampling.guidance_scale),
-            codes,
-            noise(2 * step, (*shape, config.codebook_size)).to(device),
-            noise(2 * step + 1, shape).to(device),
-            torch.full((len(labels),), int(masked), device=device),
-            *options,
-            torch.full((len(labels),), heat, device=device),
+            given=codes,
+            noise=noise(2 * step, (*shape, config.codebook_size)).to(device),
+            choice_noise=noise(2 * step + 1, shape).to(device),
+            masked=torch.full((len(labels),), int(masked), device=device),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            choice_temperature=torch.full((len(labels),), heat, device=device),
         )
     return drawn
 

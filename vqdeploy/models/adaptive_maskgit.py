@@ -4,6 +4,8 @@ Besnier et al., "Halton Scheduler for Masked Generative Image Transformer" (ICLR
 valeoai/Halton-MaskGIT. Parameter names follow it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,8 +65,8 @@ class Block(nn.Module):
         self.ln2 = nn.RMSNorm(width, eps=_EPSILON)
         self.ff = FeedForward(width)
         self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.mlp[1].weight)
-        nn.init.zeros_(self.mlp[1].bias)
+        for parameter in self.mlp.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.mlp(condition).chunk(6, 1)
@@ -74,6 +76,8 @@ class Block(nn.Module):
 
 class Layers(nn.Module):
     """A stack of blocks."""
+
+    layers: Any  # list of Block
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()

@@ -30,6 +30,17 @@ def at_most(stage: str, metric: str, value: float, limit: float) -> Check:
     return Check(stage, metric, float(value), float(limit), bool(value <= limit))
 
 
+def compare_logits(name: str, logits: Tensor, expected: Tensor) -> list[Check]:
+    """Checks of a step's logits [..., K] against the reference's."""
+    difference, limit = (logits - expected).abs(), float(LOGITS * expected.abs().max())
+    differing = (logits.argmax(-1) != expected.argmax(-1)).float().mean()
+    return [
+        at_most("step", f"{name}: largest difference of logits", float(difference.max()), limit),
+        at_most("step", f"{name}: mean difference of logits", float(difference.mean()), limit / 10),
+        at_most("step", f"{name}: share of likeliest codes that differ", float(differing), 0.01),
+    ]
+
+
 def judge(
     logits: Tensor, noise: Tensor, drawn: Tensor, options: dict[str, Any], tolerance: float
 ) -> tuple[Tensor, Tensor]:

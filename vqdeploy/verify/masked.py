@@ -13,7 +13,7 @@ from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.schedules import halton_order, masked_counts
 from vqdeploy.sampling import guided_logits
-from vqdeploy.verify.checks import IMAGES, LOGITS, SEED, Check, at_most, judge
+from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge
 
 _SCALE = 3.0  # of guidance
 _STEPS = 6
@@ -29,13 +29,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     for name, scale in (("one label", 1.0), ("guidance", _SCALE)):
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
-        difference, limit = (logits - expected).abs(), LOGITS * expected.abs().max()
-        differing = (logits.argmax(-1) != expected.argmax(-1)).float().mean()
-        checks += [
-            at_most("step", f"{name}: largest difference of logits", difference.max(), limit),
-            at_most("step", f"{name}: mean difference of logits", difference.mean(), limit / 10),
-            at_most("step", f"{name}: share of likeliest codes that differ", differing, 0.01),
-        ]
+        checks += compare_logits(name, logits, expected)
     return checks
 
 
