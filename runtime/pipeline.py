@@ -251,8 +251,7 @@ class Pipeline:
         Raises:
             VqdeployError: An argument is out of range or missing.
         """
-        if completions < 1:
-            raise VqdeployError("the number of completions is out of range", expected="1 or more", found=completions)
+        _check_whole(completions=completions, seed=seed, first_image=first_image)
         images = np.asarray(images)
         codes = self.encode(images)
         unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)

@@ -389,14 +389,14 @@ def test_a_missing_package_is_named(monkeypatch):
 # The shipped weights
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return SHIPPED / "rqvae" / "tiny"
+@pytest.fixture(scope="module", params=["rqvae", "movq"])
+def shipped(request):
+    return SHIPPED / request.param / "tiny"
 
 
 def test_shipped_weights_are_small_and_reach_the_limits(shipped):
     assert {path.name for path in shipped.iterdir()} == {"config.json", "model.safetensors", "training.json"}
-    assert (shipped / "model.safetensors").stat().st_size <= 3_000_000
+    assert (shipped / "model.safetensors").stat().st_size <= 3_500_000
     training = json.loads((shipped / "training.json").read_text())
     metrics = training["metrics"]
     assert metrics["reconstruction_psnr"] >= 24
@@ -408,7 +408,8 @@ def test_shipped_weights_are_small_and_reach_the_limits(shipped):
 
 
 def test_shipped_weights_measured_again(shipped):
-    system = checkpoint.default("rqvae")
+    system = load(shipped)
+    assert system.config == preset(shipped.parent.name, "tiny")
     images, _ = images_of(open_data("digits", 32).held_out)
     reconstructions, _ = reconstruct(system.tokenizer, images)
     measured = psnr(reconstructions, images)
