@@ -14,6 +14,7 @@ from PIL import Image
 
 from vqdeploy import cli
 from vqdeploy.runtime import load
+from vqdeploy.runtime.images import veil
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
 
@@ -218,6 +219,41 @@ def test_a_mask_of_its_own(vqdeploy, plan, picture, pipeline, tmp_path):
     np.testing.assert_array_equal(sheet[:16], np.where(mask[..., None] > 127, 128, original[0]))
 
 
+def test_a_masked_prior_completes_one_image_several_times(vqdeploy, movq_plan, movq_pipeline, picture, tmp_path):
+    arguments = ["--task", "inpaint", "--input", picture, "--mask-ratio", 0.9, "--steps", 3, "--num-images", 2]
+    assert vqdeploy("run", "--engine", movq_plan, *arguments, "--seed", 4, "-o", "i.png")[0] == 0
+    rows = np.asarray(Image.open(tmp_path / "i.png")).reshape(-1, 16, 3)
+    masked, first, second, original = (rows[i * 18 : i * 18 + 16] for i in range(4))
+    expected = movq_pipeline.inpaint(original[None], mask_ratio=0.9, steps=3, completions=2, seed=4).images
+    np.testing.assert_array_equal([first, second], expected)
+    unknown = movq_pipeline.unknown(1, mask_ratio=0.9, seed=4)
+    np.testing.assert_array_equal(masked, veil(original[None], unknown)[0])
+
+
+@pytest.mark.parametrize("name", ["steps.png", "steps.gif"])
+def test_a_film_shows_every_step_of_the_first_image(vqdeploy, movq_plan, movq_pipeline, name, tmp_path):
+    options = {"seed": 2, "steps": 5, "guidance_scale": 1.5}
+    arguments = ["--label", "dog", "--steps", 5, "--seed", 2, "--guidance-scale", 1.5, "--film", name]
+    assert vqdeploy("run", "--engine", movq_plan, *arguments)[0] == 0
+    last = movq_pipeline.generate([1], **options).images[0]
+    with Image.open(tmp_path / name) as film:
+        if name.endswith("gif"):
+            assert film.n_frames == 5
+            film.seek(4)
+            shown = np.asarray(film.convert("RGB"))
+            assert np.abs(shown.astype(int) - last).mean() < 12  # a palette of 256 colours
+        else:
+            assert film.size == (5 * 18 - 2, 16)
+            np.testing.assert_array_equal(np.asarray(film)[:, -16:], last)
+
+
+def test_a_film_of_an_autoregressive_prior(vqdeploy, plan, tmp_path):
+    assert vqdeploy("run", "--engine", plan, "--label", "dog", "--num-images", 1, "--film", "f.png")[0] == 0
+    sheet, film = (np.asarray(Image.open(tmp_path / name)) for name in ("rqvae-generate.png", "f.png"))
+    np.testing.assert_array_equal(film[:, -16:], sheet)
+    assert film.shape == (16, 16 * 18 - 2, 3)
+
+
 # What is refused, in one sentence
 
 
@@ -252,6 +288,8 @@ def refused(result, code, *words):
         (["--task", "inpaint", "--input", "in.png"], ["needs labels"]),
         (["--task", "inpaint", "--input", "in.png", "--label", "cat", "--mask", "none.png"], ["none.png"]),
         (["--task", "reconstruct", "--input", "in.png", "--depth", "5"], ["no such depth", "1..4"]),
+        (["--steps", "3"], ["this system has no option steps", "temperature, top_k, top_p"]),
+        (["--task", "reconstruct", "--input", "in.png", "--film", "f.gif"], ["only a generation", "reconstruct"]),
         (["-o", "in.png/out.png"], ["in.png/out.png cannot be written", "-o"]),
         (["-o", "."], ["cannot be written"]),
     ],
@@ -259,6 +297,23 @@ def refused(result, code, *words):
 def test_wrong_requests(vqdeploy, plan, picture, tmp_path, arguments, words):
     refused(vqdeploy("run", "--engine", plan, *arguments), 2, *words)
     assert names(tmp_path) == ["in.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], ["steps is out of range", "1..10000"]),
+        (["--schedule", "sine"], ["no such schedule", "cosine", "sine"]),
+        (["--guidance-scale", "nan"], ["guidance_scale is out of range"]),
+        (["--choice-temperature", "-1"], ["choice_temperature is out of range"]),
+        (["--task", "decode", "--input", "codes.npz", "--depth", "2"], ["no depths to leave out"]),
+        (["--task", "inpaint", "--input", "in.png", "--mask-ratio", "2"], ["mask ratio is out of range"]),
+    ],
+)
+def test_wrong_requests_to_a_masked_prior(vqdeploy, movq_plan, picture, tmp_path, arguments, words):
+    np.savez(tmp_path / "codes.npz", codes=np.zeros((1, 4, 4, 4), int))
+    refused(vqdeploy("run", "--engine", movq_plan, *arguments), 2, *words)
+    assert names(tmp_path) == ["codes.npz", "in.png"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Subset
 
-from vqdeploy import checkpoint
 from vqdeploy.checkpoint import SHIPPED, load
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models import create
@@ -57,9 +56,11 @@ def folder(tmp_path):
 # Runs from end to end
 
 
-def test_digits(tmp_path, small):
-    report = train(data="digits", output=tmp_path / "out", **SHORT)
+@pytest.mark.parametrize("model", ["rqvae", "movq"])
+def test_digits(tmp_path, small, model):
+    report = train(model, data="digits", output=tmp_path / "out", **SHORT)
     system = load(tmp_path / "out")
+    assert system.config == preset(model, "tiny")
     assert system.config.labels == tuple("0123456789")
     assert json.loads((tmp_path / "out" / "training.json").read_text()) == report
     assert report["recipe"]["steps"] == 3
@@ -67,7 +68,7 @@ def test_digits(tmp_path, small):
     images, _ = images_of(small("digits", 32).held_out)
     reconstructions, codes = reconstruct(system.tokenizer, images)
     assert report["metrics"]["reconstruction_psnr"] == pytest.approx(psnr(reconstructions, images), abs=1e-3)
-    assert report["metrics"]["usage"] == codebook_use(codes, 256)["usage"]
+    assert report["metrics"]["usage"] == codebook_use(codes, system.config.tokenizer.codebook_size)["usage"]
     assert Image.open(tmp_path / "out" / "samples.png").size == (2 * 34 - 2, 10 * 34 - 2)
     assert Image.open(tmp_path / "out" / "reconstructions.png").size == (10 * 34 - 2, 2 * 34 - 2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
