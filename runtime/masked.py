@@ -13,7 +13,7 @@ from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.request import Callback, Request, buffers_of_options
 from vqdeploy.runtime.schedules import halton_order, masked_counts
 
-_CALL_LOGITS = 2**23  # in one call; more images at once are no faster on a CPU and need more memory
+_CALL_LOGITS = 2**20  # in one call; more images at once are no faster on a CPU and need more memory
 _BY_ORDER = 1e6  # choice temperature beside which a log-probability counts for nothing
 _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
 
