@@ -26,6 +26,7 @@ class Recipe(Config):
     soft_temperature: float = 0.5
     label_smoothing: float = 0.1
     label_dropout: float = 0.1
+    logit_laplace_weight: float = 0.0
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
     stored_dtype: str = "float32"
@@ -49,6 +50,8 @@ _TINY = Recipe(
 _RECIPES = {
     ("rqvae", "tiny"): _TINY,
     ("movq", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=1e-3),
+    ("vitvqgan", "tiny"): dataclasses.replace(_TINY, steps=2000, learning_rate=1e-3, prior_learning_rate=1e-3),
+    ("vqgan", "tiny"): dataclasses.replace(_TINY, prior_learning_rate=1e-3),
 }
 
 

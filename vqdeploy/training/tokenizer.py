@@ -19,6 +19,15 @@ from vqdeploy.training.stage import schedule
 logger = logging.getLogger("vqdeploy")
 
 
+def logit_laplace(reconstruction: Tensor, x: Tensor, margin: float = 0.1) -> Tensor:
+    """Distance of the logits of pixels in 0..1, drawn in from the borders by the margin (DALL-E, appendix A.3).
+
+    The negative log-likelihood of a Laplace distribution of scale 1 in logit space, up to terms without a gradient.
+    """
+    logits = (torch.logit((1 - 2 * margin) * pixels + margin, eps=margin / 2) for pixels in (reconstruction, x))
+    return F.l1_loss(*logits)
+
+
 class TokenizerTraining(LightningModule):
     """Squared error and commitment, and where the recipe gives them a weight, a perceptual and an adversarial term.
 
@@ -49,6 +58,12 @@ class TokenizerTraining(LightningModule):
         error = F.mse_loss(reconstruction, x)
         self.log("mse", error, prog_bar=True)
         loss = error + self._perceptual(reconstruction, x)
+        if self.recipe.logit_laplace_weight:
+            pair = (
+                pixels / 2 + 0.5 if self.tokenizer.config.pixel_range[0] < 0 else pixels
+                for pixels in (reconstruction, x)
+            )
+            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(*pair)
         if self.discriminator:
             loss = loss + self._adversarial(self.discriminator(reconstruction), loss)
         self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)
