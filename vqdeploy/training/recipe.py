@@ -50,7 +50,7 @@ _TINY = Recipe(
 _RECIPES = {
     ("rqvae", "tiny"): _TINY,
     ("movq", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=1e-3),
-    ("vitvqgan", "tiny"): dataclasses.replace(_TINY, steps=2000, learning_rate=1e-3, prior_learning_rate=1e-3),
+    ("vitvqgan", "tiny"): dataclasses.replace(_TINY, steps=1000, learning_rate=1e-3, prior_learning_rate=1e-3),
     ("vqgan", "tiny"): dataclasses.replace(_TINY, prior_learning_rate=1e-3),
 }
 
