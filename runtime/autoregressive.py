@@ -7,7 +7,7 @@ import numpy as np
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, buffers_of_options
+from vqdeploy.runtime.request import Callback, Request, write_options
 
 
 class AutoregressiveSampler:
@@ -17,6 +17,7 @@ class AutoregressiveSampler:
     """
 
     options = ("temperature", "top_k", "top_p")
+    inputs = frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))
     no_label = None
     keeps_pixels = False
     call_images = 2**31
@@ -91,4 +92,4 @@ class AutoregressiveSampler:
 
 def _write_options(binding: Any, request: Request) -> None:
     binding.inputs["label"][:] = request.labels
-    buffers_of_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
+    write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])

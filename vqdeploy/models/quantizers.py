@@ -148,7 +148,9 @@ class MultichannelQuantizer(AveragedCodebook):
         return torch.cdist(vectors, table).square().view(*codes.shape, -1)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes vectors [..., D]; in training mode the codebook takes one step."""
+        """Quantizes vectors [..., D], by cosine their directions; in training mode the codebook takes one step."""
+        if self.metric == "cosine":
+            z = F.normalize(z.unflatten(-1, (self.groups, -1)), dim=-1).flatten(-2)
         codes, quantized = self.encode(z.detach())
         if self.training:
             self._update(z.detach().reshape(-1, self.codebook.shape[1]), codes.flatten())
