@@ -1,6 +1,7 @@
 """Parallel masked decoding, against a transcription of the public rules in plain numpy, and against itself."""
 
 import math
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -267,6 +268,12 @@ def test_defaults_come_from_the_checkpoint(request, names):
     assert {name: result.options[name] for name in sampling} == sampling
     expected = generate(system.prior, system.config, torch.tensor([0, 2]), noise)
     np.testing.assert_array_equal(result.codes, expected.numpy())
+
+    by_order = replace(system.config.sampling, schedule="halton", steps=5)
+    config = replace(system.config, sampling=by_order)
+    expected = generate(system.prior, config, torch.tensor([0, 2]), noise)
+    result = pipeline.generate([0, 2], seed=5, schedule="halton", steps=5)
+    np.testing.assert_array_equal(result.codes, expected)
 
 
 # Labels and guidance
