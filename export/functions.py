@@ -291,10 +291,13 @@ def translations() -> dict[Callable, Callable]:
 
 def attach(model: onnx_ir.Model) -> None:
     """Puts the function of each `vqdeploy` node of a graph beside it."""
-    nodes = {node.op_type: node for node in model.graph if node.domain == DOMAIN}
-    for name, node in nodes.items():
+    used: dict[str, dict[str, Any]] = {}
+    for node in (node for node in model.graph if node.domain == DOMAIN):
         attributes = {key: node.attributes[key].value for key in _VARYING if key in node.attributes}
+        if used.setdefault(node.op_type, attributes) != attributes:
+            raise ValueError(f"one graph uses {node.op_type} with {used[node.op_type]} and with {attributes}")
+    for name, attributes in used.items():
         parsed = onnx_ir.serde.deserialize_function(function(name, **attributes))
         model.functions[parsed.identifier()] = parsed
-    if nodes:
+    if used:
         model.graph.opset_imports[DOMAIN] = 1

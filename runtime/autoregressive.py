@@ -7,7 +7,7 @@ import numpy as np
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, buffers_of_options
+from vqdeploy.runtime.request import Callback, Request, write_options
 
 
 class AutoregressiveSampler:
@@ -17,6 +17,7 @@ class AutoregressiveSampler:
     """
 
     options: tuple[str, ...] = ("temperature", "top_k", "top_p")
+    inputs = frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))
     no_label: int | None = None
     keeps_pixels = False
     call_images = 2**31
@@ -40,7 +41,7 @@ class AutoregressiveSampler:
         if np.any((codes < 0) != unknown[..., None]):
             raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
         batch, positions = codes.shape[:2]
-        rows = 1 if request.options.get("guidance_scale", 1) == 1 else 2  # of the engine's batch, for each image
+        rows = 2 if self._guides(request) else 1  # of the engine's batch, for each image
         needed = np.flatnonzero(unknown.any(0))
         if needed.size == 0:
             return request.known
@@ -78,15 +79,19 @@ class AutoregressiveSampler:
         binding.run()
         self.engine_seconds += time.perf_counter() - start
 
+    def _guides(self, request: Request) -> bool:
+        without = request.options.get("guidance_scale", 1) == 1 or (request.labels == self.no_label).all()
+        return not without
+
     def _write_options(self, binding: Any, request: Request) -> None:
         batch = len(request.labels)
         binding.inputs["label"][:batch] = request.labels
         binding.inputs["label"][batch:] = self._classes
-        buffers_of_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
+        write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
         if "guidance" in binding.inputs:
             rows = np.arange(len(binding.inputs["label"]))
             binding.inputs["partner"][:] = np.where(rows < batch, (rows + batch) % len(rows), rows)
-            binding.inputs["guidance"][:] = request.options["guidance_scale"]
+            binding.inputs["guidance"][:] = request.options["guidance_scale"]  # of no effect on its own partner
 
     def unknown(self, cells: np.ndarray, depth: int) -> np.ndarray:
         """The codes to draw [B, h, w, Q], where the image is unknown at some positions [B, h, w].
@@ -109,6 +114,7 @@ class GuidedSampler(AutoregressiveSampler):
     """
 
     options = (*AutoregressiveSampler.options, "guidance_scale")
+    inputs = AutoregressiveSampler.inputs | {"partner", "guidance"}
 
     def __init__(self, session: Any, classes: int):
         super().__init__(session, classes)

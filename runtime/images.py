@@ -24,19 +24,36 @@ def read(path: Path, side: int | None = None) -> np.ndarray:
         VqdeployError: The file does not exist.
         ArtifactError: It is not an image.
     """
+    image = _open(path).convert("RGB")
+    return np.asarray(image if side is None else _square(image, side))
+
+
+def read_mask(path: Path, side: int) -> np.ndarray:
+    """Where the centre square of an image file is lighter than middle grey, bool [side, side]; transparent is black.
+
+    Raises:
+        VqdeployError: The file does not exist.
+        ArtifactError: It is not an image.
+    """
+    image = _open(path).convert("RGBA")
+    image.paste((0, 0, 0, 255), mask=image.getchannel("A").point(lambda alpha: 255 - alpha))
+    return np.asarray(_square(image.convert("L"), side)) > 127
+
+
+def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            rgb = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+            return _eight_bits(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise VqdeployError(f"{path} does not exist") from error
     except Exception as error:  # Pillow raises what its decoders raise
         raise ArtifactError(f"{path} is not an image that can be read") from error
-    if side is not None:
-        square = min(rgb.size)
-        left, top = (rgb.width - square) // 2, (rgb.height - square) // 2
-        box = (left, top, left + square, top + square)
-        rgb = rgb.resize((side, side), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(rgb)
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    square = min(image.size)
+    left, top = (image.width - square) // 2, (image.height - square) // 2
+    return image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + square, top + square))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -68,10 +85,10 @@ def veil(images: np.ndarray, unknown: np.ndarray, opacity: float = 1.0) -> np.nd
     return (images * (1 - share) + GREY * share).round().astype(np.uint8)
 
 
-def write_frames(path: Path, frames: np.ndarray) -> None:
+def write_frames(path: Path, frames: np.ndarray, note: dict[str, Any]) -> None:
     """Writes frames uint8 [N, H, W, 3] as an animation when the name ends in `.gif`, else side by side as a PNG."""
     if path.suffix.lower() != ".gif":
-        return write_grid(path, frames, columns=len(frames), note={})
+        return write_grid(path, frames, columns=len(frames), note=note)
     first, *rest = (Image.fromarray(frame) for frame in frames)
     durations = [_FRAME_MS] * len(rest) + [_LAST_FRAME_MS]
     with replacing_file(path) as file:

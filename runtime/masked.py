@@ -10,22 +10,25 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, buffers_of_options
-from vqdeploy.runtime.schedules import halton_order, masked_counts
+from vqdeploy.runtime.request import Callback, Request, write_options
+from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 
 _CALL_LOGITS = 2**20  # in one call; more images at once are no faster on a CPU and need more memory
-_BY_ORDER = 1e6  # choice temperature beside which a log-probability counts for nothing
 _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
 
 
 class MaskedSampler:
     """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused.
 
-    `options` names its sampling options, `no_label` is the label that stands for no class, `call_images` the number of
-    images that one call may take, and `keeps_pixels` tells whether what surrounds a mask can stay as it is.
+    `options` names its sampling options, `inputs` what it writes to, `no_label` is the label that stands for no class,
+    `call_images` the number of images that one call may take, and `keeps_pixels` tells whether what surrounds a mask
+    can stay as it is.
     """
 
     options = ("temperature", "top_k", "top_p", "steps", "schedule", "guidance_scale", "choice_temperature")
+    inputs = frozenset(
+        ("codes", "given", "label", "guidance", "noise", "choice_noise", "masked", "temperature", "choice_temperature")
+    )
     keeps_pixels = True
 
     def __init__(self, session: Any, classes: int):
@@ -69,7 +72,7 @@ class MaskedSampler:
     def _binding(self, request: Request) -> Any:
         """Buffers with the label and the options of a request written into them."""
         batch, scale = len(request.known), request.options["guidance_scale"]
-        conditions = 1 if scale == 1 else 2
+        conditions = 1 if scale == 1 or (request.labels == self.no_label).all() else 2
         if (batch, conditions) not in self._bindings:
             dims = {"batch": batch, "conditions": conditions}
             self._bindings = {(batch, conditions): self._session.bind(dims)}  # one size at a time
@@ -77,8 +80,8 @@ class MaskedSampler:
         binding.inputs["label"][:] = self.no_label
         binding.inputs["label"][:, 0] = request.labels
         binding.inputs["guidance"][:] = 1 - scale
-        binding.inputs["guidance"][:, 0] = scale
-        buffers_of_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
+        binding.inputs["guidance"][:, 0] = scale if conditions == 2 else 1
+        write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
         return binding
 
     def unknown(self, cells: np.ndarray, depth: int) -> np.ndarray:
@@ -96,16 +99,9 @@ class MaskedSampler:
 def _write_choice(inputs: dict[str, np.ndarray], request: Request, step: int) -> None:
     """What is added to the confidence: noise that fades out, or the order."""
     if request.options["schedule"] == "halton":
-        inputs["choice_noise"][:] = _later_less(request.known.shape)
-        inputs["choice_temperature"][:] = _BY_ORDER
+        inputs["choice_noise"][:] = order_noise(request.known.shape[1:])
+        inputs["choice_temperature"][:] = BY_ORDER
     else:
         gumbel(request.seed, request.images, 2 * step + 1, inputs["choice_noise"])
-        remaining = 1 - (step + 1) / request.options["steps"]
-        inputs["choice_temperature"][:] = request.options["choice_temperature"] * remaining
-
-
-def _later_less(shape: tuple[int, ...]) -> np.ndarray:
-    """Minus the rank of each code [h, w, Q]: position by position in Halton order, its channels one after the other."""
-    _, height, width, depth = shape
-    ranks = np.argsort(halton_order(height, width)).reshape(height, width, 1)
-    return -(ranks * depth + np.arange(depth))
+        start, steps = request.options["choice_temperature"], request.options["steps"]
+        inputs["choice_temperature"][:] = choice_temperature(start, step, steps)

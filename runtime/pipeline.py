@@ -90,7 +90,7 @@ class Pipeline:
             for stage in self.manifest.stages
         }
         if not self._configured():
-            raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy build PACKAGE")
+            raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy export, vqdeploy build")
         self._sampler: Any = None
         if "step" in self._sessions:
             self._sampler = _SAMPLERS[self.manifest.system](self._sessions["step"], self._config["prior"]["classes"])
@@ -99,19 +99,30 @@ class Pipeline:
         """Whether the manifest holds what this class reads of it."""
         config = self._config
         try:
-            counts = [config["tokenizer"]["codebook_size"]]
-            counts += [config["prior"]["classes"]] if "step" in self._sessions else []
-            texts = list(config["labels"])
-            if not {"encode", "decode"} <= set(self._sessions):
-                return False
-            self.options()
+            size, texts = config["tokenizer"]["codebook_size"], list(config["labels"])
             return (
-                1 <= self._batch.min <= self._batch.opt <= self._batch.max
-                and all(isinstance(count, int) and count > 0 for count in counts)
+                {"encode", "decode"} <= set(self._sessions)
+                and config["model"] == self.manifest.system
+                and 1 <= self._batch.min <= self._batch.opt <= self._batch.max
+                and type(size) is int
+                and size > 0
                 and all(isinstance(text, str) for text in texts)
+                and ("step" not in self._sessions or self._prior_configured(size))
             )
         except (KeyError, TypeError, VqdeployError):
             return False
+
+    def _prior_configured(self, codebook_size: int) -> bool:
+        classes, sampler = self._config["prior"]["classes"], _SAMPLERS[self.manifest.system]
+        inputs = {info.name: info.shape for info in self.manifest.stage("step").inputs}
+        self.options()
+        return (
+            type(classes) is int
+            and classes > 0
+            and len(self._config["labels"]) in (0, classes)
+            and sampler.inputs <= set(inputs)
+            and inputs["noise"][-1] == codebook_size
+        )
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -135,9 +146,12 @@ class Pipeline:
         Raises:
             VqdeployError: The plan has no prior.
         """
+        self._check_prior()
+        return self._config["prior"]["classes"]
+
+    def _check_prior(self) -> None:
         if self._sampler is None:
             raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train")
-        return self._config["prior"]["classes"]
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -311,7 +325,7 @@ class Pipeline:
         if (mask is None) == (mask_ratio is None):
             raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
         _check_whole(seed=seed, first_image=first_image)
-        self.classes  # noqa: B018  (there is a prior)
+        self._check_prior()
         if mask_ratio is not None:
             if not 0 <= mask_ratio <= 1:
                 raise VqdeployError("the mask ratio is out of range", expected="0..1", found=mask_ratio)

@@ -30,7 +30,7 @@ class Request:
     options: dict[str, Any]
 
 
-def buffers_of_options(options: dict[str, Any], inputs: dict[str, np.ndarray], size: int) -> None:
+def write_options(options: dict[str, Any], inputs: dict[str, np.ndarray], size: int) -> None:
     """Writes the options of the sampler into the inputs [B, Q] of a graph; `size` is that of the codebook."""
     for name, values in for_graph(options, inputs["temperature"].shape[1], size).items():
         inputs[name][:] = values

@@ -22,7 +22,7 @@ over the image, whatever the confidence, as valeoai/Halton-MaskGIT does."""
 
 
 def masked_counts(schedule: str, unknown: int, steps: int) -> np.ndarray:
-    """Number of codes to mask again after each step [steps] int64.
+    """Number of codes to mask again after each step [steps] int64, when none tie.
 
     The last is of no consequence: the answer is what the last step draws.
 
@@ -54,9 +54,29 @@ def _wanted(schedule: str, unknown: int, steps: int) -> list[int]:
 def _arccos_gains(unknown: int, steps: int) -> list[int]:
     """Codes that each step settles: the arc cosine of a falling line, scaled to their number and rounded."""
     values = [math.acos(1 - step / (steps - 1)) for step in range(steps)] if steps > 1 else [1.0]
-    gains = [max(round(value / sum(values) * unknown), 1) for value in values]
+    total = sum(values)
+    gains = [max(round(value / total * unknown), 1) for value in values]
     gains[-1] += unknown - sum(gains)
     return gains
+
+
+BY_ORDER = 1e6
+"""Choice temperature beside which a log-probability counts for nothing."""
+
+
+def choice_temperature(start: float, step: int, steps: int) -> float:
+    """Weight of the noise on the confidence in a step, counted from 0: it fades out in a line."""
+    return start * (1 - (step + 1) / steps)
+
+
+def order_noise(grid: tuple[int, ...]) -> np.ndarray:
+    """In place of the choice noise, to settle codes by order [h, w, Q]: minus the rank of each in Halton order.
+
+    The channels of a position come one after the other.
+    """
+    height, width, depth = grid
+    ranks = np.argsort(halton_order(height, width)).reshape(height, width, 1)
+    return -(ranks * depth + np.arange(depth)).astype(np.float32)
 
 
 @cache

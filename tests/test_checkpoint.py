@@ -197,6 +197,35 @@ def test_a_configuration_of_impossible_numbers(copy, change_):
     refused(copy, None)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (["prior", "grid"], [2, 8, 4], "grid of the prior"),
+        (["prior", "codebook_size"], 64, "codebook_size of the prior"),
+        (["tokenizer", "pixel_range"], [1.0], "pixel_range"),
+        (["tokenizer", "pixel_range"], [1.0, 1.0], "pixel_range"),
+        (["tokenizer", "conv", "resolution"], 18, "resolution"),
+        (["tokenizer", "conv", "resolution"], 0, "resolution"),
+        (["labels"], ["cat"], "labels"),
+        (["sampling", "steps"], 0, "steps is out of range"),
+        (["sampling", "schedule"], "foo", "no such schedule"),
+        (["sampling", "top_k"], 65, "top_k is out of range"),
+    ],
+)
+def test_a_configuration_whose_parts_do_not_fit(movq_system, tmp_path, path, value, words):
+    folder = tmp_path / "movq"
+    checkpoint.save(movq_system, folder)
+    config = json.loads((folder / "config.json").read_text())
+    *parents, last = path
+    part = config
+    for name in parents:
+        part = part[name]
+    part[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=words):
+        checkpoint.load(folder)
+
+
 def test_random_weights_depend_on_the_seed_alone():
     first, second, other = (checkpoint.digest(create(preset("rqvae", "tiny"), s)) for s in (1, 1, 2))
     assert first == second != other

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqdeploy import cli
 from vqdeploy.runtime import load
-from vqdeploy.runtime.images import veil
+from vqdeploy.runtime.images import read_mask, veil
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
 
@@ -245,6 +245,21 @@ def test_a_film_shows_every_step_of_the_first_image(vqdeploy, movq_plan, movq_pi
         else:
             assert film.size == (5 * 18 - 2, 16)
             np.testing.assert_array_equal(np.asarray(film)[:, -16:], last)
+
+
+@pytest.mark.parametrize("film", ["a.png", ".", "f.jpg", "film"])
+def test_films_that_cannot_be_are_refused_before_the_work(vqdeploy, movq_plan, film, tmp_path):
+    arguments = ["--label", "dog", "--film", film, "-o", "a.png"]
+    refused(vqdeploy("run", "--engine", movq_plan, *arguments), 2, "film")
+    assert names(tmp_path) == []
+
+
+def test_a_mask_is_judged_by_its_lightness(tmp_path):
+    """Transparent is black, whatever colour lies under it."""
+    pixels = np.zeros((1, 5, 4), np.uint8)
+    pixels[0] = [[255, 255, 255, 255], [255, 255, 255, 0], [0, 255, 0, 255], [0, 0, 255, 255], [0, 0, 0, 255]]
+    Image.fromarray(np.repeat(pixels, 5, 0)).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 5)[0], [True, False, True, False, False])
 
 
 def test_a_film_of_an_autoregressive_prior(vqdeploy, plan, tmp_path):

@@ -3,18 +3,64 @@
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 from PIL import Image
+from torch.utils.data import Subset
 
+from vqdeploy import checkpoint
+from vqdeploy.engines.build import build
+from vqdeploy.export.package import export
 from vqdeploy.files import read_json
+from vqdeploy.runtime.images import read
+from vqdeploy.training.classifier import ImageClassifier
+from vqdeploy.training.data import open_data
+from vqdeploy.training.recipe import recipe
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "compare_tokenizers.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture(scope="module")
+def tiny_movq(tmp_path_factory):
+    """The plan of the shipped weights."""
+    folder = tmp_path_factory.mktemp("tiny-movq")
+    export(checkpoint.default("movq"), folder / "movq-onnx")
+    build(folder / "movq-onnx", folder / "movq.plan")
+    return folder / "movq.plan"
+
+
+def test_masked_reconstruction(tiny_movq, tmp_path):
+    load_script("masked_reconstruction").main(str(tiny_movq), str(EXAMPLES / "digits"), str(tmp_path / "m.png"))
+    with Image.open(tmp_path / "m.png") as sheet:
+        assert sheet.size == (10 * 34 - 2, 5 * 34 - 2)
+        last = np.asarray(sheet)[-32:, :32]
+    np.testing.assert_array_equal(last, read(EXAMPLES / "digits" / "0.png"))
+
+
+def test_accuracy_by_steps(tiny_movq, monkeypatch, capsys):
+    script = load_script("accuracy_by_steps")
+    for name, value in {"SAMPLES": 20, "STEPS": (1, 8), "RATIOS": (0.5,)}.items():
+        monkeypatch.setattr(script, name, value)
+    judge = ImageClassifier(10, recipe("movq", "tiny"))
+    monkeypatch.setattr(script, "train_judge", lambda resolution: judge)
+    held_out = open_data("digits", 32).held_out
+    monkeypatch.setattr(script, "open_data", lambda *_: SimpleNamespace(held_out=Subset(held_out, range(20))))
+    script.main(str(tiny_movq), "1.5")
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows == ["steps", "---", "1", "8", "masked", "---", "50%"]
 
 
 def test_compare_tokenizers(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("compare_tokenizers", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("compare_tokenizers")
     step, batches = script.TokenizerTraining.training_step, []
 
     def recorded(module, batch, index):

@@ -181,8 +181,11 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def _bound(pipeline: Pipeline) -> dict[str, float]:
     """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
-    name = "matmul_gflop_s" if pipeline.manifest.system == "movq" else "read_bandwidth_gb_s"
-    return {name: _measure_apart({"matmul_gflop_s": "matmul_rate", "read_bandwidth_gb_s": "read_bandwidth"}[name])}
+    if pipeline.manifest.config["prior"].get("adaptive"):
+        return {}  # its arithmetic is not counted
+    if pipeline.manifest.system == "movq":
+        return {"matmul_gflop_s": _measure_apart("matmul_rate")}
+    return {"read_bandwidth_gb_s": _measure_apart("read_bandwidth")}
 
 
 def _step_figures(
@@ -191,6 +194,8 @@ def _step_figures(
     """Time of a step, and how near it is to what bounds it."""
     steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
     time_ms = result["steps_ms"] / steps
+    if not bound:
+        return {"step_ms": time_ms}
     if "matmul_gflop_s" in bound:
         rows = result["batch_size"] * (1 if options["guidance_scale"] == 1 else 2)
         work = step_gflop(pipeline) * rows
@@ -342,7 +347,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{r['task']:9} {r['batch_size']:5} {r['name']:10} {times} {r['images_per_s']:9.2f} {shown:>6}")
     for r in report["results"]:
         if "step_ms" in r:
-            host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}; "
+            host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}"
             lines.append(host + _bound_line(r, report["environment"]))
     for row in report.get("profile", [])[:12]:
         lines.append(f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls")
@@ -354,11 +359,13 @@ def table(report: dict[str, Any]) -> str:
 def _bound_line(result: dict[str, Any], facts: dict[str, Any]) -> str:
     if "gflop_s" in result:
         return (
-            f"{result['gflop_per_step']:.0f} GFLOP a step, {result['gflop_s']:.0f} GFLOP/s, "
+            f"; {result['gflop_per_step']:.3g} GFLOP a step, {result['gflop_s']:.0f} GFLOP/s, "
             f"{result['share_of_matmul_rate']:.0%} of {facts['matmul_gflop_s']:.0f} GFLOP/s in a large matrix product"
         )
+    if "weight_gb_s" not in result:
+        return ""
     return (
-        f"weights {result['weight_mb_per_step']:.0f} MB a step, {result['weight_gb_s']:.1f} GB/s, "
+        f"; weights {result['weight_mb_per_step']:.0f} MB a step, {result['weight_gb_s']:.1f} GB/s, "
         f"{result['share_of_read_bandwidth']:.0%} of {facts['read_bandwidth_gb_s']:.1f} GB/s read"
     )
 

@@ -12,6 +12,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json, replacing_folder, write_json
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.presets import preset
+from vqdeploy.runtime.options import choose
 
 FILES = ("config.json", "model.safetensors", "training.json", "reconstructions.png", "samples.png")
 """What a checkpoint folder holds; the pictures are for people."""
@@ -49,6 +50,7 @@ def load(folder: str | Path) -> System:
     if not folder.is_dir():
         raise VqdeployError(f"{folder} is not a checkpoint folder", fix="vqdeploy train --help")
     config = SystemConfig.from_dict(read_json(folder / "config.json"))
+    _check_config(folder / "config.json", config)
     file = folder / "model.safetensors"
     if not file.exists():
         raise VqdeployError(f"{file} does not exist")
@@ -65,6 +67,28 @@ def load(folder: str | Path) -> System:
     system = System(config)
     system.load_state_dict(weights)
     return system.eval()
+
+
+def _check_config(file: Path, config: SystemConfig) -> None:
+    """Refuses a configuration whose parts do not fit each other: graphs made of it would fail late, or silently."""
+    tokenizer, prior = config.tokenizer, config.prior
+    if len(tokenizer.pixel_range) != 2 or tokenizer.pixel_range[0] >= tokenizer.pixel_range[1]:
+        found = list(tokenizer.pixel_range)
+        raise ArtifactError(f"pixel_range in {file} is no range", expected="two rising numbers", found=found)
+    if tokenizer.grid[0] < 1 or tokenizer.resolution % tokenizer.grid[0]:
+        raise ArtifactError(f"the resolution in {file} does not fit its levels", found=tokenizer.resolution)
+    if prior is None:
+        return
+    pairs = {"grid": (tokenizer.grid, prior.grid), "codebook_size": (tokenizer.codebook_size, prior.codebook_size)}
+    for name, (expected, found) in pairs.items():
+        if expected != found:
+            raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=expected, found=found)
+    if config.labels and len(config.labels) != prior.classes:
+        raise ArtifactError(f"{file} names a wrong number of labels", expected=prior.classes, found=len(config.labels))
+    try:
+        choose({}, config.sampling.to_dict(), prior.grid[-1], prior.codebook_size)
+    except VqdeployError as error:
+        raise ArtifactError(f"the sampling in {file} is wrong: {error}") from error
 
 
 def _check_weights(file: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

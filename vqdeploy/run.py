@@ -12,7 +12,7 @@ from PIL import Image
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
-from vqdeploy.runtime.images import GREY, read, veil, write_frames, write_grid
+from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
 TASKS = ("generate", "reconstruct", "inpaint", "encode", "decode", "features")
 _ARCHIVES = ("encode", "features")  # tasks whose result is an NPZ
@@ -52,8 +52,7 @@ def run(job: Job) -> dict[str, Any]:
     """
     if job.task not in TASKS:
         raise VqdeployError("there is no such task", expected=" or ".join(TASKS), found=job.task)
-    if job.film and job.task != "generate":
-        raise VqdeployError("only a generation has steps to film", expected="--task generate", found=job.task)
+    _check_film(job)
     pipeline = load(job.engine)
     suffix = "npz" if job.task in _ARCHIVES else "png"
     output = job.output or Path(f"{pipeline.manifest.system}-{job.task}.{suffix}")
@@ -72,7 +71,8 @@ def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     written = _write(output, pipeline, result.images, columns, note)
     if job.film is None:
         return written
-    write_frames(job.film, _frames(pipeline, labels[0], job.options))
+    frames = _frames(pipeline, labels[0], job.options)
+    write_frames(job.film, frames, {**_source(pipeline), "options": result.options})
     return {**written, "film": str(job.film)}
 
 
@@ -92,7 +92,7 @@ def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, job.inputs)
-    mask = None if job.mask is None else read(job.mask, pipeline.side)[..., 0] > 127
+    mask = None if job.mask is None else read_mask(job.mask, pipeline.side)
     ratio = 0.5 if mask is None and job.mask_ratio is None else job.mask_ratio
     labels = _labels(pipeline, job, len(images))
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
@@ -151,9 +151,24 @@ _HANDLERS: dict[str, Callable[[Pipeline, Job, Path], dict[str, Any]]] = {
 def _write(output: Path, pipeline: Pipeline, images: np.ndarray, columns: int, note: dict[str, Any]) -> dict[str, Any]:
     # Timings differ from run to run, and the same request must give the same file.
     stable = {key: value for key, value in note.items() if key != "timings"}
-    source = {"system": pipeline.manifest.system, "checkpoint": pipeline.manifest.checkpoint}
-    write_grid(output, images, columns, {**source, **stable})
+    write_grid(output, images, columns, {**_source(pipeline), **stable})
     return {"images": len(images), **note}
+
+
+def _source(pipeline: Pipeline) -> dict[str, Any]:
+    return {"system": pipeline.manifest.system, "checkpoint": pipeline.manifest.checkpoint}
+
+
+def _check_film(job: Job) -> None:
+    """Refuses a film before the work is done."""
+    if job.film is None:
+        return
+    if job.task != "generate":
+        raise VqdeployError("only a generation has steps to film", expected="--task generate", found=job.task)
+    if job.film.suffix.lower() not in (".gif", ".png") or job.film.is_dir():
+        raise VqdeployError("a film cannot be written there", expected="a file .gif or .png", found=job.film)
+    if job.output and job.film.resolve() == job.output.resolve():
+        raise VqdeployError("the film would replace the images", expected="another file than -o", found=job.film)
 
 
 def _read_images(pipeline: Pipeline, inputs: Sequence[Path]) -> np.ndarray:

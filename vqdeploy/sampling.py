@@ -9,7 +9,7 @@ from torch import Tensor
 from vqdeploy.models.maskgit import MaskGITConfig, unmask
 from vqdeploy.models.system import GuidedSampling, MaskedSampling, SystemConfig
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.schedules import masked_counts
+from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 
 Noise = Callable[[int, tuple[int, ...]], Tensor]
 """Index of a draw and a shape [B, ...] -> standard Gumbel noise float32; the plan's loops count draws alike."""
@@ -33,20 +33,21 @@ def _generate_masked(
 ) -> Tensor:
     shape, device = (len(labels), *config.grid), labels.device
     temperature, top_k, top_p = options
-    codes = drawn = torch.full(shape, config.codebook_size, device=device)
-    total = codes[0].numel()
-    for step, masked in enumerate(masked_counts(sampling.schedule, total, sampling.steps)):
-        heat = sampling.choice_temperature * (1 - (step + 1) / sampling.steps)
+    unknown = codes = drawn = torch.full(shape, config.codebook_size, device=device)
+    by_order = sampling.schedule == "halton"
+    order = torch.from_numpy(order_noise(config.grid)).to(device).expand(shape)
+    for step, masked in enumerate(masked_counts(sampling.schedule, codes[0].numel(), sampling.steps)):
+        heat = choice_temperature(sampling.choice_temperature, step, sampling.steps)
         drawn, codes = unmask(
             guided_logits(prior, codes, labels, sampling.guidance_scale),
-            given=codes,
+            given=unknown if by_order else codes,
             noise=noise(2 * step, (*shape, config.codebook_size)).to(device),
-            choice_noise=noise(2 * step + 1, shape).to(device),
+            choice_noise=order if by_order else noise(2 * step + 1, shape).to(device),
             masked=torch.full((len(labels),), int(masked), device=device),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            choice_temperature=torch.full((len(labels),), heat, device=device),
+            choice_temperature=torch.full((len(labels),), BY_ORDER if by_order else heat, device=device),
         )
     return drawn
 

@@ -103,7 +103,8 @@ def unmask(
         given: Codes that stay [B, h, w, Q] int64, K where a code is drawn.
         noise: Standard Gumbel noise for the draw [B, h, w, Q, K] float32.
         choice_noise: Noise for the confidence [B, h, w, Q] float32.
-        masked: Number of codes to mask again [B] int64, in 0..h*w*Q-1.
+        masked: Number of codes to mask again [B] int64. It is lowered to one less than there are unknown, where codes
+            that tied were kept before, but not below 1.
         temperature: [B, Q] float32, above 0.
         top_k: [B, Q] int64, in 1..K; K keeps all.
         top_p: [B, Q] float32, in 0..1; 1 keeps all.
@@ -123,6 +124,7 @@ def unmask(
     drawn = torch.where(known, given.flatten(1), sampled.view(known.shape))
     confidence = likelihood.view(known.shape) + choice_temperature[:, None] * choice_noise.flatten(1)
     confidence = torch.where(known, _KNOWN, confidence)
-    cut = confidence.sort(1).values.gather(1, masked[:, None])
+    left = torch.minimum(masked, (~known).sum(1) - 1).clamp(1, known.shape[1] - 1)
+    cut = confidence.sort(1).values.gather(1, left[:, None])
     remaining = torch.where(confidence < cut, size, drawn)
     return drawn.view(shape), remaining.view(shape)

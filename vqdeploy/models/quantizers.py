@@ -150,7 +150,7 @@ class MultichannelQuantizer(AveragedCodebook):
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes vectors [..., D], by cosine their directions; in training mode the codebook takes one step."""
         if self.metric == "cosine":
-            z = F.normalize(z, dim=-1)
+            z = F.normalize(z.unflatten(-1, (self.groups, -1)), dim=-1).flatten(-2)
         codes, quantized = self.encode(z.detach())
         if self.training:
             self._update(z.detach().reshape(-1, self.codebook.shape[1]), codes.flatten())

@@ -78,7 +78,7 @@ class PriorTraining(LightningModule):
             frozen.requires_grad_(False).eval()
 
     def configure_optimizers(self) -> Any:
-        """AdamW as in the paper."""
+        """AdamW, with the betas and the weight decay of the RQ-Transformer for every prior."""
         parameters = self.system.prior.parameters()
         optimizer = torch.optim.AdamW(parameters, self.recipe.prior_learning_rate, (0.9, 0.95), weight_decay=1e-4)
         scheduler = schedule(optimizer, self.recipe.prior_steps)

@@ -9,7 +9,7 @@ from vqdeploy.errors import VqdeployError
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """Options of a training run; the defaults are those of the RQ-VAE and MaskGIT papers and their public code.
+    """Options of a training run; the defaults are those of the RQ-VAE paper and its public code.
 
     `soft_temperature` divides the squared distances of an autoregressive prior's soft targets, so it depends on the
     scale of the latents. `label_smoothing` and `label_dropout`, the share of labels left out, are for masked priors.

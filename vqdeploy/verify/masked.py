@@ -11,7 +11,7 @@ from vqdeploy.models import System
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.schedules import halton_order, masked_counts
+from vqdeploy.runtime.schedules import choice_temperature, masked_counts, order_noise
 from vqdeploy.sampling import guided_logits
 from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge
 
@@ -128,11 +128,12 @@ def _judge(
         close.append(near.view(shape) & ~known)
         if i + 1 < len(steps):
             confidence = _confidence(logits / options["temperature"], step, i, first, options).masked_fill(known, 1e30)
-            cut = confidence.flatten(1).sort(1).values[:, counts[i]].view(-1, 1, 1, 1)
+            left = torch.minimum(torch.tensor(counts[i]), (~known).flatten(1).sum(1) - 1).clamp(min=1)
+            cut = confidence.flatten(1).sort(1).values.gather(1, left[:, None]).view(-1, 1, 1, 1)
             close[-1] |= ((confidence - cut).abs() <= heat_slack) & ~known
             misplaced += int((step.masked & (confidence > cut + heat_slack)).sum())
             misplaced += int((~step.masked & (confidence < cut - heat_slack)).sum())
-            misplaced += int((step.masked.flatten(1).sum(1) != counts[i]).sum())
+            misplaced += int((step.masked.flatten(1).sum(1) > left).sum())
         else:
             misplaced += int(step.masked.sum())
     return far, misplaced, close
@@ -142,10 +143,9 @@ def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: di
     """How sure the draw of each code is [B, h, w, Q], the choice noise included."""
     shape = step.codes.shape
     if options["schedule"] == "halton":
-        ranks = torch.from_numpy(np.argsort(halton_order(*shape[1:3]))).view(shape[1], shape[2], 1)
-        return -(ranks * shape[3] + torch.arange(shape[3])).float().expand(shape)
+        return torch.from_numpy(order_noise(shape[1:])).expand(shape)
     likelihood = scaled.log_softmax(-1).gather(1, step.drawn.view(-1, 1)).view(shape)
-    heat = options["choice_temperature"] * (1 - (index + 1) / options["steps"])
+    heat = choice_temperature(options["choice_temperature"], index, options["steps"])
     return likelihood + heat * _noise(shape, first, 2 * index + 1)
 
 
