@@ -12,7 +12,6 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json, replacing_folder, write_json
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.presets import preset
-from vqdeploy.runtime.options import choose
 
 FILES = ("config.json", "model.safetensors", "training.json", "reconstructions.png", "samples.png")
 """What a checkpoint folder holds; the pictures are for people."""
@@ -85,6 +84,8 @@ def _check_config(file: Path, config: SystemConfig) -> None:
             raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=expected, found=found)
     if config.labels and len(config.labels) != prior.classes:
         raise ArtifactError(f"{file} names a wrong number of labels", expected=prior.classes, found=len(config.labels))
+    from vqdeploy.runtime.options import choose  # to import this module takes no runtime
+
     try:
         choose({}, config.sampling.to_dict(), prior.grid[-1], prior.codebook_size)
     except VqdeployError as error:
