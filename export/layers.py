@@ -1,5 +1,7 @@
 """Layers laid out for inference, made from trained ones. They compute the same and are exported instead."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class InferenceBlock(nn.Module):
         self.qkv = Projection(attention.query, attention.key, attention.value, scales=(scale, 1.0, 1.0))
         self.proj = Projection(attention.proj)
         self.mlp_in, self.activation, self.mlp_out = Projection(block.mlp[0]), block.mlp[1], Projection(block.mlp[2])
-        self.time_mix = getattr(attention, "time_mix", None)
+        self.time_mix: Any = getattr(attention, "time_mix", None)
 
     def finish(self, x: Tensor, attention: Tensor) -> Tensor:
         """The part behind the attention output [B, S, width]."""
@@ -106,6 +108,8 @@ def embed_entries(
 
 class PackedAttention(nn.Module):
     """Attention of a ViT as one node, the scale folded into the queries."""
+
+    weight: Tensor  # [width, 3 * H * D]
 
     def __init__(self, attention: vitvqgan.Attention):
         super().__init__()

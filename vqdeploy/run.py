@@ -111,7 +111,7 @@ def _labels(pipeline: Pipeline, job: Job, count: int) -> list[int] | None:
 
 
 def _encode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    return _write_archive(output, codes=pipeline.encode(_read_images(pipeline, job.inputs)))
+    return _write_archive(output, "codes", pipeline.encode(_read_images(pipeline, job.inputs)))
 
 
 def _features(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -121,13 +121,14 @@ def _features(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
         if not 0 <= job.layer < features.shape[1]:
             raise VqdeployError("no such layer", expected=f"0..{features.shape[1] - 1}", found=job.layer)
         features = features[:, job.layer]
-    return _write_archive(output, features=features)
+    return _write_archive(output, "features", features)
 
 
-def _write_archive(output: Path, **arrays: np.ndarray) -> dict[str, Any]:
+def _write_archive(output: Path, name: str, array: np.ndarray) -> dict[str, Any]:
+    contents: dict[str, Any] = {name: array}
     with replacing_file(output) as file, file.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
-    return {"shape": list(next(iter(arrays.values())).shape)}
+        np.savez_compressed(stream, **contents)
+    return {"shape": list(array.shape)}
 
 
 def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:

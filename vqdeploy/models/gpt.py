@@ -125,7 +125,8 @@ class GPT(nn.Module):
         """
         guided = guidance_scale != 1
         rows = torch.cat([labels, torch.full_like(labels, self.config.classes)]) if guided else labels
-        caches, codes = self.transformer.growing_caches(), []
+        caches = self.transformer.growing_caches()
+        codes: list[Tensor] = []
         for position in range(self.config.positions):
             if position == 0:
                 entry = self.embed_condition(rows)

@@ -5,6 +5,7 @@ follow thuanz123/enhancing-transformers.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,8 @@ class PreNorm(nn.Module):
 
 class ViT(nn.Module):
     """Blocks of attention and feed-forward, and a last norm, on [B, N, width]."""
+
+    layers: Any  # list of pairs of PreNorm
 
     def __init__(self, config: ViTConfig):
         super().__init__()

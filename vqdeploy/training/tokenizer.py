@@ -24,8 +24,8 @@ def logit_laplace(reconstruction: Tensor, x: Tensor, margin: float = 0.1) -> Ten
 
     The negative log-likelihood of a Laplace distribution of scale 1 in logit space, up to terms without a gradient.
     """
-    logits = (torch.logit((1 - 2 * margin) * pixels + margin, eps=margin / 2) for pixels in (reconstruction, x))
-    return F.l1_loss(*logits)
+    made, target = ((1 - 2 * margin) * pixels + margin for pixels in (reconstruction, x))
+    return F.l1_loss(torch.logit(made, eps=margin / 2), torch.logit(target))
 
 
 class TokenizerTraining(LightningModule):
@@ -59,11 +59,9 @@ class TokenizerTraining(LightningModule):
         self.log("mse", error, prog_bar=True)
         loss = error + self._perceptual(reconstruction, x)
         if self.recipe.logit_laplace_weight:
-            pair = (
-                pixels / 2 + 0.5 if self.tokenizer.config.pixel_range[0] < 0 else pixels
-                for pixels in (reconstruction, x)
-            )
-            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(*pair)
+            low, high = self.tokenizer.config.pixel_range
+            made, target = ((pixels - low) / (high - low) for pixels in (reconstruction, x))
+            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(made, target)
         if self.discriminator:
             loss = loss + self._adversarial(self.discriminator(reconstruction), loss)
         self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)
