@@ -11,30 +11,38 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from vqdeploy.files import replacing_file
-from vqdeploy.runtime import load
+from vqdeploy.runtime import Pipeline, load
 from vqdeploy.training.data import images_of, open_data
+
+PASSES = 5  # over the digits to train on, each time turned and shifted a little otherwise
 
 
 def main(plan: str, output: str) -> None:
     """Prints the accuracies and draws them."""
     torch.manual_seed(0)  # of the small turns and shifts of the digits to train on
     pipe, data = load(plan), open_data("digits", 32)
-    sets = [images_of(part) for part in (data.train, data.held_out)]
-    train, held_out = (pipe.features(images.permute(0, 2, 3, 1).numpy()) for images, _ in sets)
-    train_labels, held_out_labels = (labels.numpy() for _, labels in sets)
+    sets = [images_of(data.train) for _ in range(PASSES)]
+    train, train_labels = (np.concatenate(part) for part in zip(*(probed(pipe, *part) for part in sets), strict=True))
+    held_out, held_out_labels = probed(pipe, *images_of(data.held_out))
     accuracies = []
     for layer in range(train.shape[1]):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=10, max_iter=3000))
         probe.fit(train[:, layer], train_labels)
         accuracies.append(100 * probe.score(held_out[:, layer], held_out_labels))
         print(f"behind {layer} layers: {accuracies[-1]:.1f} %")
     draw(accuracies, Path(output))
+
+
+def probed(pipe: Pipeline, images: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Features of images [N, 3, H, W], and their labels."""
+    return pipe.features(images.permute(0, 2, 3, 1).numpy()), labels.numpy()
 
 
 def draw(accuracies: list[float], output: Path) -> None:

@@ -88,17 +88,12 @@ class Features(nn.Module):
         super().__init__()
         self.entries = Entries(prior)
         self.body = nn.ModuleList(InferenceBlock(block) for block in prior.transformer.blocks)
-        self.cache = (prior.config.heads, prior.config.positions, prior.config.width // prior.config.heads)
 
     def forward(self, codes: Tensor, label: Tensor) -> Tensor:
-        start = torch.zeros_like(label)
-        x = self.entries(F.pad(codes.flatten(1, 2)[:, :-1], (0, 0, 1, 0)), label, start)
-        empty, means = x.new_zeros(x.shape[0], *self.cache), [x.mean(1)]
+        x = self.entries(F.pad(codes.flatten(1, 2)[:, :-1], (0, 0, 1, 0)), label, torch.zeros_like(label))
+        means = [x.mean(1)]
         for block in self.body:
-            if block.time_mix is None:
-                x = block.cached(x, empty, empty, start)[0]
-            else:
-                x = block.shifted(x, empty, empty, start, torch.zeros_like(x[:, :1]))[0]
+            x = block.in_order(x)
             means.append(x.mean(1))
         return torch.stack(means, 1)
 

@@ -71,6 +71,16 @@ class InferenceBlock(nn.Module):
         attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(mixed), key, value, position)
         return self.finish(x, attention), key, value, entries[:, -1:]
 
+    def in_order(self, x: Tensor) -> Tensor:
+        """All entries [B, S, width] at once, each attending to itself and those before it, without a cache."""
+        entries = self.norm1(x)
+        if self.time_mix is not None:
+            entries = torch.lerp(F.pad(entries, (0, 0, 1, -1)), entries, self.time_mix)
+        query, key, value = self.qkv(entries).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        scores = (query @ key.transpose(-1, -2)).masked_fill(later, -1e30)
+        return self.finish(x, (scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
     def whole(self, x: Tensor) -> Tensor:
         """All entries [B, S, width] at once, each attending to all."""
         return self.finish(x, torch.ops.vqdeploy.packed_attention(self.qkv(self.norm1(x)), self.heads))

@@ -12,7 +12,8 @@ class Recipe(Config):
     """Options of a training run; the defaults are those of the RQ-VAE paper and its public code.
 
     `soft_temperature` divides the squared distances of an autoregressive prior's soft targets, so it depends on the
-    scale of the latents. `label_smoothing` and `label_dropout`, the share of labels left out, are for masked priors.
+    scale of the latents. `label_smoothing` and `label_dropout`, the share of labels left out, are for masked priors;
+    the GPTs drop labels too. `logit_laplace_weight` is of a term of ViT-VQGAN (section 3.4).
     `classifier_steps` is for the judge of the samples. `stored_dtype` is the type of the saved weights.
     """
 
