@@ -18,9 +18,15 @@ def build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool = 
         model = onnx.load(package / stage.file, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stable home
         raise ArtifactError(f"{package / stage.file} is not an ONNX graph ({error})", fix="vqdeploy export") from error
-    caches = [info for info in stage.inputs if info.name in stage.aliases.values()]
     if not portable:
-        swap_in(model, heads=caches[0].shape[1] if caches else 0)
+        swap_in(model, _cache_heads(model.graph))
     target = folder / stage.file
     onnx.save(model, target)
     return target
+
+
+def _cache_heads(graph: onnx.GraphProto) -> int:
+    """Number of heads of the key-value caches [B, H, T, D] of a graph, 0 without any."""
+    keys = {node.input[1] for node in graph.node if node.op_type == "CachedAttention"}
+    shapes = [value.type.tensor_type.shape for value in (*graph.input, *graph.value_info) if value.name in keys]
+    return shapes[0].dim[1].dim_value if shapes else 0

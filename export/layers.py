@@ -1,9 +1,12 @@
 """Layers laid out for inference, made from trained ones. They compute the same and are exported instead."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqdeploy.models import vitvqgan
 from vqdeploy.models.conv import SpatialNorm, Upsample
 from vqdeploy.models.transformer import Block
 
@@ -18,7 +21,8 @@ class Projection(nn.Module):
         super().__init__()
         scales = scales or (1.0,) * len(layers)
         weight = torch.cat([layer.weight.T * scale for layer, scale in zip(layers, scales, strict=True)], 1)
-        bias = torch.cat([layer.bias * scale for layer, scale in zip(layers, scales, strict=True)])
+        biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        bias = torch.cat([bias * scale for bias, scale in zip(biases, scales, strict=True)])
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", bias.detach())
 
@@ -42,17 +46,40 @@ class InferenceBlock(nn.Module):
         self.norm1, self.norm2 = block.ln1, block.ln2
         self.qkv = Projection(attention.query, attention.key, attention.value, scales=(scale, 1.0, 1.0))
         self.proj = Projection(attention.proj)
-        self.mlp_in, self.mlp_out = Projection(block.mlp[0]), Projection(block.mlp[2])
+        self.mlp_in, self.activation, self.mlp_out = Projection(block.mlp[0]), block.mlp[1], Projection(block.mlp[2])
+        self.time_mix: Any = getattr(attention, "time_mix", None)
 
     def finish(self, x: Tensor, attention: Tensor) -> Tensor:
         """The part behind the attention output [B, S, width]."""
         x = x + self.proj(attention)
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
+        return x + self.mlp_out(self.activation(self.mlp_in(self.norm2(x))))
 
     def cached(self, x: Tensor, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries [B, S, width] at `position` [B], through caches [B, H, T, D] that live outside the graph."""
         attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(self.norm1(x)), key, value, position)
         return self.finish(x, attention), key, value
+
+    def shifted(
+        self, x: Tensor, key: Tensor, value: Tensor, position: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`cached` with a token shift; `before` [B, 1, width] is the last normalized entry of the call before.
+
+        Returns the last normalized entry of this one too.
+        """
+        entries = self.norm1(x)
+        mixed = torch.lerp(torch.cat([before, entries[:, :-1]], 1), entries, self.time_mix)
+        attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(mixed), key, value, position)
+        return self.finish(x, attention), key, value, entries[:, -1:]
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """All entries [B, S, width] at once, each attending to itself and those before it, without a cache."""
+        entries = self.norm1(x)
+        if self.time_mix is not None:
+            entries = torch.lerp(F.pad(entries, (0, 0, 1, -1)), entries, self.time_mix)
+        query, key, value = self.qkv(entries).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        scores = (query @ key.transpose(-1, -2)).masked_fill(later, -1e30)
+        return self.finish(x, (scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
     def whole(self, x: Tensor) -> Tensor:
         """All entries [B, S, width] at once, each attending to all."""
@@ -69,6 +96,41 @@ class InferenceBlock(nn.Module):
             scores = query @ torch.cat(keys, 2).transpose(-1, -2)
             attention = scores.softmax(-1) @ torch.cat(values, 2)
         return self.finish(x, attention.transpose(1, 2).flatten(2))
+
+
+def embed_entries(
+    codes: Tensor, label: Tensor, position: Tensor, table: Tensor, labels: Tensor, places: Tensor
+) -> Tensor:
+    """Entries position..position + S - 1 [B, S, width]: entry 0 is the label, entry t + 1 the codes of position t.
+
+    Args:
+        codes: Codes of the positions [B, S, Q]; those of entry 0 count for nothing.
+        label: Labels [B].
+        position: [B].
+        table: A row for each code, summed over the depths [K, width].
+        labels: A row for each label [classes, width].
+        places: A row for each position [h * w, width].
+    """
+    entry = position[:, None] + torch.arange(codes.shape[1])
+    x = F.embedding(codes, table).sum(2) + F.embedding((entry - 1).clamp(min=0), places)
+    return torch.where((entry == 0)[:, :, None], F.embedding(label, labels)[:, None], x)
+
+
+class PackedAttention(nn.Module):
+    """Attention of a ViT as one node, the scale folded into the queries."""
+
+    weight: Tensor  # [width, 3 * H * D]
+
+    def __init__(self, attention: vitvqgan.Attention):
+        super().__init__()
+        self.heads = attention.heads
+        scale = torch.ones_like(attention.to_qkv.weight[:, :1])
+        scale[: len(scale) // 3] = (len(scale) // 3 // self.heads) ** -0.5
+        self.register_buffer("weight", (attention.to_qkv.weight * scale).T.detach().contiguous())
+        self.to_out = Projection(attention.to_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out(torch.ops.vqdeploy.packed_attention(x @ self.weight, self.heads))
 
 
 class SplitUpsample(nn.Module):

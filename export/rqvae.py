@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export import tokenizer
-from vqdeploy.export.layers import InferenceBlock, Projection
+from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models import System
 from vqdeploy.models.rqtransformer import RQTransformer
@@ -58,7 +58,7 @@ class Step(nn.Module):
         past_key: list[Tensor],
         past_value: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        x = self.embed(codes, label, position)
+        x = embed_entries(codes, label, position, self.input_table, self.labels, self.places)
         keys, values = [], []
         for block, key, value in zip(self.body, past_key, past_value, strict=True):
             x, key, value = block.cached(x, key, value, position)
@@ -66,12 +66,6 @@ class Step(nn.Module):
             values.append(value)
         sampled, logits = self.sample_depths(x[:, -1:], noise, temperature, top_k, top_p)
         return sampled, logits, *keys, *values
-
-    def embed(self, codes: Tensor, label: Tensor, position: Tensor) -> Tensor:
-        """Entries position..position + S - 1 [B, S, width]."""
-        entry = position[:, None] + torch.arange(codes.shape[1])
-        x = F.embedding(codes, self.input_table).sum(2) + F.embedding((entry - 1).clamp(min=0), self.places)
-        return torch.where((entry == 0)[:, :, None], F.embedding(label, self.labels)[:, None], x)
 
     def sample_depths(self, context: Tensor, noise: Tensor, *options: Tensor) -> tuple[Tensor, Tensor]:
         """Context [B, 1, width] -> codes [B, Q] and logits [B, Q, K], depth by depth."""

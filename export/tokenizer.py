@@ -1,4 +1,4 @@
-"""The stages of a convolutional tokenizer: `encode` and `decode`."""
+"""The stages of a tokenizer: `encode` and `decode`."""
 
 import copy
 from typing import Any
@@ -6,11 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, SplitUpsample
+from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, PackedAttention, SplitUpsample
 from vqdeploy.export.stage import Stage
+from vqdeploy.models import vitvqgan
 from vqdeploy.models.conv import SpatialNorm, Upsample
 
-_FASTER = {Upsample: SplitUpsample, SpatialNorm: Modulation}
+_FASTER: dict[type, Any] = {Upsample: SplitUpsample, SpatialNorm: Modulation, vitvqgan.Attention: PackedAttention}
+
+
+def _laid_out(tokenizer: Any) -> Any:
+    """A copy of a tokenizer with layers that are laid out for inference."""
+    tokenizer = copy.deepcopy(tokenizer)
+    for module in list(tokenizer.modules()):
+        for name, child in module.named_children():
+            if type(child) in _FASTER:
+                setattr(module, name, _FASTER[type(child)](child))
+    return tokenizer
 
 
 class Encode(nn.Module):
@@ -19,7 +30,7 @@ class Encode(nn.Module):
     def __init__(self, tokenizer: Any):
         super().__init__()
         self.input = ImageInput(tokenizer.config.pixel_range)
-        self.tokenizer = tokenizer
+        self.tokenizer = _laid_out(tokenizer)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.tokenizer.encode(self.input(image))
@@ -31,11 +42,7 @@ class Decode(nn.Module):
     def __init__(self, tokenizer: Any):
         super().__init__()
         self.output = ImageOutput(tokenizer.config.pixel_range)
-        self.tokenizer = copy.deepcopy(tokenizer)
-        for module in list(self.tokenizer.decoder.modules()):
-            for name, child in module.named_children():
-                if type(child) in _FASTER:
-                    setattr(module, name, _FASTER[type(child)](child))
+        self.tokenizer = _laid_out(tokenizer)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.output(self.tokenizer.decode(codes))

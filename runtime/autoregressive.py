@@ -16,14 +16,14 @@ class AutoregressiveSampler:
     There is no label for no class, and what surrounds a mask does not stay as it is; compare `MaskedSampler`.
     """
 
-    options = ("temperature", "top_k", "top_p")
+    options: tuple[str, ...] = ("temperature", "top_k", "top_p")
     inputs = frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))
-    no_label = None
+    no_label: int | None = None
     keeps_pixels = False
     call_images = 2**31
 
     def __init__(self, session: Any, classes: int):
-        self._session = session
+        self._session, self._classes = session, classes
         self._bindings: dict[int, tuple[dict[str, np.ndarray], Any]] = {}
         self.engine_seconds = 0.0
 
@@ -41,24 +41,27 @@ class AutoregressiveSampler:
         if np.any((codes < 0) != unknown[..., None]):
             raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
         batch, positions = codes.shape[:2]
+        rows = 2 if self._guides(request) else 1  # of the engine's batch, for each image
         needed = np.flatnonzero(unknown.any(0))
         if needed.size == 0:
             return request.known
         first = int(needed[0])
-        caches, binding = self._buffers(batch)
+        caches, binding = self._buffers(rows * batch)
         if first > 0:
-            prefill = self._session.bind({"batch": batch, "length": first}, caches)
-            prefill.inputs["codes"][:, 1:] = codes[:, : first - 1]
-            _write_options(prefill, request)
+            prefill = self._session.bind({"batch": rows * batch, "length": first}, caches)
+            prefill.inputs["codes"][:, 1:] = np.tile(codes[:, : first - 1], (rows, 1, 1))
+            self._write_options(prefill, request)
             self._call(prefill, position=0)
-        _write_options(binding, request)
+            carry(prefill, binding)
+        self._write_options(binding, request)
         for position in range(first, positions):
             if position > 0:
-                binding.inputs["codes"][:, 0] = codes[:, position - 1]
-            gumbel(request.seed, request.images, position, binding.inputs["noise"])
+                binding.inputs["codes"][:, 0] = np.tile(codes[:, position - 1], (rows, 1))
+            gumbel(request.seed, request.images, position, binding.inputs["noise"][:batch])
             self._call(binding, position)
+            carry(binding, binding)
             sampled = unknown[:, position]
-            codes[sampled, position] = binding.outputs["next_codes"][sampled]
+            codes[sampled, position] = binding.outputs["next_codes"][:batch][sampled]
             if callback:
                 callback(position - first + 1, positions - first, codes.reshape(request.known.shape))
         return codes.reshape(request.known.shape)
@@ -76,6 +79,20 @@ class AutoregressiveSampler:
         binding.run()
         self.engine_seconds += time.perf_counter() - start
 
+    def _guides(self, request: Request) -> bool:
+        without = request.options.get("guidance_scale", 1) == 1 or (request.labels == self.no_label).all()
+        return not without
+
+    def _write_options(self, binding: Any, request: Request) -> None:
+        batch = len(request.labels)
+        binding.inputs["label"][:batch] = request.labels
+        binding.inputs["label"][batch:] = self._classes
+        write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
+        if "guidance" in binding.inputs:
+            rows = np.arange(len(binding.inputs["label"]))
+            binding.inputs["partner"][:] = np.where(rows < batch, (rows + batch) % len(rows), rows)
+            binding.inputs["guidance"][:] = request.options["guidance_scale"]  # of no effect on its own partner
+
     def unknown(self, cells: np.ndarray, depth: int) -> np.ndarray:
         """The codes to draw [B, h, w, Q], where the image is unknown at some positions [B, h, w].
 
@@ -90,6 +107,22 @@ class AutoregressiveSampler:
         return np.broadcast_to(rows[:, None, None], (len(images), *grid))
 
 
-def _write_options(binding: Any, request: Request) -> None:
-    binding.inputs["label"][:] = request.labels
-    write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
+class GuidedSampler(AutoregressiveSampler):
+    """An autoregressive prior that was trained without labels too: label number `classes` stands for none.
+
+    For guidance the batch is doubled: the rows of its second half have no label, and go along with those of the first.
+    """
+
+    options = (*AutoregressiveSampler.options, "guidance_scale")
+    inputs = AutoregressiveSampler.inputs | {"partner", "guidance"}
+
+    def __init__(self, session: Any, classes: int):
+        super().__init__(session, classes)
+        self.no_label = classes
+
+
+def carry(source: Any, target: Any) -> None:
+    """Takes what an engine call leaves for the next, apart from caches that are updated in place, to its inputs."""
+    for name, value in source.outputs.items():
+        if name.startswith("present_"):
+            target.inputs[name.replace("present_", "past_", 1)][:] = value

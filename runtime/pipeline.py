@@ -11,7 +11,7 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import options
-from vqdeploy.runtime.autoregressive import AutoregressiveSampler
+from vqdeploy.runtime.autoregressive import AutoregressiveSampler, GuidedSampler
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import BatchRange
 from vqdeploy.runtime.masked import MaskedSampler
@@ -19,8 +19,14 @@ from vqdeploy.runtime.request import Callback, Request
 
 log = logging.getLogger("vqdeploy")
 
-_SAMPLERS: dict[str, Any] = {"rqvae": AutoregressiveSampler, "movq": MaskedSampler}
+_SAMPLERS: dict[str, Any] = {
+    "rqvae": AutoregressiveSampler,
+    "movq": MaskedSampler,
+    "vitvqgan": GuidedSampler,
+    "vqgan": GuidedSampler,
+}
 _CALL_PIXELS = 256 * 256
+_FEATURE_IMAGES = 8  # of one call
 _LARGEST = 2**62  # seed and image index, which key the noise
 
 
@@ -207,6 +213,28 @@ class Pipeline:
             codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
         run = self._sessions["decode"].run
         return np.concatenate([run(codes=codes[part])["image"] for part in self._image_batches(len(codes))])
+
+    def features(self, images: np.ndarray, labels: Sequence[int] | None = None) -> np.ndarray:
+        """Hidden states of the prior before its first layer and behind each, averaged over the positions.
+
+        Args:
+            images: uint8 [B, H, W, 3].
+            labels: Class of each image; None for none.
+
+        Returns:
+            float32 [B, layers + 1, width].
+
+        Raises:
+            VqdeployError: The plan has no features, or an argument is malformed.
+        """
+        if "features" not in self._sessions:
+            raise VqdeployError(
+                "this plan has no features", expected="a stage `features`", found=", ".join(self.stages)
+            )
+        codes = self.encode(images)
+        classes, run = self._check_labels(labels, len(codes)), self._sessions["features"].run
+        parts = self._batches(len(codes), min(self._batch.max, _FEATURE_IMAGES))
+        return np.concatenate([run(codes=codes[part], label=classes[part])["features"] for part in parts])
 
     def reconstruct(self, images: np.ndarray, depth: int | None = None) -> np.ndarray:
         """Images -> their codes -> images, as `encode` and `decode`."""

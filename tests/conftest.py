@@ -16,11 +16,13 @@ from vqdeploy.engines.build import build
 from vqdeploy.export.package import export
 from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.gpt import GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
-from vqdeploy.models.system import MaskedSampling, Sampling
+from vqdeploy.models.system import GuidedSampling, MaskedSampling, Sampling
+from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import BatchRange
 
@@ -61,6 +63,24 @@ SMALL_ADAPTIVE = replace(
     SMALL_MOVQ,
     tokenizer=replace(SMALL_MOVQ.tokenizer, groups=1, metric="cosine", modulation=False),
     prior=replace(SMALL_MOVQ.prior, grid=(4, 4, 1), adaptive=True),
+)
+
+
+SMALL_VIT = SystemConfig(
+    model="vitvqgan",
+    preset="small",
+    tokenizer=ViTVQGANConfig(16, 4, ViTConfig(32, 1, 2, 64), ViTConfig(32, 2, 1, 64), codebook_size=64, code_dim=8),
+    prior=GPTConfig((4, 4, 1), 64, width=64, layers=3, heads=4, classes=3, dropout=0.0),
+    labels=("cat", "dog", "eel"),
+    sampling=GuidedSampling(temperature=0.9, guidance_scale=1.5),
+)
+SMALL_VQGAN = SystemConfig(
+    model="vqgan",
+    preset="small",
+    tokenizer=replace(SMALL_ADAPTIVE.tokenizer, metric="l2"),
+    prior=replace(SMALL_VIT.prior, codebook_size=32, token_shift=True, squared_relu=True),
+    labels=SMALL_VIT.labels,
+    sampling=GuidedSampling(),
 )
 
 
@@ -186,6 +206,56 @@ def adaptive_pipeline(adaptive_package, tmp_path_factory):
     file = tmp_path_factory.mktemp("plan") / "adaptive.plan"
     build(adaptive_package, file)
     return load(file, threads=1)
+
+
+@pytest.fixture(scope="session")
+def vit_system():
+    return lively(SMALL_VIT)
+
+
+@pytest.fixture(scope="session")
+def vqgan_system():
+    """A GPT with token shift and squared ReLU."""
+    return lively(SMALL_VQGAN)
+
+
+@pytest.fixture(scope="session")
+def vit_package(vit_system, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("package") / "small-vit-onnx"
+    export(vit_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vqgan_package(vqgan_system, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("package") / "small-vqgan-onnx"
+    export(vqgan_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit_plan(vit_package, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "vit.plan"
+    build(vit_package, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def vqgan_plan(vqgan_package, tmp_path_factory):
+    """With the function bodies of the package."""
+    file = tmp_path_factory.mktemp("plan") / "vqgan.plan"
+    build(vqgan_package, file, portable=True)
+    return file
+
+
+@pytest.fixture(scope="session")
+def vit_pipeline(vit_plan):
+    return load(vit_plan, threads=1)
+
+
+@pytest.fixture(scope="session")
+def vqgan_pipeline(vqgan_plan):
+    return load(vqgan_plan, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqdeploy import cli
 from vqdeploy.runtime import load
-from vqdeploy.runtime.images import read_mask, veil
+from vqdeploy.runtime.images import read, read_mask, veil
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
 
@@ -269,6 +269,16 @@ def test_a_film_of_an_autoregressive_prior(vqdeploy, plan, tmp_path):
     assert film.shape == (16, 16 * 18 - 2, 3)
 
 
+@pytest.mark.parametrize(("options", "shape"), [([], (2, 4, 64)), (["--layer", 2], (2, 64))])
+def test_features_go_to_an_archive(vqdeploy, vit_plan, vit_pipeline, picture, options, shape, tmp_path):
+    arguments = ["--task", "features", "--input", picture, "--input", picture, *options]
+    result = parsed(vqdeploy("run", "--engine", vit_plan, *arguments, "--json"))
+    assert (result["output"], result["shape"]) == ("vitvqgan-features.npz", list(shape))
+    features = np.load(tmp_path / "vitvqgan-features.npz")["features"]
+    expected = vit_pipeline.features(read(picture, 16)[None])
+    np.testing.assert_allclose(features[0], expected[0, 2] if options else expected[0], rtol=1e-4, atol=1e-5)
+
+
 # What is refused, in one sentence
 
 
@@ -303,6 +313,7 @@ def refused(result, code, *words):
         (["--task", "inpaint", "--input", "in.png"], ["needs labels"]),
         (["--task", "inpaint", "--input", "in.png", "--label", "cat", "--mask", "none.png"], ["none.png"]),
         (["--task", "reconstruct", "--input", "in.png", "--depth", "5"], ["no such depth", "1..4"]),
+        (["--task", "features", "--input", "in.png"], ["this plan has no features"]),
         (["--steps", "3"], ["this system has no option steps", "temperature, top_k, top_p"]),
         (["--task", "reconstruct", "--input", "in.png", "--film", "f.gif"], ["only a generation", "reconstruct"]),
         (["-o", "in.png/out.png"], ["in.png/out.png cannot be written", "-o"]),

@@ -1,5 +1,7 @@
 """Published parameter counts, on the meta device."""
 
+import math
+
 import pytest
 import torch
 
@@ -29,14 +31,30 @@ MOVQ_COUNTS = {
     "270m": (270.669, None),
     "vqgan-f16-1024": (72.142, None),
     "vqgan-f16-16384": (76.074, None),
-    # The prior as published; the tokenizer is published as 72M.
+    # The prior as published; the tokenizer as we count it.
     "halton-large": (71.883, 479.985),
     # Our reading of the paper, which gives 82.7M and 307M and too few details to tell where they are.
     "paper": (78.261, 308.848),
 }
 
 
+# Without the positions of the tokenizers, which are constants.
+VITVQGAN_COUNTS = {
+    "small": (50.908, None),
+    "base": (170.664, None),
+    "large": (613.488, None),
+    # The priors in the layout of a plain GPT; the paper says 650M and 1697M and not how.
+    "vim-base": (170.664, 708.237),
+    "vim-large": (613.488, 1850.606),
+}
+
+# The public GPT keeps classes among the codes, and places of positions that are not used; see the test.
+VQGAN_COUNTS = {"faces": (72.142, 304.933), "imagenet": (76.074, 1410.641)}
+
+
 def test_every_published_preset_is_counted():
+    assert set(PRESETS["vitvqgan"]) == {*VITVQGAN_COUNTS, "tiny", "bench"}
+    assert set(PRESETS["vqgan"]) == {*VQGAN_COUNTS, "tiny"}
     assert set(PRESETS["rqvae"]) == {*COUNTS, "tiny", "bench"}
     assert set(PRESETS["movq"]) == {*MOVQ_COUNTS, "tiny", "bench"}
 
@@ -65,16 +83,33 @@ def test_parameter_count_of_masked_systems(name):
     check(*count("movq", name)[1:], MOVQ_COUNTS[name])
 
 
-@pytest.mark.parametrize("name", PRESETS["movq"])
-def test_tokenizer_and_prior_of_a_masked_system_fit(name):
-    config = preset("movq", name)
+@pytest.mark.parametrize("name", VITVQGAN_COUNTS)
+def test_parameter_count_of_vitvqgan(name):
+    config, tokenizer, prior = count("vitvqgan", name)
+    widths = config.tokenizer.encoder.width + config.tokenizer.decoder.width
+    check(tokenizer - math.prod(config.tokenizer.grid) * widths, prior, VITVQGAN_COUNTS[name])
+
+
+@pytest.mark.parametrize(("name", "places"), [("faces", 512), ("imagenet", 256)])
+def test_parameter_count_of_vqgan(name, places):
+    config, tokenizer, prior = count("vqgan", name)
+    ours = config.prior.classes + 1 + 1 + config.prior.positions  # rows of labels and of places
+    check(tokenizer, prior + (places - ours) * config.prior.width, VQGAN_COUNTS[name])
+
+
+SYSTEMS = [(model, name) for model in ("movq", "vitvqgan", "vqgan") for name in PRESETS[model]]
+
+
+@pytest.mark.parametrize(("model", "name"), SYSTEMS)
+def test_tokenizer_and_prior_fit(model, name):
+    config = preset(model, name)
     if config.prior:
         assert config.prior.grid == config.tokenizer.grid
         assert config.prior.codebook_size == config.tokenizer.codebook_size
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(VqdeployError, match="expected movq or rqvae"):
+    with pytest.raises(VqdeployError, match="expected movq or rqvae or vitvqgan or vqgan"):
         preset("rqvea", "tiny")
     with pytest.raises(VqdeployError, match="imagenet-480m"):
         preset("rqvae", "huge")

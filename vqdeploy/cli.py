@@ -231,7 +231,7 @@ def _numbers(text: str | None, kind: type) -> Any:
 @app.command()
 def run(
     engine: Engine,
-    task: Annotated[str, typer.Option(help="generate, reconstruct, inpaint, encode or decode.")] = "generate",
+    task: Annotated[str, typer.Option(help="generate, reconstruct, inpaint, encode, decode or features.")] = "generate",
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
     num_images: Annotated[
         int | None,
@@ -258,6 +258,9 @@ def run(
     mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share of the codes to draw anew.")] = None,
     depth: Annotated[int | None, typer.Option(help="decode, reconstruct: use this many codes a position.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="features: behind this many layers of the prior; all when left out.")
+    ] = None,
     film: Annotated[
         Path | None, typer.Option(help="generate: write the steps of the first image as a PNG strip or a GIF.")
     ] = None,
@@ -289,6 +292,7 @@ def run(
         mask=mask,
         mask_ratio=mask_ratio,
         depth=depth,
+        layer=layer,
         film=film,
         output=output,
         options={"seed": seed, **options},

@@ -2,11 +2,13 @@
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.gpt import GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
-from vqdeploy.models.system import MaskedSampling, Sampling, SystemConfig, architecture
+from vqdeploy.models.system import GuidedSampling, MaskedSampling, Sampling, SystemConfig, architecture
+from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
 
 _F32 = ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(8,))
 _IMAGENET = RQVAEConfig(conv=_F32)
@@ -125,8 +127,60 @@ _MOVQ = [
     _movq("halton-large", _LLAMAGEN, _HALTON, MaskedSampling(steps=32, schedule="halton", guidance_scale=3.0)),
 ]
 
+
+def _gpt(
+    model: str,
+    preset: str,
+    tokenizer: ViTVQGANConfig | MoVQConfig,
+    prior: GPTConfig | None = None,
+    sampling: GuidedSampling = GuidedSampling(),
+    labels: tuple[str, ...] = (),
+) -> SystemConfig:
+    return SystemConfig(model, preset, tokenizer, prior, labels, sampling)
+
+
+_BASE = ViTConfig(768, 12, 12, 3072)
+_BASE_VIT = ViTVQGANConfig(encoder=_BASE, decoder=_BASE)
+_LARGE_VIT = ViTVQGANConfig(decoder=ViTConfig(1280, 32, 16, 5120))
+_TINY_VIT = ViTConfig(128, 3, 2, 512)
+_TINY_GPT = GPTConfig((8, 8, 1), 256, width=128, layers=6, heads=4, classes=10)
+_DIGITS = tuple("0123456789")
+
+# Tokenizers of thuanz123/enhancing-transformers; priors of the ViT-VQGAN paper, in the layout of a plain GPT.
+_VITVQGAN = [
+    _gpt(
+        "vitvqgan",
+        "tiny",
+        ViTVQGANConfig(32, 4, _TINY_VIT, _TINY_VIT, codebook_size=256, code_dim=16),
+        _TINY_GPT,
+        GuidedSampling(guidance_scale=2.0),
+        _DIGITS,
+    ),
+    _gpt("vitvqgan", "bench", ViTVQGANConfig(), GPTConfig()),
+    _gpt("vitvqgan", "small", ViTVQGANConfig()),
+    _gpt("vitvqgan", "base", _BASE_VIT),
+    _gpt("vitvqgan", "large", _LARGE_VIT),
+    _gpt("vitvqgan", "vim-base", _BASE_VIT, GPTConfig(width=1536, layers=24, heads=16)),
+    _gpt("vitvqgan", "vim-large", _LARGE_VIT, GPTConfig(width=2048, layers=36, heads=32)),
+]
+
+# Sizes of CompVis/taming-transformers.
+_VQGAN = [
+    _gpt(
+        "vqgan",
+        "tiny",
+        MoVQConfig(_TINY_CONV, codebook_size=256, code_dim=32, groups=1, modulation=False),
+        _TINY_GPT,
+        GuidedSampling(guidance_scale=2.0),
+        _DIGITS,
+    ),
+    _gpt("vqgan", "faces", _vqgan(1024), GPTConfig((16, 16, 1), 1024, width=1024, layers=24, heads=16, classes=1)),
+    _gpt("vqgan", "imagenet", _vqgan(16384), GPTConfig((16, 16, 1), 16384, width=1536, layers=48, heads=24)),
+]
+
 PRESETS: dict[str, dict[str, SystemConfig]] = {
-    model: {config.preset: config for config in configs} for model, configs in (("rqvae", _RQVAE), ("movq", _MOVQ))
+    model: {config.preset: config for config in configs}
+    for model, configs in (("rqvae", _RQVAE), ("movq", _MOVQ), ("vitvqgan", _VITVQGAN), ("vqgan", _VQGAN))
 }
 
 

@@ -14,7 +14,8 @@ from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
-TASKS = ("generate", "reconstruct", "inpaint", "encode", "decode")
+TASKS = ("generate", "reconstruct", "inpaint", "encode", "decode", "features")
+_ARCHIVES = ("encode", "features")  # tasks whose result is an NPZ
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
 _COLUMNS = 8
 _FILM_VEIL = 0.75  # lets what is drawn for now shine through
@@ -36,13 +37,14 @@ class Job:
     mask: Path | None = None
     mask_ratio: float | None = None
     depth: int | None = None
+    layer: int | None = None
     film: Path | None = None
     output: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Runs a task and writes its result: a PNG, or an NPZ of codes for `encode`.
+    """Runs a task and writes its result: a PNG, or an NPZ for `encode` and `features`.
 
     Raises:
         VqdeployError: The request is malformed, or a file is missing.
@@ -52,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
         raise VqdeployError("there is no such task", expected=" or ".join(TASKS), found=job.task)
     _check_film(job)
     pipeline = load(job.engine)
-    suffix = "npz" if job.task == "encode" else "png"
+    suffix = "npz" if job.task in _ARCHIVES else "png"
     output = job.output or Path(f"{pipeline.manifest.system}-{job.task}.{suffix}")
     start = time.perf_counter()
     result = _HANDLERS[job.task](pipeline, job, output)
@@ -92,11 +94,9 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, job.inputs)
     mask = None if job.mask is None else read_mask(job.mask, pipeline.side)
     ratio = 0.5 if mask is None and job.mask_ratio is None else job.mask_ratio
-    labels = [pipeline.label(name) for name in job.labels]
-    if len(labels) == 1:
-        labels *= len(images)
+    labels = _labels(pipeline, job, len(images))
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
-    result = pipeline.inpaint(images, labels or None, completions=job.num_images or 1, **place, **job.options)
+    result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
     masked = veil(images, unknown) if mask is None else np.where(mask[..., None], GREY, images)
     shown = np.concatenate([masked, result.images, images])
@@ -104,11 +104,31 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     return _write(output, pipeline, shown, len(images), note)
 
 
+def _labels(pipeline: Pipeline, job: Job, count: int) -> list[int] | None:
+    """The labels of a number of images: one named for each, or one for all, or none."""
+    labels = [pipeline.label(name) for name in job.labels]
+    return labels * count if len(labels) == 1 else labels or None
+
+
 def _encode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    codes = pipeline.encode(_read_images(pipeline, job.inputs))
+    return _write_archive(output, "codes", pipeline.encode(_read_images(pipeline, job.inputs)))
+
+
+def _features(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    images = _read_images(pipeline, job.inputs)
+    features = pipeline.features(images, _labels(pipeline, job, len(images)))
+    if job.layer is not None:
+        if not 0 <= job.layer < features.shape[1]:
+            raise VqdeployError("no such layer", expected=f"0..{features.shape[1] - 1}", found=job.layer)
+        features = features[:, job.layer]
+    return _write_archive(output, "features", features)
+
+
+def _write_archive(output: Path, name: str, array: np.ndarray) -> dict[str, Any]:
+    contents: dict[str, Any] = {name: array}
     with replacing_file(output) as file, file.open("wb") as stream:
-        np.savez_compressed(stream, codes=codes)
-    return {"shape": list(codes.shape)}
+        np.savez_compressed(stream, **contents)
+    return {"shape": list(array.shape)}
 
 
 def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -125,6 +145,7 @@ _HANDLERS: dict[str, Callable[[Pipeline, Job, Path], dict[str, Any]]] = {
     "inpaint": _inpaint,
     "encode": _encode,
     "decode": _decode,
+    "features": _features,
 }
 
 

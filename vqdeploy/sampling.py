@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqdeploy.models.maskgit import MaskGITConfig, unmask
-from vqdeploy.models.system import MaskedSampling, SystemConfig
+from vqdeploy.models.system import GuidedSampling, MaskedSampling, SystemConfig
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 
@@ -24,7 +24,8 @@ def generate(prior: Any, config: SystemConfig, labels: Tensor, noise: Noise) -> 
     if isinstance(sampling, MaskedSampling):
         return _generate_masked(prior, config.prior, sampling, labels, noise, options)
     shape = (len(labels), depth, config.prior.codebook_size)
-    return prior.generate(labels, lambda position: noise(position, shape).to(labels.device), *options)
+    guidance = [sampling.guidance_scale] if isinstance(sampling, GuidedSampling) else []
+    return prior.generate(labels, lambda position: noise(position, shape).to(labels.device), *options, *guidance)
 
 
 def _generate_masked(

@@ -188,3 +188,10 @@ def test_the_profile_covers_one_label_and_two(movq_package, tmp_path, monkeypatc
     shapes = jobs["step"]["shapes"]
     assert shapes["label"] == shapes["guidance"] == [[1, 1], [2, 1], [4, 2]]
     assert shapes["noise"] == [[1, 4, 4, 4, 32], [2, 4, 4, 4, 32], [4, 4, 4, 4, 32]]
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", ["vit_package", "vqgan_package"])
+def test_every_stage_of_a_gpt_is_built(request, name, tmp_path):
+    manifest = build(request.getfixturevalue(name), tmp_path / "a.plan", backend="tensorrt-rtx")
+    assert [stage.name for stage in manifest.stages] == ["encode", "decode", "step", "features"]

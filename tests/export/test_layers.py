@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from vqdeploy.export.layers import ImageInput, ImageOutput, InferenceBlock, Modulation, SplitUpsample
 from vqdeploy.models.conv import SpatialNorm, Upsample
@@ -42,7 +43,7 @@ def test_spatial_norm_is_that_of_the_paper(norm, times):
 
 @pytest.fixture
 def block():
-    return Block(width=32, heads=4, dropout=0.0).eval()
+    return Block(32, 4, dropout=0.0, token_shift=False, activation=nn.GELU()).eval()
 
 
 @torch.no_grad()

@@ -12,10 +12,12 @@ from safetensors import safe_open
 
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
+from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -174,3 +176,73 @@ def test_adaptive_maskgit():
     assert torch.equal(
         model.logits(codes, labels).flatten(1, 3), model.logits_with_mask(codes, labels)[..., : config["codebook_size"]]
     )
+
+
+@torch.no_grad()
+def test_vitvqgan():
+    config, tensors, state = read_golden("vitvq")
+
+    def shape(part: dict) -> ViTConfig:
+        return ViTConfig(part["dim"], part["depth"], part["heads"], part["mlp_dim"])
+
+    model = ViTVQGAN(
+        ViTVQGANConfig(
+            config["image_size"],
+            config["patch_size"],
+            shape(config["encoder"]),
+            shape(config["decoder"]),
+            config["quantizer"]["n_embed"],
+            config["quantizer"]["embed_dim"],
+        )
+    ).eval()
+    assert_close(model.encoder.en_pos_embedding, state["encoder.en_pos_embedding"])
+    codebook = state.pop("quantizer.embedding.weight")
+    learned = {"quantizer.embed_ema": codebook, "quantizer.cluster_size_ema": torch.ones(len(codebook))}
+    model.load_state_dict(state | {"quantizer.codebook": codebook} | learned)
+    codes, quantized = model.quantizer.encode(model.latents(tensors["in/image"]))
+    assert torch.equal(codes.flatten(1), tensors["out/codes"])
+    assert_close(quantized.flatten(1, 2), tensors["out/z_q"])
+    assert_close(model.decode(codes), tensors["out/decode_code"])
+    assert_close(model(tensors["in/image"])[0], tensors["out/reconstruction"])
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    config, tensors, state = read_golden("vitvq_gpt")
+    side = math.isqrt(config["img_num_tokens"])
+    model = GPT(
+        GPTConfig(
+            grid=(side, side, 1),
+            codebook_size=config["vocab_img_size"],
+            width=config["embed_dim"],
+            layers=config["n_layers"],
+            heads=config["n_heads"],
+            classes=config["vocab_cond_size"] - 1,  # the last stands for no class
+            token_shift=True,
+            squared_relu=True,
+        )
+    ).eval()
+    renamed = {key.replace("blocks.", "transformer.blocks.", 1): weight for key, weight in state.items()}
+    renamed = {key.replace(".mlp.p0.", ".mlp.0.").replace(".mlp.p1.", ".mlp.2."): w for key, w in renamed.items()}
+    model.load_state_dict(renamed)
+    return model, tensors, side
+
+
+@torch.no_grad()
+def test_gpt_logits(gpt):
+    model, tensors, side = gpt
+    codes = tensors["in/codes"].view(-1, side, side, 1)
+    assert_close(model.logits(codes, tensors["in/class"]).flatten(1, 3), tensors["out/logits"])
+
+
+def test_gpt_cached_sampling_is_that_of_the_full_forward_pass(gpt):
+    """The public code's own cached sampler forgets its token shift, so its greedy codes are not reproduced."""
+    model, tensors, _ = gpt
+    labels, size = tensors["in/class"], model.config.codebook_size
+    options = [torch.ones(len(labels), 1), torch.ones(len(labels), 1, dtype=torch.int64), torch.ones(len(labels), 1)]
+    for scale in (1.0, 2.5):
+        codes = model.generate(labels, lambda position: torch.zeros(len(labels), 1, size), *options, scale)
+        with torch.no_grad():
+            logits = model.logits(codes, labels)
+            without = model.logits(codes, torch.full_like(labels, model.config.classes))
+        assert torch.equal((without + scale * (logits - without)).argmax(-1), codes)

@@ -113,3 +113,17 @@ def test_outside_training_the_codebook_stands_still_and_gradients_pass_through()
 def test_configurations_that_cannot_be(make, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         make()
+
+
+def test_by_cosine_directions_are_learned():
+    """Long vectors count no more than short ones."""
+    torch.manual_seed(0)
+    quantizer = MultichannelQuantizer(4, 8, 1, metric="cosine").train()
+    directions = torch.eye(8)[:4].repeat(64, 1)
+    for _ in range(200):
+        quantized = quantizer(directions * torch.rand(len(directions), 1).mul(9).add(1))
+    assert quantized.codes.unique().numel() == 4
+    torch.testing.assert_close(
+        F.normalize(quantizer.codebook, dim=1).sort(0).values, torch.eye(8)[:4].sort(0).values, atol=1e-2, rtol=0
+    )
+    assert quantized.commitment_loss < 1e-3

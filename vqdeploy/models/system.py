@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
+from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
+from vqdeploy.models.vitvqgan import ViTVQGAN, ViTVQGANConfig
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,18 @@ class Sampling(Config):
 
 
 @dataclass(frozen=True)
-class MaskedSampling(Sampling):
-    """Default options of parallel decoding; see `vqdeploy.runtime.masked`. A `guidance_scale` of 1 is no guidance."""
+class GuidedSampling(Sampling):
+    """Default options of a prior that was trained without labels too. A `guidance_scale` of 1 is no guidance."""
+
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MaskedSampling(GuidedSampling):
+    """Default options of parallel decoding; see `vqdeploy.runtime.masked`."""
 
     steps: int = 12
     schedule: str = "cosine"
-    guidance_scale: float = 1.0
     choice_temperature: float = 4.5
 
 
@@ -49,9 +57,15 @@ def _maskgit(config: MaskGITConfig, codebook: Tensor) -> nn.Module:
     return AdaptiveMaskGIT(config) if config.adaptive else MaskGIT(config)
 
 
+def _gpt(config: GPTConfig, codebook: Tensor) -> nn.Module:
+    return GPT(config)
+
+
 ARCHITECTURES = {
     "rqvae": Architecture(RQVAE, RQVAEConfig, RQTransformer, RQTransformerConfig, Sampling),
     "movq": Architecture(MoVQ, MoVQConfig, _maskgit, MaskGITConfig, MaskedSampling),
+    "vitvqgan": Architecture(ViTVQGAN, ViTVQGANConfig, _gpt, GPTConfig, GuidedSampling),
+    "vqgan": Architecture(MoVQ, MoVQConfig, _gpt, GPTConfig, GuidedSampling),
 }
 
 

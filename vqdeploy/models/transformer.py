@@ -30,6 +30,13 @@ class GrowingCache:
     def __init__(self) -> None:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
+        self.last: Tensor | None = None
+
+    def previous(self, x: Tensor) -> Tensor:
+        """The entry before each of x [B, S, width]: what `last` kept, then x without its last."""
+        first = torch.zeros_like(x[:, :1]) if self.last is None else self.last
+        self.last = x[:, -1:]
+        return torch.cat([first, x[:, :-1]], 1)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.key = key if self.key is None else torch.cat([self.key, key], 2)
@@ -39,9 +46,9 @@ class GrowingCache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate projections."""
+    """Multi-head attention with separate projections; with a token shift each entry is mixed with the one before it."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, token_shift: bool = False):
         super().__init__()
         if width % heads:
             raise ValueError(f"a width of {width} cannot be split into {heads} heads")
@@ -51,8 +58,13 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
+        if token_shift:
+            self.time_mix = nn.Parameter(torch.linspace(0, 1, width).view(1, 1, width))
 
     def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
+        if hasattr(self, "time_mix"):
+            before = attend.previous(x) if isinstance(attend, GrowingCache) else F.pad(x, (0, 0, 1, -1))
+            x = torch.lerp(before, x, self.time_mix)
         q, k, v = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
@@ -61,17 +73,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), the MLP four times as wide with exact GELU."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), the MLP four times as wide."""
 
     mlp: Any
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, token_shift: bool, activation: nn.Module):
         super().__init__()
         self.ln1 = nn.LayerNorm(width)
         self.ln2 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, dropout)
+        self.attn = Attention(width, heads, dropout, token_shift)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+            nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
     def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
@@ -80,14 +92,23 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks on [B, S, width], without embeddings or a last norm."""
+    """A stack of blocks on [B, S, width], without embeddings or a last norm; `activation` is that of the MLPs."""
 
     blocks: Any  # list of Block
 
-    def __init__(self, layers: int, width: int, heads: int, dropout: float, attend: Attend = causal):
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        dropout: float,
+        attend: Attend = causal,
+        token_shift: bool = False,
+        activation: nn.Module = nn.GELU(),  # noqa: B008  (it holds no weights)
+    ):
         super().__init__()
         self.attend = attend
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, token_shift, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, caches: list[GrowingCache] | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):

@@ -39,13 +39,30 @@ def masked_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, train
     ranks = torch.rand(len(codes), cells, device=codes.device).argsort(1).argsort(1)
     masked = (ranks < (shares * cells).ceil()[:, None]).view_as(codes)
     if training:
-        dropped = torch.rand(len(labels), device=labels.device) < recipe.label_dropout
-        labels = labels.masked_fill(dropped, config.classes)
+        labels = _drop_some(labels, recipe.label_dropout, none=config.classes)
     logits = system.prior.logits(codes.masked_fill(masked, config.codebook_size), labels)
     return F.cross_entropy(logits[masked], codes[masked], label_smoothing=recipe.label_smoothing)
 
 
-_LOSSES = {"rqvae": soft_target_loss, "movq": masked_loss}
+def next_code_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy of each code given those before it; in training some labels are dropped, as in `masked_loss`."""
+    with torch.no_grad():
+        codes = system.tokenizer.encode(x)
+    if training:
+        labels = _drop_some(labels, recipe.label_dropout, none=system.config.prior.classes)
+    return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), codes.flatten())
+
+
+def _drop_some(labels: Tensor, share: float, none: int) -> Tensor:
+    return labels.masked_fill(torch.rand(len(labels), device=labels.device) < share, none)
+
+
+_LOSSES = {
+    "rqvae": soft_target_loss,
+    "movq": masked_loss,
+    "vitvqgan": next_code_loss,
+    "vqgan": next_code_loss,
+}
 
 
 class PriorTraining(LightningModule):

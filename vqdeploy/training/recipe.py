@@ -12,7 +12,8 @@ class Recipe(Config):
     """Options of a training run; the defaults are those of the RQ-VAE paper and its public code.
 
     `soft_temperature` divides the squared distances of an autoregressive prior's soft targets, so it depends on the
-    scale of the latents. `label_smoothing` and `label_dropout`, the share of labels left out, are for masked priors.
+    scale of the latents. `label_smoothing` and `label_dropout`, the share of labels left out, are for masked priors;
+    the GPTs drop labels too. `logit_laplace_weight` is of a term of ViT-VQGAN (section 3.4).
     `classifier_steps` is for the judge of the samples. `stored_dtype` is the type of the saved weights.
     """
 
@@ -26,6 +27,7 @@ class Recipe(Config):
     soft_temperature: float = 0.5
     label_smoothing: float = 0.1
     label_dropout: float = 0.1
+    logit_laplace_weight: float = 0.0
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
     stored_dtype: str = "float32"
@@ -49,6 +51,8 @@ _TINY = Recipe(
 _RECIPES = {
     ("rqvae", "tiny"): _TINY,
     ("movq", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=1e-3),
+    ("vitvqgan", "tiny"): dataclasses.replace(_TINY, steps=1000, learning_rate=1e-3, prior_learning_rate=1e-3),
+    ("vqgan", "tiny"): dataclasses.replace(_TINY, prior_learning_rate=1e-3),
 }
 
 

@@ -19,6 +19,15 @@ from vqdeploy.training.stage import schedule
 logger = logging.getLogger("vqdeploy")
 
 
+def logit_laplace(reconstruction: Tensor, x: Tensor, margin: float = 0.1) -> Tensor:
+    """Distance of the logits of pixels in 0..1, drawn in from the borders by the margin (DALL-E, appendix A.3).
+
+    The negative log-likelihood of a Laplace distribution of scale 1 in logit space, up to terms without a gradient.
+    """
+    made, target = ((1 - 2 * margin) * pixels + margin for pixels in (reconstruction, x))
+    return F.l1_loss(torch.logit(made, eps=margin / 2), torch.logit(target))
+
+
 class TokenizerTraining(LightningModule):
     """Squared error and commitment, and where the recipe gives them a weight, a perceptual and an adversarial term.
 
@@ -49,6 +58,10 @@ class TokenizerTraining(LightningModule):
         error = F.mse_loss(reconstruction, x)
         self.log("mse", error, prog_bar=True)
         loss = error + self._perceptual(reconstruction, x)
+        if self.recipe.logit_laplace_weight:
+            low, high = self.tokenizer.config.pixel_range
+            made, target = ((pixels - low) / (high - low) for pixels in (reconstruction, x))
+            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(made, target)
         if self.discriminator:
             loss = loss + self._adversarial(self.discriminator(reconstruction), loss)
         self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)

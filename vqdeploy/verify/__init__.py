@@ -20,7 +20,12 @@ from vqdeploy.runtime import Pipeline, load
 from vqdeploy.verify import autoregressive, masked
 from vqdeploy.verify.tokenizer import check_tokenizer
 
-_PRIORS: dict[str, Any] = {"rqvae": autoregressive, "movq": masked}
+_PRIORS: dict[str, Any] = {
+    "rqvae": autoregressive,
+    "movq": masked,
+    "vitvqgan": autoregressive,
+    "vqgan": autoregressive,
+}
 
 
 def verify(

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from vqdeploy.models import System
+from vqdeploy.models.system import GuidedSampling
 from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.autoregressive import carry
 from vqdeploy.runtime.noise import gumbel
+from vqdeploy.sampling import guided_logits
 from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge
 
+_SCALE = 3.0  # of guidance
 _FORCE = 1e9  # noise that makes the sampler choose a given code
 
 
@@ -34,15 +38,19 @@ def _forced_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, pr
     caches = session.caches({"batch": batch, "length": 1})
     binding = session.bind({"batch": batch, "length": 1}, caches)
     options = {"label": labels, "temperature": 1, "top_k": pipeline.codebook_size, "top_p": 1}
+    if "guidance" in binding.inputs:
+        options |= {"partner": np.arange(batch), "guidance": 1}
     if prefix:
         first = session.bind({"batch": batch, "length": prefix}, caches)
         _write(first.inputs, position=0, codes=np.pad(codes[:, : prefix - 1], ((0, 0), (1, 0), (0, 0))), **options)
         first.run()
+        carry(first, binding)
     rows, collected = np.indices((batch, depth)), []
     for position in range(prefix, positions):
         _write(binding.inputs, position=position, codes=codes[:, [max(position - 1, 0)]], noise=0, **options)
         binding.inputs["noise"][rows[0], rows[1], codes[:, position]] = _FORCE
         binding.run()
+        carry(binding, binding)
         collected.append(binding.outputs["logits"].copy())
     return np.stack(collected, 1)
 
@@ -60,6 +68,9 @@ def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> li
         "whole distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
         "truncated": {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9},
     }
+    if isinstance(system.config.sampling, GuidedSampling):
+        for options, scale in zip(distributions.values(), (_SCALE, 1.0), strict=True):
+            options["guidance_scale"] = scale
     for name, options in distributions.items():
         codes = pipeline.generate(labels, seed=SEED, **options).codes
         far, _ = _judge(system, codes, labels, 0, options, tolerance)
@@ -81,7 +92,9 @@ def _judge(
     system: System, codes: np.ndarray, labels: list[int], first: int, options: dict[str, Any], tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """`judge` for generated codes, given the codes before each; both of the shape of the codes."""
-    logits = system.prior.logits(torch.from_numpy(codes), torch.tensor(labels)).flatten(0, -2)
+    scale = options.get("guidance_scale", 1.0)
+    logits = guided_logits(system.prior, torch.from_numpy(codes), torch.tensor(labels), scale).flatten(0, -2)
+    tolerance *= 2 * scale if scale != 1 else 1  # guidance multiplies what logits are off by
     noise = _noise(codes.shape, first, logits.shape[1])
     far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
     return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()

@@ -1,0 +1,142 @@
+"""Sampling from a GPT: guidance, the state of a token shift, prefixes, features."""
+
+import numpy as np
+import pytest
+import torch
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.export.layers import ImageInput
+from vqdeploy.runtime import autoregressive
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.verify import verify
+
+LABELS = [0, 2, 1, 2]
+WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1, "guidance_scale": 1}
+
+
+@pytest.fixture(params=["vit", "vqgan"])
+def either(request):
+    """The pipeline of a system, and the system: ONNX Runtime's bodies and a plain GPT, or portable ones and a shift."""
+    return request.getfixturevalue(f"{request.param}_pipeline"), request.getfixturevalue(f"{request.param}_system")
+
+
+def in_pytorch(system, labels, seed=0, **options):
+    options = WHOLE | options
+    size, shape = system.config.prior.codebook_size, (len(labels), 1)
+
+    def noise(position):
+        out = np.empty((*shape, size), np.float32)
+        gumbel(seed, np.arange(len(labels)), position, out)
+        return torch.from_numpy(out)
+
+    sampling = torch.full(shape, float(options["temperature"])), torch.full(shape, options["top_k"] or size)
+    top_p = torch.full(shape, float(options["top_p"]))
+    return system.prior.generate(torch.tensor(labels), noise, *sampling, top_p, options["guidance_scale"]).numpy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance_scale": 2.5}, {"guidance_scale": 0}, {"temperature": 0.7, "top_k": 9, "guidance_scale": 4}],
+)
+def test_generate_draws_the_codes_that_pytorch_draws(either, options):
+    pipeline, system = either
+    expected = in_pytorch(system, LABELS, seed=3, **options)
+    result = pipeline.generate(LABELS, seed=3, **(WHOLE | options))
+    np.testing.assert_array_equal(result.codes, expected)
+
+
+def test_no_label_is_a_label_of_its_own(either):
+    pipeline, system = either
+    known = np.full((2, *pipeline.grid), -1)
+    expected = in_pytorch(system, [system.config.prior.classes] * 2, seed=1)
+    np.testing.assert_array_equal(pipeline.complete(known, None, seed=1, **WHOLE).codes, expected)
+
+
+def test_an_image_is_the_same_alone_and_after_other_requests(either):
+    pipeline, _ = either
+    batch = pipeline.generate(LABELS, seed=5, guidance_scale=2).codes
+    for i, label in enumerate(LABELS):
+        alone = pipeline.generate([label], seed=5, first_image=i, guidance_scale=2).codes
+        np.testing.assert_array_equal(alone[0], batch[i])
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_completion_goes_on_from_the_first_rows(either, rows, scale):
+    pipeline, _ = either
+    whole = pipeline.generate(LABELS, seed=2, guidance_scale=scale).codes
+    known = whole.copy()
+    known[:, rows:] = -1
+    np.testing.assert_array_equal(pipeline.complete(known, LABELS, seed=2, guidance_scale=scale).codes, whole)
+
+
+def test_caches_are_updated_in_place(vit_pipeline):
+    session = vit_pipeline.session("step")
+    assert len(session.stage.aliases) == 2 * 3
+    binding = session.bind({"batch": 2, "length": 1})
+    binding.inputs["top_k"][:] = 64
+    binding.inputs["temperature"][:] = 1
+    binding.run()
+    results = dict(zip([o.name for o in session.stage.outputs], binding._io.get_outputs(), strict=True))
+    for output, name in session.stage.aliases.items():
+        assert results[output].data_ptr() == binding.inputs[name].ctypes.data
+        assert (binding.inputs[name][:, :, 0] != 0).any()
+        assert (binding.inputs[name][:, :, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("labels", [None, [0, 2, 1]])
+def test_features_are_those_of_pytorch_at_every_layer(either, labels):
+    pipeline, system = either
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    features = pipeline.features(images, labels)
+    with torch.no_grad():
+        codes = torch.from_numpy(pipeline.encode(images))
+        rows = torch.tensor(labels or [system.config.prior.classes] * 3)
+        expected = [system.prior.features(codes, rows, layer) for layer in range(4)]
+    assert features.shape == (3, 4, 64)
+    for layer in range(4):
+        np.testing.assert_allclose(features[:, layer], expected[layer], atol=1e-4 * expected[layer].abs().max())
+
+
+def test_systems_without_features_say_so(pipeline):
+    with pytest.raises(VqdeployError, match="no features"):
+        pipeline.features(np.zeros((1, 16, 16, 3), np.uint8))
+
+
+def test_tokenizer(vit_pipeline, vit_system):
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    with torch.no_grad():
+        expected = vit_system.tokenizer.encode(ImageInput((0.0, 1.0))(torch.from_numpy(images))).numpy()
+    np.testing.assert_array_equal(vit_pipeline.encode(images), expected)
+
+
+# verify
+
+
+def failures(report):
+    return {f"{check['stage']}: {check['metric']}" for check in report["checks"] if not check["passed"]}
+
+
+def test_good_plans_pass(vit_plan, vit_system, vqgan_plan, vqgan_system):
+    assert failures(verify(vit_plan, vit_system)) == set()
+    assert failures(verify(vqgan_plan, vqgan_system)) == set()
+
+
+def test_a_token_shift_that_is_forgotten(vqgan_plan, vqgan_system, monkeypatch):
+    """What the public sampler does."""
+    monkeypatch.setattr(autoregressive, "carry", lambda source, target: None)
+    monkeypatch.setattr("vqdeploy.verify.autoregressive.carry", lambda source, target: None)
+    found = failures(verify(vqgan_plan, vqgan_system))
+    assert any("cached step: largest" in name for name in found)
+    assert any("whole distribution: tokens" in name for name in found)
+
+
+def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
+    write = autoregressive.AutoregressiveSampler._write_options
+
+    def swapped(sampler, binding, request):
+        write(sampler, binding, request)
+        binding.inputs["partner"][:] = 0
+
+    monkeypatch.setattr(autoregressive.AutoregressiveSampler, "_write_options", swapped)
+    assert any("whole distribution: tokens" in name for name in failures(verify(vit_plan, vit_system)))

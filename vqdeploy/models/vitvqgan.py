@@ -1,0 +1,177 @@
+"""ViT-VQGAN: a transformer autoencoder over patches, with low-dimensional codes on the unit sphere.
+
+Yu et al., "Vector-quantized Image Modeling with Improved VQGAN" (ICLR 2022), section 3. Layers and parameter names
+follow thuanz123/enhancing-transformers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqdeploy.config import Config
+from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
+from vqdeploy.models.transformer import bidirectional
+
+_HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class ViTConfig(Config):
+    """Shape of the encoder or the decoder. Heads are of 64 channels each, whatever the width."""
+
+    width: int = 512
+    layers: int = 8
+    heads: int = 8
+    mlp_width: int = 2048
+
+
+@dataclass(frozen=True)
+class ViTVQGANConfig(Config):
+    """Shape of the tokenizer; `pixel_range` is the range of the images inside the model."""
+
+    resolution: int = 256
+    patch: int = 8
+    encoder: ViTConfig = ViTConfig()
+    decoder: ViTConfig = ViTConfig()
+    codebook_size: int = 8192
+    code_dim: int = 32
+    decay: float = 0.99
+    commitment_weight: float = 0.25
+    pixel_range: tuple[float, ...] = (0.0, 1.0)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the codes of one image."""
+        side = self.resolution // self.patch
+        return (side, side, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of all to all, its projection of queries, keys and values without bias."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.to_qkv = nn.Linear(config.width, 3 * _HEAD_DIM * config.heads, bias=False)
+        self.to_out = nn.Linear(_HEAD_DIM * config.heads, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.to_out(bidirectional(query, key, value).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with tanh between."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(config.width, config.mlp_width), nn.Tanh(), nn.Linear(config.mlp_width, config.width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class PreNorm(nn.Module):
+    """x + layer(norm(x))."""
+
+    def __init__(self, width: int, layer: nn.Module):
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(width), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fn(self.norm(x))
+
+
+class ViT(nn.Module):
+    """Blocks of attention and feed-forward, and a last norm, on [B, N, width]."""
+
+    layers: Any  # list of pairs of PreNorm
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(PreNorm(config.width, layer(config)) for layer in (Attention, FeedForward))
+            for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            for layer in block:
+                x = layer(x)
+        return self.norm(x)
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> [B, h * w, width]."""
+
+    def __init__(self, config: ViTVQGANConfig):
+        super().__init__()
+        width = config.encoder.width
+        self.to_patch_embedding = nn.Sequential(nn.Conv2d(3, width, config.patch, stride=config.patch), nn.Flatten(2))
+        self.en_pos_embedding = nn.Parameter(positions(config.grid[0], width), requires_grad=False)
+        self.transformer = ViT(config.encoder)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transformer(self.to_patch_embedding(x).transpose(1, 2) + self.en_pos_embedding)
+
+
+class Decoder(nn.Module):
+    """[B, h * w, width] -> image [B, 3, H, W]."""
+
+    def __init__(self, config: ViTVQGANConfig):
+        super().__init__()
+        width, side = config.decoder.width, config.grid[0]
+        self.de_pos_embedding = nn.Parameter(positions(side, width), requires_grad=False)
+        self.transformer = ViT(config.decoder)
+        enlarge = nn.ConvTranspose2d(width, 3, config.patch, stride=config.patch)
+        self.to_pixel = nn.Sequential(nn.Unflatten(2, (side, side)), enlarge)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_pixel(self.transformer(x + self.de_pos_embedding).transpose(1, 2))
+
+
+def positions(side: int, width: int) -> Tensor:
+    """Sines and cosines, of the column in the first half of the channels, of the row in the second [1, N, width]."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]
+    columns, rows = line.expand(side, -1, -1), line[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], 2).view(1, side * side, width)
+
+
+class ViTVQGAN(nn.Module):
+    """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, 1]."""
+
+    def __init__(self, config: ViTVQGANConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.pre_quant = nn.Linear(config.encoder.width, config.code_dim)
+        self.post_quant = nn.Linear(config.code_dim, config.decoder.width)
+        self.quantizer = MultichannelQuantizer(config.codebook_size, config.code_dim, 1, "cosine", config.decay)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Image -> vectors before quantization [B, h, w, D], not normalized."""
+        return self.pre_quant(self.encoder(x)).unflatten(1, self.config.grid[:2])
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [B, h, w, D] -> image."""
+        return self.decoder(self.post_quant(vectors.flatten(1, 2)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Image -> codes."""
+        return self.quantizer.encode(self.latents(x))[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes -> image."""
+        return self.reconstruct(self.quantizer.decode(codes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        """Image -> its reconstruction, and the quantization behind it."""
+        quantized = self.quantizer(self.latents(x))
+        return self.reconstruct(quantized.vectors), quantized
