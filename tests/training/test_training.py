@@ -23,7 +23,7 @@ from vqdeploy.training.data import images_of, open_data, to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, diversity, psnr, reconstruct
 from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import schedule
-from vqdeploy.training.tokenizer import TokenizerTraining
+from vqdeploy.training.tokenizer import TokenizerTraining, logit_laplace
 
 SHORT = {"steps": 3, "prior_steps": 2, "classifier_steps": 3, "batch_size": 8, "samples": 20}
 
@@ -418,3 +418,23 @@ def test_shipped_weights_measured_again(shipped):
     training = json.loads((shipped / "training.json").read_text())
     assert measured == pytest.approx(training["metrics"]["reconstruction_psnr"], abs=0.2)
     assert all(torch.isfinite(weight).all() for weight in system.state_dict().values())
+
+
+def test_logit_laplace_is_finite_everywhere_and_zero_for_equals():
+    x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert logit_laplace(x, x) == 0
+    made = torch.tensor([-5.0, 0.0, 0.5, 1.0, 5.0], requires_grad=True)
+    losses = [logit_laplace(pixel, torch.tensor(0.5)) for pixel in made]
+    assert torch.isfinite(torch.stack(losses)).all()
+    assert losses[1] > losses[2] == 0 < losses[3]
+    losses[3].backward()
+    assert torch.isfinite(made.grad).all()
+
+
+def test_logit_laplace_is_a_term_of_the_loss(tmp_path, folder):
+    options = SHORT | {"data": str(folder / "dark"), "steps": 2}
+    train("vitvqgan", output=tmp_path / "without", **options)
+    train("vitvqgan", output=tmp_path / "with", logit_laplace_weight=0.5, **options)
+    weights = [load(tmp_path / name).tokenizer.pre_quant.weight for name in ("without", "with")]
+    assert not torch.equal(*weights)
+    assert all(torch.isfinite(weight).all() for weight in weights)
