@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vqdeploy.config import Config
 from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
-from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
+from vqdeploy.models.quantizers import MultichannelQuantizer
+from vqdeploy.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MoVQConfig(Config):
         return (self.conv.grid, self.conv.grid, self.groups)
 
 
-class MoVQ(nn.Module):
+class MoVQ(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
     def __init__(self, config: MoVQConfig):
@@ -65,16 +66,3 @@ class MoVQ(nn.Module):
         """Vectors [B, h, w, D] -> image. The condition of the norms is the vectors before `post_quant_conv`."""
         condition = vectors.permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(condition), condition)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Image -> codes."""
-        return self.quantizer.encode(self.latents(x))[0]
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes -> image."""
-        return self.reconstruct(self.quantizer.decode(codes))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Image -> its reconstruction, and the quantization behind it."""
-        quantized = self.quantizer(self.latents(x))
-        return self.reconstruct(quantized.vectors), quantized

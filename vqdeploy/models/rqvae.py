@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vqdeploy.config import Config
 from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
-from vqdeploy.models.quantizers import Quantized, ResidualQuantizer
+from vqdeploy.models.quantizers import ResidualQuantizer
+from vqdeploy.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RQVAEConfig(Config):
         return (self.conv.grid, self.conv.grid, self.depth)
 
 
-class RQVAE(nn.Module):
+class RQVAE(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
     def __init__(self, config: RQVAEConfig):
@@ -56,20 +57,7 @@ class RQVAE(nn.Module):
         """Vectors [B, h, w, D] -> image."""
         return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Image -> codes."""
-        return self.quantizer.encode(self.latents(x))[0]
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes, -1 for a depth that is left out -> image."""
-        return self.reconstruct(self.quantizer.decode(codes))
-
     @torch.no_grad()
     def soft_codes(self, x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Image -> drawn codes [B, h, w, Q] and their distributions [B, h, w, Q, K]; see the quantizer."""
         return self.quantizer.soft_codes(self.latents(x), temperature)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Image -> its reconstruction, and the quantization behind it."""
-        quantized = self.quantizer(self.latents(x))
-        return self.reconstruct(quantized.vectors), quantized

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vqdeploy.config import Config
-from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
+from vqdeploy.models.quantizers import MultichannelQuantizer
+from vqdeploy.models.tokenizer import Tokenizer
 from vqdeploy.models.transformer import bidirectional
 
 _HEAD_DIM = 64
@@ -144,7 +145,7 @@ def positions(side: int, width: int) -> Tensor:
     return torch.cat([columns, rows], 2).view(1, side * side, width)
 
 
-class ViTVQGAN(nn.Module):
+class ViTVQGAN(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, 1]."""
 
     def __init__(self, config: ViTVQGANConfig):
@@ -162,16 +163,3 @@ class ViTVQGAN(nn.Module):
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Unit vectors [B, h, w, D] -> image."""
         return self.decoder(self.post_quant(vectors.flatten(1, 2)))
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Image -> codes."""
-        return self.quantizer.encode(self.latents(x))[0]
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes -> image."""
-        return self.reconstruct(self.quantizer.decode(codes))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Image -> its reconstruction, and the quantization behind it."""
-        quantized = self.quantizer(self.latents(x))
-        return self.reconstruct(quantized.vectors), quantized

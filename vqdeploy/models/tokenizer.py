@@ -1,0 +1,32 @@
+"""What tokenizers have in common."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vqdeploy.models.quantizers import Quantized
+
+
+class Tokenizer(nn.Module):
+    """Images are float [B, 3, H, W] in `config.pixel_range`, codes int64 [B, h, w, Q].
+
+    An architecture adds `latents`, from an image to vectors [B, h, w, D], `reconstruct`, from vectors to an image, and
+    the quantizer between.
+    """
+
+    latents: Any
+    reconstruct: Any
+    quantizer: Any
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Image -> codes."""
+        return self.quantizer.encode(self.latents(x))[0]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes -> image. With a residual quantizer -1 leaves a depth out."""
+        return self.reconstruct(self.quantizer.decode(codes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        """Image -> its reconstruction, and the quantization behind it."""
+        quantized = self.quantizer(self.latents(x))
+        return self.reconstruct(quantized.vectors), quantized
