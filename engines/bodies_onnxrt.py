@@ -5,11 +5,12 @@ A package carries portable bodies. The builder for ONNX Runtime swaps these in, 
 
 import onnx
 
-# Reads only the places in use, and takes queries, keys and values as they leave the projection.
-_CACHED_ATTENTION = """
-<opset_import: ["" : 24, "com.microsoft" : 1], domain: "vqdeploy">
-CachedAttention (qkv, past_key, past_value, position) => (attention, present_key, present_value)
-{{
+# What each layer's attention wants to know of the positions, once for all layers: a node each takes longer than it is
+# worth.
+_CACHE_EXTENTS = """
+<opset_import: ["" : 24], domain: "vqdeploy">
+CacheExtents (qkv, position) => (last_int32, total_int32)
+{
     batch_axis = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     length = Shape <start = 1, end = 2> (qkv)
@@ -18,10 +19,7 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
     last_int32 = Cast <to = 6> (last)
     total = ReduceMax <keepdims = 0> (end, batch_axis)
     total_int32 = Cast <to = 6> (total)
-    attention, present_key, present_value = com.microsoft.GroupQueryAttention
-        <num_heads = {heads}, kv_num_heads = {heads}, scale = 1.0>
-        (qkv, , , past_key, past_value, last_int32, total_int32)
-}}"""
+}"""
 
 _PACKED_ATTENTION = """
 <opset_import: ["" : 24, "com.microsoft" : 1], domain: "vqdeploy">
@@ -117,6 +115,31 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 }"""
 
 
+# ArgMax of ONNX Runtime looks at one number at a time; ReduceMax does not, and leaves one block to look at.
+_BLOCK = 64
+_ARG_MAX_BY_BLOCKS = f"""
+<opset_import: ["" : 24], domain: "vqdeploy">
+ArgMaxByBlocks (scores) => (codes)
+{{
+    within = Constant <value_ints = [2]> ()
+    first = Constant <value_ints = [1]> ()
+    ones = Constant <value_ints = [1, 1]> ()
+    size = Constant <value_int = {_BLOCK}> ()
+    split = Constant <value_ints = [0, -1, {_BLOCK}]> ()
+    blocks = Reshape (scores, split)
+    highest = ReduceMax <keepdims = 0> (blocks, within)
+    block = ArgMax <axis = 1, keepdims = 1> (highest)
+    block_column = Unsqueeze (block, within)
+    width = Shape <start = 2> (blocks)
+    picks_shape = Concat <axis = 0> (ones, width)
+    picks = Expand (block_column, picks_shape)
+    winners = GatherElements <axis = 1> (blocks, picks)
+    place = ArgMax <axis = 2, keepdims = 0> (winners)
+    start = Mul (block, size)
+    code_column = Add (start, place)
+    codes = Squeeze (code_column, first)
+}}"""
+
 # ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map.
 _GROUP_NORM = """
 <opset_import: ["" : 24], domain: "vqdeploy">
@@ -145,17 +168,63 @@ GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
 
 def swap_in(model: onnx.ModelProto, heads: int) -> None:
     """Replaces the bodies of a graph's functions. `heads` is the number of attention heads of the caches."""
-    bodies = {
-        "CachedAttention": onnx.parser.parse_function(_CACHED_ATTENTION.format(heads=heads)),
-        "GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE),
-    }
-    for node in model.graph.node:
+    graph = model.graph
+    bodies = {"GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE)}
+    for node in graph.node:
         if node.op_type == "PackedAttention":
             (own_heads,) = (attribute.i for attribute in node.attribute if attribute.name == "heads")
             bodies[node.op_type] = onnx.parser.parse_function(_PACKED_ATTENTION.format(heads=own_heads))
         if node.op_type == "GroupNormalization":
             node.domain, node.op_type = "vqdeploy", "GroupNorm"
     functions = [bodies.get(function.name, function) for function in model.functions]
+    if _whole_blocks(graph):
+        for function in functions:
+            _search_by_blocks(function)
+    own = (_GROUP_NORM, _CACHE_EXTENTS, _ARG_MAX_BY_BLOCKS)
     del model.functions[:]
-    model.functions.extend([*functions, onnx.parser.parse_function(_GROUP_NORM)])
+    model.functions.extend([*functions, *map(onnx.parser.parse_function, own)])
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    _use_prefix_attention(graph, heads)
+
+
+def _whole_blocks(graph: onnx.GraphProto) -> bool:
+    """Whether all codebooks of a graph fall into whole blocks of codes."""
+    used = {node.input[1] for node in graph.node if node.op_type in ("VQNearest", "VQResidual")}
+    sizes = {initializer.name: initializer.dims[0] for initializer in graph.initializer if initializer.dims}
+    return all(sizes.get(name, 1) % _BLOCK == 0 for name in used)
+
+
+def _search_by_blocks(function: onnx.FunctionProto) -> None:
+    """Replaces the ArgMax of a quantizer over all codes."""
+    if function.name in ("VQNearest", "VQResidual"):
+        function.opset_import.append(onnx.helper.make_opsetid("vqdeploy", 1))
+        for node in function.node:
+            if node.op_type == "ArgMax":
+                node.CopyFrom(onnx.helper.make_node("ArgMaxByBlocks", node.input, node.output, domain="vqdeploy"))
+
+
+def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:
+    """Lets cached attention read only the places in use, and queries, keys and values as they leave the projection."""
+    nodes: list[onnx.NodeProto] = []
+    extents: dict[str, list[str]] = {}  # of each tensor of positions; all layers see entries of one length
+    for node in graph.node:
+        if node.op_type == "CachedAttention":
+            qkv, key, value, position = node.input
+            if position not in extents:
+                extents[position] = [f"{position}_last_int32", f"{position}_total_int32"]
+                nodes.append(
+                    onnx.helper.make_node("CacheExtents", [qkv, position], extents[position], domain="vqdeploy")
+                )
+            node = onnx.helper.make_node(
+                "GroupQueryAttention",
+                [qkv, "", "", key, value, *extents[position]],
+                node.output,
+                node.name,
+                domain="com.microsoft",
+                num_heads=heads,
+                kv_num_heads=heads,
+                scale=1.0,
+            )
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)

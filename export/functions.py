@@ -108,6 +108,7 @@ PackedAttention (qkv) => (attention)
 
 _SCORES = {
     "l2": """
+    transposed = Transpose <perm = [1, 0]> (table)
     squares = Mul (table, table)
     norms = ReduceSum <keepdims = 0> (squares, axis)
     two = Constant <value = float {2.0}> ()
@@ -115,11 +116,12 @@ _SCORES = {
     products = Mul (half_scores, two)
     scores = Sub (products, norms)""",
     "cosine": """
-    lengths = ReduceL2 <keepdims = 0> (table, axis)
+    lengths = ReduceL2 <keepdims = 1> (table, axis)
     smallest = Constant <value = float {1e-12}> ()
     divisors = Max (lengths, smallest)
-    products = MatMul (vectors, transposed)
-    scores = Div (products, divisors)""",
+    directions = Div (table, divisors)
+    transposed = Transpose <perm = [1, 0]> (directions)
+    scores = MatMul (vectors, transposed)""",
 }
 """How near each code is; the length of the vector itself changes no cosine's rank."""
 
@@ -132,7 +134,6 @@ VQNearest (z, codebook) => (codes)
     axis = Constant <value_ints = [1]> ()
     table = Cast <to = 1> (codebook)
     vectors = Cast <to = 1> (z)
-    transposed = Transpose <perm = [1, 0]> (table)
     {_SCORES[metric]}
     codes = ArgMax <axis = 1, keepdims = 0> (scores)
 }}"""

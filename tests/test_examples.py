@@ -79,3 +79,31 @@ def test_compare_tokenizers(tmp_path, monkeypatch, capsys):
     assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]] == names
     with Image.open(tmp_path / "reconstructions.png") as sheet:
         assert sheet.size == (8 * 130 - 2, 3 * 130 - 2)
+
+
+@pytest.fixture(scope="module")
+def tiny_vit(tmp_path_factory):
+    """The plan of the shipped weights."""
+    folder = tmp_path_factory.mktemp("tiny-vit")
+    export(checkpoint.default("vitvqgan"), folder / "vitvqgan-onnx")
+    build(folder / "vitvqgan-onnx", folder / "vitvqgan.plan")
+    return folder / "vitvqgan.plan"
+
+
+def test_linear_probe(tiny_vit, tmp_path, monkeypatch, capsys):
+    """With one pass over the digits instead of five, and still above what the issue of the best layer asks for."""
+    script = load_script("linear_probe")
+    monkeypatch.setattr(script, "PASSES", 1)
+    script.main(str(tiny_vit), str(tmp_path / "probe.png"))
+    accuracies = [float(line.split(":")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(accuracies) == 7
+    assert max(accuracies) > 90 > accuracies[0]
+    with Image.open(tmp_path / "probe.png") as plot:
+        assert plot.format == "PNG"
+
+
+def test_time_by_position(tiny_vit, tmp_path, capsys):
+    load_script("time_by_position").main(str(tiny_vit), str(tmp_path / "curve.png"), "1")
+    assert "first quarter" in capsys.readouterr().out
+    with Image.open(tmp_path / "curve.png") as plot:
+        assert plot.format == "PNG"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from vqdeploy.engines.bodies_onnxrt import swap_in
 from vqdeploy.export.functions import DOMAIN, OPSET, function
@@ -47,10 +47,7 @@ def values(tensors: dict) -> list[onnx.ValueInfoProto]:
     ]
 
 
-@cache
-def session(
-    name: str, body: str = "portable", depth: int = 4, heads: int = 1, metric: str = "l2", half: bool = False
-) -> ort.InferenceSession:
+def single_node(name: str, depth: int = 4, metric: str = "l2", half: bool = False) -> onnx.ModelProto:
     """A model of one node and its function."""
     inputs, outputs = SIGNATURES[name]
     if half:
@@ -58,12 +55,18 @@ def session(
     own = {"VQResidual": {"depth": depth}, "VQNearest": {"metric": metric}}.get(name, {})
     attributes = {"plugin_namespace": DOMAIN, "plugin_version": "1"} | own
     node = helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
-    model = helper.make_model(
+    return helper.make_model(
         helper.make_graph([node], name, values(inputs), values(outputs)),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
         functions=[function(name, **own)],
         ir_version=10,
     )
+
+
+@cache
+def session(name: str, body: str = "portable", heads: int = 1, **kind: object) -> ort.InferenceSession:
+    """`single_node` on ONNX Runtime."""
+    model = single_node(name, **kind)
     if body == "onnxrt":
         swap_in(model, heads)
     options = ort.SessionOptions()
@@ -133,6 +136,26 @@ class TestNearest:
         codebook = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
         (codes,) = run("VQNearest", z, codebook, metric=metric)
         assert codes.tolist() == ops.nearest(z, codebook, metric).tolist() == [int(metric == "l2"), 0, 1]
+
+
+@pytest.mark.parametrize("name", ["VQNearest", "VQResidual"])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("size", [63, 64, 192, 8192])
+def test_a_search_by_blocks_finds_what_a_search_code_by_code_finds(name, metric, size):
+    """A codebook that is known when the plan is built, with every vector in it twice."""
+    codebook = np.random.default_rng(size).integers(-3, 4, (size, 2)).astype(np.float32)
+    z = np.concatenate([codebook[::7], codebook[-1:]])
+    found = []
+    for body in BODIES:
+        model = single_node(name, metric=metric)
+        del model.graph.input[1]
+        model.graph.initializer.append(numpy_helper.from_array(codebook, "codebook"))
+        if body == "onnxrt":
+            swap_in(model, 1)
+            used = {node.op_type for function in model.functions[:1] for node in function.node}
+            assert ("ArgMaxByBlocks" in used) == (size % 64 == 0)
+        found.append(ort.InferenceSession(model.SerializeToString()).run(None, {"z": z})[0])
+    np.testing.assert_array_equal(*found)
 
 
 class TestResidual:

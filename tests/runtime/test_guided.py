@@ -6,9 +6,7 @@ import torch
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import ImageInput
-from vqdeploy.runtime import autoregressive
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.verify import verify
 
 LABELS = [0, 2, 1, 2]
 WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1, "guidance_scale": 1}
@@ -108,35 +106,3 @@ def test_tokenizer(vit_pipeline, vit_system):
     with torch.no_grad():
         expected = vit_system.tokenizer.encode(ImageInput((0.0, 1.0))(torch.from_numpy(images))).numpy()
     np.testing.assert_array_equal(vit_pipeline.encode(images), expected)
-
-
-# verify
-
-
-def failures(report):
-    return {f"{check['stage']}: {check['metric']}" for check in report["checks"] if not check["passed"]}
-
-
-def test_good_plans_pass(vit_plan, vit_system, vqgan_plan, vqgan_system):
-    assert failures(verify(vit_plan, vit_system)) == set()
-    assert failures(verify(vqgan_plan, vqgan_system)) == set()
-
-
-def test_a_token_shift_that_is_forgotten(vqgan_plan, vqgan_system, monkeypatch):
-    """What the public sampler does."""
-    monkeypatch.setattr(autoregressive, "carry", lambda source, target: None)
-    monkeypatch.setattr("vqdeploy.verify.autoregressive.carry", lambda source, target: None)
-    found = failures(verify(vqgan_plan, vqgan_system))
-    assert any("cached step: largest" in name for name in found)
-    assert any("whole distribution: tokens" in name for name in found)
-
-
-def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
-    write = autoregressive.AutoregressiveSampler._write_options
-
-    def swapped(sampler, binding, request):
-        write(sampler, binding, request)
-        binding.inputs["partner"][:] = 0
-
-    monkeypatch.setattr(autoregressive.AutoregressiveSampler, "_write_options", swapped)
-    assert any("whole distribution: tokens" in name for name in failures(verify(vit_plan, vit_system)))

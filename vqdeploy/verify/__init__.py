@@ -73,8 +73,12 @@ def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
         prior = _PRIORS[system.config.model]
         progress("step")
         logits = prior.check_logits(pipeline, system, rng)
+        checks += logits
+        if "features" in pipeline.stages:
+            progress("features")
+            checks += prior.check_features(pipeline, system, rng)
         progress("generation")
-        checks += logits + prior.check_generation(pipeline, system, 2 * min(logits[0].value, logits[0].limit))
+        checks += prior.check_generation(pipeline, system, 2 * min(logits[0].value, logits[0].limit))
     return {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
 
 

@@ -12,7 +12,7 @@ from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.autoregressive import carry
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.sampling import guided_logits
-from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge
+from vqdeploy.verify.checks import IMAGES, LOGITS, SEED, Check, at_most, compare_logits, judge
 
 _SCALE = 3.0  # of guidance
 _FORCE = 1e9  # noise that makes the sampler choose a given code
@@ -58,6 +58,18 @@ def _forced_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, pr
 def _write(buffers: dict[str, np.ndarray], **values: Any) -> None:
     for name, value in values.items():
         buffers[name][:] = value.reshape(-1, *[1] * (buffers[name].ndim - 1)) if name == "label" else value
+
+
+def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
+    """The hidden states of every layer, averaged, with labels and without."""
+    config = system.prior.config
+    codes = rng.integers(0, config.codebook_size, (IMAGES, *config.grid))
+    labels = np.where(np.arange(IMAGES) % 2, config.classes, rng.integers(0, config.classes, IMAGES))
+    found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
+    inputs = torch.from_numpy(codes), torch.from_numpy(labels)
+    expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)
+    limit = LOGITS * expected.abs().max()
+    return [at_most("features", "largest difference of averaged states", (found - expected).abs().max(), limit)]
 
 
 def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> list[Check]:

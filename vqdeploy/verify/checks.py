@@ -10,7 +10,7 @@ from vqdeploy.models.ops import truncate
 
 IMAGES = 4
 SEED = 1
-LOGITS = 1e-4  # of the largest logit
+LOGITS = 1e-4  # of the largest logit or hidden state
 _MASS = 1e-5  # by how much summing 16,384 probabilities in another order may move a prefix sum
 
 
