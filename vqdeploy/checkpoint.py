@@ -80,9 +80,9 @@ def _check_config(file: Path, config: SystemConfig) -> None:
     if prior is None:
         return
     for name in ("grid", "level_grids", "codebook_size"):
-        expected, found = (getattr(part, name, None) for part in (tokenizer, prior))
-        if expected != found:
-            raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=expected, found=found)
+        wanted, given = (getattr(part, name, None) for part in (tokenizer, prior))
+        if wanted != given:
+            raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=wanted, found=given)
     if config.labels and len(config.labels) != prior.classes:
         raise ArtifactError(f"{file} names a wrong number of labels", expected=prior.classes, found=len(config.labels))
     from vqdeploy.runtime.options import choose  # to import this module takes no runtime

@@ -171,6 +171,9 @@ class GatedResBlock(nn.Module):
     0 for none.
     """
 
+    aux_conv: Any
+    condition: Any
+
     def __init__(self, conv: Conv, channels: int, inner: int, dropout: float, auxiliary: int = 0, condition: int = 0):
         super().__init__()
         self.conv1 = conv(channels, inner)
@@ -181,10 +184,10 @@ class GatedResBlock(nn.Module):
 
     def forward(self, x: Tensor, auxiliary: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         h = self.conv1(F.elu(x))
-        if self.aux_conv is not None:
+        if auxiliary is not None:
             h = h + self.aux_conv(F.elu(auxiliary))
         h = self.conv2(self.dropout(F.elu(h)))
-        if self.condition is not None:
+        if condition is not None:
             h = h + self.condition(condition)
         return x + F.glu(h, 1)
 
