@@ -94,7 +94,7 @@ def measure(tokenizer: MoVQ, images: Tensor, reconstructions: Tensor, codes: Ten
     """What a tokenizer costs, and what it reaches. Groups share a codebook, so their codes are counted together."""
     config = tokenizer.config
     pair = reconstructions.float(), images.float()
-    use = codebook_use(codes.reshape(-1, 1), config.codebook_size)
+    use = codebook_use([codes], config.codebook_size)
     return {
         "config": config.to_dict(),
         "parameters": sum(p.numel() for p in tokenizer.parameters()) + tokenizer.quantizer.codebook.numel(),

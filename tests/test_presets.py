@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models import System
+from vqdeploy.models.pixelsnail import CausalConv, CodeConv, PixelSNAIL
 from vqdeploy.presets import PRESETS, preset
 
 # Millions of parameters: tokenizer (codebook included, as published), prior.
@@ -51,8 +53,12 @@ VITVQGAN_COUNTS = {
 # The public GPT keeps classes among the codes, and places of positions that are not used; see the test.
 VQGAN_COUNTS = {"faces": (72.142, 304.933), "imagenet": (76.074, 1410.641)}
 
+# Weights of two-level tokenizers without and with what the averages keep, and of the networks of the prior.
+VQVAE2_COUNTS = {"ffhq": (1.389, 1.521, 84.873, 89.763)}
+
 
 def test_every_published_preset_is_counted():
+    assert set(PRESETS["vqvae2"]) == {*VQVAE2_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vitvqgan"]) == {*VITVQGAN_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vqgan"]) == {*VQGAN_COUNTS, "tiny"}
     assert set(PRESETS["rqvae"]) == {*COUNTS, "tiny", "bench"}
@@ -97,7 +103,36 @@ def test_parameter_count_of_vqgan(name, places):
     check(tokenizer, prior + (places - ours) * config.prior.width, VQGAN_COUNTS[name])
 
 
-SYSTEMS = [(model, name) for model in ("movq", "vitvqgan", "vqgan") for name in PRESETS[model]]
+def public_size(network: PixelSNAIL) -> int:
+    """Parameters of the public network: scales of weight normalization, and the taps that we leave out."""
+    size = sum(p.numel() for p in network.parameters())
+    kernel, table = network.config.kernel, network.entry.codes.weight[0].numel()
+    for module in network.modules():
+        if isinstance(module, CausalConv):
+            forbidden = module.left.weight[:, :, 0, 0].numel() * (kernel - kernel // 2)
+            size += forbidden - module.left.out_channels
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            size += len(module.weight)
+        if isinstance(module, CodeConv):
+            size += module.weight.shape[-1]
+    # The first layer is two convolutions, each with a scale, that share taps.
+    return size + network.config.channels + table * (kernel // 2) ** 2
+
+
+@pytest.mark.parametrize("name", VQVAE2_COUNTS)
+def test_parameter_count_of_vqvae2(name):
+    with torch.device("meta"):
+        system = System(preset("vqvae2", name))
+    tokenizer = system.tokenizer
+    sizes = [
+        sum(p.numel() for p in tokenizer.parameters()),
+        sum(p.numel() for p in tokenizer.state_dict().values()),
+        *map(public_size, system.prior.levels),
+    ]
+    assert [size / 1e6 for size in sizes] == pytest.approx(VQVAE2_COUNTS[name], abs=6e-4)
+
+
+SYSTEMS = [(model, name) for model in ("movq", "vitvqgan", "vqgan", "vqvae2") for name in PRESETS[model]]
 
 
 @pytest.mark.parametrize(("model", "name"), SYSTEMS)
@@ -105,11 +140,12 @@ def test_tokenizer_and_prior_fit(model, name):
     config = preset(model, name)
     if config.prior:
         assert config.prior.grid == config.tokenizer.grid
+        assert getattr(config.prior, "level_grids", ()) == getattr(config.tokenizer, "level_grids", ())
         assert config.prior.codebook_size == config.tokenizer.codebook_size
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(VqdeployError, match="expected movq or rqvae or vitvqgan or vqgan"):
+    with pytest.raises(VqdeployError, match="expected movq or rqvae or vitvqgan or vqgan or vqvae2"):
         preset("rqvea", "tiny")
     with pytest.raises(VqdeployError, match="imagenet-480m"):
         preset("rqvae", "huge")

@@ -74,20 +74,21 @@ def _check_config(file: Path, config: SystemConfig) -> None:
     if len(tokenizer.pixel_range) != 2 or tokenizer.pixel_range[0] >= tokenizer.pixel_range[1]:
         found = list(tokenizer.pixel_range)
         raise ArtifactError(f"pixel_range in {file} is no range", expected="two rising numbers", found=found)
-    if tokenizer.grid[0] < 1 or tokenizer.resolution % tokenizer.grid[0]:
+    sides = [side for side, *_ in getattr(tokenizer, "level_grids", (tokenizer.grid,))]
+    if any(side < 1 or tokenizer.resolution % side for side in sides):
         raise ArtifactError(f"the resolution in {file} does not fit its levels", found=tokenizer.resolution)
     if prior is None:
         return
-    pairs = {"grid": (tokenizer.grid, prior.grid), "codebook_size": (tokenizer.codebook_size, prior.codebook_size)}
-    for name, (expected, found) in pairs.items():
-        if expected != found:
-            raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=expected, found=found)
+    for name in ("grid", "level_grids", "codebook_size"):
+        wanted, given = (getattr(part, name, None) for part in (tokenizer, prior))
+        if wanted != given:
+            raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=wanted, found=given)
     if config.labels and len(config.labels) != prior.classes:
         raise ArtifactError(f"{file} names a wrong number of labels", expected=prior.classes, found=len(config.labels))
     from vqdeploy.runtime.options import choose  # to import this module takes no runtime
 
     try:
-        choose({}, config.sampling.to_dict(), prior.grid[-1], prior.codebook_size)
+        choose({}, config.sampling.to_dict(), prior.depth, prior.codebook_size)
     except VqdeployError as error:
         raise ArtifactError(f"the sampling in {file} is wrong: {error}") from error
 

@@ -5,10 +5,12 @@ from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQConfig
+from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2PriorConfig
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
 from vqdeploy.models.system import GuidedSampling, MaskedSampling, Sampling, SystemConfig, architecture
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
+from vqdeploy.models.vqvae2 import VQVAE2Config
 
 _F32 = ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(8,))
 _IMAGENET = RQVAEConfig(conv=_F32)
@@ -178,9 +180,43 @@ _VQGAN = [
     _gpt("vqgan", "imagenet", _vqgan(16384), GPTConfig((16, 16, 1), 16384, width=1536, layers=48, heads=24)),
 ]
 
+
+def _tiny_pixelsnail(side: int, attention: bool) -> PixelSNAILConfig:
+    return PixelSNAILConfig(
+        (side, side),
+        channels=64,
+        kernel=3,
+        blocks=2,
+        res_blocks=2,
+        res_channels=64,
+        attention=attention,
+        condition_channels=64,
+        condition_res_blocks=1,
+    )
+
+
+# Sizes of rosinality/vq-vae-2-pytorch, which trains without labels.
+_VQVAE2 = [
+    SystemConfig(
+        "vqvae2",
+        "tiny",
+        VQVAE2Config(32, channels=64, res_channels=32, codebook_size=128, code_dim=32),
+        VQVAE2PriorConfig((_tiny_pixelsnail(4, True), _tiny_pixelsnail(8, False)), 128, classes=10),
+        labels=_DIGITS,
+    ),
+    SystemConfig("vqvae2", "bench", VQVAE2Config(), VQVAE2PriorConfig()),
+    SystemConfig("vqvae2", "ffhq", VQVAE2Config(), VQVAE2PriorConfig(classes=1)),
+]
+
 PRESETS: dict[str, dict[str, SystemConfig]] = {
     model: {config.preset: config for config in configs}
-    for model, configs in (("rqvae", _RQVAE), ("movq", _MOVQ), ("vitvqgan", _VITVQGAN), ("vqgan", _VQGAN))
+    for model, configs in (
+        ("rqvae", _RQVAE),
+        ("movq", _MOVQ),
+        ("vitvqgan", _VITVQGAN),
+        ("vqgan", _VQGAN),
+        ("vqvae2", _VQVAE2),
+    )
 }
 
 

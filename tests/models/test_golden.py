@@ -15,9 +15,12 @@ from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
+from vqdeploy.models.pixelsnail import CodeCondition, PixelSNAIL, PixelSNAILConfig
+from vqdeploy.models.rosinality import prior_weights, tokenizer_weights
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig
+from vqdeploy.models.vqvae2 import VQVAE2, VQVAE2Config, split_levels
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -246,3 +249,66 @@ def test_gpt_cached_sampling_is_that_of_the_full_forward_pass(gpt):
             logits = model.logits(codes, labels)
             without = model.logits(codes, torch.full_like(labels, model.config.classes))
         assert torch.equal((without + scale * (logits - without)).argmax(-1), codes)
+
+
+@torch.no_grad()
+def test_vqvae2():
+    config, tensors, state = read_golden("vqvae2")
+    image = tensors["in/image"]
+    model = VQVAE2(
+        VQVAE2Config(
+            resolution=image.shape[-1],
+            channels=config["channel"],
+            res_blocks=config["n_res_block"],
+            res_channels=config["n_res_channel"],
+            codebook_size=config["n_embed"],
+            code_dim=config["embed_dim"],
+        )
+    ).eval()
+    model.load_state_dict(tokenizer_weights(state))
+    codes = model.encode(image)
+    top, bottom = split_levels(codes, model.config.level_grids)
+    assert torch.equal(top, tensors["out/codes_top"])
+    assert torch.equal(bottom, tensors["out/codes_bottom"])
+    assert_close(model.decode(codes), tensors["out/decode_code"])
+    assert_close(model(image)[0], tensors["out/reconstruction"])
+
+
+@pytest.fixture(params=["pixelsnail_top", "pixelsnail_bottom"])
+def pixelsnail(request):
+    """The network of one level, its condition for the first `n` images, and the tensors."""
+    config, tensors, state = read_golden(request.param)
+    shape = PixelSNAILConfig(
+        grid=tuple(config["shape"]),
+        channels=config["channel"],
+        kernel=config["kernel_size"],
+        blocks=config["n_block"],
+        res_blocks=config["n_res_block"],
+        res_channels=config["res_channel"],
+        attention=config["attention"],
+        out_res_blocks=config["n_out_res_block"],
+        condition_channels=config["cond_res_channel"],
+        condition_kernel=config["cond_res_kernel"],
+        condition_res_blocks=config["n_cond_res_block"],
+    )
+    conditioned = "in/condition" in tensors
+    model = PixelSNAIL(
+        shape, config["n_class"], CodeCondition(shape, config["n_class"]) if conditioned else None
+    ).eval()
+    model.load_state_dict(prior_weights(state))
+    assert_close(model.background, state["background"])
+    return model, lambda n: model.embed_condition(tensors["in/condition"][:n]) if conditioned else None, tensors
+
+
+@torch.no_grad()
+def test_pixelsnail_logits(pixelsnail):
+    model, condition, tensors = pixelsnail
+    assert_close(model(tensors["in/codes"], condition(2)).permute(0, 3, 1, 2), tensors["out/logits"])
+
+
+@torch.no_grad()
+def test_pixelsnail_greedy_codes(pixelsnail):
+    model, condition, tensors = pixelsnail
+    expected = tensors["out/greedy_codes"]
+    codes = model.generate(len(expected), condition(len(expected)), lambda position, logits: logits.argmax(-1))
+    assert torch.equal(codes, expected)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -13,9 +13,11 @@ from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
+from vqdeploy.models.pixelsnail import VQVAE2Prior, VQVAE2PriorConfig
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
 from vqdeploy.models.vitvqgan import ViTVQGAN, ViTVQGANConfig
+from vqdeploy.models.vqvae2 import VQVAE2, VQVAE2Config
 
 
 @dataclass(frozen=True)
@@ -44,28 +46,37 @@ class MaskedSampling(GuidedSampling):
 
 
 class Architecture(NamedTuple):
-    """What is behind one value of `--model`. `prior` makes a prior of its configuration and the codebook."""
+    """What is behind one value of `--model`. `prior` makes a prior of its configuration and the tokenizer."""
 
     tokenizer: type[nn.Module]
     tokenizer_config: type[Config]
-    prior: Callable[[Any, Tensor], nn.Module]
+    prior: Callable[[Any, Any], nn.Module]
     prior_config: type[Config]
     sampling: type[Sampling]
 
 
-def _maskgit(config: MaskGITConfig, codebook: Tensor) -> nn.Module:
+def _rqtransformer(config: RQTransformerConfig, tokenizer: RQVAE) -> nn.Module:
+    return RQTransformer(config, tokenizer.quantizer.codebook)
+
+
+def _maskgit(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
     return AdaptiveMaskGIT(config) if config.adaptive else MaskGIT(config)
 
 
-def _gpt(config: GPTConfig, codebook: Tensor) -> nn.Module:
+def _gpt(config: GPTConfig, tokenizer: nn.Module) -> nn.Module:
     return GPT(config)
 
 
+def _vqvae2(config: VQVAE2PriorConfig, tokenizer: nn.Module) -> nn.Module:
+    return VQVAE2Prior(config)
+
+
 ARCHITECTURES = {
-    "rqvae": Architecture(RQVAE, RQVAEConfig, RQTransformer, RQTransformerConfig, Sampling),
+    "rqvae": Architecture(RQVAE, RQVAEConfig, _rqtransformer, RQTransformerConfig, Sampling),
     "movq": Architecture(MoVQ, MoVQConfig, _maskgit, MaskGITConfig, MaskedSampling),
     "vitvqgan": Architecture(ViTVQGAN, ViTVQGANConfig, _gpt, GPTConfig, GuidedSampling),
     "vqgan": Architecture(MoVQ, MoVQConfig, _gpt, GPTConfig, GuidedSampling),
+    "vqvae2": Architecture(VQVAE2, VQVAE2Config, _vqvae2, VQVAE2PriorConfig, Sampling),
 }
 
 
@@ -103,7 +114,7 @@ class System(nn.Module):
         parts = ARCHITECTURES[config.model]
         self.config = config
         self.tokenizer = parts.tokenizer(config.tokenizer)
-        self.prior = parts.prior(config.prior, self.tokenizer.quantizer.codebook) if config.prior else None
+        self.prior = parts.prior(config.prior, self.tokenizer) if config.prior else None
 
 
 def create(config: SystemConfig, seed: int = 0) -> System:

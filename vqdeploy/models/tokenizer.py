@@ -26,6 +26,10 @@ class Tokenizer(nn.Module):
         """Codes -> image. With a residual quantizer -1 leaves a depth out."""
         return self.reconstruct(self.quantizer.decode(codes))
 
+    def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
+        """The codes of each depth [B, h, w]."""
+        return codes.unbind(-1)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """Image -> its reconstruction, and the quantization behind it."""
         quantized = self.quantizer(self.latents(x))

@@ -1,5 +1,6 @@
 """What a tokenizer and the samples of a prior reach. Images are uint8 [N, 3, R, R]."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ def psnr(images: Tensor, originals: Tensor) -> float:
     return float(peak_signal_noise_ratio(*pair, data_range=255.0, reduction="elementwise_mean", dim=(1, 2, 3)))
 
 
-def codebook_use(codes: Tensor, size: int) -> dict[str, list[float]]:
-    """Share of the codebook in use and perplexity of the codes [..., Q], at each depth."""
-    counts = torch.stack([torch.bincount(depth, minlength=size) for depth in codes.flatten(0, -2).T]).double()
+def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
+    """Share of the codebook in use and perplexity of the codes of each depth, see `Tokenizer.depths`."""
+    counts = torch.stack([torch.bincount(codes.flatten(), minlength=size) for codes in depths]).double()
     entropy = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
     return {"usage": (counts > 0).double().mean(1).tolist(), "perplexity": entropy.exp().tolist()}
 

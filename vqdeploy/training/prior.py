@@ -53,6 +53,14 @@ def next_code_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, tr
     return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), codes.flatten())
 
 
+def level_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy of each code given those before it, averaged over each level and summed over the levels."""
+    with torch.no_grad():
+        codes = system.tokenizer.encode(x)
+    losses = F.cross_entropy(system.prior.logits(codes, labels).transpose(1, 2), codes, reduction="none")  # [B, N]
+    return torch.stack([level.mean() for level in system.tokenizer.depths(losses)]).sum()
+
+
 def _drop_some(labels: Tensor, share: float, none: int) -> Tensor:
     return labels.masked_fill(torch.rand(len(labels), device=labels.device) < share, none)
 
@@ -62,6 +70,7 @@ _LOSSES = {
     "movq": masked_loss,
     "vitvqgan": next_code_loss,
     "vqgan": next_code_loss,
+    "vqvae2": level_loss,
 }
 
 

@@ -143,7 +143,7 @@ def _measure(
     images, labels = images_of(data.held_out)
     reconstructions, codes = reconstruct(system.tokenizer, images)
     metrics: dict[str, Any] = {"reconstruction_psnr": psnr(reconstructions, images)}
-    metrics |= codebook_use(codes, system.config.tokenizer.codebook_size)
+    metrics |= codebook_use(system.tokenizer.depths(codes), system.config.tokenizer.codebook_size)
     sheets = {"reconstructions": torch.stack([images[:10], reconstructions[:10]])}
     if system.prior is not None:
         classes = system.config.prior.classes

@@ -96,7 +96,7 @@ class TokenizerTraining(LightningModule):
         """Reports PSNR and codebook use."""
         images, reconstructions, codes = (torch.cat(part) for part in zip(*self.seen, strict=True))
         self.seen.clear()
-        use = codebook_use(codes, self.tokenizer.config.codebook_size)
+        use = codebook_use(self.tokenizer.depths(codes), self.tokenizer.config.codebook_size)
         values = {name: sum(depths) / len(depths) for name, depths in use.items()}
         values = {"psnr": psnr(reconstructions, images), **values}
         self.log_dict(values, prog_bar=True)

@@ -1,0 +1,113 @@
+"""Weights of rosinality/vq-vae-2-pytorch in our layout, from a state_dict of its tokenizer or of one of its priors."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vqdeploy.models.pixelsnail import causal_offsets
+
+State = Mapping[str, Tensor]
+
+_TOKENIZER = {
+    "enc_t.blocks": "encoders.0",
+    "enc_b.blocks": "encoders.1",
+    "quantize_conv_t": "projections.0",
+    "quantize_conv_b": "projections.1",
+    "quantize_t": "quantizers.0",
+    "quantize_b": "quantizers.1",
+    "upsample_t": "upsamplers.0",
+    "dec_t.blocks": "decoders.0",
+    "dec.blocks": "decoders.1",
+}
+_CODEBOOK = {"embed": "codebook", "embed_avg": "embed_ema", "cluster_size": "cluster_size_ema"}
+_PRIOR = (  # patterns of names without the wrappers called `conv`
+    (r"cond_resnet\.blocks\.0\.bias", r"condition.bias"),
+    (r"cond_resnet\.blocks\.(\d+)", lambda match: f"condition.blocks.{int(match[1]) - 1}"),
+    (r"(blocks\.\d+)\.(key_resblock|query_resblock|causal_attention|out_resblock|out)\.", r"\1.exit.\2."),
+    (r"^out\.\d+\.(weight|bias)", r"out.\1"),
+    (r"^out\.(\d+)\.", r"out_blocks.\1."),
+)
+_CAUSAL = re.compile(r"blocks\.\d+\.resblocks\.\d+\.conv[12]")
+
+
+def tokenizer_weights(state: State) -> dict[str, Tensor]:
+    """The state_dict of a two-level `VQVAE2`. Public codebooks are stored as columns [D, K]."""
+    weights = {}
+    for key, weight in state.items():
+        part = next(part for part in _TOKENIZER if re.match(rf"(module\.)?{re.escape(part)}\.", key))
+        name = key.removeprefix("module.").removeprefix(part + ".")
+        columns = name in ("embed", "embed_avg")
+        weights[f"{_TOKENIZER[part]}.{_CODEBOOK.get(name, name)}"] = weight.T.contiguous() if columns else weight
+    return weights
+
+
+def prior_weights(state: State) -> dict[str, Tensor]:
+    """The state_dict of a `PixelSNAIL` of one class."""
+    public = fold(state)
+    del public["background"]
+    horizontal, vertical = public.pop("horizontal.weight"), public.pop("vertical.weight")
+    weights = {
+        "entry.codes.weight": _entry(horizontal, vertical),
+        "entry.row_bias": public.pop("horizontal.bias")[:, None, None],
+        "entry.column_bias": public.pop("vertical.bias")[:, None, None],
+    }
+    if "cond_resnet.blocks.0.weight" in public:
+        weights["condition.codes.weight"] = _tables(public.pop("cond_resnet.blocks.0.weight")).flatten(0, 1)
+        weights["condition.bias"] = public.pop("cond_resnet.blocks.0.bias")[:, None, None]
+    for key, weight in public.items():
+        module, _, name = key.rpartition(".")
+        if not _CAUSAL.fullmatch(module):
+            for pattern, ours in _PRIOR:
+                key = re.sub(pattern, ours, key)
+            weights[key] = weight
+        elif name == "bias":
+            weights[f"{module}.above.bias"] = weight
+        else:
+            weights[f"{module}.above.weight"] = weight[:, :, :-1].contiguous()
+            weights[f"{module}.left.weight"] = weight[:, :, -1:, : weight.shape[3] // 2].contiguous()
+    return weights
+
+
+def fold(state: State) -> dict[str, Tensor]:
+    """Weight normalization multiplied out: g * v / |v|, the norm over all dimensions but the first.
+
+    Old names (`weight_g`, `weight_v`) and those of parametrizations are taken. Modules called `conv`, which wrap one
+    another, leave the names. Taps that a causal convolution must not see are zeroed before the norm is taken: the
+    public code zeroes them at each pass, and a file may hold what an optimizer has made of them since.
+    """
+    public = {key.removeprefix("module."): weight for key, weight in state.items()}
+    for ours, theirs in (("weight_g", "original0"), ("weight_v", "original1")):
+        public = {key.replace(f"parametrizations.weight.{theirs}", ours): weight for key, weight in public.items()}
+    folded = {}
+    for key, weight in public.items():
+        name = ".".join(part for part in key.split(".") if part != "conv")
+        if key.endswith("weight_v"):
+            name = name.removesuffix("_v")
+            direction = _without_forbidden_taps(weight) if _CAUSAL.match(name) else weight
+            norm = direction.flatten(1).norm(dim=1).view(-1, *[1] * (direction.ndim - 1))
+            weight = public[key.removesuffix("v") + "g"] * direction / norm
+        if not key.endswith("weight_g"):
+            folded[name] = weight
+    return folded
+
+
+def _without_forbidden_taps(weight: Tensor) -> Tensor:
+    allowed = weight.clone()
+    allowed[:, :, -1, weight.shape[3] // 2 :] = 0
+    return allowed
+
+
+def _tables(weight: Tensor) -> Tensor:
+    """Weight of a convolution over one-hot codes [C, K, rows, columns] -> tables of its taps [rows, columns, K, C]."""
+    return weight.permute(2, 3, 1, 0).contiguous()
+
+
+def _entry(horizontal: Tensor, vertical: Tensor) -> Tensor:
+    """Both convolutions of the first layer as tables [taps, K, C], added up where they see the same code."""
+    reach = horizontal.shape[2]
+    square = horizontal.new_zeros(reach + 1, 2 * reach + 1, *horizontal.shape[1::-1])
+    square[:-1] += _tables(horizontal)
+    square[:, :reach] += _tables(vertical)
+    return torch.stack([square[reach + row, reach + column] for row, column in causal_offsets(reach, reach)])
