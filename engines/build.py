@@ -75,7 +75,7 @@ def _build_stage(
 ) -> Path:
     if backend == "onnxrt":
         return onnxrt.build_stage(stage, folder, scratch, portable)
-    height, width, *_ = manifest.config["prior"]["grid"] if manifest.config["prior"] else (1, 1)
+    height, width, *_ = (manifest.config["prior"] or {}).get("grid", (1, 1))
     sizes = {
         "batch": (batch.min, batch.opt, batch.max),
         "length": (1, 1, height * width),

@@ -84,6 +84,13 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
 }"""
 
 
+_WRITE_CACHE = """
+WriteCache (past, entries, position) => (present)
+{
+    present = TensorScatter <axis = -2, mode = "linear"> (past, entries, position)
+}"""
+
+
 def _packed_attention(heads: int) -> str:
     return f"""
 PackedAttention (qkv) => (attention)
@@ -238,6 +245,7 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "VQLookup": lambda: _LOOKUP,
     "PackedAttention": _packed_attention,
     "CachedAttention": lambda: _CACHED_ATTENTION,
+    "WriteCache": lambda: _WRITE_CACHE,
     "GumbelSample": lambda: _GUMBEL_SAMPLE,
 }
 
@@ -285,6 +293,9 @@ def translations() -> dict[Callable, Callable]:
         ops.packed_attention.default: _node("PackedAttention", [("qkv", "T")], [("attention", "T")], heads=int),
         ops.cached_attention.default: _node(
             "CachedAttention", [("qkv", "T"), *caches, ("position", _INT64)], [("attention", "T"), *caches]
+        ),
+        ops.write_cache.default: _node(
+            "WriteCache", [("past", "T"), ("entries", "T"), ("position", _INT64)], [("present", "T")]
         ),
         ops.sample.default: _node("GumbelSample", sampling, [("codes", _INT64)]),
     }

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from vqdeploy.checkpoint import digest
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export import gpt, movq, rqvae
+from vqdeploy.export import gpt, movq, rqvae, vqvae2
 from vqdeploy.export.functions import OPSET
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
@@ -24,7 +24,13 @@ from vqdeploy.models import System
 from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, StageInfo, TensorInfo
 
-STAGES = {"rqvae": rqvae.stages, "movq": movq.stages, "vitvqgan": gpt.stages, "vqgan": gpt.stages}
+STAGES = {
+    "rqvae": rqvae.stages,
+    "movq": movq.stages,
+    "vitvqgan": gpt.stages,
+    "vqgan": gpt.stages,
+    "vqvae2": vqvae2.stages,
+}
 PRECISIONS = ("fp32",)
 _NEWEST_OPSET = 25  # of those that the exporter writes
 _INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them

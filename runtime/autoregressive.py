@@ -1,13 +1,14 @@
 """Key-value cached sampling: one engine call a position."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, write_options
+from vqdeploy.runtime.request import Callback, Request, cells_of, write_options
 
 
 class AutoregressiveSampler:
@@ -17,25 +18,29 @@ class AutoregressiveSampler:
     """
 
     options: tuple[str, ...] = ("temperature", "top_k", "top_p")
-    inputs = frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))
     no_label: int | None = None
     keeps_pixels = False
     call_images = 2**31
 
-    def __init__(self, session: Any, classes: int):
-        self._session, self._classes = session, classes
+    def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
+        self._session, self._classes = sessions["step"], prior["classes"]
         self._bindings: dict[int, tuple[dict[str, np.ndarray], Any]] = {}
-        self.engine_seconds = 0.0
+        self.seconds = Counter[str]()
+
+    @staticmethod
+    def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
+        """What the sampler writes to, stage by stage."""
+        return {"step": frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))}
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
 
-        `engine_seconds` then tells how much of the time the engine took.
+        `seconds` then tells how much of the time each stage took.
 
         Raises:
             VqdeployError: A position is known in part.
         """
-        self.engine_seconds = 0.0
+        self.seconds.clear()
         codes = request.known.reshape(len(request.known), -1, request.known.shape[-1]).copy()
         unknown = codes[..., 0] < 0
         if np.any((codes < 0) != unknown[..., None]):
@@ -77,7 +82,7 @@ class AutoregressiveSampler:
         binding.inputs["position"][:] = position
         start = time.perf_counter()
         binding.run()
-        self.engine_seconds += time.perf_counter() - start
+        self.seconds["step"] += time.perf_counter() - start
 
     def _guides(self, request: Request) -> bool:
         without = request.options.get("guidance_scale", 1) == 1 or (request.labels == self.no_label).all()
@@ -93,13 +98,13 @@ class AutoregressiveSampler:
             binding.inputs["partner"][:] = np.where(rows < batch, (rows + batch) % len(rows), rows)
             binding.inputs["guidance"][:] = request.options["guidance_scale"]  # of no effect on its own partner
 
-    def unknown(self, cells: np.ndarray, depth: int) -> np.ndarray:
-        """The codes to draw [B, h, w, Q], where the image is unknown at some positions [B, h, w].
+    def unknown(self, mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+        """The codes to draw [B, h, w, Q], where pixels are unknown [B, H, W].
 
         The prior goes from the top left to the bottom right: everything from the first such row on.
         """
-        rows = np.maximum.accumulate(cells.any(2), axis=1)
-        return np.broadcast_to(rows[:, :, None, None], (*cells.shape, depth))
+        rows = np.maximum.accumulate(cells_of(mask, *grid[:2]).any(2), axis=1)
+        return np.broadcast_to(rows[:, :, None, None], (len(mask), *grid))
 
     def unknown_share(self, ratio: float, grid: tuple[int, ...], images: np.ndarray, seed: int) -> np.ndarray:
         """A share of the codes of each image [B, h, w, Q], the rows at the bottom."""
@@ -114,11 +119,15 @@ class GuidedSampler(AutoregressiveSampler):
     """
 
     options = (*AutoregressiveSampler.options, "guidance_scale")
-    inputs = AutoregressiveSampler.inputs | {"partner", "guidance"}
 
-    def __init__(self, session: Any, classes: int):
-        super().__init__(session, classes)
-        self.no_label = classes
+    def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
+        super().__init__(sessions, prior)
+        self.no_label = prior["classes"]
+
+    @staticmethod
+    def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
+        """As for `AutoregressiveSampler`."""
+        return {"step": AutoregressiveSampler.inputs(prior)["step"] | {"partner", "guidance"}}
 
 
 def carry(source: Any, target: Any) -> None:

@@ -5,12 +5,13 @@ Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), sectio
 
 import math
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, write_options
+from vqdeploy.runtime.request import Callback, Request, cells_of, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 
 _CALL_LOGITS = 2**20  # in one call; more images at once are no faster on a CPU and need more memory
@@ -20,31 +21,34 @@ _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay 
 class MaskedSampler:
     """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused.
 
-    `options` names its sampling options, `inputs` what it writes to, `no_label` is the label that stands for no class,
+    `options` names its sampling options, `no_label` is the label that stands for no class,
     `call_images` the number of images that one call may take, and `keeps_pixels` tells whether what surrounds a mask
     can stay as it is.
     """
 
     options = ("temperature", "top_k", "top_p", "steps", "schedule", "guidance_scale", "choice_temperature")
-    inputs = frozenset(
-        ("codes", "given", "label", "guidance", "noise", "choice_noise", "masked", "temperature", "choice_temperature")
-    )
     keeps_pixels = True
 
-    def __init__(self, session: Any, classes: int):
-        self._session = session
-        self.no_label = classes
+    def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
+        self._session = session = sessions["step"]
+        self.no_label = prior["classes"]
         logits = next(info for info in session.stage.inputs if info.name == "noise")
         self.call_images = max(1, _CALL_LOGITS // math.prod(logits.shape[1:]))
         self._bindings: dict[tuple[int, int], Any] = {}
-        self.engine_seconds = 0.0
+        self.seconds = Counter[str]()
+
+    @staticmethod
+    def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
+        """What the sampler writes to, stage by stage."""
+        names = "codes given label guidance noise choice_noise masked temperature choice_temperature"
+        return {"step": frozenset(names.split())}
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
 
-        `engine_seconds` then tells how much of the time the engine took.
+        `seconds` then tells how much of the time each stage took.
         """
-        self.engine_seconds = 0.0
+        self.seconds.clear()
         batch, steps, schedule = len(request.known), request.options["steps"], request.options["schedule"]
         unknown = (request.known < 0).reshape(batch, -1).sum(1)
         if not unknown.any():
@@ -59,7 +63,7 @@ class MaskedSampler:
             inputs["masked"][:] = counts[step]
             start = time.perf_counter()
             binding.run()
-            self.engine_seconds += time.perf_counter() - start
+            self.seconds["step"] += time.perf_counter() - start
             drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
             inputs["codes"][:] = remaining
             if schedule != "halton":  # by order, codes found earlier are drawn again
@@ -84,9 +88,9 @@ class MaskedSampler:
         write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
         return binding
 
-    def unknown(self, cells: np.ndarray, depth: int) -> np.ndarray:
-        """The codes to draw [B, h, w, Q], where the image is unknown at some positions [B, h, w]."""
-        return np.repeat(cells[..., None], depth, -1)
+    def unknown(self, mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+        """The codes to draw [B, h, w, Q], where pixels are unknown [B, H, W]."""
+        return np.repeat(cells_of(mask, *grid[:2])[..., None], grid[2], -1)
 
     def unknown_share(self, ratio: float, grid: tuple[int, ...], images: np.ndarray, seed: int) -> np.ndarray:
         """A share of the codes of each image [B, h, w, Q], each position and channel chosen by itself."""

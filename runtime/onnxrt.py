@@ -9,7 +9,7 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.bundle import Bundle, tensors
-from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
+from vqdeploy.runtime.manifest import WEIGHTS, StageInfo, TensorInfo
 
 try:
     import onnxruntime as ort
@@ -30,7 +30,7 @@ class Binding:
     """Input and output buffers of fixed shape. Write into `inputs`, call `run`, read from `outputs`."""
 
     def __init__(
-        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], caches: dict[str, np.ndarray]
+        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], shared: dict[str, np.ndarray]
     ):
         self._session, self._name = session, stage.name
         self._io = session.io_binding()
@@ -38,15 +38,14 @@ class Binding:
         self.inputs: dict[str, np.ndarray] = {}
         self.outputs: dict[str, np.ndarray] = {}
         for info in stage.inputs:
-            buffer = caches[info.name] if info.name in caches else np.zeros(info.concrete(dims), info.dtype)
-            self.inputs[info.name] = buffer
-            self._values[info.name] = ort.OrtValue.ortvalue_from_numpy(buffer)
+            self.inputs[info.name] = _buffer(info, dims, shared)
+            self._values[info.name] = ort.OrtValue.ortvalue_from_numpy(self.inputs[info.name])
             self._io.bind_ortvalue_input(info.name, self._values[info.name])
         for info in stage.outputs:
             if info.name in stage.aliases:
                 self._io.bind_ortvalue_output(info.name, self._values[stage.aliases[info.name]])
                 continue
-            self.outputs[info.name] = np.zeros(info.concrete(dims), info.dtype)
+            self.outputs[info.name] = _buffer(info, dims, shared)
             self._values[info.name] = ort.OrtValue.ortvalue_from_numpy(self.outputs[info.name])
             self._io.bind_ortvalue_output(info.name, self._values[info.name])
 
@@ -56,6 +55,10 @@ class Binding:
             self._session.run_with_iobinding(self._io)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this
             raise _failure(f"stage {self._name} failed", error) from error
+
+
+def _buffer(info: TensorInfo, dims: dict[str, int], shared: dict[str, np.ndarray]) -> np.ndarray:
+    return shared[info.name] if info.name in shared else np.zeros(info.concrete(dims), info.dtype)
 
 
 class OnnxrtSession:
@@ -109,9 +112,9 @@ class OnnxrtSession:
             if i.name in self.stage.aliases.values()
         }
 
-    def bind(self, dims: dict[str, int], caches: dict[str, np.ndarray] | None = None) -> Binding:
-        """Buffers for these sizes of the open dimensions, around caches that other bindings may share."""
-        return Binding(self._session, self.stage, dims, self.caches(dims) if caches is None else caches)
+    def bind(self, dims: dict[str, int], shared: dict[str, np.ndarray] | None = None) -> Binding:
+        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
+        return Binding(self._session, self.stage, dims, self.caches(dims) if shared is None else shared)
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One call with fresh outputs."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import options
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler, GuidedSampler
 from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.hierarchical import HierarchicalSampler
 from vqdeploy.runtime.manifest import BatchRange
 from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.runtime.request import Callback, Request
@@ -24,6 +26,7 @@ _SAMPLERS: dict[str, Any] = {
     "movq": MaskedSampler,
     "vitvqgan": GuidedSampler,
     "vqgan": GuidedSampler,
+    "vqvae2": HierarchicalSampler,
 }
 _CALL_PIXELS = 256 * 256
 _FEATURE_IMAGES = 8  # of one call
@@ -92,8 +95,8 @@ class Pipeline:
         if not self._configured():
             raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy export, vqdeploy build")
         self._sampler: Any = None
-        if "step" in self._sessions:
-            self._sampler = _SAMPLERS[self.manifest.system](self._sessions["step"], self._config["prior"]["classes"])
+        if self._config["prior"]:
+            self._sampler = _SAMPLERS[self.manifest.system](self._sessions, self._config["prior"])
 
     def _configured(self) -> bool:
         """Whether the manifest holds what this class reads of it."""
@@ -107,26 +110,23 @@ class Pipeline:
                 and type(size) is int
                 and size > 0
                 and all(isinstance(text, str) for text in texts)
-                and ("step" not in self._sessions or self._prior_configured(size))
+                and (not config["prior"] or self._prior_configured(config["prior"], size))
             )
-        except (KeyError, TypeError, VqdeployError):
+        except (KeyError, TypeError, IndexError, VqdeployError):
             return False
 
-    def _prior_configured(self, codebook_size: int) -> bool:
-        classes, sampler = self._config["prior"]["classes"], _SAMPLERS[self.manifest.system]
-        inputs = {info.name: info.shape for info in self.manifest.stage("step").inputs}
+    def _prior_configured(self, prior: dict[str, Any], codebook_size: int) -> bool:
+        classes, sampler = prior["classes"], _SAMPLERS[self.manifest.system]
+        for stage, names in sampler.inputs(prior).items():
+            shapes = {info.name: info.shape for info in self.manifest.stage(stage).inputs}
+            if not names <= set(shapes) or shapes.get("noise", [codebook_size])[-1] != codebook_size:
+                return False
         self.options()
-        return (
-            type(classes) is int
-            and classes > 0
-            and len(self._config["labels"]) in (0, classes)
-            and sampler.inputs <= set(inputs)
-            and inputs["noise"][-1] == codebook_size
-        )
+        return type(classes) is int and classes > 0 and len(self._config["labels"]) in (0, classes)
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Shape of the codes of one image: rows, columns, depth."""
+        """Shape of the codes of one image: rows, columns, depth; or the number of codes of all levels, see `maps`."""
         return self.manifest.stage("encode").outputs[0].shape[1:]
 
     @property
@@ -148,6 +148,15 @@ class Pipeline:
         """
         self._check_prior()
         return self._config["prior"]["classes"]
+
+    def maps(self, codes: np.ndarray) -> list[np.ndarray]:
+        """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level."""
+        if len(self.grid) == 3:
+            return [codes]
+        tokenizer = self._config["tokenizer"]
+        sides = [tokenizer["resolution"] // 4 >> level for level in reversed(range(tokenizer["levels"]))]
+        parts = np.split(codes, np.cumsum(np.square(sides))[:-1], 1)
+        return [part.reshape(-1, side, side, 1) for part, side in zip(parts, sides, strict=True)]
 
     def _check_prior(self) -> None:
         if self._sampler is None:
@@ -297,7 +306,7 @@ class Pipeline:
         images = np.asarray(images)
         codes = self.encode(images)
         unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)
-        known = np.tile(np.where(unknown, -1, codes), (completions, 1, 1, 1))
+        known = np.concatenate([np.where(unknown, -1, codes)] * completions)
         if labels is None and self.classes == 1:
             labels = [0] * len(images)
         if labels is not None:
@@ -307,6 +316,40 @@ class Pipeline:
             drawn = output.images.reshape(completions, *images.shape)
             output.images = np.where(np.asarray(mask, bool)[..., None], drawn, images).reshape(output.images.shape)
         return output
+
+    def resample(
+        self,
+        images: np.ndarray,
+        labels: Sequence[int] | None = None,
+        *,
+        keep: int = 1,
+        completions: int = 1,
+        **options: Any,
+    ) -> Output:
+        """Keeps the coarse codes of each image and samples the finer ones: the details change, the picture stays.
+
+        Args:
+            images: uint8 [B, H, W, 3].
+            labels: Class of each image. It counts for the top level alone, and may be left out when that is kept.
+            keep: How many levels stay as they are, from the top.
+            completions: As for `inpaint`.
+            **options: As for `complete`.
+
+        Raises:
+            VqdeployError: The system's codes have one level, or an argument is out of range.
+        """
+        _check_whole(completions=completions)
+        codes = self.encode(images)
+        maps = self.maps(codes)
+        if len(maps) == 1:
+            raise VqdeployError("this system's codes have one level", expected="a system such as vqvae2", found="one")
+        if not 0 <= keep < len(maps):
+            raise VqdeployError("no such number of levels to keep", expected=f"0..{len(maps) - 1}", found=keep)
+        count = sum(level[0].size for level in maps[:keep])
+        known = np.concatenate([np.where(np.arange(codes.shape[1]) < count, codes, -1)] * completions)
+        if labels is None and (keep or self.classes == 1):
+            labels = [0] * len(codes)
+        return self.complete(known, None if labels is None else np.tile(labels, completions).tolist(), **options)
 
     def unknown(
         self,
@@ -333,9 +376,7 @@ class Pipeline:
         mask, square = np.asarray(mask, bool), (self.side, self.side)
         if mask.shape not in (square, (count, *square)):
             raise VqdeployError("the mask does not fit", expected=list(square), found=list(mask.shape))
-        height, width, depth = self.grid
-        cells = np.broadcast_to(mask, (count, *square)).reshape(count, height, self.side // height, width, -1)
-        return self._sampler.unknown(cells.any((2, 4)), depth)
+        return self._sampler.unknown(np.broadcast_to(mask, (count, *square)), self.grid)
 
     def complete(
         self,
@@ -361,7 +402,7 @@ class Pipeline:
                 `temperature` divides the logits; 0 takes the most likely code.
                 `top_k` keeps the k most likely codes; 0 keeps all.
                 `top_p` keeps the most likely codes until their probability reaches p.
-                These three may be lists of one value for each depth. Masked priors also take:
+                These three may be lists of one value for each depth or level. Masked priors also take:
                 `steps`, the number of engine calls.
                 `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
                 `guidance_scale` s: logits are u + s * (c - u) with c given the label and u without; 1 is no guidance.
@@ -372,7 +413,8 @@ class Pipeline:
         """
         start = time.perf_counter()
         chosen = self.options(**given)
-        codes, engine = self.sample(known, labels, seed, first_image, chosen, callback)
+        codes, seconds = self.sample(known, labels, seed, first_image, chosen, callback)
+        engine = sum(seconds.values())
         sampled = time.perf_counter()
         images = self.decode(codes)
         end = time.perf_counter()
@@ -392,7 +434,8 @@ class Pipeline:
             VqdeployError: An option is malformed or out of range, or the system does not have it.
         """
         defaults = {name: self._config["sampling"][name] for name in _SAMPLERS[self.manifest.system].options}
-        return options.choose(given, defaults, self.grid[-1], self.codebook_size)
+        depth = self.grid[-1] if len(self.grid) == 3 else self._config["tokenizer"]["levels"]
+        return options.choose(given, defaults, depth, self.codebook_size)
 
     def sample(
         self,
@@ -402,18 +445,18 @@ class Pipeline:
         first_image: int = 0,
         chosen: dict[str, Any] | None = None,
         callback: Callback | None = None,
-    ) -> tuple[np.ndarray, float]:
-        """The codes of `complete`, and the seconds that the engine took of it; `chosen` comes from `options`."""
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """The codes of `complete`, and the seconds that each stage took of it; `chosen` comes from `options`."""
         classes = self._check_labels(labels, len(known))
         known = self._check_codes(known, lowest=-1)
         _check_whole(seed=seed, first_image=first_image)
         chosen = chosen or self.options()
-        codes, engine = [], 0.0
+        codes, seconds = [], Counter[str]()
         for part in self._batches(len(known), min(self._batch.max, self._sampler.call_images)):
             images = first_image + np.arange(len(known))[part]
             codes.append(self._sampler(Request(known[part], classes[part], images, seed, chosen), callback))
-            engine += self._sampler.engine_seconds
-        return np.concatenate(codes), engine
+            seconds += self._sampler.seconds
+        return np.concatenate(codes), dict(seconds)
 
     def _check_labels(self, labels: Sequence[int] | None, count: int) -> np.ndarray:
         classes = self.classes

@@ -19,7 +19,7 @@ A code that is not settled is negative: -1 - c where a masked prior would put c 
 class Request:
     """What to sample, for a batch of B images. Nothing is shared by the batch but the seed and the options.
 
-    `known` holds the codes that are given, int64 [B, h, w, Q], and -1 where a code is to be drawn. `images` are the
+    `known` holds the codes that are given, int64 [B, *grid], and -1 where a code is to be drawn. `images` are the
     indices that key the noise. `options` come from `options.choose`.
     """
 
@@ -28,6 +28,11 @@ class Request:
     images: np.ndarray
     seed: int
     options: dict[str, Any]
+
+
+def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Which cells of a grid [B, height, width] a mask of pixels [B, H, W] touches."""
+    return mask.reshape(len(mask), height, mask.shape[1] // height, width, -1).any((2, 4))
 
 
 def write_options(options: dict[str, Any], inputs: dict[str, np.ndarray], size: int) -> None:

@@ -14,7 +14,7 @@ from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
-TASKS = ("generate", "reconstruct", "inpaint", "encode", "decode", "features")
+TASKS = ("generate", "reconstruct", "inpaint", "resample", "encode", "decode", "features")
 _ARCHIVES = ("encode", "features")  # tasks whose result is an NPZ
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
 _COLUMNS = 8
@@ -81,13 +81,28 @@ def _frames(pipeline: Pipeline, label: int, options: dict[str, Any]) -> np.ndarr
     seen: list[np.ndarray] = []
     pipeline.generate([label], callback=lambda step, total, codes: seen.append(codes.copy()), **options)
     codes = np.concatenate(seen)
-    return veil(pipeline.decode(np.where(codes < 0, -1 - codes, codes)), codes < 0, opacity=_FILM_VEIL)
+    images = pipeline.decode(np.where(codes < 0, -1 - codes, codes))
+    return veil(images, pipeline.maps(codes < 0)[-1], opacity=_FILM_VEIL)
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, job.inputs)
     shown = np.concatenate([images, pipeline.reconstruct(images, job.depth)])
-    return _write(output, pipeline, shown, len(images), {"depth": job.depth or pipeline.grid[-1]})
+    return _write(output, pipeline, shown, len(images), _depth(pipeline, job))
+
+
+def _depth(pipeline: Pipeline, job: Job) -> dict[str, int]:
+    """The number of depths that went into images, for the note in their file."""
+    return {"depth": job.depth or pipeline.grid[-1]} if len(pipeline.grid) == 3 else {}
+
+
+def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    images = _read_images(pipeline, job.inputs)
+    keep = 1 if job.depth is None else job.depth
+    labels = _labels(pipeline, job, len(images))
+    result = pipeline.resample(images, labels, keep=keep, completions=job.num_images or 1, **job.options)
+    note = {"options": result.options, "kept_levels": keep, "timings": result.timings}
+    return _write(output, pipeline, np.concatenate([images, result.images]), len(images), note)
 
 
 def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -98,7 +113,7 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
-    masked = veil(images, unknown) if mask is None else np.where(mask[..., None], GREY, images)
+    masked = veil(images, pipeline.maps(unknown)[-1]) if mask is None else np.where(mask[..., None], GREY, images)
     shown = np.concatenate([masked, result.images, images])
     note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
     return _write(output, pipeline, shown, len(images), note)
@@ -136,13 +151,14 @@ def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
         raise VqdeployError("decode takes one file of codes", expected="--input FILE.npz", found=len(job.inputs))
     codes = _read_codes(job.inputs[0])
     images = pipeline.decode(codes, job.depth)
-    return _write(output, pipeline, images, job.num_images or _COLUMNS, {"depth": job.depth or pipeline.grid[-1]})
+    return _write(output, pipeline, images, job.num_images or _COLUMNS, _depth(pipeline, job))
 
 
 _HANDLERS: dict[str, Callable[[Pipeline, Job, Path], dict[str, Any]]] = {
     "generate": _generate,
     "reconstruct": _reconstruct,
     "inpaint": _inpaint,
+    "resample": _resample,
     "encode": _encode,
     "decode": _decode,
     "features": _features,

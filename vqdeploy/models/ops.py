@@ -99,6 +99,30 @@ def _(qkv: Tensor, heads: int) -> Tensor:
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 
 
+@torch.library.custom_op("vqdeploy::write_cache", mutates_args=())
+def write_cache(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
+    """Writes entries into a cache, which a backend may do in place.
+
+    Args:
+        past: Cache [B, H, T, D].
+        entries: New entries [B, H, S, D].
+        position: Place of the first of them [B] int64; position + S <= T.
+
+    Returns:
+        The cache with places position..position+S-1 written.
+    """
+    places = position[:, None] + torch.arange(entries.shape[2], device=past.device)  # [B, S]
+    rows = torch.arange(len(past), device=past.device)[:, None]
+    present = past.clone()
+    present[rows, :, places] = entries.transpose(1, 2)
+    return present
+
+
+@write_cache.register_fake
+def _(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
+    return torch.empty_like(past)
+
+
 @torch.library.custom_op("vqdeploy::cached_attention", mutates_args=())
 def cached_attention(
     qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor
@@ -115,13 +139,10 @@ def cached_attention(
         Attention output [B, S, H * D], and both caches with places position..position+S-1 written.
     """
     batch, length, _ = qkv.shape
-    _, heads, places, _ = past_key.shape
+    heads, places = past_key.shape[1:3]
     query, key, value = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
     entries = position[:, None] + torch.arange(length, device=qkv.device)  # [B, S]
-    rows = torch.arange(batch, device=qkv.device)[:, None]
-    keys, values = past_key.clone(), past_value.clone()
-    keys[rows, :, entries] = key.transpose(1, 2)
-    values[rows, :, entries] = value.transpose(1, 2)
+    keys, values = write_cache(past_key, key, position), write_cache(past_value, value, position)
     seen = torch.arange(places, device=qkv.device) <= entries[:, None, :, None]
     scores = (query @ keys.transpose(-1, -2)).masked_fill(~seen, -3e4)
     return (scores.softmax(-1) @ values).transpose(1, 2).reshape(batch, length, -1), keys, values

@@ -293,7 +293,11 @@ class CodeCondition(nn.Module):
         )
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = self.codes(codes) + self.bias
+        return self.refine(self.codes(codes))
+
+    def refine(self, x: Tensor) -> Tensor:
+        """What `codes` makes of the codes -> condition."""
+        x = x + self.bias
         for block in self.blocks:
             x = block(x)
         return F.interpolate(x, scale_factor=2.0, mode="nearest")

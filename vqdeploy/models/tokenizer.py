@@ -26,6 +26,10 @@ class Tokenizer(nn.Module):
         """Codes -> image. With a residual quantizer -1 leaves a depth out."""
         return self.reconstruct(self.quantizer.decode(codes))
 
+    def distances(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Squared distances [B, h, w, Q, K] of an image's vectors from the codebook, given the codes before each."""
+        return self.quantizer.distances(self.latents(x), codes)
+
     def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
         """The codes of each depth [B, h, w]."""
         return codes.unbind(-1)

@@ -17,7 +17,7 @@ import torch
 from vqdeploy import checkpoint as checkpoints
 from vqdeploy.models import System
 from vqdeploy.runtime import Pipeline, load
-from vqdeploy.verify import autoregressive, masked
+from vqdeploy.verify import autoregressive, hierarchical, masked
 from vqdeploy.verify.tokenizer import check_tokenizer
 
 _PRIORS: dict[str, Any] = {
@@ -25,6 +25,7 @@ _PRIORS: dict[str, Any] = {
     "movq": masked,
     "vitvqgan": autoregressive,
     "vqgan": autoregressive,
+    "vqvae2": hierarchical,
 }
 
 

@@ -107,15 +107,14 @@ def _judge(
     scale = options.get("guidance_scale", 1.0)
     logits = guided_logits(system.prior, torch.from_numpy(codes), torch.tensor(labels), scale).flatten(0, -2)
     tolerance *= 2 * scale if scale != 1 else 1  # guidance multiplies what logits are off by
-    noise = _noise(codes.shape, first, logits.shape[1])
+    noise = _noise(len(codes), system.prior.config, first)
     far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
     return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
 
 
-def _noise(shape: tuple[int, ...], first: int, size: int) -> Tensor:
-    """The noise behind codes of this shape [B * h * w * Q, K]."""
-    batch, height, width, depth = shape
-    noise = np.empty((height * width, batch, depth, size), np.float32)
-    for position in range(height * width):
+def _noise(batch: int, config: Any, first: int) -> Tensor:
+    """The noise behind the codes of images from `first` on [B * positions * Q, K]."""
+    noise = np.empty((config.positions, batch, config.depth, config.codebook_size), np.float32)
+    for position in range(config.positions):
         gumbel(SEED, np.arange(first, first + batch), position, noise[position])
-    return torch.from_numpy(noise).transpose(0, 1).reshape(-1, size)
+    return torch.from_numpy(noise).transpose(0, 1).flatten(0, 2)

@@ -1,0 +1,426 @@
+"""The stages of VQ-VAE-2: the tokenizer's, and for each level of the prior `LEVEL_row` and `LEVEL_pixel`.
+
+A causal convolution without its centre sees the rows above and a few places to the left. What comes from the rows above
+is computed for a whole row at once, by one call of `row`. What is left for each place, one call of `pixel`, are
+the places to the left. No place of a convolution's output depends on the code before, so that all of a
+network's convolutions go side by side (compare Ramachandran et al., "Fast Generation for Convolutional Autoregressive
+Models", 2017). A level that is conditioned on codes has a stage `LEVEL_condition`, called once an image.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdeploy.export import tokenizer
+from vqdeploy.export.layers import Projection
+from vqdeploy.export.stage import Stage
+from vqdeploy.models import System
+from vqdeploy.models.pixelsnail import (
+    AttentionExit,
+    CodeCondition,
+    CodeConv,
+    GatedResBlock,
+    LabelCondition,
+    PixelSNAIL,
+    PlainExit,
+)
+from vqdeploy.runtime.hierarchical import level_names
+
+
+class CodeTable(nn.Module):
+    """Some taps of a convolution over codes: the codes under them [..., taps], -1 for none -> [..., channels]."""
+
+    rows: Tensor  # [taps * (K + 1), channels], zeros in front of each tap's
+    starts: Tensor  # [taps]
+
+    def __init__(self, conv: CodeConv, taps: list[int]):
+        super().__init__()
+        weight = F.pad(conv.weight.detach()[taps], (0, 0, 1, 0))
+        self.register_buffer("rows", weight.flatten(0, 1))
+        self.register_buffer("starts", 1 + weight.shape[1] * torch.arange(len(taps)))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes + self.starts, self.rows).sum(-2)
+
+
+def _gated(network: PixelSNAIL) -> list[GatedResBlock]:
+    return [resblock for block in network.blocks for resblock in block.resblocks]
+
+
+def _side_by_side(convolutions: list[nn.Conv2d]) -> nn.Conv2d:
+    """Convolutions of one shape as one, in groups."""
+    first = convolutions[0]
+    inputs, outputs = first.in_channels * len(convolutions), first.out_channels * len(convolutions)
+    joined = nn.Conv2d(inputs, outputs, first.kernel_size, groups=len(convolutions)).to(first.weight)  # type: ignore[arg-type]
+    joined.weight.data = torch.cat([conv.weight.detach() for conv in convolutions])
+    joined.bias.data = torch.cat([conv.bias.detach() for conv in convolutions])  # type: ignore[union-attr]
+    return joined
+
+
+def at_row(maps: Tensor, row: Tensor) -> Tensor:
+    """One row of each map [B, h, ...], that of `row` [B] -> [B, ...]."""
+    batch, height = maps.shape[:2]
+    rows = F.embedding(row + height * torch.arange(batch, device=row.device), maps.flatten(0, 1).flatten(1))
+    return rows.view(batch, *maps.shape[2:])
+
+
+class Row(nn.Module):
+    """What the rows above a row contribute to all of its places, and the condition.
+
+    The activations in front of the first and of the second convolutions of all L gated layers are kept of the K - 1 rows
+    above: `above_x` [B, L * C, K - 1, w] and `above_y`. Those of the last of them come as the pixels left them, [B, L, w, C].
+    """
+
+    row_bias: Tensor  # [C]
+    column_bias: Tensor  # [w, C]
+
+    def __init__(self, network: PixelSNAIL):
+        super().__init__()
+        gated, config = _gated(network), network.config
+        self.side, self.width = config.kernel // 2, config.grid[1]
+        offsets = network.entry.codes.offsets
+        self.offsets = [offset for offset in offsets if offset[0] < 0]
+        self.entry = CodeTable(network.entry.codes, [offsets.index(offset) for offset in self.offsets])
+        self.first = _side_by_side([block.conv1.above for block in gated])
+        self.second = _side_by_side([block.conv2.above for block in gated])
+        self.register_buffer("row_bias", network.entry.row_bias.detach().flatten())
+        self.register_buffer("column_bias", network.entry.bias(1, self.width)[:, 0].T.detach().contiguous())
+        self.condition: Any = None
+        if network.condition is not None:
+            weights = torch.cat([block.condition.weight for block in gated]).flatten(1)  # [L * 2C, condition]
+            label = isinstance(network.condition, LabelCondition)
+            table = network.condition.weight @ weights.T if label else weights.T
+            self.condition = nn.Parameter(table.detach().contiguous(), requires_grad=False)
+
+    def forward(
+        self,
+        row: Tensor,
+        codes: Tensor,
+        above_x: Tensor,
+        above_y: Tensor,
+        row_x: Tensor,
+        row_y: Tensor,
+        condition: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The contributions, and the activations of the rows above the next row.
+
+        Args:
+            row: Its index [B].
+            codes: Those of the rows above that the first layer sees [B, rows, w], -1 off the map.
+            above_x: Activations in front of the first convolutions, see above.
+            above_y: Those in front of the second ones.
+            row_x: Those of the row right above, in front of the first convolutions.
+            row_y: Those in front of the second ones.
+            condition: Labels [B] for the top level, the condition's map [B, h, w, channels] for others.
+
+        Returns:
+            `entry` [B, w, C], `inner` [B, w, L * inner], `gates` [B, w, L * 2C], and the new `above_x`, `above_y`.
+        """
+        above_x, above_y = (
+            torch.cat([above[:, :, 1:], last.transpose(2, 3).flatten(1, 2)[:, :, None]], 2)
+            for above, last in ((above_x, row_x), (above_y, row_y))
+        )
+        inner, gates = (
+            conv(F.pad(above, (self.side, self.side))).squeeze(2).transpose(1, 2)
+            for conv, above in ((self.first, above_x), (self.second, above_y))
+        )
+        return self._enter(row, codes), inner, self._conditioned(gates, row, condition), above_x, above_y
+
+    def _enter(self, row: Tensor, codes: Tensor) -> Tensor:
+        padded = F.pad(codes, (self.side, self.side), value=-1)
+        near = [padded[:, down, self.side + right :][:, : self.width] for down, right in self.offsets]
+        bias = torch.where(row[:, None] > 0, self.row_bias, torch.zeros_like(self.row_bias))
+        return self.entry(torch.stack(near, -1)) + self.column_bias + bias[:, None]
+
+    def _conditioned(self, gates: Tensor, row: Tensor, condition: Tensor | None) -> Tensor:
+        if condition is None:
+            return gates
+        if condition.ndim == 1:
+            return gates + F.embedding(condition, self.condition)[:, None]
+        return gates + at_row(condition, row) @ self.condition
+
+
+class PointwiseGate(nn.Module):
+    """A `GatedResBlock` of 1x1 convolutions, on vectors [B, channels]."""
+
+    def __init__(self, block: GatedResBlock):
+        super().__init__()
+        self.conv1, self.conv2 = _pointwise(block.conv1), _pointwise(block.conv2)
+        self.aux_conv = None if block.aux_conv is None else _pointwise(block.aux_conv)
+
+    def forward(self, x: Tensor, auxiliary: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.elu(x))
+        if auxiliary is not None:
+            h = h + self.aux_conv(F.elu(auxiliary))  # type: ignore[misc]
+        return x + F.glu(self.conv2(F.elu(h)), 1)
+
+
+def _pointwise(conv: Any) -> Projection:
+    linear = nn.Linear(conv.in_channels, conv.out_channels).to(conv.weight)
+    linear.weight.data, linear.bias.data = conv.weight.detach().flatten(1), conv.bias.detach()
+    return Projection(linear)
+
+
+class PixelExit(nn.Module):
+    """A `PlainExit` on vectors."""
+
+    def __init__(self, plain: PlainExit):
+        super().__init__()
+        self.out = _pointwise(plain.out)
+
+    def forward(self, x: Tensor, out: Tensor, background: Tensor) -> Tensor:
+        return self.out(torch.cat([out, background], 1))
+
+
+class PixelAttention(nn.Module):
+    """An `AttentionExit` on vectors, with caches.
+
+    A place does not attend to itself. So its key and value go to the next call, which writes them into
+    the caches: of the place before, at that place's index, and attends to everything up to there.
+    """
+
+    def __init__(self, exit_: AttentionExit):
+        super().__init__()
+        attention = exit_.causal_attention
+        self.key_resblock, self.query_resblock = PointwiseGate(exit_.key_resblock), PointwiseGate(exit_.query_resblock)
+        self.out_resblock = PointwiseGate(exit_.out_resblock)
+        scale = (attention.query.out_features // attention.heads) ** -0.5
+        self.query = Projection(attention.query, scales=(scale,))
+        self.key_value = Projection(attention.key, attention.value)
+
+    def forward(
+        self, x: Tensor, out: Tensor, background: Tensor, place: Tensor, key: Tensor, value: Tensor, last: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`last` [B, 2 * width] is the key and the value of the place before; returns the new caches and `last` too."""
+        pair = self.key_value(self.key_resblock(torch.cat([x, out, background], 1)))
+        query = self.query(self.query_resblock(torch.cat([out, background], 1)))
+        before = (place - 1).clamp(min=0)
+        qkv = torch.cat([query, last], 1)[:, None]
+        attention, key, value = torch.ops.vqdeploy.cached_attention(qkv, key, value, before)
+        seen = torch.where(place[:, None] > 0, attention[:, 0], torch.zeros_like(query))
+        return self.out_resblock(out, seen), key, value, pair
+
+
+class Pixel(nn.Module):
+    """The code of one place.
+
+    The activations of the few places to the left are kept for the convolutions: `left_x` [B, L * side * C] in front
+    of the first ones, `left_y` in front of the second ones. `row_x` and `row_y` collect them for the call of `Row` that
+    follows.
+    """
+
+    background: Tensor  # [h * w, 2]
+
+    def __init__(self, network: PixelSNAIL):
+        super().__init__()
+        gated, config = _gated(network), network.config
+        self.layers, self.side, self.width = len(gated), config.kernel // 2, config.grid[1]
+        self.blocks = config.blocks
+        offsets = network.entry.codes.offsets
+        self.entry = CodeTable(network.entry.codes, [i for i, (down, _) in enumerate(offsets) if down == 0])
+        self.first = nn.ParameterList(_taps(block.conv1.left) for block in gated)
+        self.second = nn.ParameterList(_taps(block.conv2.left) for block in gated)
+        kind: Any = PixelAttention if config.attention else PixelExit
+        self.exits = nn.ModuleList(kind(block.exit) for block in network.blocks)
+        self.out_blocks = nn.ModuleList(map(PointwiseGate, network.out_blocks))
+        self.out = _pointwise(network.out)
+        self.register_buffer("background", network.background[0].flatten(1).T.contiguous())
+
+    def forward(
+        self,
+        codes: Tensor,
+        row: Tensor,
+        column: Tensor,
+        noise: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        entry: Tensor,
+        inner: Tensor,
+        gates: Tensor,
+        left_x: Tensor,
+        left_y: Tensor,
+        row_x: Tensor,
+        row_y: Tensor,
+        key: Sequence[Tensor] = (),
+        value: Sequence[Tensor] = (),
+        last: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        logits, *states = self.logits(codes, row, column, entry, inner, gates, left_x, left_y, key, value, last)
+        activations_x, activations_y, left_x, left_y, *caches = states
+        row_x, row_y = (
+            torch.ops.vqdeploy.write_cache(rows, new[:, :, None], column)
+            for rows, new in ((row_x, activations_x), (row_y, activations_y))
+        )
+        options = (option[:, 0] for option in (temperature, top_k, top_p))
+        sampled = torch.ops.vqdeploy.sample(logits, noise[:, 0], *options)
+        return sampled[:, None], logits[:, None], left_x, left_y, row_x, row_y, *caches
+
+    def logits(
+        self,
+        codes: Tensor,
+        row: Tensor,
+        column: Tensor,
+        entry: Tensor,
+        inner: Tensor,
+        gates: Tensor,
+        left_x: Tensor,
+        left_y: Tensor,
+        key: Sequence[Tensor] = (),
+        value: Sequence[Tensor] = (),
+        last: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        """Logits [B, K] of the place at `row` and `column` [B], and what the next calls need.
+
+        Args:
+            codes: Of the places to the left on this row [B, side], -1 off the map.
+            row: [B].
+            column: [B].
+            entry: Contributions of the rows above, from `Row`.
+            inner: As `entry`.
+            gates: As `entry`.
+            left_x: Activations of the places to the left.
+            left_y: As `left_x`.
+            key: A cache [B, H, h * w, D] for each block with attention.
+            value: As `key`.
+            last: Key and value of the place before [B, 2 * width], for each block with attention.
+
+        Returns:
+            The logits, the place's own activations [B, L, C] twice, `left_x`, `left_y`, and `key`, `value`, `last` in
+            a row.
+        """
+        place = row * self.width + column
+        entry, inner, gates = (at_row(rows, column) for rows in (entry, inner, gates))
+        y = F.elu(inner + _each(left_x, self.first))
+        branches = (gates + _each(left_y, self.second)).unflatten(1, (self.layers, -1))
+        branches = F.glu(branches, 2).unbind(1)
+        x, background = entry + self.entry(codes), F.embedding(place, self.background)
+        inputs, keys, values, lasts = [], [], [], []
+        for i, exit_ in enumerate(self.exits):
+            out = x
+            for branch in branches[i * self.layers // self.blocks : (i + 1) * self.layers // self.blocks]:
+                inputs.append(out)
+                out = out + branch
+            if key:
+                x, *caches = exit_(x, out, background, place, key[i], value[i], last[i])
+                for group, cache in zip((keys, values, lasts), caches, strict=True):
+                    group.append(cache)
+            else:
+                x = exit_(x, out, background)
+        for block in self.out_blocks:
+            x = block(x)
+        activations_x, activations_y = F.elu(torch.stack(inputs, 1)), y.unflatten(1, (self.layers, -1))
+        return (
+            self.out(F.elu(x)),
+            activations_x,
+            activations_y,
+            self._pushed(left_x, activations_x),
+            self._pushed(left_y, activations_y),
+            *keys,
+            *values,
+            *lasts,
+        )
+
+    def _pushed(self, left: Tensor, new: Tensor) -> Tensor:
+        """The places to the left of the next place: without the farthest, and with this one."""
+        places = left.unflatten(1, (self.layers, self.side, -1))
+        return torch.cat([places[:, :, 1:], new[:, :, None]], 2).flatten(1)
+
+
+def _taps(left: nn.Conv2d) -> nn.Parameter:
+    """The convolution to the left as a matrix [side * inputs, outputs]."""
+    return nn.Parameter(left.weight.detach()[:, :, 0].permute(2, 1, 0).flatten(0, 1).contiguous(), requires_grad=False)
+
+
+def _each(left: Tensor, weights: Any) -> Tensor:
+    """Products of equal parts of [B, L * n] with a matrix each, side by side."""
+    parts = left.split(left.shape[1] // len(weights), 1)
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)], 1)
+
+
+class Condition(nn.Module):
+    """Codes of the level above [B, h / 2, w / 2] -> condition [B, h, w, channels]."""
+
+    def __init__(self, condition: CodeCondition):
+        super().__init__()
+        self.condition = condition
+        self.entry = CodeTable(condition.codes, list(range(len(condition.codes.offsets))))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.entry(self.condition.codes.neighbours(codes)).permute(0, 3, 1, 2)
+        return self.condition.refine(x).permute(0, 2, 3, 1)
+
+
+def stages(system: System) -> list[Stage]:
+    """The graphs of a system; without a prior, those of the tokenizer alone."""
+    graphs = tokenizer.stages(system.tokenizer)
+    if system.prior is not None:
+        levels = system.prior.levels
+        for name, network in zip(level_names(len(levels)), levels, strict=True):
+            graphs += _level(name, network, system.prior.config.codebook_size)
+    return graphs
+
+
+def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
+    config = network.config
+    height, width = config.grid
+    layers, side = config.blocks * config.res_blocks, config.kernel // 2
+    channels, inner = config.channels, config.res_channels
+    attention = range(config.blocks if config.attention else 0)
+    cache = (2, config.heads, height * width, channels // 2 // config.heads)
+    index, one = torch.zeros(2, dtype=torch.int64), torch.ones(2, 1)
+
+    rows: dict[str, Any] = {
+        "row": index,
+        "codes": torch.zeros(2, side, width, dtype=torch.int64),
+        "past_above_x": torch.zeros(2, layers * channels, config.kernel - 1, width),
+        "past_above_y": torch.zeros(2, layers * inner, config.kernel - 1, width),
+        "row_x": torch.zeros(2, layers, width, channels),
+        "row_y": torch.zeros(2, layers, width, inner),
+    }
+    graphs = []
+    if isinstance(network.condition, LabelCondition):
+        rows["label"] = index
+    elif network.condition is not None:
+        rows["condition"] = torch.zeros(2, height, width, config.condition_channels)
+        codes = torch.zeros(2, height // 2, width // 2, dtype=torch.int64)
+        graphs.append(Stage(f"{name}_condition", Condition(network.condition), {"codes": codes}, ["condition"]))
+    contributions = ["entry", "inner", "gates"]
+    graphs.append(Stage(f"{name}_row", Row(network), rows, [*contributions, "present_above_x", "present_above_y"]))
+
+    pixels: dict[str, Any] = {
+        "codes": torch.zeros(2, side, dtype=torch.int64),
+        "row": index,
+        "column": index,
+        "noise": torch.zeros(2, 1, codebook_size),
+        "temperature": one,
+        "top_k": torch.ones(2, 1, dtype=torch.int64),
+        "top_p": one,
+        "entry": torch.zeros(2, width, channels),
+        "inner": torch.zeros(2, width, layers * inner),
+        "gates": torch.zeros(2, width, layers * 2 * channels),
+        "past_left_x": torch.zeros(2, layers * side * channels),
+        "past_left_y": torch.zeros(2, layers * side * inner),
+        "past_row_x": torch.zeros(2, layers, width, channels),
+        "past_row_y": torch.zeros(2, layers, width, inner),
+    }
+    if config.attention:
+        pixels["past_key"] = [torch.zeros(cache) for _ in attention]
+        pixels["past_value"] = [torch.zeros(cache) for _ in attention]
+        pixels["past_last"] = [torch.zeros(2, channels // 2 * 2) for _ in attention]
+    caches = [f"{kind}.{i}" for kind in ("key", "value") for i in attention]
+    in_place = ["row_x", "row_y", *caches]
+    states = ["left_x", "left_y", *in_place, *(f"last.{i}" for i in attention)]
+    graphs.append(
+        Stage(
+            f"{name}_pixel",
+            Pixel(network),
+            pixels,
+            ["next_codes", "logits", *(f"present_{state}" for state in states)],
+            aliases={f"present_{state}": f"past_{state}" for state in in_place},
+        )
+    )
+    return graphs

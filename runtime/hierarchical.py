@@ -1,0 +1,173 @@
+"""Sampling of a hierarchy of code maps, top first: one engine call a row and one a place in each level."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.runtime.autoregressive import carry
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.options import for_graph
+from vqdeploy.runtime.request import Callback, Request, cells_of
+
+_PIXEL_INPUTS = frozenset(("codes", "row", "column", "noise", "temperature", "top_k", "top_p", "entry", "inner", "gates"))
+_ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "past_above_x", "past_above_y"))
+
+
+class Level:
+    """The stages of one level: `NAME_row`, `NAME_pixel` and, if codes condition it, `NAME_condition`.
+
+    Buffers are made once for each batch size and reused.
+    """
+
+    def __init__(self, name: str, sessions: dict[str, Any], grid: tuple[int, int]):
+        self.name, self.grid = name, grid
+        self._row, self._pixel = sessions[f"{name}_row"], sessions[f"{name}_pixel"]
+        self._condition = sessions.get(f"{name}_condition")
+        self._buffers: dict[int, tuple[Any, list[Any], Any]] = {}
+        self.seconds = Counter[str]()
+
+    def places(self, codes: np.ndarray, source: np.ndarray) -> Iterator[tuple[int, int, Any]]:
+        """Row, column and the buffers of each place, in raster order, when all but noise and options is written there.
+
+        Who takes them calls `run`, and writes the codes of the place into `codes` [B, h, w] before the next.
+        `source` is what conditions the level: labels [B], or the codes of the level above [B, h / 2, w / 2].
+        """
+        (height, width), batch = self.grid, len(codes)
+        condition, rows, pixel = self._bound(batch)
+        for buffer in (*pixel.inputs.values(), *rows[0].inputs.values()):
+            buffer[...] = 0
+        if condition is not None:
+            condition.inputs["codes"][:] = source
+            self.run("condition", condition)
+        side = pixel.inputs["codes"].shape[1]
+        padded = np.full((batch, height + side, side + width), -1)
+        for row in range(height):
+            binding = rows[row % 2]
+            padded[:, side : side + row, side:] = codes[:, :row]
+            binding.inputs["row"][:] = pixel.inputs["row"][:] = row
+            binding.inputs["codes"][:] = padded[:, row : row + side, side:]
+            if "label" in binding.inputs:
+                binding.inputs["label"][:] = source
+            self.run("row", binding)
+            for name in ("past_left_x", "past_left_y"):
+                pixel.inputs[name][:] = 0
+            for column in range(width):
+                pixel.inputs["column"][:] = column
+                pixel.inputs["codes"][:] = padded[:, side + row, column : side + column]
+                yield row, column, pixel
+                padded[:, side + row, side + column] = codes[:, row, column]
+                carry(pixel, pixel)
+
+    def run(self, part: str, binding: Any) -> None:
+        """One engine call, its time added to that of a part of the level."""
+        start = time.perf_counter()
+        binding.run()
+        self.seconds[f"{self.name}_{part}"] += time.perf_counter() - start
+
+    def _bound(self, batch: int) -> tuple[Any, list[Any], Any]:
+        """Buffers of the stages, which share what one leaves for the other.
+
+        Those of `row` come twice: the rows above go from the outputs of one to the inputs of the other.
+        """
+        if batch not in self._buffers:
+            dims = {"batch": batch}
+            condition = self._condition and self._condition.bind(dims)
+            caches = self._pixel.caches(dims)
+            shared = {name: caches[f"past_{name}"] for name in ("row_x", "row_y")}
+            if condition is not None:
+                shared["condition"] = condition.outputs["condition"]
+            even = self._row.bind(dims, shared)
+            shared |= {name: even.outputs[name] for name in ("entry", "inner", "gates")}
+            above = {f"past_{name}": even.outputs[f"present_{name}"] for name in ("above_x", "above_y")}
+            above |= {f"present_{name}": even.inputs[f"past_{name}"] for name in ("above_x", "above_y")}
+            odd = self._row.bind(dims, shared | above)
+            self._buffers = {batch: (condition, [even, odd], self._pixel.bind(dims, caches | shared))}
+        return self._buffers[batch]
+
+
+class HierarchicalSampler:
+    """Runs the stages of a prior of several levels. Codes are int64 [B, N], all levels in a row.
+
+    A level whose codes are all known is not run. Options may differ from level to level.
+    """
+
+    options: tuple[str, ...] = ("temperature", "top_k", "top_p")
+    no_label: int | None = None
+    keeps_pixels = False
+    call_images = 16  # each has caches of some 100 MB at published sizes
+
+    def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
+        grids = [tuple(level["grid"]) for level in prior["levels"]]
+        names = level_names(len(grids))
+        self.levels = [Level(name, sessions, grid) for name, grid in zip(names, grids, strict=True)]
+        self.seconds = Counter[str]()
+
+    @staticmethod
+    def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
+        """What the sampler writes to, stage by stage."""
+        names = level_names(len(prior["levels"]))
+        return {f"{n}_row": _ROW_INPUTS for n in names} | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
+
+    def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
+        """Codes int64 [B, N]: the known ones, and samples elsewhere.
+
+        `seconds` then tells how much of the time each stage took.
+        """
+        codes, source, first = request.known.copy(), request.labels, 0
+        counts = [height * width for height, width in (level.grid for level in self.levels)]
+        maps = np.split(codes, np.cumsum(counts)[:-1], 1)
+        total = sum(count for count, part in zip(counts, maps, strict=True) if (part < 0).any())
+        step = 0
+        for index, (level, part) in enumerate(zip(self.levels, maps, strict=True)):
+            level.seconds.clear()
+            part = part.reshape(-1, *level.grid)
+            if (part < 0).any():
+                for position in self._places(index, part, source, request, first):
+                    step += 1
+                    codes[:, position] = part.reshape(len(part), -1)[:, position - first]
+                    if callback:
+                        callback(step, total, codes)
+            source, first = part, first + counts[index]
+        self.seconds = sum((level.seconds for level in self.levels), Counter[str]())
+        return codes
+
+    def _places(
+        self, index: int, codes: np.ndarray, source: np.ndarray, request: Request, first: int
+    ) -> Iterator[int]:
+        """Draws the unknown codes of a level [B, h, w] into it; gives the position of each in the row of all levels."""
+        level = self.levels[index]
+        unknown = codes < 0
+        for row, column, binding in level.places(codes, source):
+            position = first + row * level.grid[1] + column
+            if row == column == 0:
+                size = binding.inputs["noise"].shape[-1]
+                for name, values in for_graph(request.options, len(self.levels), size).items():
+                    binding.inputs[name][:] = values[index]
+            gumbel(request.seed, request.images, position, binding.inputs["noise"])
+            level.run("pixel", binding)
+            drawn = unknown[:, row, column]
+            codes[drawn, row, column] = binding.outputs["next_codes"][drawn, 0]
+            yield position
+
+    def unknown(self, mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+        """The codes to draw [B, N], where pixels are unknown [B, H, W]: in each level from the first such row on."""
+        rows = (np.maximum.accumulate(cells_of(mask, *level.grid).any(2), 1) for level in self.levels)
+        return self._whole_rows(rows)
+
+    def unknown_share(self, ratio: float, grid: tuple[int, ...], images: np.ndarray, seed: int) -> np.ndarray:
+        """A share of the codes of each image [B, N], in each level the rows at the bottom."""
+        heights = (level.grid[0] for level in self.levels)
+        rows = (np.arange(height) >= int(height * (1 - ratio) + 1e-9) for height in heights)
+        return self._whole_rows(np.broadcast_to(row, (len(images), len(row))) for row in rows)
+
+    def _whole_rows(self, rows: Any) -> np.ndarray:
+        widths = (level.grid[1] for level in self.levels)
+        return np.concatenate([np.repeat(row, width, 1) for row, width in zip(rows, widths, strict=True)], 1)
+
+
+def level_names(count: int) -> list[str]:
+    """Names of the levels of a hierarchy, top first."""
+    return ["top", *(f"middle{i}" for i in range(1, count - 1)), "bottom"] if count > 1 else ["top"]

@@ -1,0 +1,34 @@
+"""Checks of priors of several levels: the incremental sampler against the full forward pass, and whole generations."""
+
+import numpy as np
+import torch
+
+from vqdeploy.models import System
+from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.hierarchical import HierarchicalSampler
+from vqdeploy.verify.autoregressive import check_generation
+from vqdeploy.verify.checks import Check, compare_logits
+
+__all__ = ["check_generation", "check_logits"]
+
+
+def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
+    """Teacher-forced logits of each level, row by row and place by place, against the full forward pass."""
+    batch, config = 2, system.prior.config
+    codes = rng.integers(0, config.codebook_size, (batch, *config.grid))
+    source = rng.integers(0, config.classes, batch)
+    reference = system.prior.logits(torch.from_numpy(codes), torch.from_numpy(source))
+    sessions = {name: pipeline.session(name) for name in pipeline.stages}
+    levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
+    checks, first = [], 0
+    for level, given in zip(levels, pipeline.maps(codes), strict=True):
+        given, found = given[..., 0], []
+        for _, _, binding in level.places(given, source):
+            for name, value in {"noise": 0, "temperature": 1, "top_k": config.codebook_size, "top_p": 1}.items():
+                binding.inputs[name][:] = value
+            level.run("pixel", binding)
+            found.append(binding.outputs["logits"][:, 0].copy())
+        logits = torch.from_numpy(np.stack(found, 1))
+        checks += compare_logits(level.name, logits, reference[:, first : first + logits.shape[1]])
+        source, first = given, first + logits.shape[1]
+    return checks
