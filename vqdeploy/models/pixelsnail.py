@@ -3,8 +3,8 @@
 Chen et al., "PixelSNAIL: An Improved Autoregressive Generative Model" (ICML 2018), as the prior of Razavi et al.,
 "Generating Diverse High-Fidelity Images with VQ-VAE-2" (NeurIPS 2019), section 3.2. The layers are those of
 rosinality/vq-vae-2-pytorch, laid out otherwise: weight normalization is folded, convolutions over one-hot codes are
-tables, and masked kernels hold only the taps that count. The label is our addition: it conditions the top level as
-the coarser codes do the others.
+tables, and masked kernels hold only the taps that count. Labels are our addition: they condition each level the way
+the coarser codes do.
 """
 
 from collections.abc import Callable, Sequence
@@ -304,16 +304,21 @@ class CodeCondition(nn.Module):
 
 
 class PixelSNAIL(nn.Module):
-    """The network of one level. Codes are int64 [B, h, w]; `condition` makes a map of what it is conditioned on."""
+    """The network of one level. Codes are int64 [B, h, w].
+
+    With `classes` above 1 it is conditioned on labels, a `finer` level on the codes of the level above, too.
+    """
 
     background: Tensor  # [1, 2, h, w]
     blocks: Any  # list of Block
 
-    def __init__(self, config: PixelSNAILConfig, codebook_size: int, condition: nn.Module | None = None):
+    def __init__(self, config: PixelSNAILConfig, codebook_size: int, classes: int = 1, finer: bool = False):
         super().__init__()
-        self.config, self.condition = config, condition
+        self.config = config
+        self.label = LabelCondition(classes, config.condition_channels) if classes > 1 else None
+        self.above = CodeCondition(config, codebook_size) if finer else None
         self.entry = Entry(codebook_size, config.channels, config.kernel)
-        width = config.condition_channels if condition is not None else 0
+        width = config.condition_channels if classes > 1 or finer else 0
         self.blocks = nn.ModuleList(Block(config, width) for _ in range(config.blocks))
         self.out_blocks = nn.ModuleList(
             GatedResBlock(_conv(1), config.channels, config.res_channels, config.dropout)
@@ -322,9 +327,13 @@ class PixelSNAIL(nn.Module):
         self.out = nn.Conv2d(config.channels, codebook_size, 1)
         self.register_buffer("background", background(*config.grid), persistent=False)
 
-    def embed_condition(self, source: Tensor) -> Tensor | None:
-        """Labels [B], or the codes of the level above -> the condition that `forward` takes, for the whole map."""
-        return None if self.condition is None else self.condition(source)
+    def embed_condition(self, labels: Tensor, above: Tensor | None = None) -> Tensor | None:
+        """Labels [B] and the codes above [B, h / 2, w / 2] -> the sum of their conditions; None if there are none."""
+        condition = None if self.label is None else self.label(labels)
+        if self.above is not None:
+            codes = self.above(above)
+            condition = codes if condition is None else condition + codes
+        return condition
 
     def forward(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         """The first rows of codes [B, r, w] -> teacher-forced logits [B, r, w, K]."""
@@ -357,7 +366,7 @@ def background(height: int, width: int) -> Tensor:
 
 
 class VQVAE2Prior(nn.Module):
-    """The prior. Codes are int64 [B, N], all levels in a row; labels int64 [B] in 0..classes-1, for the top level."""
+    """The prior. Codes are int64 [B, N], all levels in a row; labels int64 [B] in 0..classes-1."""
 
     levels: Any  # list of PixelSNAIL
 
@@ -367,18 +376,16 @@ class VQVAE2Prior(nn.Module):
             if level != (2 * above[0], 2 * above[1]):
                 raise ValueError(f"a level of {level} cannot follow one of {above}, which it must double")
         self.config = config
-        top, *finer = config.levels
-        size, classes = config.codebook_size, config.classes
-        label = LabelCondition(classes, top.condition_channels) if classes > 1 else None
-        self.levels = nn.ModuleList([PixelSNAIL(top, size, label)])
-        self.levels.extend(PixelSNAIL(level, size, CodeCondition(level, size)) for level in finer)
+        self.levels = nn.ModuleList(
+            PixelSNAIL(level, config.codebook_size, config.classes, finer=i > 0)
+            for i, level in enumerate(config.levels)
+        )
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits [B, N, K]: those of each code given all before it."""
         maps = split_levels(codes, self.config.level_grids)
-        sources = [labels, *maps[:-1]]
-        networks = zip(self.levels, maps, sources, strict=True)
-        return join_levels(network(level, network.embed_condition(source)) for network, level, source in networks)
+        levels = zip(self.levels, maps, [None, *maps[:-1]], strict=True)
+        return join_levels(network(own, network.embed_condition(labels, above)) for network, own, above in levels)
 
     @torch.no_grad()
     def generate(
@@ -401,9 +408,10 @@ class VQVAE2Prior(nn.Module):
         def draw(first: int, position: int, logits: Tensor) -> Tensor:
             return sample(logits, noise(first + position)[:, 0], *options)
 
-        source, maps, first = labels, [], 0
+        maps: list[Tensor] = []
+        first = 0
         for network in self.levels:
-            maps.append(network.generate(len(labels), network.embed_condition(source), partial(draw, first)))
-            source = maps[-1]
-            first += source[0].numel()
+            condition = network.embed_condition(labels, maps[-1] if maps else None)
+            maps.append(network.generate(len(labels), condition, partial(draw, first)))
+            first += maps[-1][0].numel()
         return join_levels(maps)

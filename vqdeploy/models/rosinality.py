@@ -23,8 +23,7 @@ _TOKENIZER = {
 }
 _CODEBOOK = {"embed": "codebook", "embed_avg": "embed_ema", "cluster_size": "cluster_size_ema"}
 _PRIOR = (  # patterns of names without the wrappers called `conv`
-    (r"cond_resnet\.blocks\.0\.bias", r"condition.bias"),
-    (r"cond_resnet\.blocks\.(\d+)", lambda match: f"condition.blocks.{int(match[1]) - 1}"),
+    (r"cond_resnet\.blocks\.(\d+)", lambda match: f"above.blocks.{int(match[1]) - 1}"),
     (r"(blocks\.\d+)\.(key_resblock|query_resblock|causal_attention|out_resblock|out)\.", r"\1.exit.\2."),
     (r"^out\.\d+\.(weight|bias)", r"out.\1"),
     (r"^out\.(\d+)\.", r"out_blocks.\1."),
@@ -54,8 +53,8 @@ def prior_weights(state: State) -> dict[str, Tensor]:
         "entry.column_bias": public.pop("vertical.bias")[:, None, None],
     }
     if "cond_resnet.blocks.0.weight" in public:
-        weights["condition.codes.weight"] = _tables(public.pop("cond_resnet.blocks.0.weight")).flatten(0, 1)
-        weights["condition.bias"] = public.pop("cond_resnet.blocks.0.bias")[:, None, None]
+        weights["above.codes.weight"] = _tables(public.pop("cond_resnet.blocks.0.weight")).flatten(0, 1)
+        weights["above.bias"] = public.pop("cond_resnet.blocks.0.bias")[:, None, None]
     for key, weight in public.items():
         module, _, name = key.rpartition(".")
         if not _CAUSAL.fullmatch(module):
