@@ -23,7 +23,6 @@ from vqdeploy.models.pixelsnail import (
     CodeCondition,
     CodeConv,
     GatedResBlock,
-    LabelCondition,
     PixelSNAIL,
     PlainExit,
 )
@@ -76,6 +75,8 @@ class Row(nn.Module):
 
     row_bias: Tensor  # [C]
     column_bias: Tensor  # [w, C]
+    condition: Tensor  # [condition channels, L * 2C]
+    labels: Tensor  # [classes, L * 2C]
 
     def __init__(self, network: PixelSNAIL):
         super().__init__()
@@ -88,12 +89,11 @@ class Row(nn.Module):
         self.second = _side_by_side([block.conv2.above for block in gated])
         self.register_buffer("row_bias", network.entry.row_bias.detach().flatten())
         self.register_buffer("column_bias", network.entry.bias(1, self.width)[:, 0].T.detach().contiguous())
-        self.condition: Any = None
-        if network.condition is not None:
-            weights = torch.cat([block.condition.weight for block in gated]).flatten(1)  # [L * 2C, condition]
-            label = isinstance(network.condition, LabelCondition)
-            table = network.condition.weight @ weights.T if label else weights.T
-            self.condition = nn.Parameter(table.detach().contiguous(), requires_grad=False)
+        if gated[0].condition is not None:
+            weights = torch.cat([block.condition.weight for block in gated]).detach().flatten(1).T
+            self.register_buffer("condition", weights.contiguous())
+            labels = weights.new_zeros(1, len(weights)) if network.label is None else network.label.weight.detach()
+            self.register_buffer("labels", labels @ weights)
 
     def forward(
         self,
@@ -103,6 +103,7 @@ class Row(nn.Module):
         above_y: Tensor,
         row_x: Tensor,
         row_y: Tensor,
+        label: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The contributions, and the activations of the rows above the next row.
@@ -114,7 +115,8 @@ class Row(nn.Module):
             above_y: Those in front of the second ones.
             row_x: Those of the row right above, in front of the first convolutions.
             row_y: Those in front of the second ones.
-            condition: Labels [B] for the top level, the condition's map [B, h, w, channels] for others.
+            label: [B], if the level is conditioned on anything.
+            condition: That of the codes of the level above [B, h, w, channels], if there is one.
 
         Returns:
             `entry` [B, w, C], `inner` [B, w, L * inner], `gates` [B, w, L * 2C], and the new `above_x`, `above_y`.
@@ -127,20 +129,17 @@ class Row(nn.Module):
             conv(F.pad(above, (self.side, self.side))).squeeze(2).transpose(1, 2)
             for conv, above in ((self.first, above_x), (self.second, above_y))
         )
-        return self._enter(row, codes), inner, self._conditioned(gates, row, condition), above_x, above_y
+        if label is not None:
+            gates = gates + F.embedding(label, self.labels)[:, None]
+        if condition is not None:
+            gates = gates + at_row(condition, row) @ self.condition
+        return self._enter(row, codes), inner, gates, above_x, above_y
 
     def _enter(self, row: Tensor, codes: Tensor) -> Tensor:
         padded = F.pad(codes, (self.side, self.side), value=-1)
         near = [padded[:, down, self.side + right :][:, : self.width] for down, right in self.offsets]
         bias = torch.where(row[:, None] > 0, self.row_bias, torch.zeros_like(self.row_bias))
         return self.entry(torch.stack(near, -1)) + self.column_bias + bias[:, None]
-
-    def _conditioned(self, gates: Tensor, row: Tensor, condition: Tensor | None) -> Tensor:
-        if condition is None:
-            return gates
-        if condition.ndim == 1:
-            return gates + F.embedding(condition, self.condition)[:, None]
-        return gates + at_row(condition, row) @ self.condition
 
 
 class PointwiseGate(nn.Module):
@@ -382,12 +381,12 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
         "row_y": torch.zeros(2, layers, width, inner),
     }
     graphs = []
-    if isinstance(network.condition, LabelCondition):
+    if network.label is not None or network.above is not None:
         rows["label"] = index
-    elif network.condition is not None:
+    if network.above is not None:
         rows["condition"] = torch.zeros(2, height, width, config.condition_channels)
         codes = torch.zeros(2, height // 2, width // 2, dtype=torch.int64)
-        graphs.append(Stage(f"{name}_condition", Condition(network.condition), {"codes": codes}, ["condition"]))
+        graphs.append(Stage(f"{name}_condition", Condition(network.above), {"codes": codes}, ["condition"]))
     contributions = ["entry", "inner", "gates"]
     graphs.append(Stage(f"{name}_row", Row(network), rows, [*contributions, "present_above_x", "present_above_y"]))
 

@@ -12,7 +12,9 @@ from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.request import Callback, Request, cells_of
 
-_PIXEL_INPUTS = frozenset(("codes", "row", "column", "noise", "temperature", "top_k", "top_p", "entry", "inner", "gates"))
+_PIXEL_INPUTS = frozenset(
+    ("codes", "row", "column", "noise", "temperature", "top_k", "top_p", "entry", "inner", "gates")
+)
 _ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "past_above_x", "past_above_y"))
 
 
@@ -29,18 +31,18 @@ class Level:
         self._buffers: dict[int, tuple[Any, list[Any], Any]] = {}
         self.seconds = Counter[str]()
 
-    def places(self, codes: np.ndarray, source: np.ndarray) -> Iterator[tuple[int, int, Any]]:
+    def places(self, codes: np.ndarray, labels: np.ndarray, above: np.ndarray | None) -> Iterator[tuple[int, int, Any]]:
         """Row, column and the buffers of each place, in raster order, when all but noise and options is written there.
 
         Who takes them calls `run`, and writes the codes of the place into `codes` [B, h, w] before the next.
-        `source` is what conditions the level: labels [B], or the codes of the level above [B, h / 2, w / 2].
+        `above` are the codes of the level above [B, h / 2, w / 2].
         """
         (height, width), batch = self.grid, len(codes)
         condition, rows, pixel = self._bound(batch)
         for buffer in (*pixel.inputs.values(), *rows[0].inputs.values()):
             buffer[...] = 0
         if condition is not None:
-            condition.inputs["codes"][:] = source
+            condition.inputs["codes"][:] = above
             self.run("condition", condition)
         side = pixel.inputs["codes"].shape[1]
         padded = np.full((batch, height + side, side + width), -1)
@@ -50,7 +52,7 @@ class Level:
             binding.inputs["row"][:] = pixel.inputs["row"][:] = row
             binding.inputs["codes"][:] = padded[:, row : row + side, side:]
             if "label" in binding.inputs:
-                binding.inputs["label"][:] = source
+                binding.inputs["label"][:] = labels
             self.run("row", binding)
             for name in ("past_left_x", "past_left_y"):
                 pixel.inputs[name][:] = 0
@@ -116,7 +118,7 @@ class HierarchicalSampler:
 
         `seconds` then tells how much of the time each stage took.
         """
-        codes, source, first = request.known.copy(), request.labels, 0
+        codes, above, first = request.known.copy(), None, 0
         counts = [height * width for height, width in (level.grid for level in self.levels)]
         maps = np.split(codes, np.cumsum(counts)[:-1], 1)
         total = sum(count for count, part in zip(counts, maps, strict=True) if (part < 0).any())
@@ -125,22 +127,22 @@ class HierarchicalSampler:
             level.seconds.clear()
             part = part.reshape(-1, *level.grid)
             if (part < 0).any():
-                for position in self._places(index, part, source, request, first):
+                for position in self._places(index, part, above, request, first):
                     step += 1
                     codes[:, position] = part.reshape(len(part), -1)[:, position - first]
                     if callback:
                         callback(step, total, codes)
-            source, first = part, first + counts[index]
+            above, first = part, first + counts[index]
         self.seconds = sum((level.seconds for level in self.levels), Counter[str]())
         return codes
 
     def _places(
-        self, index: int, codes: np.ndarray, source: np.ndarray, request: Request, first: int
+        self, index: int, codes: np.ndarray, above: np.ndarray | None, request: Request, first: int
     ) -> Iterator[int]:
         """Draws the unknown codes of a level [B, h, w] into it; gives the position of each in the row of all levels."""
         level = self.levels[index]
         unknown = codes < 0
-        for row, column, binding in level.places(codes, source):
+        for row, column, binding in level.places(codes, request.labels, above):
             position = first + row * level.grid[1] + column
             if row == column == 0:
                 size = binding.inputs["noise"].shape[-1]

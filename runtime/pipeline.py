@@ -330,7 +330,7 @@ class Pipeline:
 
         Args:
             images: uint8 [B, H, W, 3].
-            labels: Class of each image. It counts for the top level alone, and may be left out when that is kept.
+            labels: Class of each image; None for an unconditional prior.
             keep: How many levels stay as they are, from the top.
             completions: As for `inpaint`.
             **options: As for `complete`.
@@ -347,7 +347,7 @@ class Pipeline:
             raise VqdeployError("no such number of levels to keep", expected=f"0..{len(maps) - 1}", found=keep)
         count = sum(level[0].size for level in maps[:keep])
         known = np.concatenate([np.where(np.arange(codes.shape[1]) < count, codes, -1)] * completions)
-        if labels is None and (keep or self.classes == 1):
+        if labels is None and self.classes == 1:
             labels = [0] * len(codes)
         return self.complete(known, None if labels is None else np.tile(labels, completions).tolist(), **options)
 

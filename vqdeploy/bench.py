@@ -79,7 +79,7 @@ def bench(
     start = time.perf_counter()
     pipeline = load(engine)
     load_seconds = time.perf_counter() - start
-    tasks = tasks or [task for task in TASKS if task != "generate" or "step" in pipeline.stages]
+    tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.config["prior"]]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
     reference: Any = _reference(pipeline, checkpoint, chosen) if baselines else None
     # Measured just before the steps, because the speed of shared machines drifts.
@@ -124,9 +124,9 @@ def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any
 
     def generate() -> Phases:
         start = time.perf_counter()
-        engine = pipeline.sample(known, labels, seed=0, chosen=options)[1]
-        total = time.perf_counter() - start
-        return {"total": total, "steps": engine, "host": total - engine}
+        stages = pipeline.sample(known, labels, seed=0, chosen=options)[1]
+        total, engine = time.perf_counter() - start, sum(stages.values())
+        return {"total": total, "steps": engine, "host": total - engine, **(stages if len(stages) > 1 else {})}
 
     return generate
 

@@ -1,17 +1,16 @@
 """The incremental sampler of PixelSNAIL against the full forward pass."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqdeploy.export.vqvae2 import Condition, Pixel, Row
-from vqdeploy.models.pixelsnail import PixelSNAIL, PixelSNAILConfig, VQVAE2Prior, VQVAE2PriorConfig
+from vqdeploy.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
 
 CODES = 7
 
 
-def incremental(network, codes, source):
+def incremental(network, codes, labels, coarser):
     """Logits [B, h, w, K] by one call a row and one call a place, of codes that -1 stands for until they are known."""
     config = network.config
     row_stage, pixel_stage = Row(network), Pixel(network)
@@ -25,16 +24,15 @@ def incremental(network, codes, source):
         dim = config.channels // 2 // config.heads
         shapes = [(batch, config.heads, height * width, dim)] * 2 + [(batch, config.channels // 2 * 2)]
         caches = [[zeros(shape) for _ in range(config.blocks)] for shape in shapes]
-    condition = None
-    if source is not None:
-        condition = Condition(network.condition)(source) if source.ndim == 3 else source
+    condition = None if network.above is None else Condition(network.above)(coarser)
+    labels = None if network.label is None and network.above is None else labels
     padded = torch.full((batch, height + side, width + side), -1)
     logits = zeros(batch, height, width, CODES)
     for r in range(height):
         left = [zeros(batch, layers * side * n) for n in (config.channels, config.res_channels)]
         index = torch.full((batch,), r)
         known = padded[:, r : r + side, side:]
-        *contributions, above[0], above[1] = row_stage(index, known, *above, *rows, condition)
+        *contributions, above[0], above[1] = row_stage(index, known, *above, *rows, labels, condition)
         for c in range(width):
             column, previous = torch.full((batch,), c), padded[:, r + side, c : c + side]
             found, new_x, new_y, left[0], left[1], *flat = pixel_stage.logits(
@@ -66,26 +64,23 @@ def configs(draw):
     )
 
 
-def prior_of(config, conditioned, dtype, seed):
-    """A network with random weights and biases, and what it is conditioned on."""
+def network_of(config, classes, finer, dtype, seed):
+    """A network with random weights and biases."""
     torch.manual_seed(seed)
-    if conditioned == "codes":
-        top = PixelSNAILConfig(grid=(config.grid[0] // 2, config.grid[1] // 2), channels=2, heads=1, blocks=1)
-        prior = VQVAE2Prior(VQVAE2PriorConfig((top, config), CODES, 1))
-        source = torch.randint(CODES, (2, *top.grid))
-    else:
-        prior = VQVAE2Prior(VQVAE2PriorConfig((config,), CODES, 4 if conditioned == "label" else 1))
-        source = torch.tensor([3, 0]) if conditioned == "label" else None
-    for weight in prior.parameters():
-        torch.nn.init.normal_(weight, std=0.5 if weight.ndim < 2 or weight[0].numel() == 1 else weight[0].numel() ** -0.5)
-    return prior.to(dtype).eval().levels[-1], source
+    network = PixelSNAIL(config, CODES, classes, finer)
+    for weight in network.parameters():
+        few = weight.ndim < 2 or weight[0].numel() == 1
+        torch.nn.init.normal_(weight, std=0.5 if few else weight[0].numel() ** -0.5)
+    return network.to(dtype).eval()
 
 
 @torch.no_grad()
 @settings(max_examples=40)
-@given(configs(), st.sampled_from(["nothing", "label", "codes"]), st.integers(0, 2**31))
-def test_row_by_row_and_place_by_place_is_the_full_pass(config, conditioned, seed):
-    network, source = prior_of(config, conditioned, torch.float64, seed)
+@given(configs(), st.sampled_from([1, 4]), st.booleans(), st.integers(0, 2**31))
+def test_row_by_row_and_place_by_place_is_the_full_pass(config, classes, finer, seed):
+    network = network_of(config, classes, finer, torch.float64, seed)
     codes = torch.randint(CODES, (2, *config.grid))
-    expected = network(codes, network.embed_condition(source) if source is not None else None)
-    torch.testing.assert_close(incremental(network, codes, source), expected, rtol=1e-10, atol=1e-10)
+    labels = torch.randint(classes, (2,))
+    coarser = torch.randint(CODES, (2, config.grid[0] // 2, config.grid[1] // 2))
+    expected = network(codes, network.embed_condition(labels, coarser))
+    torch.testing.assert_close(incremental(network, codes, labels, coarser), expected, rtol=1e-10, atol=1e-10)

@@ -16,19 +16,19 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     """Teacher-forced logits of each level, row by row and place by place, against the full forward pass."""
     batch, config = 2, system.prior.config
     codes = rng.integers(0, config.codebook_size, (batch, *config.grid))
-    source = rng.integers(0, config.classes, batch)
-    reference = system.prior.logits(torch.from_numpy(codes), torch.from_numpy(source))
+    labels, above = rng.integers(0, config.classes, batch), None
+    reference = system.prior.logits(torch.from_numpy(codes), torch.from_numpy(labels))
     sessions = {name: pipeline.session(name) for name in pipeline.stages}
     levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
     checks, first = [], 0
     for level, given in zip(levels, pipeline.maps(codes), strict=True):
         given, found = given[..., 0], []
-        for _, _, binding in level.places(given, source):
+        for _, _, binding in level.places(given, labels, above):
             for name, value in {"noise": 0, "temperature": 1, "top_k": config.codebook_size, "top_p": 1}.items():
                 binding.inputs[name][:] = value
             level.run("pixel", binding)
             found.append(binding.outputs["logits"][:, 0].copy())
         logits = torch.from_numpy(np.stack(found, 1))
         checks += compare_logits(level.name, logits, reference[:, first : first + logits.shape[1]])
-        source, first = given, first + logits.shape[1]
+        above, first = given, first + logits.shape[1]
     return checks
