@@ -167,7 +167,10 @@ GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
 
 
 def swap_in(model: onnx.ModelProto, heads: int) -> None:
-    """Replaces the bodies of a graph's functions. `heads` is the number of attention heads of the caches."""
+    """Replaces the bodies of a graph's functions.
+
+    `heads` is the number of attention heads of the caches; with 0 cached attention keeps its body.
+    """
     graph = model.graph
     bodies = {"GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE)}
     for node in graph.node:
@@ -184,7 +187,8 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     del model.functions[:]
     model.functions.extend([*functions, *map(onnx.parser.parse_function, own)])
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    _use_prefix_attention(graph, heads)
+    if heads:
+        _use_prefix_attention(graph, heads)
 
 
 def _whole_blocks(graph: onnx.GraphProto) -> bool:

@@ -69,8 +69,9 @@ def at_row(maps: Tensor, row: Tensor) -> Tensor:
 class Row(nn.Module):
     """What the rows above a row contribute to all of its places, and the condition.
 
-    The activations in front of the first and of the second convolutions of all L gated layers are kept of the K - 1 rows
-    above: `above_x` [B, L * C, K - 1, w] and `above_y`. Those of the last of them come as the pixels left them, [B, L, w, C].
+    The activations in front of the first and of the second convolutions of all L gated layers are kept of the K - 1
+    rows above: `above_x` [B, L * C, K - 1, w] and `above_y`. Those of the last of them come as the places left them,
+    [B, L, w, C].
     """
 
     row_bias: Tensor  # [C]
