@@ -26,7 +26,7 @@ def build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool = 
 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:
-    """Number of heads of the key-value caches [B, H, T, D] of a graph; 0 where ONNX Runtime has no operator for them."""
+    """Number of heads of the key-value caches [B, H, T, D] of a graph; 0 if ONNX Runtime cannot take them."""
     keys = {node.input[1] for node in graph.node if node.op_type == "CachedAttention"}
     shapes = [value.type.tensor_type.shape for value in (*graph.input, *graph.value_info) if value.name in keys]
     return shapes[0].dim[1].dim_value if shapes and shapes[0].dim[3].dim_value % 8 == 0 else 0

@@ -371,10 +371,12 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
     channels, inner = config.channels, config.res_channels
     attention = range(config.blocks if config.attention else 0)
     cache = (2, config.heads, height * width, channels // 2 // config.heads)
-    index, one = torch.zeros(2, dtype=torch.int64), torch.ones(2, 1)
+
+    def index() -> Tensor:  # the exporter takes inputs that are one tensor for one input
+        return torch.zeros(2, dtype=torch.int64)
 
     rows: dict[str, Any] = {
-        "row": index,
+        "row": index(),
         "codes": torch.zeros(2, side, width, dtype=torch.int64),
         "past_above_x": torch.zeros(2, layers * channels, config.kernel - 1, width),
         "past_above_y": torch.zeros(2, layers * inner, config.kernel - 1, width),
@@ -383,7 +385,7 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
     }
     graphs = []
     if network.label is not None or network.above is not None:
-        rows["label"] = index
+        rows["label"] = index()
     if network.above is not None:
         rows["condition"] = torch.zeros(2, height, width, config.condition_channels)
         codes = torch.zeros(2, height // 2, width // 2, dtype=torch.int64)
@@ -393,12 +395,12 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
 
     pixels: dict[str, Any] = {
         "codes": torch.zeros(2, side, dtype=torch.int64),
-        "row": index,
-        "column": index,
+        "row": index(),
+        "column": index(),
         "noise": torch.zeros(2, 1, codebook_size),
-        "temperature": one,
+        "temperature": torch.ones(2, 1),
         "top_k": torch.ones(2, 1, dtype=torch.int64),
-        "top_p": one,
+        "top_p": torch.ones(2, 1),
         "entry": torch.zeros(2, width, channels),
         "inner": torch.zeros(2, width, layers * inner),
         "gates": torch.zeros(2, width, layers * 2 * channels),
