@@ -45,6 +45,19 @@ class CodeTable(nn.Module):
         return F.embedding(codes + self.starts, self.rows).sum(-2)
 
 
+class Product(nn.Module):
+    """A matrix product without a bias."""
+
+    weight: Tensor  # [inputs, outputs]
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 def _gated(network: PixelSNAIL) -> list[GatedResBlock]:
     return [resblock for block in network.blocks for resblock in block.resblocks]
 
@@ -76,7 +89,6 @@ class Row(nn.Module):
 
     row_bias: Tensor  # [C]
     column_bias: Tensor  # [w, C]
-    condition: Tensor  # [condition channels, L * 2C]
     labels: Tensor  # [classes, L * 2C]
 
     def __init__(self, network: PixelSNAIL):
@@ -92,7 +104,7 @@ class Row(nn.Module):
         self.register_buffer("column_bias", network.entry.bias(1, self.width)[:, 0].T.detach().contiguous())
         if gated[0].condition is not None:
             weights = torch.cat([block.condition.weight for block in gated]).detach().flatten(1).T
-            self.register_buffer("condition", weights.contiguous())
+            self.condition = Product(weights)
             labels = weights.new_zeros(1, len(weights)) if network.label is None else network.label.weight.detach()
             self.register_buffer("labels", labels @ weights)
 
@@ -133,7 +145,7 @@ class Row(nn.Module):
         if label is not None:
             gates = gates + F.embedding(label, self.labels)[:, None]
         if condition is not None:
-            gates = gates + at_row(condition, row) @ self.condition
+            gates = gates + self.condition(at_row(condition, row))
         return self._enter(row, codes), inner, gates, above_x, above_y
 
     def _enter(self, row: Tensor, codes: Tensor) -> Tensor:
@@ -221,8 +233,8 @@ class Pixel(nn.Module):
         self.blocks = config.blocks
         offsets = network.entry.codes.offsets
         self.entry = CodeTable(network.entry.codes, [i for i, (down, _) in enumerate(offsets) if down == 0])
-        self.first = nn.ParameterList(_taps(block.conv1.left) for block in gated)
-        self.second = nn.ParameterList(_taps(block.conv2.left) for block in gated)
+        self.first = nn.ModuleList(_taps(block.conv1.left) for block in gated)
+        self.second = nn.ModuleList(_taps(block.conv2.left) for block in gated)
         kind: Any = PixelAttention if config.attention else PixelExit
         self.exits = nn.ModuleList(kind(block.exit) for block in network.blocks)
         self.out_blocks = nn.ModuleList(map(PointwiseGate, network.out_blocks))
@@ -330,15 +342,15 @@ class Pixel(nn.Module):
         return torch.cat([places[:, :, 1:], new[:, :, None]], 2).flatten(1)
 
 
-def _taps(left: nn.Conv2d) -> nn.Parameter:
+def _taps(left: Any) -> Product:
     """The convolution to the left as a matrix [side * inputs, outputs]."""
-    return nn.Parameter(left.weight.detach()[:, :, 0].permute(2, 1, 0).flatten(0, 1).contiguous(), requires_grad=False)
+    return Product(left.weight.detach()[:, :, 0].permute(2, 1, 0).flatten(0, 1))
 
 
-def _each(left: Tensor, weights: Any) -> Tensor:
-    """Products of equal parts of [B, L * n] with a matrix each, side by side."""
-    parts = left.split(left.shape[1] // len(weights), 1)
-    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)], 1)
+def _each(left: Tensor, products: Any) -> Tensor:
+    """Equal parts of [B, L * n] through a product each, side by side."""
+    parts = left.split(left.shape[1] // len(products), 1)
+    return torch.cat([product(part) for part, product in zip(parts, products, strict=True)], 1)
 
 
 class Condition(nn.Module):

@@ -22,10 +22,13 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.bundle import tensors
+from vqdeploy.runtime.hierarchical import level_names
 from vqdeploy.runtime.manifest import WEIGHTS
 
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
+_NOT_OF_THE_PRIOR = ("encode", "decode", "features")
+_RATES = {"read_bandwidth_gb_s": "read_bandwidth", "matmul_gflop_s": "matmul_rate"}
 
 Phases = dict[str, float]
 """Seconds of the parts of one call, `total` among them."""
@@ -134,8 +137,9 @@ def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any
 def _timed(call: Callable[[], Any]) -> Callable[[], Phases]:
     def timed() -> Phases:
         start = time.perf_counter()
-        call()
-        return {"total": time.perf_counter() - start}
+        extrapolated = call()
+        elapsed = time.perf_counter() - start
+        return {"total": extrapolated if isinstance(extrapolated, float) else elapsed}
 
     return timed
 
@@ -181,6 +185,8 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def _bound(pipeline: Pipeline) -> dict[str, float]:
     """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
+    if pipeline.manifest.system == "vqvae2":
+        return {name: _measure_apart(function) for name, function in _RATES.items()}
     if pipeline.manifest.config["prior"].get("adaptive"):
         return {}  # its arithmetic is not counted
     if pipeline.manifest.system == "movq":
@@ -190,8 +196,10 @@ def _bound(pipeline: Pipeline) -> dict[str, float]:
 
 def _step_figures(
     pipeline: Pipeline, options: dict[str, Any], result: dict[str, Any], bound: dict[str, float]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Time of a step, and how near it is to what bounds it."""
+    if pipeline.manifest.system == "vqvae2":
+        return {"parts": _parts(pipeline, result)}
     steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
     time_ms = result["steps_ms"] / steps
     if not bound:
@@ -213,16 +221,50 @@ def _step_figures(
     }
 
 
+def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What each stage of a hierarchy takes of a generation, reads of its weights and computes with them.
+
+    A weight counts once a call for the reading, and for the arithmetic once for each place of the call's output.
+    """
+    parts = {}
+    levels = pipeline.manifest.config["prior"]["levels"]
+    for name, level in zip(level_names(len(levels)), levels, strict=True):
+        height, width = level["grid"]
+        for part, calls, places in (
+            ("condition", 1, height * width // 4),
+            ("row", height, width),
+            ("pixel", height * width, 1),
+        ):
+            stage = f"{name}_{part}"
+            if stage not in pipeline.stages:
+                continue
+            time_ms = result[f"{stage}_ms"] / calls
+            weights = list(_matrices(pipeline, stage).values())
+            work = 2 * places * result["batch_size"] * sum(weight.size for weight in weights)
+            size = sum(weight.nbytes for weight in weights)
+            parts[stage] = {
+                "calls": calls,
+                "call_ms": time_ms,
+                "share": result[f"{stage}_ms"] / result["median_ms"],
+                "weight_mb": size / 1e6,
+                "weight_gb_s": size / time_ms / 1e6,
+                "gflop": work / 1e9,
+                "gflop_s": work / time_ms / 1e6,
+            }
+    return parts
+
+
 def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Operators of the step graph by the time they took in one generation, most first.
+    """Operators of the prior's graphs by the time they took in one generation, most first.
 
     The profiler itself costs a few microseconds an operator, which the small ones show.
     """
     with tempfile.TemporaryDirectory() as folder:
         profiled = Pipeline(pipeline.bundle, profile=Path(folder))
         _plan_call(profiled, "generate", batch, options)()
-        session = profiled.session("step")
-        events = [e for e in session.end_profile() if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
+        sessions = [profiled.session(stage) for stage in profiled.stages if stage not in _NOT_OF_THE_PRIOR]
+        traces = [event for session in sessions for event in session.end_profile()]
+        events = [e for e in traces if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
     spent, calls = Counter[str](), Counter[str]()
     for event in events:
         spent[event["args"]["op_name"]] += event["dur"]
@@ -234,11 +276,11 @@ def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> lis
     ]
 
 
-def _step_matrices(pipeline: Pipeline) -> dict[str, np.ndarray]:
-    """The weights that a step multiplies by; tables that are only gathered from are none of them."""
+def _matrices(pipeline: Pipeline, stage: str) -> dict[str, np.ndarray]:
+    """The weights that a stage multiplies by; tables that are only gathered from are none of them."""
     weights = tensors(pipeline.bundle.member(WEIGHTS))
-    names = [name for name in pipeline.manifest.stage("step").weights if name.endswith(".weight")]
-    return {name: weights[name] for name in names if weights[name].ndim == 2}
+    names = [name for name in pipeline.manifest.stage(stage).weights if name.endswith(".weight")]
+    return {name: weights[name] for name in names if weights[name].ndim > 1}
 
 
 def step_weight_bytes(pipeline: Pipeline) -> int:
@@ -247,7 +289,7 @@ def step_weight_bytes(pipeline: Pipeline) -> int:
     The depth transformer and the classifier count once for each depth: no cache of a core holds them from one depth to
     the next.
     """
-    sizes = {name: weight.nbytes for name, weight in _step_matrices(pipeline).items()}
+    sizes = {name: weight.nbytes for name, weight in _matrices(pipeline, "step").items()}
     return sum(size * (1 if name.startswith("body.") else pipeline.grid[-1]) for name, size in sizes.items())
 
 
@@ -256,7 +298,7 @@ def step_gflop(pipeline: Pipeline) -> float:
     prior = pipeline.manifest.config["prior"]
     entries = 1 + pipeline.grid[0] * pipeline.grid[1]
     attention = 2 * entries**2 * prior["width"] * prior["layers"]
-    return 2 * (entries * sum(weight.size for weight in _step_matrices(pipeline).values()) + attention) / 1e9
+    return 2 * (entries * sum(weight.size for weight in _matrices(pipeline, "step").values()) + attention) / 1e9
 
 
 def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
@@ -346,6 +388,10 @@ def table(report: dict[str, Any]) -> str:
         shown = f"{ratio:5.2f}x" if ratio else ""
         lines.append(f"{r['task']:9} {r['batch_size']:5} {r['name']:10} {times} {r['images_per_s']:9.2f} {shown:>6}")
     for r in report["results"]:
+        for name, part in r.get("parts", {}).items():
+            lines.append(_part_line(r["batch_size"], name, part))
+        if "parts" in r:
+            lines.append(f"batch {r['batch_size']}: host {r['host_ms'] / r['median_ms']:.1%}" + _rates_line(report))
         if "step_ms" in r:
             host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}"
             lines.append(host + _bound_line(r, report["environment"]))
@@ -354,6 +400,22 @@ def table(report: dict[str, Any]) -> str:
     facts = report["environment"]
     lines.append(f"{facts['plan']}; {facts['cpu']}, {facts['cores']} cores; loaded in {facts['load_s']:.2f} s")
     return "\n".join(lines)
+
+
+def _part_line(batch: int, name: str, part: dict[str, float]) -> str:
+    return (
+        f"batch {batch}: {name:16} {part['share']:6.1%} {part['calls']:5} calls of {part['call_ms']:8.2f} ms; "
+        f"{part['weight_mb']:6.1f} MB, {part['weight_gb_s']:5.1f} GB/s; {part['gflop']:7.3f} GFLOP, "
+        f"{part['gflop_s']:4.0f} GFLOP/s"
+    )
+
+
+def _rates_line(report: dict[str, Any]) -> str:
+    facts = report["environment"]
+    return (
+        f"; the machine reads {facts['read_bandwidth_gb_s']:.1f} GB/s and "
+        f"multiplies large matrices at {facts['matmul_gflop_s']:.0f} GFLOP/s"
+    )
 
 
 def _bound_line(result: dict[str, Any], facts: dict[str, Any]) -> str:
