@@ -19,10 +19,13 @@ from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQConfig
+from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2PriorConfig
+from vqdeploy.models.quantizers import AveragedCodebook
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
 from vqdeploy.models.system import GuidedSampling, MaskedSampling, Sampling
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
+from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import BatchRange
 
@@ -83,16 +86,29 @@ SMALL_VQGAN = SystemConfig(
     sampling=GuidedSampling(),
 )
 
+_SNAIL = PixelSNAILConfig((3, 3), 16, 3, 2, 2, 24, True, 4, 1, 12, 3, 1, dropout=0.0)
+SMALL_VQVAE2 = SystemConfig(
+    model="vqvae2",
+    preset="small",
+    tokenizer=VQVAE2Config(24, channels=16, res_blocks=1, res_channels=8, codebook_size=32, code_dim=8),
+    prior=VQVAE2PriorConfig((_SNAIL, replace(_SNAIL, grid=(6, 6), kernel=5, attention=False)), 32, classes=3),
+    labels=SMALL_VIT.labels,
+    sampling=Sampling(temperature=0.9),
+)
+
 
 def lively(config: SystemConfig, seed: int = 0) -> System:
     """Random weights as large as trained ones, so that what a layer gets wrong is seen in the output."""
     system = create(config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        system.tokenizer.quantizer.codebook.normal_(std=0.5, generator=generator)
+        for module in system.tokenizer.modules():
+            if isinstance(module, AveragedCodebook):
+                module.codebook.normal_(std=0.5, generator=generator)
         for weight in system.prior.parameters() if system.prior else ():
             if weight.ndim > 1:
-                weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+                inputs = weight[0].numel() if weight.ndim == 4 else weight.shape[-1]
+                weight.normal_(std=inputs**-0.5, generator=generator)
         for weight in system.parameters():
             if weight.ndim == 1:  # biases, and the scales of norms
                 weight += 0.2 * torch.randn(weight.shape, generator=generator)
@@ -217,6 +233,19 @@ def vit_system():
 def vqgan_system():
     """A GPT with token shift and squared ReLU."""
     return lively(SMALL_VQGAN)
+
+
+@pytest.fixture(scope="session")
+def vqvae2_system():
+    """Two levels with networks of different kernels, one with attention; the codebooks lie among the latents."""
+    system = lively(SMALL_VQVAE2)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for weight in system.tokenizer.parameters():
+            if weight.ndim == 4:  # there are no norms that would bring small outputs back to size
+                torch.nn.init.kaiming_normal_(weight)
+        system.tokenizer.train()(torch.rand(8, 3, 24, 24) * 2 - 1)
+    return system.eval()
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,39 @@ def test_a_masked_system_is_saved_and_loaded(request, tmp_path, name):
     assert checkpoint.digest(loaded) == checkpoint.digest(system)
 
 
+def test_a_system_of_several_levels_is_saved_and_loaded(vqvae2_system, tmp_path):
+    checkpoint.save(vqvae2_system, tmp_path / "a")
+    loaded = checkpoint.load(tmp_path / "a")
+    assert loaded.config == vqvae2_system.config
+    assert checkpoint.digest(loaded) == checkpoint.digest(vqvae2_system)
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        ([[3], [6, 6]], "grid of the prior in .* is not the tokenizer's"),
+        ([[6, 6], [3, 3]], "level_grids of the prior in .* is not the tokenizer's"),
+        ([[9], [6, 6]], "level_grids of the prior in .* is not the tokenizer's"),
+    ],
+)
+def test_levels_that_do_not_fit(vqvae2_system, tmp_path, grids, message):
+    checkpoint.save(vqvae2_system, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    for level, grid in zip(config["prior"]["levels"], grids, strict=True):
+        level["grid"] = grid
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    refused(tmp_path / "a", message)
+
+
+@pytest.mark.parametrize(("name", "value"), [("levels", 0), ("levels", 4), ("resolution", 0), ("resolution", 28)])
+def test_levels_that_do_not_fit_the_resolution(vqvae2_system, tmp_path, name, value):
+    checkpoint.save(vqvae2_system, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["tokenizer"][name], config["prior"] = value, None
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    refused(tmp_path / "a", "does not fit its levels|do not fit a resolution")
+
+
 def test_the_prior_uses_the_tokenizers_codebook(checkpoint_folder):
     loaded = checkpoint.load(checkpoint_folder)
     assert loaded.prior.codebook.data_ptr() == loaded.tokenizer.quantizer.codebook.data_ptr()

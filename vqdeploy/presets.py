@@ -192,6 +192,7 @@ def _tiny_pixelsnail(side: int, attention: bool) -> PixelSNAILConfig:
         attention=attention,
         condition_channels=64,
         condition_res_blocks=1,
+        dropout=0.0,
     )
 
 
@@ -202,7 +203,8 @@ _VQVAE2 = [
         "tiny",
         VQVAE2Config(32, channels=64, res_channels=32, codebook_size=128, code_dim=32),
         VQVAE2PriorConfig((_tiny_pixelsnail(4, True), _tiny_pixelsnail(8, False)), 128, classes=10),
-        labels=_DIGITS,
+        _DIGITS,
+        Sampling(top_p=0.95),
     ),
     SystemConfig("vqvae2", "bench", VQVAE2Config(), VQVAE2PriorConfig()),
     SystemConfig("vqvae2", "ffhq", VQVAE2Config(), VQVAE2PriorConfig(classes=1)),

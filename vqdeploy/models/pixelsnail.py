@@ -7,6 +7,7 @@ tables, and masked kernels hold only the taps that count. Labels are our additio
 the coarser codes do.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,12 +62,12 @@ class VQVAE2PriorConfig(Config):
     @property
     def level_grids(self) -> Grids:
         """Height and width of each level, top first."""
-        return tuple((level.grid[0], level.grid[1]) for level in self.levels)
+        return tuple(level.grid for level in self.levels)
 
     @property
     def positions(self) -> int:
         """Number of codes of all levels."""
-        return sum(height * width for height, width in self.level_grids)
+        return sum(map(math.prod, self.level_grids))
 
     @property
     def depth(self) -> int:
@@ -144,8 +145,6 @@ class CausalConv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int):
         super().__init__()
-        if kernel % 2 == 0 or kernel < 3:
-            raise ValueError(f"a causal kernel has an odd size from 3 on, and not {kernel}")
         self.kernel = kernel
         self.above = nn.Conv2d(inputs, outputs, (kernel - 1, kernel))
         self.left = nn.Conv2d(inputs, outputs, (1, kernel // 2), bias=False)
@@ -285,6 +284,8 @@ class CodeCondition(nn.Module):
     def __init__(self, config: PixelSNAILConfig, codebook_size: int):
         super().__init__()
         channels, kernel = config.condition_channels, config.condition_kernel
+        if kernel % 2 == 0:
+            raise ValueError(f"the kernel of a condition has an odd size, and not {kernel}")
         reach = range(-(kernel // 2), kernel // 2 + 1)
         self.codes = CodeConv(codebook_size, channels, list(product(reach, reach)))
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
@@ -314,6 +315,8 @@ class PixelSNAIL(nn.Module):
 
     def __init__(self, config: PixelSNAILConfig, codebook_size: int, classes: int = 1, finer: bool = False):
         super().__init__()
+        if config.kernel % 2 == 0 or config.kernel < 3:
+            raise ValueError(f"a causal kernel has an odd size from 3 on, and not {config.kernel}")
         self.config = config
         self.label = LabelCondition(classes, config.condition_channels) if classes > 1 else None
         self.above = CodeCondition(config, codebook_size) if finer else None

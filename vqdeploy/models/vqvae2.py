@@ -4,6 +4,7 @@ Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (NeurIPS 
 layers are those of rosinality/vq-vae-2-pytorch; a further level repeats the step from one level to the next.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
 
-Grids = tuple[tuple[int, int], ...]
+Grids = tuple[tuple[int, ...], ...]
 """Height and width of the code map of each level, top first."""
 
 _STRIDE = 4  # of the bottom level
@@ -22,7 +23,7 @@ _STRIDE = 4  # of the bottom level
 
 def split_levels(codes: Tensor, grids: Grids) -> list[Tensor]:
     """Codes of all levels in a row [B, N, ...] -> the map of each level [B, h, w, ...]."""
-    parts = codes.split([height * width for height, width in grids], 1)
+    parts = codes.split([math.prod(grid) for grid in grids], 1)
     return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
 
 
@@ -59,7 +60,7 @@ class VQVAE2Config(Config):
     @property
     def grid(self) -> tuple[int, ...]:
         """Shape of the codes of one image: all levels in a row, top first."""
-        return (sum(height * width for height, width in self.level_grids),)
+        return (sum(map(math.prod, self.level_grids)),)
 
 
 class ResBlock(nn.Module):
@@ -159,7 +160,7 @@ class VQVAE2(nn.Module):
 
         reconstruction = self.decoders[-1](self._descend(x, quantize))
         vectors, codes, losses = zip(*levels, strict=True)
-        return reconstruction, Quantized(join_levels(vectors), join_levels(codes), torch.stack(losses).sum())
+        return reconstruction, Quantized(join_levels(vectors), join_levels(codes)[..., 0], torch.stack(losses).sum())
 
     def distances(self, x: Tensor, codes: Tensor) -> Tensor:
         """Squared distances [B, N, K] of an image's latents from the codebooks, given these codes of coarser levels."""

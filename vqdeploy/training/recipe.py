@@ -53,7 +53,7 @@ _RECIPES = {
     ("movq", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=1e-3),
     ("vitvqgan", "tiny"): dataclasses.replace(_TINY, steps=1000, learning_rate=1e-3, prior_learning_rate=1e-3),
     ("vqgan", "tiny"): dataclasses.replace(_TINY, prior_learning_rate=1e-3),
-    ("vqvae2", "tiny"): dataclasses.replace(_TINY, prior_learning_rate=1e-3),
+    ("vqvae2", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=3e-3),
 }
 
 
