@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import Projection
 from vqdeploy.export.stage import Stage
+from vqdeploy.export.winograd import ONE, minimal_filtering
 from vqdeploy.models import System
 from vqdeploy.models.pixelsnail import (
     AttentionExit,
@@ -27,6 +28,8 @@ from vqdeploy.models.pixelsnail import (
     PlainExit,
 )
 from vqdeploy.runtime.hierarchical import level_names
+
+_PRODUCTS = 8  # for each tile of a row; more lose digits
 
 
 class CodeTable(nn.Module):
@@ -62,14 +65,47 @@ def _gated(network: PixelSNAIL) -> list[GatedResBlock]:
     return [resblock for block in network.blocks for resblock in block.resblocks]
 
 
-def _side_by_side(convolutions: list[nn.Conv2d]) -> nn.Conv2d:
-    """Convolutions of one shape as one, in groups."""
-    first = convolutions[0]
-    inputs, outputs = first.in_channels * len(convolutions), first.out_channels * len(convolutions)
-    joined = nn.Conv2d(inputs, outputs, first.kernel_size, groups=len(convolutions)).to(first.weight)  # type: ignore[arg-type]
-    joined.weight.data = torch.cat([conv.weight.detach() for conv in convolutions])
-    joined.bias.data = torch.cat([conv.bias.detach() for conv in convolutions])  # type: ignore[union-attr]
-    return joined
+class RowConv(nn.Module):
+    """What the rows above a row contribute to it through the causal convolutions of all L layers.
+
+    By minimal filtering along the row: each of its tiles of m outputs takes n products, made of n overlapping inputs
+    that `spread` mixes. The layers and the n products go side by side, as groups of one convolution.
+    """
+
+    mixed: Tensor  # [w, n * tiles]
+    outputs: Tensor  # [m, n]
+
+    def __init__(self, convolutions: list[Any], width: int):
+        super().__init__()
+        weight = torch.stack([conv.weight.detach() for conv in convolutions])  # [L, outputs, inputs, K - 1, K]
+        self.layers, channels, inputs, rows, taps = weight.shape
+        m = max(_PRODUCTS + 1 - taps, 1)
+        self.width, self.tiles = width, -(-width // m)
+        outputs, filters, mixed = (matrix.to(weight) for matrix in minimal_filtering(m, taps))
+        n = len(mixed)
+        groups = self.layers * n
+        self.conv = nn.Conv2d(groups * inputs, groups * channels, (rows, 1), groups=groups)
+        self.conv.weight.data = (weight @ filters.T).permute(0, 4, 1, 2, 3).flatten(0, 2)[..., None].contiguous()
+        bias = weight.new_zeros(self.layers, n, channels)
+        bias[:, ONE] = torch.stack([conv.bias.detach() for conv in convolutions])
+        self.conv.bias.data = bias.flatten()
+        first = m * torch.arange(self.tiles) - taps // 2
+        places = torch.arange(width)[:, None] - first  # of the row's places in each tile's inputs [w, tiles]
+        inside = (places >= 0) & (places < n)
+        mixed = mixed[:, places.clamp(0, n - 1)] * inside  # [n, w, tiles]
+        self.register_buffer("mixed", mixed.transpose(0, 1).flatten(1).contiguous())
+        self.register_buffer("outputs", outputs.contiguous())
+
+    def spread(self, row: Tensor) -> Tensor:
+        """Activations of a row [B, L, w, inputs] -> [B, L * n * inputs, tiles]."""
+        tiles = (row.transpose(2, 3) @ self.mixed).unflatten(3, (-1, self.tiles))
+        return tiles.transpose(2, 3).flatten(1, 3)
+
+    def forward(self, rows: list[Tensor]) -> Tensor:
+        """The K - 1 rows above as `spread` makes them, the farthest first -> [B, w, L * outputs]."""
+        products = self.conv(torch.stack(rows, 2)).view(rows[0].shape[0], self.layers, self.outputs.shape[1], -1)
+        tiles = (self.outputs @ products).unflatten(3, (-1, self.tiles)).permute(0, 4, 2, 1, 3)
+        return tiles.flatten(3).flatten(1, 2)[:, : self.width]
 
 
 def at_row(maps: Tensor, row: Tensor) -> Tensor:
@@ -82,9 +118,8 @@ def at_row(maps: Tensor, row: Tensor) -> Tensor:
 class Row(nn.Module):
     """What the rows above a row contribute to all of its places, and the condition.
 
-    The activations in front of the first and of the second convolutions of all L gated layers are kept of the K - 1
-    rows above: `above_x` [B, L * C, K - 1, w] and `above_y`. Those of the last of them come as the places left them,
-    [B, L, w, C].
+    The activations in front of the first and of the second convolutions of all L gated layers come as the places of the
+    row right above left them, [B, L, w, C]. Those of the K - 2 rows above that one come as `RowConv` spread them.
     """
 
     row_bias: Tensor  # [C]
@@ -98,8 +133,8 @@ class Row(nn.Module):
         offsets = network.entry.codes.offsets
         self.offsets = [offset for offset in offsets if offset[0] < 0]
         self.entry = CodeTable(network.entry.codes, [offsets.index(offset) for offset in self.offsets])
-        self.first = _side_by_side([block.conv1.above for block in gated])
-        self.second = _side_by_side([block.conv2.above for block in gated])
+        self.first = RowConv([block.conv1.above for block in gated], self.width)
+        self.second = RowConv([block.conv2.above for block in gated], self.width)
         self.register_buffer("row_bias", network.entry.row_bias.detach().flatten())
         self.register_buffer("column_bias", network.entry.bias(1, self.width)[:, 0].T.detach().contiguous())
         if gated[0].condition is not None:
@@ -112,41 +147,35 @@ class Row(nn.Module):
         self,
         row: Tensor,
         codes: Tensor,
-        above_x: Tensor,
-        above_y: Tensor,
         row_x: Tensor,
         row_y: Tensor,
+        above_x: list[Tensor],
+        above_y: list[Tensor],
         label: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The contributions, and the activations of the rows above the next row.
+        """The contributions, and the activations of the row right above for the calls that follow.
 
         Args:
             row: Its index [B].
             codes: Those of the rows above that the first layer sees [B, rows, w], -1 off the map.
-            above_x: Activations in front of the first convolutions, see above.
-            above_y: Those in front of the second ones.
-            row_x: Those of the row right above, in front of the first convolutions.
+            row_x: Activations of the row right above, in front of the first convolutions.
             row_y: Those in front of the second ones.
+            above_x: Spread activations of the rows above that one, the farthest first, in front of the first ones.
+            above_y: Those in front of the second ones.
             label: [B], if the level is conditioned on anything.
             condition: That of the codes of the level above [B, h, w, channels], if there is one.
 
         Returns:
-            `entry` [B, w, C], `inner` [B, w, L * inner], `gates` [B, w, L * 2C], and the new `above_x`, `above_y`.
+            `entry` [B, w, C], `inner` [B, w, L * inner], `gates` [B, w, L * 2C], and `row_x` and `row_y` spread.
         """
-        above_x, above_y = (
-            torch.cat([above[:, :, 1:], last.transpose(2, 3).flatten(1, 2)[:, :, None]], 2)
-            for above, last in ((above_x, row_x), (above_y, row_y))
-        )
-        inner, gates = (
-            conv(F.pad(above, (self.side, self.side))).squeeze(2).transpose(1, 2)
-            for conv, above in ((self.first, above_x), (self.second, above_y))
-        )
+        spread_x, spread_y = self.first.spread(row_x), self.second.spread(row_y)
+        inner, gates = self.first([*above_x, spread_x]), self.second([*above_y, spread_y])
         if label is not None:
             gates = gates + F.embedding(label, self.labels)[:, None]
         if condition is not None:
             gates = gates + self.condition(at_row(condition, row))
-        return self._enter(row, codes), inner, gates, above_x, above_y
+        return self._enter(row, codes), inner, gates, spread_x, spread_y
 
     def _enter(self, row: Tensor, codes: Tensor) -> Tensor:
         padded = F.pad(codes, (self.side, self.side), value=-1)
@@ -387,13 +416,15 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
     def index() -> Tensor:  # the exporter takes inputs that are one tensor for one input
         return torch.zeros(2, dtype=torch.int64)
 
+    stage = Row(network)
+    row_x, row_y = torch.zeros(2, layers, width, channels), torch.zeros(2, layers, width, inner)
     rows: dict[str, Any] = {
         "row": index(),
         "codes": torch.zeros(2, side, width, dtype=torch.int64),
-        "past_above_x": torch.zeros(2, layers * channels, config.kernel - 1, width),
-        "past_above_y": torch.zeros(2, layers * inner, config.kernel - 1, width),
-        "row_x": torch.zeros(2, layers, width, channels),
-        "row_y": torch.zeros(2, layers, width, inner),
+        "row_x": row_x,
+        "row_y": row_y,
+        "above_x": [stage.first.spread(row_x) for _ in range(config.kernel - 2)],
+        "above_y": [stage.second.spread(row_y) for _ in range(config.kernel - 2)],
     }
     graphs = []
     if network.label is not None or network.above is not None:
@@ -402,8 +433,7 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
         rows["condition"] = torch.zeros(2, height, width, config.condition_channels)
         codes = torch.zeros(2, height // 2, width // 2, dtype=torch.int64)
         graphs.append(Stage(f"{name}_condition", Condition(network.above), {"codes": codes}, ["condition"]))
-    contributions = ["entry", "inner", "gates"]
-    graphs.append(Stage(f"{name}_row", Row(network), rows, [*contributions, "present_above_x", "present_above_y"]))
+    graphs.append(Stage(f"{name}_row", stage, rows, ["entry", "inner", "gates", "spread_x", "spread_y"]))
 
     pixels: dict[str, Any] = {
         "codes": torch.zeros(2, side, dtype=torch.int64),

@@ -15,7 +15,7 @@ from vqdeploy.runtime.request import Callback, Request, cells_of
 _PIXEL_INPUTS = frozenset(
     ("codes", "row", "column", "noise", "temperature", "top_k", "top_p", "entry", "inner", "gates")
 )
-_ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "past_above_x", "past_above_y"))
+_ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "above_x.0", "above_y.0"))
 
 
 class Level:
@@ -39,15 +39,16 @@ class Level:
         """
         (height, width), batch = self.grid, len(codes)
         condition, rows, pixel = self._bound(batch)
-        for buffer in (*pixel.inputs.values(), *rows[0].inputs.values()):
-            buffer[...] = 0
+        for binding in (pixel, *rows):
+            for buffer in binding.inputs.values():
+                buffer[...] = 0
         if condition is not None:
             condition.inputs["codes"][:] = above
             self.run("condition", condition)
         side = pixel.inputs["codes"].shape[1]
         padded = np.full((batch, height + side, side + width), -1)
         for row in range(height):
-            binding = rows[row % 2]
+            binding = rows[row % len(rows)]
             padded[:, side : side + row, side:] = codes[:, :row]
             binding.inputs["row"][:] = pixel.inputs["row"][:] = row
             binding.inputs["codes"][:] = padded[:, row : row + side, side:]
@@ -72,7 +73,8 @@ class Level:
     def _bound(self, batch: int) -> tuple[Any, list[Any], Any]:
         """Buffers of the stages, which share what one leaves for the other.
 
-        Those of `row` come twice: the rows above go from the outputs of one to the inputs of the other.
+        Those of `row` come once for each row above that it sees. The rows stay where they are: from call to call
+        their buffers change roles, and the new row goes where the farthest one was.
         """
         if batch not in self._buffers:
             dims = {"batch": batch}
@@ -81,12 +83,22 @@ class Level:
             shared = {name: caches[f"past_{name}"] for name in ("row_x", "row_y")}
             if condition is not None:
                 shared["condition"] = condition.outputs["condition"]
-            even = self._row.bind(dims, shared)
-            shared |= {name: even.outputs[name] for name in ("entry", "inner", "gates")}
-            above = {f"past_{name}": even.outputs[f"present_{name}"] for name in ("above_x", "above_y")}
-            above |= {f"present_{name}": even.inputs[f"past_{name}"] for name in ("above_x", "above_y")}
-            odd = self._row.bind(dims, shared | above)
-            self._buffers = {batch: (condition, [even, odd], self._pixel.bind(dims, caches | shared))}
+            made = ("entry", "inner", "gates")
+            outputs = {info.name: info for info in self._row.stage.outputs}
+            shared |= {name: np.zeros(outputs[name].concrete(dims), np.float32) for name in made}
+            seen = 1 + sum(info.name.startswith("above_x.") for info in self._row.stage.inputs)
+            slots = {
+                axis: [np.zeros(outputs[f"spread_{axis}"].concrete(dims), np.float32) for _ in range(seen)]
+                for axis in "xy"
+            }
+            rows = []
+            for turn in range(seen):
+                roles = {}
+                for axis, buffers in slots.items():
+                    *above, new = buffers[turn:] + buffers[:turn]
+                    roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)} | {f"spread_{axis}": new}
+                rows.append(self._row.bind(dims, shared | roles))
+            self._buffers = {batch: (condition, rows, self._pixel.bind(dims, caches | shared))}
         return self._buffers[batch]
 
 

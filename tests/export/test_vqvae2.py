@@ -17,8 +17,9 @@ def incremental(network, codes, labels, coarser):
     batch, height, width = codes.shape
     layers, side = config.blocks * config.res_blocks, config.kernel // 2
     zeros = network.background.new_zeros
-    above = [zeros(batch, layers * n, config.kernel - 1, width) for n in (config.channels, config.res_channels)]
     rows = [zeros(batch, layers, width, n) for n in (config.channels, config.res_channels)]
+    spread = row_stage.first.spread(rows[0]), row_stage.second.spread(rows[1])
+    above = [[nothing] * (config.kernel - 2) for nothing in spread]
     caches = [[], [], []]
     if config.attention:
         dim = config.channels // 2 // config.heads
@@ -32,7 +33,8 @@ def incremental(network, codes, labels, coarser):
         left = [zeros(batch, layers * side * n) for n in (config.channels, config.res_channels)]
         index = torch.full((batch,), r)
         known = padded[:, r : r + side, side:]
-        *contributions, above[0], above[1] = row_stage(index, known, *above, *rows, labels, condition)
+        *contributions, new_x, new_y = row_stage(index, known, *rows, *above, labels, condition)
+        above = [[*above[0][1:], new_x], [*above[1][1:], new_y]]
         for c in range(width):
             column, previous = torch.full((batch,), c), padded[:, r + side, c : c + side]
             found, new_x, new_y, left[0], left[1], *flat = pixel_stage.logits(
