@@ -72,40 +72,43 @@ class RowConv(nn.Module):
     that `spread` mixes. The layers and the n products go side by side, as groups of one convolution.
     """
 
-    mixed: Tensor  # [w, n * tiles]
+    mixed: Tensor  # [n * tiles, w]
     outputs: Tensor  # [m, n]
 
     def __init__(self, convolutions: list[Any], width: int):
         super().__init__()
         weight = torch.stack([conv.weight.detach() for conv in convolutions])  # [L, outputs, inputs, K - 1, K]
-        self.layers, channels, inputs, rows, taps = weight.shape
+        self.layers, self.channels, inputs, rows, taps = weight.shape
         m = max(_PRODUCTS + 1 - taps, 1)
         self.width, self.tiles = width, -(-width // m)
         outputs, filters, mixed = (matrix.to(weight) for matrix in minimal_filtering(m, taps))
         n = len(mixed)
         groups = self.layers * n
-        self.conv = nn.Conv2d(groups * inputs, groups * channels, (rows, 1), groups=groups)
+        self.conv = nn.Conv2d(groups * inputs, groups * self.channels, (rows, 1), groups=groups)
         self.conv.weight.data = (weight @ filters.T).permute(0, 4, 1, 2, 3).flatten(0, 2)[..., None].contiguous()
-        bias = weight.new_zeros(self.layers, n, channels)
+        bias = weight.new_zeros(self.layers, n, self.channels)
         bias[:, ONE] = torch.stack([conv.bias.detach() for conv in convolutions])
         self.conv.bias.data = bias.flatten()
         first = m * torch.arange(self.tiles) - taps // 2
-        places = torch.arange(width)[:, None] - first  # of the row's places in each tile's inputs [w, tiles]
+        places = torch.arange(width) - first[:, None]  # of the row's places in each tile's inputs [tiles, w]
         inside = (places >= 0) & (places < n)
-        mixed = mixed[:, places.clamp(0, n - 1)] * inside  # [n, w, tiles]
-        self.register_buffer("mixed", mixed.transpose(0, 1).flatten(1).contiguous())
+        self.register_buffer("mixed", (mixed[:, places.clamp(0, n - 1)] * inside).flatten(0, 1))
         self.register_buffer("outputs", outputs.contiguous())
 
     def spread(self, row: Tensor) -> Tensor:
-        """Activations of a row [B, L, w, inputs] -> [B, L * n * inputs, tiles]."""
-        tiles = (row.transpose(2, 3) @ self.mixed).unflatten(3, (-1, self.tiles))
-        return tiles.transpose(2, 3).flatten(1, 3)
+        """Activations of a row [B, L, w, inputs] -> [B, tiles, L * n * inputs]."""
+        mixed = (self.mixed @ row).unflatten(2, (-1, self.tiles))  # [B, L, n, tiles, inputs]
+        return mixed.permute(0, 3, 1, 2, 4).flatten(2)
 
     def forward(self, rows: list[Tensor]) -> Tensor:
-        """The K - 1 rows above as `spread` makes them, the farthest first -> [B, w, L * outputs]."""
-        products = self.conv(torch.stack(rows, 2)).view(rows[0].shape[0], self.layers, self.outputs.shape[1], -1)
-        tiles = (self.outputs @ products).unflatten(3, (-1, self.tiles)).permute(0, 4, 2, 1, 3)
-        return tiles.flatten(3).flatten(1, 2)[:, : self.width]
+        """The K - 1 rows above as `spread` makes them, the farthest first -> [B, w, L * outputs].
+
+        The tiles of all images lie in one row of one map, so that the weights are read once for all of them.
+        """
+        maps = torch.stack(rows).flatten(1, 2)[None]  # [1, K - 1, B * tiles, groups * inputs]
+        products = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        products = products.reshape(-1, self.tiles, self.layers, self.outputs.shape[1], self.channels)
+        return (self.outputs @ products).transpose(2, 3).flatten(3).flatten(1, 2)[:, : self.width]
 
 
 def at_row(maps: Tensor, row: Tensor) -> Tensor:
