@@ -16,6 +16,7 @@ from vqdeploy.checkpoint import SHIPPED, load
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models import create
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
+from vqdeploy.models.system import ARCHITECTURES
 from vqdeploy.presets import preset
 from vqdeploy.training import Recipe, train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
@@ -25,6 +26,7 @@ from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import schedule
 from vqdeploy.training.tokenizer import TokenizerTraining, logit_laplace
 
+SYSTEMS = list(ARCHITECTURES)
 SHORT = {"steps": 3, "prior_steps": 2, "classifier_steps": 3, "batch_size": 8, "samples": 20}
 
 
@@ -56,7 +58,7 @@ def folder(tmp_path):
 # Runs from end to end
 
 
-@pytest.mark.parametrize("model", ["rqvae", "movq", "vitvqgan", "vqgan", "vqvae2"])
+@pytest.mark.parametrize("model", SYSTEMS)
 def test_digits(tmp_path, small, model):
     report = train(model, data="digits", output=tmp_path / "out", **SHORT)
     system = load(tmp_path / "out")
@@ -96,11 +98,12 @@ def test_images_without_classes(tmp_path, folder):
     assert "class_accuracy" not in report["metrics"]
 
 
-def test_adversarial_run(tmp_path, folder, monkeypatch):
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_adversarial_run(tmp_path, folder, monkeypatch, model):
     logits = []
     forward = PatchDiscriminator.forward
     monkeypatch.setattr(PatchDiscriminator, "forward", lambda d, x: logits.append(forward(d, x)) or logits[-1])
-    train(data=str(folder / "dark"), output=tmp_path / "out", adversarial_weight=0.75, **SHORT)
+    train(model, data=str(folder / "dark"), output=tmp_path / "out", adversarial_weight=0.75, **SHORT)
     assert len(logits) == 3 * SHORT["steps"]
     assert all(torch.isfinite(weight).all() for weight in load(tmp_path / "out").state_dict().values())
 

@@ -156,6 +156,11 @@ class ViTVQGAN(Tokenizer):
         self.post_quant = nn.Linear(config.code_dim, config.decoder.width)
         self.quantizer = MultichannelQuantizer(config.codebook_size, config.code_dim, 1, "cosine", config.decay)
 
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the layer that makes the image."""
+        return self.decoder.to_pixel[-1].weight
+
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D], not normalized."""
         return self.pre_quant(self.encoder(x)).unflatten(1, self.config.grid[:2])

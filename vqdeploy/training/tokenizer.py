@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from vqdeploy.models.conv import last_layer
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, psnr
@@ -75,7 +74,7 @@ class TokenizerTraining(LightningModule):
 
     def _adversarial(self, logits: Tensor, loss: Tensor) -> Tensor:
         generator = generator_loss(logits)
-        balance = adaptive_weight(loss, generator, last_layer(self.tokenizer.decoder))
+        balance = adaptive_weight(loss, generator, self.tokenizer.last_weight)
         self.log_dict({"generator": generator, "balance": balance}, prog_bar=True)
         return self.recipe.adversarial_weight * balance * generator
 
