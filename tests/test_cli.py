@@ -114,6 +114,15 @@ def test_verify_json(vqdeploy, plan, checkpoint_folder):
     assert {"stage", "metric", "value", "limit", "passed"} == set(report["checks"][0])
 
 
+def test_the_weights_of_the_losses_reach_the_training(vqdeploy, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("vqdeploy.training.train", lambda **options: asked.update(options) or {})
+    weights = {"perceptual_weight": 0.5, "adversarial_weight": 0.25, "logit_laplace_weight": 0.125}
+    options = [part for name, value in weights.items() for part in ("--" + name.replace("_", "-"), value)]
+    assert parsed(vqdeploy("train", *options, "--json")) == {"checkpoint": "rqvae-tiny"}
+    assert weights.items() <= asked.items()
+
+
 def test_inspect_json(vqdeploy, plan):
     result = parsed(vqdeploy("inspect", plan, "--json"))
     assert result["format"] == 1

@@ -137,6 +137,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the recipe's when left out.")] = None,
     perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
     adversarial_weight: Annotated[float, typer.Option(min=0, help="Weight of the discriminator.")] = 0.0,
+    logit_laplace_weight: Annotated[float, typer.Option(min=0, help="Weight of the logit-Laplace loss.")] = 0.0,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint folder.")] = None,
@@ -158,6 +159,7 @@ def train(
         resume=resume,
         perceptual_weight=perceptual_weight,
         adversarial_weight=adversarial_weight,
+        logit_laplace_weight=logit_laplace_weight,
     )
     _finish({"checkpoint": str(folder), **metrics}, as_json, f"{json.dumps(metrics, indent=2)}\n{folder}")
 

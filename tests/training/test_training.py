@@ -369,20 +369,27 @@ def test_perceptual_term_names_what_to_install(tmp_path, monkeypatch):
     assert not (tmp_path / "out.training").exists()
 
 
-def test_perceptual_term_is_weighted_and_reaches_the_decoder(monkeypatch):
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_perceptual_term_is_weighted_and_reaches_the_decoder(monkeypatch, model):
+    seen = []
+
     class Distance(nn.Module):  # stands in for VGG, whose weights are a download
         def forward(self, first, second):
+            seen.append(second)
             return (first - second).abs().flatten(1).mean(1)
 
     monkeypatch.setattr("vqdeploy.training.tokenizer.perceptual_network", Distance)
-    tokenizer = create(preset("rqvae", "tiny")).tokenizer
+    tokenizer = create(preset(model, "tiny")).tokenizer
     training = TokenizerTraining(tokenizer, Recipe(perceptual_weight=2.0))
-    x = torch.zeros(2, 3, 32, 32)
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    x = to_range(images, tokenizer.config.pixel_range)
     reconstruction = tokenizer(x)[0]
     term = training._perceptual(reconstruction, x)
-    torch.testing.assert_close(term, 2 * reconstruction.abs().mean())
+    torch.testing.assert_close(seen[0], to_range(images, (-1.0, 1.0)))  # what LPIPS takes, whatever the model's range
+    factor = 2 / (tokenizer.config.pixel_range[1] - tokenizer.config.pixel_range[0])
+    torch.testing.assert_close(term, 2 * factor * (reconstruction - x).abs().mean())
     term.backward()
-    assert tokenizer.decoder.conv_out.weight.grad.abs().sum() > 0
+    assert tokenizer.last_weight.grad.abs().sum() > 0
     assert TokenizerTraining(tokenizer, Recipe())._perceptual(reconstruction.detach(), x) == 0
 
 
