@@ -90,6 +90,7 @@ def tiny_vit(tmp_path_factory):
     return folder / "vitvqgan.plan"
 
 
+@pytest.mark.slow
 def test_linear_probe(tiny_vit, tmp_path, capsys):
     """The best layer knows the classes of 95 % of the digits, the codes alone do not."""
     load_script("linear_probe").main(str(tiny_vit), str(tmp_path / "probe.png"), "0", "3")
