@@ -1,14 +1,22 @@
 """Sampling from a GPT: guidance, the state of a token shift, prefixes, features."""
 
+import dataclasses
+import os
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import ImageInput
+from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.onnxrt import OnnxrtSession
 
 LABELS = [0, 2, 1, 2]
+PLACES = 2**17  # 32 MB a cache
 WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1, "guidance_scale": 1}
 
 
@@ -80,6 +88,60 @@ def test_caches_are_updated_in_place(vit_pipeline):
         assert results[output].data_ptr() == binding.inputs[name].ctypes.data
         assert (binding.inputs[name][:, :, 0] != 0).any()
         assert (binding.inputs[name][:, :, 1:] == 0).all()
+
+
+class LongCaches(Bundle):
+    """A plan whose `step` has more places in its caches than there are positions."""
+
+    def member(self, name):
+        content = super().member(name)
+        if name != "step.onnx":
+            return content
+        graph = onnx.load_from_string(bytes(content))
+        for info in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+            if info.name.startswith(("past_", "present_")):
+                info.type.tensor_type.shape.dim[2].dim_value = PLACES
+        return graph.SerializeToString()
+
+    def step(self):
+        stage = self.manifest.stage("step")
+
+        def longer(infos):
+            caches = ("past_", "present_")
+            shapes = [(*i.shape[:2], PLACES, i.shape[3]) if i.name.startswith(caches) else i.shape for i in infos]
+            return tuple(dataclasses.replace(info, shape=shape) for info, shape in zip(infos, shapes, strict=True))
+
+        return dataclasses.replace(stage, inputs=longer(stage.inputs), outputs=longer(stage.outputs))
+
+
+def resident():
+    """Bytes of this process that are in memory, those of mapped files too."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_step_touches_no_more_of_the_caches_than_the_places_in_use(vit_plan, tmp_path):
+    """The caches lie in files full of holes: what is read or written of them comes into memory, and nothing else."""
+    bundle = LongCaches(vit_plan)
+    nodes = onnx.load_from_string(bundle.member("step.onnx")).graph.node
+    assert [node.op_type for node in nodes].count("GroupQueryAttention") == 3
+    session = OnnxrtSession(bundle, bundle.step(), threads=1)
+    infos = [info for info in session.stage.inputs if info.name.startswith("past_")]
+    shape = (1, *infos[0].shape[1:])
+    caches = {info.name: np.memmap(tmp_path / info.name, np.float32, "w+", shape=shape) for info in infos}
+    total = sum(cache.nbytes for cache in caches.values())
+    binding = session.bind({"batch": 1, "length": 1}, caches)
+    binding.inputs["top_k"][:] = binding.inputs["temperature"][:] = 1
+    before = resident()
+    for position in range(16):
+        binding.inputs["position"][:] = position
+        binding.run()
+    assert resident() - before < total / 10
+    assert all(cache[0, :, :16].any((0, 2)).all() for cache in caches.values())
+
+    for output in session.stage.aliases:  # with other buffers for the results, it would copy
+        binding._io.bind_output(output, "cpu")
+    binding.run()
+    assert resident() - before > total
 
 
 @pytest.mark.parametrize("labels", [None, [0, 2, 1]])
