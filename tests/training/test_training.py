@@ -402,7 +402,7 @@ def test_a_missing_package_is_named(monkeypatch):
 # The shipped weights
 
 
-@pytest.fixture(scope="module", params=["rqvae", "movq", "vitvqgan"])
+@pytest.fixture(scope="module", params=sorted(path.name for path in SHIPPED.iterdir()))
 def shipped(request):
     return SHIPPED / request.param / "tiny"
 
