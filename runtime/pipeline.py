@@ -452,11 +452,24 @@ class Pipeline:
         _check_whole(seed=seed, first_image=first_image)
         chosen = chosen or self.options()
         codes, seconds = [], Counter[str]()
-        for part in self._batches(len(known), min(self._batch.max, self._sampler.call_images)):
+        for part in self._batches(len(known), min(self._call_images(classes, chosen), self._sampler.call_images)):
             images = first_image + np.arange(len(known))[part]
             codes.append(self._sampler(Request(known[part], classes[part], images, seed, chosen), callback))
             seconds += self._sampler.seconds
         return np.concatenate(codes), dict(seconds)
+
+    def _call_images(self, labels: np.ndarray, chosen: dict[str, Any]) -> int:
+        """How many images the plan's largest batch holds."""
+        guides = isinstance(self._sampler, AutoregressiveSampler)
+        rows = self._sampler.rows(labels, chosen) if guides else 1
+        if rows > self._batch.max:
+            raise VqdeployError(
+                f"an image with guidance takes {rows} rows of a call",
+                expected=f"a plan for {rows} or more",
+                found=self._batch.max,
+                fix=f"vqdeploy build PACKAGE --max-batch {rows}",
+            )
+        return self._batch.max // rows
 
     def _check_labels(self, labels: Sequence[int] | None, count: int) -> np.ndarray:
         classes = self.classes

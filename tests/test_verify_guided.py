@@ -86,13 +86,13 @@ def test_guidance_that_is_ignored(copy, vit_system):
 
 
 def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
-    write = autoregressive.AutoregressiveSampler._write_options
+    write = autoregressive.GuidedSampler._write_options
 
     def swapped(sampler, binding, request):
         write(sampler, binding, request)
         binding.inputs["partner"][:] = 0
 
-    monkeypatch.setattr(autoregressive.AutoregressiveSampler, "_write_options", swapped)
+    monkeypatch.setattr(autoregressive.GuidedSampler, "_write_options", swapped)
     failed(failures(verify(vit_plan, vit_system)), "generate: whole distribution: tokens")
 
 

@@ -9,9 +9,12 @@ import onnx
 import pytest
 import torch
 
+from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import ImageInput
+from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.manifest import BatchRange
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.onnxrt import OnnxrtSession
 
@@ -74,6 +77,27 @@ def test_completion_goes_on_from_the_first_rows(either, rows, scale):
     known = whole.copy()
     known[:, rows:] = -1
     np.testing.assert_array_equal(pipeline.complete(known, LABELS, seed=2, guidance_scale=scale).codes, whole)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def narrow(request, vit_package, tmp_path):
+    """A pipeline whose calls take few rows, and how many."""
+    build(vit_package, tmp_path / "narrow.plan", batch=BatchRange(1, 1, request.param))
+    return load(tmp_path / "narrow.plan", threads=1), request.param
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_no_call_takes_more_rows_than_the_plan_allows(narrow, vit_pipeline, monkeypatch, scale):
+    (pipeline, largest), sizes, bind = narrow, set(), OnnxrtSession.bind
+    expected = vit_pipeline.generate(LABELS, seed=1, guidance_scale=scale).codes
+    monkeypatch.setattr(OnnxrtSession, "bind", lambda *args: sizes.add(args[1]["batch"]) or bind(*args))
+    if scale > largest:
+        with pytest.raises(VqdeployError, match=r"2 or more, found 1\. Fix: vqdeploy build PACKAGE --max-batch 2"):
+            pipeline.generate(LABELS, guidance_scale=scale)
+        pipeline.complete(expected * 0 - 1, None, guidance_scale=scale)  # nothing to guide to
+    else:
+        np.testing.assert_array_equal(pipeline.generate(LABELS, seed=1, guidance_scale=scale).codes, expected)
+    assert max(sizes) <= largest
 
 
 def test_caches_are_updated_in_place(vit_pipeline):
