@@ -285,7 +285,9 @@ def test_features_go_to_an_archive(vqdeploy, vit_plan, vit_pipeline, picture, op
     arguments = ["--task", "features", "--input", picture, "--input", picture, *options]
     result = parsed(vqdeploy("run", "--engine", vit_plan, *arguments, "--json"))
     assert (result["output"], result["shape"]) == ("vitvqgan-features.npz", list(shape))
-    features = np.load(tmp_path / "vitvqgan-features.npz")["features"]
+    archive = np.load(tmp_path / "vitvqgan-features.npz", allow_pickle=False)
+    features = archive["features"]
+    assert archive["files"].tolist() == [str(picture)] * 2
     expected = vit_pipeline.features(read(picture, 16)[None])
     np.testing.assert_allclose(features[0], expected[0, 2] if options else expected[0], rtol=1e-4, atol=1e-5)
 

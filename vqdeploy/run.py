@@ -196,7 +196,7 @@ def _check_options(job: Job) -> None:
     """Refuses options of other tasks, which would change nothing."""
     sampling = {f"--{name.replace('_', '-')}": value for name, value in job.options.items() if name != "seed"}
     for option, value in ({option: getattr(job, name) for option, name in _OPTIONS.items()} | sampling).items():
-        if value is not None and value != () and not TASKS[job.task].takes(option):
+        if value not in (None, (), []) and not TASKS[job.task].takes(option):
             expected = " or ".join(name for name, task in TASKS.items() if task.takes(option))
             raise VqdeployError(f"{option} is no option of this task", expected=f"--task {expected}", found=job.task)
 
