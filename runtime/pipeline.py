@@ -295,7 +295,7 @@ class Pipeline:
 
         Args:
             images: uint8 [B, H, W, 3].
-            labels: Class of each image; None for an unconditional prior, and for none with a masked prior.
+            labels: Class of each image; None for an unconditional prior, and for no label with a prior that knows none.
             mask: True where pixels are unknown, bool [B, H, W] or [H, W].
             mask_ratio: Instead of a mask, the share of codes to sample: chosen at random by the seed for a masked
                 prior, from the bottom up for an autoregressive one.
@@ -314,10 +314,7 @@ class Pipeline:
         codes = self.encode(images)
         unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)
         known = np.concatenate([np.where(unknown, -1, codes)] * completions)
-        if labels is None and self.classes == 1:
-            labels = [0] * len(images)
-        if labels is not None:
-            labels = np.tile(labels, completions).tolist()
+        labels = self._repeated(labels, len(images), completions)
         output = self.complete(known, labels, seed=seed, first_image=first_image, **options)
         if mask is not None and self._sampler.keeps_pixels:
             drawn = output.images.reshape(completions, *images.shape)
@@ -354,9 +351,13 @@ class Pipeline:
             raise VqdeployError("no such number of levels to keep", expected=f"0..{len(maps) - 1}", found=keep)
         count = sum(level[0].size for level in maps[:keep])
         known = np.concatenate([np.where(np.arange(codes.shape[1]) < count, codes, -1)] * completions)
-        if labels is None and self.classes == 1:
-            labels = [0] * len(codes)
-        return self.complete(known, None if labels is None else np.tile(labels, completions).tolist(), **options)
+        return self.complete(known, self._repeated(labels, len(codes), completions), **options)
+
+    def _repeated(self, labels: Sequence[int] | None, count: int, completions: int) -> list[int] | None:
+        """The labels of several completions of a number of images; an unconditional prior has one label."""
+        if labels is None:
+            return [0] * (count * completions) if self.classes == 1 else None
+        return np.tile(self._check_labels(labels, count), completions).tolist()
 
     def unknown(
         self,
@@ -402,7 +403,7 @@ class Pipeline:
 
         Args:
             known: Codes int64 [B, *grid], -1 where a code is to be sampled.
-            labels: Class of each image [B]; None for none with a masked prior.
+            labels: Class of each image [B]; None for no label, with a prior that takes guidance.
             seed: Seed of the noise, at least 0.
             first_image: Index of the first image: image i of any batch is drawn from (seed, first_image + i).
             callback: Called after every step; see `Callback`.
@@ -410,10 +411,12 @@ class Pipeline:
                 `temperature` divides the logits; 0 takes the most likely code.
                 `top_k` keeps the k most likely codes; 0 keeps all.
                 `top_p` keeps the most likely codes until their probability reaches p.
-                These three may be lists of one value for each depth or level. Masked priors also take:
+                These three may be lists of one value for each depth or level.
+                `guidance_scale` s: logits are u + s * (c - u) with c given the label and u without; 1 is no guidance.
+                Priors that were trained without labels too take it: masked ones and GPTs.
+                Masked priors also take:
                 `steps`, the number of engine calls.
                 `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
-                `guidance_scale` s: logits are u + s * (c - u) with c given the label and u without; 1 is no guidance.
                 `choice_temperature` scales the noise on the confidence, which falls to 0 at the last step.
 
         Raises:

@@ -340,6 +340,8 @@ def test_labels_that_are_not_there(pipeline, labels):
 def test_as_many_labels_as_images(pipeline, images):
     message = refused(pipeline.inpaint, images, [0, 1], mask_ratio=0.5)
     assert "one for each image (5), found [0, 1]" in message
+    for labels in (0, "0", [[1], [2, 0]], True):
+        refused(pipeline.inpaint, images[:1], labels, mask_ratio=0.5)
 
 
 numbers = st.one_of(
