@@ -295,7 +295,7 @@ class Pipeline:
 
         Args:
             images: uint8 [B, H, W, 3].
-            labels: Class of each image; None for an unconditional prior, and for no label with a prior that knows none.
+            labels: Class of each image; None for an unconditional prior, and for no label if the prior takes guidance.
             mask: True where pixels are unknown, bool [B, H, W] or [H, W].
             mask_ratio: Instead of a mask, the share of codes to sample: chosen at random by the seed for a masked
                 prior, from the bottom up for an autoregressive one.
@@ -403,7 +403,7 @@ class Pipeline:
 
         Args:
             known: Codes int64 [B, *grid], -1 where a code is to be sampled.
-            labels: Class of each image [B]; None for no label, with a prior that takes guidance.
+            labels: Class of each image [B]; None for no label, if the prior takes guidance.
             seed: Seed of the noise, at least 0.
             first_image: Index of the first image: image i of any batch is drawn from (seed, first_image + i).
             callback: Called after every step; see `Callback`.
