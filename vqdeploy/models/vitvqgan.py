@@ -124,6 +124,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, h * w, width] -> image [B, 3, H, W]."""
 
+    to_pixel: Any
+
     def __init__(self, config: ViTVQGANConfig):
         super().__init__()
         width, side = config.decoder.width, config.grid[0]
