@@ -23,7 +23,7 @@ class AutoregressiveSampler:
     call_images = 2**31
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
-        self._session, self._classes = sessions["step"], prior["classes"]
+        self._session = sessions["step"]
         self._bindings: dict[int, tuple[dict[str, np.ndarray], Any]] = {}
         self.seconds = Counter[str]()
 
@@ -31,6 +31,10 @@ class AutoregressiveSampler:
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
         """What the sampler writes to, stage by stage."""
         return {"step": frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))}
+
+    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
+        """How many rows of the engine's batch each image takes."""
+        return 1
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
@@ -46,7 +50,7 @@ class AutoregressiveSampler:
         if np.any((codes < 0) != unknown[..., None]):
             raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
         batch, positions = codes.shape[:2]
-        rows = 2 if self._guides(request) else 1  # of the engine's batch, for each image
+        rows = self.rows(request.labels, request.options)
         needed = np.flatnonzero(unknown.any(0))
         if needed.size == 0:
             return request.known
@@ -84,19 +88,9 @@ class AutoregressiveSampler:
         binding.run()
         self.seconds["step"] += time.perf_counter() - start
 
-    def _guides(self, request: Request) -> bool:
-        without = request.options.get("guidance_scale", 1) == 1 or (request.labels == self.no_label).all()
-        return not without
-
     def _write_options(self, binding: Any, request: Request) -> None:
-        batch = len(request.labels)
-        binding.inputs["label"][:batch] = request.labels
-        binding.inputs["label"][batch:] = self._classes
+        binding.inputs["label"][: len(request.labels)] = request.labels
         write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
-        if "guidance" in binding.inputs:
-            rows = np.arange(len(binding.inputs["label"]))
-            binding.inputs["partner"][:] = np.where(rows < batch, (rows + batch) % len(rows), rows)
-            binding.inputs["guidance"][:] = request.options["guidance_scale"]  # of no effect on its own partner
 
     def unknown(self, mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
         """The codes to draw [B, h, w, Q], where pixels are unknown [B, H, W].
@@ -128,6 +122,17 @@ class GuidedSampler(AutoregressiveSampler):
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
         """As for `AutoregressiveSampler`."""
         return {"step": AutoregressiveSampler.inputs(prior)["step"] | {"partner", "guidance"}}
+
+    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
+        """Two with guidance, unless there is nothing to guide to."""
+        return 1 if options["guidance_scale"] == 1 or (labels == self.no_label).all() else 2
+
+    def _write_options(self, binding: Any, request: Request) -> None:
+        super()._write_options(binding, request)
+        batch, rows = len(request.labels), np.arange(len(binding.inputs["label"]))
+        binding.inputs["label"][batch:] = self.no_label
+        binding.inputs["partner"][:] = np.where(rows < batch, (rows + batch) % len(rows), rows)
+        binding.inputs["guidance"][:] = request.options["guidance_scale"]  # of no effect on its own partner
 
 
 def carry(source: Any, target: Any) -> None:

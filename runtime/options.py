@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.arguments import as_numbers
 from vqdeploy.runtime.schedules import SCHEDULES
 
 _COLDEST, _HOTTEST = 1e-20, 1e20  # temperatures beyond which quotients of logits leave fp32
@@ -49,15 +50,13 @@ def _check(name: str, value: Any, depth: int, codebook_size: int) -> Any:
         return value
     low, high = _LIMITS[name]
     high = codebook_size if name == "top_k" else high
-    try:
-        values = np.atleast_1d(np.asarray(value, float))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise VqdeployError(f"{name} is malformed", expected="a number", found=value) from error
-    if values.shape not in ((1,), (depth if name in _PER_DEPTH else 1,)):
-        expected = f"one value or {depth}" if name in _PER_DEPTH else "one value"
+    values, most = np.atleast_1d(as_numbers(name, value)), depth if name in _PER_DEPTH else 1
+    if values.shape not in ((1,), (most,)):
+        expected = f"one value or {most}" if most > 1 else "one value"
         raise VqdeployError(f"{name} has the wrong number of values", expected=expected, found=values.size)
     if not np.all((values >= low) & (values <= high) & np.isfinite(values)):
-        raise VqdeployError(f"{name} is out of range", expected=f"{low}..{high}", found=value)
+        expected = f"{low}..{high}" if np.isfinite(high) else f"a finite number from {low} on"
+        raise VqdeployError(f"{name} is out of range", expected=expected, found=value)
     if name in _WHOLE and np.any(values % 1):
         raise VqdeployError(f"{name} is malformed", expected="whole numbers", found=value)
     if name in _PER_DEPTH:

@@ -12,6 +12,7 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import options
+from vqdeploy.runtime.arguments import as_array, as_numbers, check_whole, is_whole
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler, GuidedSampler
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
@@ -30,7 +31,6 @@ _SAMPLERS: dict[str, Any] = {
 }
 _CALL_PIXELS = 256 * 256
 _FEATURE_IMAGES = 8  # of one call
-_LARGEST = 2**62  # seed and image index, which key the noise
 
 
 @dataclass
@@ -172,16 +172,18 @@ class Pipeline:
         self.manifest.stage(stage)
         return self._sessions[stage]
 
-    def label(self, name: str) -> int:
-        """The label of a class by its name or its number.
+    def label(self, name: str | int) -> int:
+        """The label of a class by its name or its number, which may be text too.
 
         Raises:
             VqdeployError: There is no such class.
         """
         names = self._config["labels"]
-        if name in names:
+        if isinstance(name, str) and name in names:
             return list(names).index(name)
-        if name.isdecimal() and len(name) < 10 and int(name) < self.classes:
+        if isinstance(name, str) and name.isdecimal() and len(name) < 10:
+            name = int(name)
+        if is_whole(name) and 0 <= int(name) < self.classes:
             return int(name)
         expected = f"0..{self.classes - 1}" + (f" or one of {', '.join(names)}" if names else "")
         raise VqdeployError("no such label", expected=expected, found=name)
@@ -193,7 +195,7 @@ class Pipeline:
             VqdeployError: The images have the wrong shape or type.
         """
         expected = (self.side, self.side, 3)
-        images = np.asarray(images)
+        images = as_array("images", images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
             raise VqdeployError(
                 "images have the wrong shape or type",
@@ -217,7 +219,7 @@ class Pipeline:
         if depth is not None:
             if "depth" not in self._config["tokenizer"]:
                 raise VqdeployError("this system's codes have no depths to leave out", expected="no depth", found=depth)
-            if not 1 <= depth <= self.grid[-1]:
+            if not is_whole(depth) or not 1 <= depth <= self.grid[-1]:
                 raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
             codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
         run = self._sessions["decode"].run
@@ -249,12 +251,12 @@ class Pipeline:
         """Images -> their codes -> images, as `encode` and `decode`."""
         return self.decode(self.encode(images), depth)
 
-    def generate(self, labels: Sequence[int] | None = None, *, num_images: int = 1, **options: Any) -> Output:
+    def generate(self, labels: Sequence[int] | None = None, *, num_images: int | None = None, **options: Any) -> Output:
         """Samples images.
 
         Args:
             labels: Class of each image; None for `num_images` of an unconditional prior.
-            num_images: How many images when `labels` is None.
+            num_images: How many images when `labels` is None, 1 by default.
             **options: `seed`, `first_image`, `callback` and sampling options; see `complete`.
 
         Raises:
@@ -265,8 +267,12 @@ class Pipeline:
                 raise VqdeployError(
                     "this prior needs labels", expected=f"labels in 0..{self.classes - 1}", found="none"
                 )
+            num_images = 1 if num_images is None else num_images
+            check_whole(1, num_images=num_images)
             labels = [0] * num_images
-        known = np.full((np.size(labels), *self.grid), -1, np.int64)
+        elif num_images is not None:
+            raise VqdeployError("labels say how many images", expected="no num_images beside them", found=num_images)
+        known = np.full((as_numbers("the list of labels", labels, whole=True).size, *self.grid), -1, np.int64)
         return self.complete(known, labels, **options)
 
     def inpaint(
@@ -289,7 +295,7 @@ class Pipeline:
 
         Args:
             images: uint8 [B, H, W, 3].
-            labels: Class of each image; None for an unconditional prior, and for none with a masked prior.
+            labels: Class of each image; None for an unconditional prior, and for no label if the prior takes guidance.
             mask: True where pixels are unknown, bool [B, H, W] or [H, W].
             mask_ratio: Instead of a mask, the share of codes to sample: chosen at random by the seed for a masked
                 prior, from the bottom up for an autoregressive one.
@@ -302,15 +308,13 @@ class Pipeline:
         Raises:
             VqdeployError: An argument is out of range or missing.
         """
-        _check_whole(completions=completions, seed=seed, first_image=first_image)
-        images = np.asarray(images)
+        check_whole(1, completions=completions)
+        check_whole(seed=seed, first_image=first_image)
+        images = as_array("images", images)
         codes = self.encode(images)
         unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)
         known = np.concatenate([np.where(unknown, -1, codes)] * completions)
-        if labels is None and self.classes == 1:
-            labels = [0] * len(images)
-        if labels is not None:
-            labels = np.tile(labels, completions).tolist()
+        labels = self._repeated(labels, len(images), completions)
         output = self.complete(known, labels, seed=seed, first_image=first_image, **options)
         if mask is not None and self._sampler.keeps_pixels:
             drawn = output.images.reshape(completions, *images.shape)
@@ -338,18 +342,22 @@ class Pipeline:
         Raises:
             VqdeployError: The system's codes have one level, or an argument is out of range.
         """
-        _check_whole(completions=completions)
+        check_whole(1, completions=completions)
         codes = self.encode(images)
         maps = self.maps(codes)
         if len(maps) == 1:
             raise VqdeployError("this system's codes have one level", expected="a system such as vqvae2", found="one")
-        if not 0 <= keep < len(maps):
+        if not is_whole(keep) or not 0 <= keep < len(maps):
             raise VqdeployError("no such number of levels to keep", expected=f"0..{len(maps) - 1}", found=keep)
         count = sum(level[0].size for level in maps[:keep])
         known = np.concatenate([np.where(np.arange(codes.shape[1]) < count, codes, -1)] * completions)
-        if labels is None and self.classes == 1:
-            labels = [0] * len(codes)
-        return self.complete(known, None if labels is None else np.tile(labels, completions).tolist(), **options)
+        return self.complete(known, self._repeated(labels, len(codes), completions), **options)
+
+    def _repeated(self, labels: Sequence[int] | None, count: int, completions: int) -> list[int] | None:
+        """The labels of several completions of a number of images; an unconditional prior has one label."""
+        if labels is None:
+            return [0] * (count * completions) if self.classes == 1 else None
+        return np.tile(self._check_labels(labels, count), completions).tolist()
 
     def unknown(
         self,
@@ -367,13 +375,14 @@ class Pipeline:
         """
         if (mask is None) == (mask_ratio is None):
             raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
-        _check_whole(seed=seed, first_image=first_image)
+        check_whole(seed=seed, first_image=first_image)
         self._check_prior()
         if mask_ratio is not None:
-            if not 0 <= mask_ratio <= 1:
-                raise VqdeployError("the mask ratio is out of range", expected="0..1", found=mask_ratio)
-            return self._sampler.unknown_share(mask_ratio, self.grid, first_image + np.arange(count), seed)
-        mask, square = np.asarray(mask, bool), (self.side, self.side)
+            ratio = as_numbers("the mask ratio", mask_ratio)
+            if ratio.shape or not 0 <= ratio <= 1:
+                raise VqdeployError("the mask ratio is out of range", expected="one number in 0..1", found=mask_ratio)
+            return self._sampler.unknown_share(float(ratio), self.grid, first_image + np.arange(count), seed)
+        mask, square = as_array("the mask", mask).astype(bool), (self.side, self.side)
         if mask.shape not in (square, (count, *square)):
             raise VqdeployError("the mask does not fit", expected=list(square), found=list(mask.shape))
         return self._sampler.unknown(np.broadcast_to(mask, (count, *square)), self.grid)
@@ -394,7 +403,7 @@ class Pipeline:
 
         Args:
             known: Codes int64 [B, *grid], -1 where a code is to be sampled.
-            labels: Class of each image [B]; None for none with a masked prior.
+            labels: Class of each image [B]; None for no label, if the prior takes guidance.
             seed: Seed of the noise, at least 0.
             first_image: Index of the first image: image i of any batch is drawn from (seed, first_image + i).
             callback: Called after every step; see `Callback`.
@@ -402,10 +411,12 @@ class Pipeline:
                 `temperature` divides the logits; 0 takes the most likely code.
                 `top_k` keeps the k most likely codes; 0 keeps all.
                 `top_p` keeps the most likely codes until their probability reaches p.
-                These three may be lists of one value for each depth or level. Masked priors also take:
+                These three may be lists of one value for each depth or level.
+                `guidance_scale` s: logits are u + s * (c - u) with c given the label and u without; 1 is no guidance.
+                Priors that were trained without labels too take it: masked ones and GPTs.
+                Masked priors also take:
                 `steps`, the number of engine calls.
                 `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
-                `guidance_scale` s: logits are u + s * (c - u) with c given the label and u without; 1 is no guidance.
                 `choice_temperature` scales the noise on the confidence, which falls to 0 at the last step.
 
         Raises:
@@ -447,16 +458,29 @@ class Pipeline:
         callback: Callback | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """The codes of `complete`, and the seconds that each stage took of it; `chosen` comes from `options`."""
-        classes = self._check_labels(labels, len(known))
         known = self._check_codes(known, lowest=-1)
-        _check_whole(seed=seed, first_image=first_image)
+        classes = self._check_labels(labels, len(known))
+        check_whole(seed=seed, first_image=first_image)
         chosen = chosen or self.options()
         codes, seconds = [], Counter[str]()
-        for part in self._batches(len(known), min(self._batch.max, self._sampler.call_images)):
+        for part in self._batches(len(known), min(self._call_images(classes, chosen), self._sampler.call_images)):
             images = first_image + np.arange(len(known))[part]
             codes.append(self._sampler(Request(known[part], classes[part], images, seed, chosen), callback))
             seconds += self._sampler.seconds
         return np.concatenate(codes), dict(seconds)
+
+    def _call_images(self, labels: np.ndarray, chosen: dict[str, Any]) -> int:
+        """How many images the plan's largest batch holds."""
+        guides = isinstance(self._sampler, AutoregressiveSampler)
+        rows = self._sampler.rows(labels, chosen) if guides else 1
+        if rows > self._batch.max:
+            raise VqdeployError(
+                f"an image with guidance takes {rows} rows of a call",
+                expected=f"a plan for {rows} or more",
+                found=self._batch.max,
+                fix=f"vqdeploy build PACKAGE --max-batch {rows}",
+            )
+        return self._batch.max // rows
 
     def _check_labels(self, labels: Sequence[int] | None, count: int) -> np.ndarray:
         classes = self.classes
@@ -464,15 +488,16 @@ class Pipeline:
             return np.full(count, self._sampler.no_label)
         if labels is None:
             raise VqdeployError("this prior needs labels", expected=f"labels in 0..{classes - 1}", found="none")
-        array = np.asarray(labels)
-        if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
-            raise VqdeployError("labels are malformed", expected=f"{count} whole numbers", found=labels)
+        array = as_numbers("the list of labels", labels, whole=True)
+        if array.shape != (count,):
+            expected = f"a list of one for each image ({count})"
+            raise VqdeployError("there are too few or too many labels", expected=expected, found=array.tolist())
         if wrong := [label for label in array.tolist() if not 0 <= label < classes]:
             raise VqdeployError("a label is out of range", expected=f"0..{classes - 1}", found=wrong[0])
-        return array.astype(np.int64)
+        return array
 
     def _check_codes(self, codes: np.ndarray, lowest: int = 0) -> np.ndarray:
-        codes = np.asarray(codes)
+        codes = as_array("codes", codes)
         if (
             codes.ndim != 1 + len(self.grid)
             or codes.shape[1:] != self.grid
@@ -496,10 +521,3 @@ class Pipeline:
         if count == 0:
             raise VqdeployError("nothing was asked for", expected="at least one image", found=0)
         return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _check_whole(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
-            expected = f"a whole number in 0..{_LARGEST}"
-            raise VqdeployError(f"{name} is out of range", expected=expected, found=value)

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from vqdeploy import bench
+from vqdeploy import bench, checkpoint
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load
 
@@ -42,6 +42,20 @@ def test_steps_and_host_make_up_a_generation(report):
 def test_weight_traffic_counts_the_matrices_of_the_step(plan):
     # Width 64: two layers of the body, and at each of four depths one layer and the classifier of 64 codes.
     assert bench.step_weight_bytes(load(plan)) == 4 * (2 * 12 * 64**2 + 4 * (12 * 64**2 + 64 * 64))
+
+
+def test_a_gpt_is_timed_with_guidance(vit_plan, vit_system, tmp_path):
+    checkpoint.save(vit_system, tmp_path / "vit")
+    options = {"baselines": ("eager",), "checkpoint": tmp_path / "vit", "options": {"guidance_scale": 2.0}}
+    report = bench.bench(vit_plan, warm_up=0, iterations=1, **options)
+    assert {(r["name"], r["task"]) for r in report["results"]} == {
+        (n, t) for n in ("vqdeploy", "eager") for t in bench.TASKS
+    }
+    assert report["options"]["guidance_scale"] == 2
+    generated = next(r for r in report["results"] if (r["name"], r["task"]) == ("vqdeploy", "generate"))
+    assert generated["step_ms"] == pytest.approx(generated["steps_ms"] / 16)
+    # Width 64: three layers, and the classifier of 64 codes.
+    assert bench.step_weight_bytes(load(vit_plan)) == 4 * (3 * 12 * 64**2 + 64 * 64)
 
 
 def test_the_report_is_json_and_a_table(report):

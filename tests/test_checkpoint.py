@@ -12,6 +12,7 @@ import vqdeploy
 from vqdeploy import checkpoint
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.models import create
+from vqdeploy.models.system import ARCHITECTURES
 from vqdeploy.presets import preset
 
 FILE = "model.safetensors"
@@ -230,6 +231,39 @@ def test_a_configuration_of_impossible_numbers(copy, change_):
     refused(copy, None)
 
 
+def numbers(part, path=()):
+    """Paths and values of all numbers of a configuration."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+        if isinstance(value, dict | list):
+            yield from numbers(value, (*path, key))
+        elif type(value) in (int, float):
+            yield (*path, key), value
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES)
+def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
+    folder = tmp_path / model
+    checkpoint.save(create(preset(model, "tiny")), folder)
+    config = (folder / "config.json").read_text()
+    tried = 0
+    for path, value in numbers(json.loads(config)):
+        wrong = [-1] if value == 0 else [0, -1]
+        if path[-1] in ("decay", "dropout"):
+            wrong = [-0.1, 2.0, float("nan")]
+        elif type(value) is float:
+            wrong = [float("inf"), float("nan")]
+        for number in wrong:
+            changed = json.loads(config)
+            part = changed
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = number
+            (folder / "config.json").write_text(json.dumps(changed))
+            refused(folder, None)
+            tried += 1
+    assert tried > 30
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -238,7 +272,9 @@ def test_a_configuration_of_impossible_numbers(copy, change_):
         (["tokenizer", "pixel_range"], [1.0], "pixel_range"),
         (["tokenizer", "pixel_range"], [1.0, 1.0], "pixel_range"),
         (["tokenizer", "conv", "resolution"], 18, "resolution"),
-        (["tokenizer", "conv", "resolution"], 0, "resolution"),
+        (["tokenizer", "conv", "resolution"], 0, "resolution .* is too small; expected 1 or more, found 0"),
+        (["tokenizer", "conv", "channel_multipliers"], [], "describes no model"),
+        (["tokenizer", "decay"], 2.0, r"decay .* is out of range; expected 0\.\.1, found 2.0"),
         (["labels"], ["cat"], "labels"),
         (["sampling", "steps"], 0, "steps is out of range"),
         (["sampling", "schedule"], "foo", "no such schedule"),

@@ -114,6 +114,15 @@ def test_verify_json(vqdeploy, plan, checkpoint_folder):
     assert {"stage", "metric", "value", "limit", "passed"} == set(report["checks"][0])
 
 
+def test_the_weights_of_the_losses_reach_the_training(vqdeploy, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("vqdeploy.training.train", lambda **options: asked.update(options) or {})
+    weights = {"perceptual_weight": 0.5, "adversarial_weight": 0.25, "logit_laplace_weight": 0.125}
+    options = [part for name, value in weights.items() for part in ("--" + name.replace("_", "-"), value)]
+    assert parsed(vqdeploy("train", *options, "--json")) == {"checkpoint": "rqvae-tiny"}
+    assert weights.items() <= asked.items()
+
+
 def test_inspect_json(vqdeploy, plan):
     result = parsed(vqdeploy("inspect", plan, "--json"))
     assert result["format"] == 1
@@ -180,7 +189,9 @@ def test_without_labels_every_class_has_a_row(vqdeploy, plan, tmp_path):
 
 def test_codes_go_to_a_file_and_back(vqdeploy, plan, pipeline, picture, tmp_path):
     assert vqdeploy("run", "--engine", plan, "--task", "encode", "--input", picture, "-o", "codes.npz")[0] == 0
-    codes = np.load(tmp_path / "codes.npz")["codes"]
+    archive = np.load(tmp_path / "codes.npz", allow_pickle=False)
+    codes = archive["codes"]
+    assert archive["files"].tolist() == [str(picture)]
     assert (codes.shape, codes.dtype) == ((1, 4, 4, 4), np.int64)
     vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz", "--num-images", 1, "-o", "d.png")
     vqdeploy("run", "--engine", plan, "--task", "reconstruct", "--input", picture, "-o", "r.png")
@@ -274,7 +285,9 @@ def test_features_go_to_an_archive(vqdeploy, vit_plan, vit_pipeline, picture, op
     arguments = ["--task", "features", "--input", picture, "--input", picture, *options]
     result = parsed(vqdeploy("run", "--engine", vit_plan, *arguments, "--json"))
     assert (result["output"], result["shape"]) == ("vitvqgan-features.npz", list(shape))
-    features = np.load(tmp_path / "vitvqgan-features.npz")["features"]
+    archive = np.load(tmp_path / "vitvqgan-features.npz", allow_pickle=False)
+    features = archive["features"]
+    assert archive["files"].tolist() == [str(picture)] * 2
     expected = vit_pipeline.features(read(picture, 16)[None])
     np.testing.assert_allclose(features[0], expected[0, 2] if options else expected[0], rtol=1e-4, atol=1e-5)
 
@@ -298,10 +311,11 @@ def refused(result, code, *words):
         (["--task", "paint"], ["no such task", "inpaint"]),
         (["--label", "unicorn"], ["no such label", "cat, dog, eel", "unicorn"]),
         (["--label", "3"], ["no such label"]),
-        (["--temperature", "hot"], ["numbers split by commas", "hot"]),
+        (["--temperature", "hot"], ["--temperature is malformed; expected numbers split by commas", "hot"]),
+        (["--temperature", "inf"], ["a finite number from 0 on, found inf"]),
         (["--temperature", "1,2"], ["one value or 4"]),
         (["--temperature", "nan"], ["temperature is out of range"]),
-        (["--top-k", "1.5"], ["numbers split by commas"]),
+        (["--top-k", "1.5"], ["whole numbers split by commas"]),
         (["--top-k", "65"], ["0..64"]),
         (["--top-p", "2"], ["top_p is out of range"]),
         (["--seed", str(10**30)], ["seed is out of range"]),
@@ -315,7 +329,18 @@ def refused(result, code, *words):
         (["--task", "reconstruct", "--input", "in.png", "--depth", "5"], ["no such depth", "1..4"]),
         (["--task", "features", "--input", "in.png"], ["this plan has no features"]),
         (["--steps", "3"], ["this system has no option steps", "temperature, top_k, top_p"]),
-        (["--task", "reconstruct", "--input", "in.png", "--film", "f.gif"], ["only a generation", "reconstruct"]),
+        (["--task", "reconstruct", "--film", "f.gif"], ["--film is no option of this task; expected --task generate"]),
+        (["--layer", "1"], ["--layer", "expected --task features, found generate"]),
+        (["--depth", "1"], ["--depth", "--task reconstruct or resample or decode"]),
+        (["--input", "in.png"], ["--input", "found generate"]),
+        (["--mask", "in.png"], ["--mask is", "--task inpaint"]),
+        (["--mask-ratio", "0.5"], ["--mask-ratio", "--task inpaint"]),
+        (["--task", "encode", "--input", "in.png", "--label", "cat"], ["--label", "found encode"]),
+        (["--task", "encode", "--input", "in.png", "--num-images", "2"], ["--num-images", "found encode"]),
+        (["--task", "decode", "--top-k", "5"], ["--top-k", "expected --task generate or inpaint or resample"]),
+        (["--task", "encode", "--input", "in.png", "-o", "codes.png"], ["encode writes a file .npz", "codes.png"]),
+        (["-o", "gen.npz"], ["generate writes a file .png; expected -o FILE.png, found gen.npz"]),
+        (["-o", "gen.jpg"], ["generate writes a file .png"]),
         (["-o", "in.png/out.png"], ["in.png/out.png cannot be written", "-o"]),
         (["-o", "."], ["cannot be written"]),
     ],

@@ -90,14 +90,13 @@ def tiny_vit(tmp_path_factory):
     return folder / "vitvqgan.plan"
 
 
-def test_linear_probe(tiny_vit, tmp_path, monkeypatch, capsys):
-    """With one pass over the digits instead of five, and still above what the issue of the best layer asks for."""
-    script = load_script("linear_probe")
-    monkeypatch.setattr(script, "PASSES", 1)
-    script.main(str(tiny_vit), str(tmp_path / "probe.png"))
-    accuracies = [float(line.split(":")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines()]
-    assert len(accuracies) == 7
-    assert max(accuracies) > 90 > accuracies[0]
+@pytest.mark.slow
+def test_linear_probe(tiny_vit, tmp_path, capsys):
+    """The best layer knows the classes of 95 % of the digits, the codes alone do not."""
+    load_script("linear_probe").main(str(tiny_vit), str(tmp_path / "probe.png"), "0", "3")
+    first, best = (float(line.split(":")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines())
+    assert best >= 95
+    assert first < 85
     with Image.open(tmp_path / "probe.png") as plot:
         assert plot.format == "PNG"
 

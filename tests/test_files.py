@@ -20,6 +20,16 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
     assert content(tmp_path) == {"deep/a": "new"}
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A device would be lost; a pipe stands in for it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(VqdeployError, match="it is no regular file"), replacing_file(tmp_path / name):
+            pytest.fail("the block must not run")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
 OURS = ("marker", "old", "new", "x")
 
 

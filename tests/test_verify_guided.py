@@ -1,12 +1,16 @@
 """Plans of GPTs: good ones pass, and whatever is broken in one is found, by the check that names it."""
 
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
+from conftest import SMALL_VIT, lively
 from onnx import helper
 from test_verify import change_weight, failed, failures, reseal
 
+from vqdeploy.engines.build import build
+from vqdeploy.export.package import export
 from vqdeploy.runtime import autoregressive
 from vqdeploy.verify import verify, verify_package
 
@@ -34,6 +38,16 @@ def test_good_plans_pass(vit_plan, vit_system, vqgan_plan, vqgan_system):
     assert names == ["encode and decode", "step", "features", "generation"]
     assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "features", "generate"}
     assert failures(verify(vqgan_plan, vqgan_system)) == set()
+
+
+@pytest.mark.slow
+def test_a_good_plan_of_as_many_codes_as_published_passes(tmp_path):
+    """32x32, at a small width."""
+    prior = replace(SMALL_VIT.prior, grid=(32, 32, 1), width=32, layers=1, heads=2)
+    system = lively(replace(SMALL_VIT, tokenizer=replace(SMALL_VIT.tokenizer, resolution=128), prior=prior))
+    export(system, tmp_path / "onnx")
+    build(tmp_path / "onnx", tmp_path / "a.plan")
+    assert failures(verify(tmp_path / "a.plan", system)) == set()
 
 
 def test_a_class_embedding(copy, vit_system):
@@ -86,13 +100,13 @@ def test_guidance_that_is_ignored(copy, vit_system):
 
 
 def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
-    write = autoregressive.AutoregressiveSampler._write_options
+    write = autoregressive.GuidedSampler._write_options
 
     def swapped(sampler, binding, request):
         write(sampler, binding, request)
         binding.inputs["partner"][:] = 0
 
-    monkeypatch.setattr(autoregressive.AutoregressiveSampler, "_write_options", swapped)
+    monkeypatch.setattr(autoregressive.GuidedSampler, "_write_options", swapped)
     failed(failures(verify(vit_plan, vit_system)), "generate: whole distribution: tokens")
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: a folder of `config.json`, `model.safetensors` and, when trained here, `training.json`."""
 
+import dataclasses
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json, replacing_folder, write_json
 from vqdeploy.models import System, SystemConfig, create
@@ -15,6 +18,8 @@ from vqdeploy.presets import preset
 
 FILES = ("config.json", "model.safetensors", "training.json", "reconstructions.png", "samples.png")
 """What a checkpoint folder holds; the pictures are for people."""
+
+_SHARES = ("decay", "dropout")
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -49,7 +54,6 @@ def load(folder: str | Path) -> System:
     if not folder.is_dir():
         raise VqdeployError(f"{folder} is not a checkpoint folder", fix="vqdeploy train --help")
     config = SystemConfig.from_dict(read_json(folder / "config.json"))
-    _check_config(folder / "config.json", config)
     file = folder / "model.safetensors"
     if not file.exists():
         raise VqdeployError(f"{file} does not exist")
@@ -58,6 +62,7 @@ def load(folder: str | Path) -> System:
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error})") from error
     try:
+        _check_config(folder / "config.json", config)
         with torch.device("meta"):
             expected = System(config).state_dict()
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -71,6 +76,8 @@ def load(folder: str | Path) -> System:
 def _check_config(file: Path, config: SystemConfig) -> None:
     """Refuses a configuration whose parts do not fit each other: graphs made of it would fail late, or silently."""
     tokenizer, prior = config.tokenizer, config.prior
+    for part in (tokenizer, prior):
+        _check_numbers(file, part)
     if len(tokenizer.pixel_range) != 2 or tokenizer.pixel_range[0] >= tokenizer.pixel_range[1]:
         found = list(tokenizer.pixel_range)
         raise ArtifactError(f"pixel_range in {file} is no range", expected="two rising numbers", found=found)
@@ -91,6 +98,21 @@ def _check_config(file: Path, config: SystemConfig) -> None:
         choose({}, config.sampling.to_dict(), prior.depth, prior.codebook_size)
     except VqdeployError as error:
         raise ArtifactError(f"the sampling in {file} is wrong: {error}") from error
+
+
+def _check_numbers(file: Path, part: Config | None) -> None:
+    """Refuses sizes and counts below 1, or below 0 where that is the default, shares outside 0..1, and infinities."""
+    for field in dataclasses.fields(part) if part else ():
+        value = getattr(part, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, Config):
+                _check_numbers(file, number)
+            elif field.type in (int, tuple[int, ...]) and number < (lowest := 0 if field.default == 0 else 1):
+                raise ArtifactError(f"{field.name} in {file} is too small", expected=f"{lowest} or more", found=number)
+            elif field.name in _SHARES and not 0 <= number <= 1:
+                raise ArtifactError(f"{field.name} in {file} is out of range", expected="0..1", found=number)
+            elif isinstance(number, float) and not math.isfinite(number):
+                raise ArtifactError(f"{field.name} in {file} is out of range", expected="a finite number", found=number)
 
 
 def _check_weights(file: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

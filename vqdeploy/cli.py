@@ -137,6 +137,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the recipe's when left out.")] = None,
     perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
     adversarial_weight: Annotated[float, typer.Option(min=0, help="Weight of the discriminator.")] = 0.0,
+    logit_laplace_weight: Annotated[float, typer.Option(min=0, help="Weight of the logit-Laplace loss.")] = 0.0,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint folder.")] = None,
@@ -158,6 +159,7 @@ def train(
         resume=resume,
         perceptual_weight=perceptual_weight,
         adversarial_weight=adversarial_weight,
+        logit_laplace_weight=logit_laplace_weight,
     )
     _finish({"checkpoint": str(folder), **metrics}, as_json, f"{json.dumps(metrics, indent=2)}\n{folder}")
 
@@ -217,21 +219,24 @@ def build(
     _finish(result, as_json, f"{plan}  {size / 1e6:.1f} MB for {backend}")
 
 
-def _numbers(text: str | None, kind: type) -> Any:
+def _numbers(option: str, text: str | None, kind: type) -> Any:
     """One number, or a list of one for each depth: `0.9` or `0.9,0.8,1,1`."""
     if text is None:
         return None
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise VqdeployError("an option is malformed", expected="numbers split by commas", found=text) from error
+        expected = "whole numbers split by commas" if kind is int else "numbers split by commas"
+        raise VqdeployError(f"{option} is malformed", expected=expected, found=text) from error
     return values[0] if len(values) == 1 else values
 
 
 @app.command()
 def run(
     engine: Engine,
-    task: Annotated[str, typer.Option(help="generate, reconstruct, inpaint, encode, decode or features.")] = "generate",
+    task: Annotated[
+        str, typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features.")
+    ] = "generate",
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
     num_images: Annotated[
         int | None,
@@ -249,7 +254,8 @@ def run(
         typer.Option(help="How many codes stay masked: cosine, arccos, linear, ...; or halton."),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", "--cfg-scale", help="Pull towards the label; 1 is none.")
+        float | None,
+        typer.Option("--guidance-scale", "--cfg-scale", help="movq, vitvqgan, vqgan: pull to the label; 1 is none."),
     ] = None,
     choice_temperature: Annotated[
         float | None, typer.Option(help="Noise on the confidence by which a masked prior keeps codes.")
@@ -257,17 +263,23 @@ def run(
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="Image, folder or codes; repeatable.")] = None,
     mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share of the codes to draw anew.")] = None,
-    depth: Annotated[int | None, typer.Option(help="decode, reconstruct: use this many codes a position.")] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="decode, reconstruct: use this many codes a position; resample: keep this many levels."),
+    ] = None,
     layer: Annotated[
         int | None, typer.Option(help="features: behind this many layers of the prior; all when left out.")
     ] = None,
     film: Annotated[
         Path | None, typer.Option(help="generate: write the steps of the first image as a PNG strip or a GIF.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File; SYSTEM-TASK.png when left out.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File; SYSTEM-TASK.png when left out, .npz for encode and features."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate, reconstruct or complete images with a plan.
+    """Generate, reconstruct or complete images with a plan, or take their codes and features.
 
     Temperature, top-k and top-p take one number, or one for each depth: 0.9,0.95,1,1.
     """
@@ -275,9 +287,9 @@ def run(
     from vqdeploy.run import run as run_job
 
     options = {
-        "temperature": _numbers(temperature, float),
-        "top_k": _numbers(top_k, int),
-        "top_p": _numbers(top_p, float),
+        "temperature": _numbers("--temperature", temperature, float),
+        "top_k": _numbers("--top-k", top_k, int),
+        "top_p": _numbers("--top-p", top_p, float),
         "steps": steps,
         "schedule": schedule,
         "guidance_scale": guidance_scale,

@@ -18,10 +18,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its name when the block ends well and vanishes otherwise.
 
     Raises:
-        VqdeployError: The folder cannot be written to.
+        VqdeployError: The folder cannot be written to, or the path is taken by what is no file.
     """
-    if path.is_dir():
-        raise VqdeployError(f"{path} cannot be written (it is a folder)", fix="name another place with -o")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise VqdeployError(f"{path} cannot be written (it is {kind})", fix="name another place with -o")
     with temporary_folder(path) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,8 +14,6 @@ from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
-TASKS = ("generate", "reconstruct", "inpaint", "resample", "encode", "decode", "features")
-_ARCHIVES = ("encode", "features")  # tasks whose result is an NPZ
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
 _COLUMNS = 8
 _FILM_VEIL = 0.75  # lets what is drawn for now shine through
@@ -52,12 +50,14 @@ def run(job: Job) -> dict[str, Any]:
     """
     if job.task not in TASKS:
         raise VqdeployError("there is no such task", expected=" or ".join(TASKS), found=job.task)
+    task = TASKS[job.task]
+    _check_options(job)
+    _check_output(job, task.suffix)
     _check_film(job)
     pipeline = load(job.engine)
-    suffix = "npz" if job.task in _ARCHIVES else "png"
-    output = job.output or Path(f"{pipeline.manifest.system}-{job.task}.{suffix}")
+    output = job.output or Path(f"{pipeline.manifest.system}-{job.task}{task.suffix}")
     start = time.perf_counter()
-    result = _HANDLERS[job.task](pipeline, job, output)
+    result = task.run(pipeline, job, output)
     seconds = time.perf_counter() - start
     return {"task": job.task, "output": str(output), "seconds": round(seconds, 4), **result}
 
@@ -86,7 +86,7 @@ def _frames(pipeline: Pipeline, label: int, options: dict[str, Any]) -> np.ndarr
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    images = _read_images(pipeline, job.inputs)
+    images = _read_images(pipeline, _files(job))
     shown = np.concatenate([images, pipeline.reconstruct(images, job.depth)])
     return _write(output, pipeline, shown, len(images), _depth(pipeline, job))
 
@@ -97,7 +97,7 @@ def _depth(pipeline: Pipeline, job: Job) -> dict[str, int]:
 
 
 def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    images = _read_images(pipeline, job.inputs)
+    images = _read_images(pipeline, _files(job))
     keep = 1 if job.depth is None else job.depth
     labels = _labels(pipeline, job, len(images))
     result = pipeline.resample(images, labels, keep=keep, completions=job.num_images or 1, **job.options)
@@ -106,7 +106,7 @@ def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 
 def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    images = _read_images(pipeline, job.inputs)
+    images = _read_images(pipeline, _files(job))
     mask = None if job.mask is None else read_mask(job.mask, pipeline.side)
     ratio = 0.5 if mask is None and job.mask_ratio is None else job.mask_ratio
     labels = _labels(pipeline, job, len(images))
@@ -126,21 +126,24 @@ def _labels(pipeline: Pipeline, job: Job, count: int) -> list[int] | None:
 
 
 def _encode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    return _write_archive(output, "codes", pipeline.encode(_read_images(pipeline, job.inputs)))
+    files = _files(job)
+    return _write_archive(output, "codes", pipeline.encode(_read_images(pipeline, files)), files)
 
 
 def _features(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    images = _read_images(pipeline, job.inputs)
+    files = _files(job)
+    images = _read_images(pipeline, files)
     features = pipeline.features(images, _labels(pipeline, job, len(images)))
     if job.layer is not None:
         if not 0 <= job.layer < features.shape[1]:
             raise VqdeployError("no such layer", expected=f"0..{features.shape[1] - 1}", found=job.layer)
         features = features[:, job.layer]
-    return _write_archive(output, "features", features)
+    return _write_archive(output, "features", features, files)
 
 
-def _write_archive(output: Path, name: str, array: np.ndarray) -> dict[str, Any]:
-    contents: dict[str, Any] = {name: array}
+def _write_archive(output: Path, name: str, array: np.ndarray, files: Sequence[Path]) -> dict[str, Any]:
+    """Writes an array, and as `files` the names of those that its rows come from."""
+    contents: dict[str, Any] = {name: array, "files": np.array([str(file) for file in files])}
     with replacing_file(output) as file, file.open("wb") as stream:
         np.savez_compressed(stream, **contents)
     return {"shape": list(array.shape)}
@@ -154,15 +157,55 @@ def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     return _write(output, pipeline, images, job.num_images or _COLUMNS, _depth(pipeline, job))
 
 
-_HANDLERS: dict[str, Callable[[Pipeline, Job, Path], dict[str, Any]]] = {
-    "generate": _generate,
-    "reconstruct": _reconstruct,
-    "inpaint": _inpaint,
-    "resample": _resample,
-    "encode": _encode,
-    "decode": _decode,
-    "features": _features,
+class Task(NamedTuple):
+    """What a task runs, how its file ends, and the options that it takes; with `samples` those of sampling too."""
+
+    run: Callable[[Pipeline, Job, Path], dict[str, Any]]
+    suffix: str
+    options: str
+    samples: bool = False
+
+    def takes(self, option: str) -> bool:
+        """Whether the task takes an option; one that `_OPTIONS` does not hold is of sampling."""
+        return option in self.options.split() or (self.samples and option not in _OPTIONS)
+
+
+_OPTIONS = {
+    "--label": "labels",
+    "--num-images": "num_images",
+    "--input": "inputs",
+    "--mask": "mask",
+    "--mask-ratio": "mask_ratio",
+    "--depth": "depth",
+    "--layer": "layer",
+    "--film": "film",
 }
+
+TASKS = {
+    "generate": Task(_generate, ".png", "--label --num-images --film", samples=True),
+    "reconstruct": Task(_reconstruct, ".png", "--input --depth"),
+    "inpaint": Task(_inpaint, ".png", "--input --label --num-images --mask --mask-ratio", samples=True),
+    "resample": Task(_resample, ".png", "--input --label --num-images --depth", samples=True),
+    "encode": Task(_encode, ".npz", "--input"),
+    "decode": Task(_decode, ".png", "--input --num-images --depth"),
+    "features": Task(_features, ".npz", "--input --label --layer"),
+}
+
+
+def _check_options(job: Job) -> None:
+    """Refuses options of other tasks, which would change nothing."""
+    sampling = {f"--{name.replace('_', '-')}": value for name, value in job.options.items() if name != "seed"}
+    for option, value in ({option: getattr(job, name) for option, name in _OPTIONS.items()} | sampling).items():
+        if value not in (None, (), []) and not TASKS[job.task].takes(option):
+            expected = " or ".join(name for name, task in TASKS.items() if task.takes(option))
+            raise VqdeployError(f"{option} is no option of this task", expected=f"--task {expected}", found=job.task)
+
+
+def _check_output(job: Job, suffix: str) -> None:
+    """Refuses a name that says another format than the one that is written."""
+    given = job.output.suffix.lower() if job.output else suffix
+    if given != suffix and given in (".npz", *Image.registered_extensions()):
+        raise VqdeployError(f"{job.task} writes a file {suffix}", expected=f"-o FILE{suffix}", found=job.output)
 
 
 def _write(output: Path, pipeline: Pipeline, images: np.ndarray, columns: int, note: dict[str, Any]) -> dict[str, Any]:
@@ -180,20 +223,24 @@ def _check_film(job: Job) -> None:
     """Refuses a film before the work is done."""
     if job.film is None:
         return
-    if job.task != "generate":
-        raise VqdeployError("only a generation has steps to film", expected="--task generate", found=job.task)
     if job.film.suffix.lower() not in (".gif", ".png") or job.film.is_dir():
         raise VqdeployError("a film cannot be written there", expected="a file .gif or .png", found=job.film)
     if job.output and job.film.resolve() == job.output.resolve():
         raise VqdeployError("the film would replace the images", expected="another file than -o", found=job.film)
 
 
-def _read_images(pipeline: Pipeline, inputs: Sequence[Path]) -> np.ndarray:
-    files, suffixes = [], Image.registered_extensions()
-    for path in inputs:
+def _files(job: Job) -> list[Path]:
+    """The images that the inputs name, and those in the folders that they name."""
+    files: list[Path] = []
+    suffixes = Image.registered_extensions()
+    for path in job.inputs:
         files += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
     if not files:
         raise VqdeployError("this task needs images", expected="--input FILE or FOLDER", found="none")
+    return files
+
+
+def _read_images(pipeline: Pipeline, files: Sequence[Path]) -> np.ndarray:
     return np.stack([read(file, pipeline.side) for file in files])
 
 

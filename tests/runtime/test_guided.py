@@ -1,14 +1,25 @@
 """Sampling from a GPT: guidance, the state of a token shift, prefixes, features."""
 
+import dataclasses
+import os
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import ImageInput
+from vqdeploy.runtime import load
+from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.manifest import BatchRange
 from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.onnxrt import OnnxrtSession
 
 LABELS = [0, 2, 1, 2]
+PLACES = 2**17  # 32 MB a cache
 WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1, "guidance_scale": 1}
 
 
@@ -68,6 +79,27 @@ def test_completion_goes_on_from_the_first_rows(either, rows, scale):
     np.testing.assert_array_equal(pipeline.complete(known, LABELS, seed=2, guidance_scale=scale).codes, whole)
 
 
+@pytest.fixture(params=[1, 2, 5])
+def narrow(request, vit_package, tmp_path):
+    """A pipeline whose calls take few rows, and how many."""
+    build(vit_package, tmp_path / "narrow.plan", batch=BatchRange(1, 1, request.param))
+    return load(tmp_path / "narrow.plan", threads=1), request.param
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_no_call_takes_more_rows_than_the_plan_allows(narrow, vit_pipeline, monkeypatch, scale):
+    (pipeline, largest), sizes, bind = narrow, set(), OnnxrtSession.bind
+    expected = vit_pipeline.generate(LABELS, seed=1, guidance_scale=scale).codes
+    monkeypatch.setattr(OnnxrtSession, "bind", lambda *args: sizes.add(args[1]["batch"]) or bind(*args))
+    if scale > largest:
+        with pytest.raises(VqdeployError, match=r"2 or more, found 1\. Fix: vqdeploy build PACKAGE --max-batch 2"):
+            pipeline.generate(LABELS, guidance_scale=scale)
+        pipeline.complete(expected * 0 - 1, None, guidance_scale=scale)  # nothing to guide to
+    else:
+        np.testing.assert_array_equal(pipeline.generate(LABELS, seed=1, guidance_scale=scale).codes, expected)
+    assert max(sizes) <= largest
+
+
 def test_caches_are_updated_in_place(vit_pipeline):
     session = vit_pipeline.session("step")
     assert len(session.stage.aliases) == 2 * 3
@@ -80,6 +112,60 @@ def test_caches_are_updated_in_place(vit_pipeline):
         assert results[output].data_ptr() == binding.inputs[name].ctypes.data
         assert (binding.inputs[name][:, :, 0] != 0).any()
         assert (binding.inputs[name][:, :, 1:] == 0).all()
+
+
+class LongCaches(Bundle):
+    """A plan whose `step` has more places in its caches than there are positions."""
+
+    def member(self, name):
+        content = super().member(name)
+        if name != "step.onnx":
+            return content
+        graph = onnx.load_from_string(bytes(content))
+        for info in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+            if info.name.startswith(("past_", "present_")):
+                info.type.tensor_type.shape.dim[2].dim_value = PLACES
+        return graph.SerializeToString()
+
+    def step(self):
+        stage = self.manifest.stage("step")
+
+        def longer(infos):
+            caches = ("past_", "present_")
+            shapes = [(*i.shape[:2], PLACES, i.shape[3]) if i.name.startswith(caches) else i.shape for i in infos]
+            return tuple(dataclasses.replace(info, shape=shape) for info, shape in zip(infos, shapes, strict=True))
+
+        return dataclasses.replace(stage, inputs=longer(stage.inputs), outputs=longer(stage.outputs))
+
+
+def resident():
+    """Bytes of this process that are in memory, those of mapped files too."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_step_touches_no_more_of_the_caches_than_the_places_in_use(vit_plan, tmp_path):
+    """The caches lie in files full of holes: what is read or written of them comes into memory, and nothing else."""
+    bundle = LongCaches(vit_plan)
+    nodes = onnx.load_from_string(bundle.member("step.onnx")).graph.node
+    assert [node.op_type for node in nodes].count("GroupQueryAttention") == 3
+    session = OnnxrtSession(bundle, bundle.step(), threads=1)
+    infos = [info for info in session.stage.inputs if info.name.startswith("past_")]
+    shape = (1, *infos[0].shape[1:])
+    caches = {info.name: np.memmap(tmp_path / info.name, np.float32, "w+", shape=shape) for info in infos}
+    total = sum(cache.nbytes for cache in caches.values())
+    binding = session.bind({"batch": 1, "length": 1}, caches)
+    binding.inputs["top_k"][:] = binding.inputs["temperature"][:] = 1
+    before = resident()
+    for position in range(16):
+        binding.inputs["position"][:] = position
+        binding.run()
+    assert resident() - before < total / 10
+    assert all(cache[0, :, :16].any((0, 2)).all() for cache in caches.values())
+
+    for output in session.stage.aliases:  # with other buffers for the results, it would copy
+        binding._io.bind_output(output, "cpu")
+    binding.run()
+    assert resident() - before > total
 
 
 @pytest.mark.parametrize("labels", [None, [0, 2, 1]])

@@ -574,6 +574,7 @@ def refused(call, *args, **kwargs):
         ({"guidance_scale": -0.5}, "guidance_scale is out of range"),
         ({"guidance_scale": float("nan")}, "guidance_scale is out of range"),
         ({"guidance_scale": [1, 1, 1, 1]}, "one value, found 4"),
+        ({"guidance_scale": True}, "guidance_scale is malformed"),
         ({"choice_temperature": -1}, "choice_temperature is out of range"),
         ({"choice_temperature": float("inf")}, "choice_temperature is out of range"),
         ({"top_k": 33}, "0..32, found 33"),

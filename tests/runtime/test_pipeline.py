@@ -302,6 +302,7 @@ def refused(call, *args, **kwargs):
         np.zeros((0, 16, 16, 3), np.uint8),
         None,
         "image",
+        [[1], [2, 3]],
     ],
 )
 @pytest.mark.parametrize("task", ["encode", "reconstruct", "inpaint"])
@@ -326,18 +327,21 @@ def test_codes_of_another_shape_or_out_of_range(pipeline, wrong):
     refused(pipeline.decode, wrong)
 
 
-@pytest.mark.parametrize("depth", [0, 5, -1])
+@pytest.mark.parametrize("depth", [0, 5, -1, "2", 1.5, True])
 def test_a_depth_that_is_not_there(pipeline, codes, depth):
     assert "expected 1..4" in refused(pipeline.decode, codes, depth)
 
 
-@pytest.mark.parametrize("labels", [[3], [-1], [], [0.5], ["cat"], [[0]], None, [2**70], 0, [True]])
+@pytest.mark.parametrize("labels", [[3], [-1], [], [0.5], ["cat"], [[0]], None, [2**70], 0, [True], "0", [[1], [2, 0]]])
 def test_labels_that_are_not_there(pipeline, labels):
     refused(pipeline.generate, labels)
 
 
 def test_as_many_labels_as_images(pipeline, images):
-    assert "5 whole numbers" in refused(pipeline.inpaint, images, [0, 1], mask_ratio=0.5)
+    message = refused(pipeline.inpaint, images, [0, 1], mask_ratio=0.5)
+    assert "one for each image (5), found [0, 1]" in message
+    for labels in (0, "0", [[1], [2, 0]], True):
+        refused(pipeline.inpaint, images[:1], labels, mask_ratio=0.5)
 
 
 numbers = st.one_of(
@@ -367,8 +371,15 @@ def test_options_are_refused_or_obeyed(pipeline, options):
     [
         ({"temperature": -0.1}, "temperature is out of range"),
         ({"temperature": float("nan")}, "temperature is out of range"),
-        ({"temperature": float("inf")}, "temperature is out of range"),
-        ({"temperature": "warm"}, "temperature"),
+        ({"temperature": float("inf")}, "temperature is out of range; expected a finite number from 0 on, found inf"),
+        ({"temperature": "warm"}, "temperature is malformed; expected a number, found warm"),
+        ({"temperature": "0.9"}, "temperature is malformed"),
+        ({"temperature": [0.9, "1", 1, 1]}, "temperature is malformed"),
+        ({"temperature": [[1], [1, 2]]}, "temperature is malformed"),
+        ({"top_p": True}, "top_p is malformed"),
+        ({"top_k": "5"}, "top_k is malformed"),
+        ({"seed": True}, "seed is out of range"),
+        ({"num_images": 3}, "labels say how many images"),
         ({"temperature": [1, 1]}, "one value or 4, found 2"),
         ({"top_k": -1}, "top_k is out of range"),
         ({"top_k": 65}, "0..64, found 65"),
@@ -407,6 +418,11 @@ def test_huge_temperatures_leave_only_the_noise(pipeline, temperature):
         {"mask_ratio": -0.1},
         {"mask_ratio": 1.1},
         {"mask_ratio": float("nan")},
+        {"mask_ratio": "0.5"},
+        {"mask_ratio": True},
+        {"mask_ratio": [0.5, 0.5]},
+        {"mask": [[True], [True, False]]},
+        {"mask_ratio": 0.5, "completions": 0},
         {"mask": np.ones((8, 8), bool)},
         {"mask": np.ones((4, 16, 16), bool)},
         {"mask": np.ones((5, 16, 16, 3), bool)},
@@ -416,12 +432,21 @@ def test_masks_that_do_not_fit(pipeline, images, arguments):
     refused(pipeline.inpaint, images, LABELS, **arguments)
 
 
-@pytest.mark.parametrize(("name", "label"), [("cat", 0), ("eel", 2), ("0", 0), ("2", 2)])
+@pytest.mark.parametrize("known", [None, 5, "codes", [[1], [2, 3]]])
+def test_completing_what_are_no_codes(pipeline, known):
+    refused(pipeline.complete, known, [1])
+
+
+def test_generating_nothing(pipeline):
+    assert "nothing was asked for; expected at least one image" in refused(pipeline.generate, [])
+
+
+@pytest.mark.parametrize(("name", "label"), [("cat", 0), ("eel", 2), ("0", 0), ("2", 2), (2, 2), (np.int64(1), 1)])
 def test_labels_by_name_or_number(pipeline, name, label):
     assert pipeline.label(name) == label
 
 
-@pytest.mark.parametrize("name", ["3", "-1", "Cat", "", "1.0", "²"])
+@pytest.mark.parametrize("name", ["3", "-1", "Cat", "", "1.0", "²", 3, -1, True, 1.0, None, [0]])
 def test_unknown_label_names(pipeline, name):
     assert "0..2 or one of cat, dog, eel" in refused(pipeline.label, name)
 

@@ -16,6 +16,7 @@ from vqdeploy.checkpoint import SHIPPED, load
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models import create
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
+from vqdeploy.models.system import ARCHITECTURES
 from vqdeploy.presets import preset
 from vqdeploy.training import Recipe, train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
@@ -25,6 +26,7 @@ from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import schedule
 from vqdeploy.training.tokenizer import TokenizerTraining, logit_laplace
 
+SYSTEMS = list(ARCHITECTURES)
 SHORT = {"steps": 3, "prior_steps": 2, "classifier_steps": 3, "batch_size": 8, "samples": 20}
 
 
@@ -56,7 +58,7 @@ def folder(tmp_path):
 # Runs from end to end
 
 
-@pytest.mark.parametrize("model", ["rqvae", "movq", "vitvqgan", "vqgan", "vqvae2"])
+@pytest.mark.parametrize("model", SYSTEMS)
 def test_digits(tmp_path, small, model):
     report = train(model, data="digits", output=tmp_path / "out", **SHORT)
     system = load(tmp_path / "out")
@@ -96,11 +98,12 @@ def test_images_without_classes(tmp_path, folder):
     assert "class_accuracy" not in report["metrics"]
 
 
-def test_adversarial_run(tmp_path, folder, monkeypatch):
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_adversarial_run(tmp_path, folder, monkeypatch, model):
     logits = []
     forward = PatchDiscriminator.forward
     monkeypatch.setattr(PatchDiscriminator, "forward", lambda d, x: logits.append(forward(d, x)) or logits[-1])
-    train(data=str(folder / "dark"), output=tmp_path / "out", adversarial_weight=0.75, **SHORT)
+    train(model, data=str(folder / "dark"), output=tmp_path / "out", adversarial_weight=0.75, **SHORT)
     assert len(logits) == 3 * SHORT["steps"]
     assert all(torch.isfinite(weight).all() for weight in load(tmp_path / "out").state_dict().values())
 
@@ -366,20 +369,27 @@ def test_perceptual_term_names_what_to_install(tmp_path, monkeypatch):
     assert not (tmp_path / "out.training").exists()
 
 
-def test_perceptual_term_is_weighted_and_reaches_the_decoder(monkeypatch):
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_perceptual_term_is_weighted_and_reaches_the_decoder(monkeypatch, model):
+    seen = []
+
     class Distance(nn.Module):  # stands in for VGG, whose weights are a download
         def forward(self, first, second):
+            seen.append(second)
             return (first - second).abs().flatten(1).mean(1)
 
     monkeypatch.setattr("vqdeploy.training.tokenizer.perceptual_network", Distance)
-    tokenizer = create(preset("rqvae", "tiny")).tokenizer
+    tokenizer = create(preset(model, "tiny")).tokenizer
     training = TokenizerTraining(tokenizer, Recipe(perceptual_weight=2.0))
-    x = torch.zeros(2, 3, 32, 32)
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    x = to_range(images, tokenizer.config.pixel_range)
     reconstruction = tokenizer(x)[0]
     term = training._perceptual(reconstruction, x)
-    torch.testing.assert_close(term, 2 * reconstruction.abs().mean())
+    torch.testing.assert_close(seen[0], to_range(images, (-1.0, 1.0)))  # what LPIPS takes, whatever the model's range
+    factor = 2 / (tokenizer.config.pixel_range[1] - tokenizer.config.pixel_range[0])
+    torch.testing.assert_close(term, 2 * factor * (reconstruction - x).abs().mean())
     term.backward()
-    assert tokenizer.decoder.conv_out.weight.grad.abs().sum() > 0
+    assert tokenizer.last_weight.grad.abs().sum() > 0
     assert TokenizerTraining(tokenizer, Recipe())._perceptual(reconstruction.detach(), x) == 0
 
 
@@ -392,7 +402,7 @@ def test_a_missing_package_is_named(monkeypatch):
 # The shipped weights
 
 
-@pytest.fixture(scope="module", params=["rqvae", "movq", "vitvqgan"])
+@pytest.fixture(scope="module", params=sorted(path.name for path in SHIPPED.iterdir()))
 def shipped(request):
     return SHIPPED / request.param / "tiny"
 

@@ -219,8 +219,3 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             x = level.upsample(level(x, condition))
         return self.conv_out(F.silu(self.norm_out(x, condition)))
-
-
-def last_layer(decoder: Decoder) -> Tensor:
-    """The weight against which the adversarial loss is balanced (section 3.1 of the paper)."""
-    return decoder.conv_out.weight

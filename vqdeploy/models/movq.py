@@ -58,6 +58,11 @@ class MoVQ(Tokenizer):
             config.codebook_size, config.code_dim, config.groups, config.metric, config.decay
         )
 
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the layer that makes the image."""
+        return self.decoder.conv_out.weight
+
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D]."""
         return self.quant_conv(self.encoder(x)).permute(0, 2, 3, 1)

@@ -49,6 +49,11 @@ class RQVAE(Tokenizer):
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.conv.latent_channels, 1)
         self.quantizer = ResidualQuantizer(config.codebook_size, config.code_dim, config.depth, config.decay)
 
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the layer that makes the image."""
+        return self.decoder.conv_out.weight
+
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D]."""
         return self.quant_conv(self.encoder(x)).permute(0, 2, 3, 1)

@@ -10,8 +10,8 @@ from vqdeploy.models.quantizers import Quantized
 class Tokenizer(nn.Module):
     """Images are float [B, 3, H, W] in `config.pixel_range`, codes int64 [B, h, w, Q].
 
-    An architecture adds `latents`, from an image to vectors [B, h, w, D], `reconstruct`, from vectors to an image, and
-    the quantizer between.
+    An architecture adds `latents`, from an image to vectors [B, h, w, D], `reconstruct`, from vectors to an image, the
+    quantizer between, and `last_weight`, against which an adversarial loss is balanced.
     """
 
     latents: Any

@@ -124,6 +124,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, h * w, width] -> image [B, 3, H, W]."""
 
+    to_pixel: Any
+
     def __init__(self, config: ViTVQGANConfig):
         super().__init__()
         width, side = config.decoder.width, config.grid[0]
@@ -155,6 +157,11 @@ class ViTVQGAN(Tokenizer):
         self.pre_quant = nn.Linear(config.encoder.width, config.code_dim)
         self.post_quant = nn.Linear(config.code_dim, config.decoder.width)
         self.quantizer = MultichannelQuantizer(config.codebook_size, config.code_dim, 1, "cosine", config.decay)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the layer that makes the image."""
+        return self.decoder.to_pixel[-1].weight
 
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D], not normalized."""

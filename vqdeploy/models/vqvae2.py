@@ -131,6 +131,11 @@ class VQVAE2(nn.Module):
         self.decoders = nn.ModuleList(decoder(config, width, dim, 2) for width in widths[:-1])
         self.decoders.append(decoder(config, widths[-1], 3, _STRIDE))
 
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the layer that makes the image."""
+        return self.decoders[-1][-1].weight
+
     def encode(self, x: Tensor) -> Tensor:
         """Image -> codes."""
         codes = []

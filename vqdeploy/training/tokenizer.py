@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from vqdeploy.models.conv import last_layer
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, psnr
@@ -59,9 +58,7 @@ class TokenizerTraining(LightningModule):
         self.log("mse", error, prog_bar=True)
         loss = error + self._perceptual(reconstruction, x)
         if self.recipe.logit_laplace_weight:
-            low, high = self.tokenizer.config.pixel_range
-            made, target = ((pixels - low) / (high - low) for pixels in (reconstruction, x))
-            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(made, target)
+            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(*map(self._unit, (reconstruction, x)))
         if self.discriminator:
             loss = loss + self._adversarial(self.discriminator(reconstruction), loss)
         self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)
@@ -69,13 +66,19 @@ class TokenizerTraining(LightningModule):
             logits = self.discriminator(x), self.discriminator(reconstruction.detach())
             self._step(1, self.recipe.adversarial_weight * discriminator_loss(*logits))
 
+    def _unit(self, pixels: Tensor) -> Tensor:
+        """Pixels in the range of the model -> in 0..1."""
+        low, high = self.tokenizer.config.pixel_range
+        return (pixels - low) / (high - low)
+
     def _perceptual(self, reconstruction: Tensor, x: Tensor) -> Tensor:
-        terms = [network.to(x.device)(reconstruction, x).mean() for network in self.perceptual]
+        images = [2 * self._unit(pixels) - 1 for pixels in (reconstruction, x)]
+        terms = [network.to(x.device)(*images).mean() for network in self.perceptual]
         return self.recipe.perceptual_weight * sum(terms, x.new_zeros(()))
 
     def _adversarial(self, logits: Tensor, loss: Tensor) -> Tensor:
         generator = generator_loss(logits)
-        balance = adaptive_weight(loss, generator, last_layer(self.tokenizer.decoder))
+        balance = adaptive_weight(loss, generator, self.tokenizer.last_weight)
         self.log_dict({"generator": generator, "balance": balance}, prog_bar=True)
         return self.recipe.adversarial_weight * balance * generator
 
