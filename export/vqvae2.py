@@ -84,11 +84,11 @@ class RowConv(nn.Module):
         outputs, filters, mixed = (matrix.to(weight) for matrix in minimal_filtering(m, taps))
         n = len(mixed)
         groups = self.layers * n
-        self.conv = nn.Conv2d(groups * inputs, groups * self.channels, (rows, 1), groups=groups)
+        self.conv: Any = nn.Conv2d(groups * inputs, groups * self.channels, (rows, 1), groups=groups)
         self.conv.weight.data = (weight @ filters.T).permute(0, 4, 1, 2, 3).flatten(0, 2)[..., None].contiguous()
         bias = weight.new_zeros(self.layers, n, self.channels)
         bias[:, ONE] = torch.stack([conv.bias.detach() for conv in convolutions])
-        self.conv.bias.data = bias.flatten()
+        self.conv.bias = nn.Parameter(bias.flatten())
         first = m * torch.arange(self.tiles) - taps // 2
         places = torch.arange(width) - first[:, None]  # of the row's places in each tile's inputs [tiles, w]
         inside = (places >= 0) & (places < n)
@@ -269,7 +269,7 @@ class Pixel(nn.Module):
         self.second = nn.ModuleList(_taps(block.conv2.left) for block in gated)
         kind: Any = PixelAttention if config.attention else PixelExit
         self.exits = nn.ModuleList(kind(block.exit) for block in network.blocks)
-        self.out_blocks = nn.ModuleList(map(PointwiseGate, network.out_blocks))
+        self.out_blocks = nn.ModuleList(PointwiseGate(block) for block in network.out_blocks)  # type: ignore[arg-type]
         self.out = _pointwise(network.out)
         self.register_buffer("background", network.background[0].flatten(1).T.contiguous())
 
@@ -342,7 +342,10 @@ class Pixel(nn.Module):
         branches = (gates + _each(left_y, self.second)).unflatten(1, (self.layers, -1))
         branches = F.glu(branches, 2).unbind(1)
         x, background = entry + self.entry(codes), F.embedding(place, self.background)
-        inputs, keys, values, lasts = [], [], [], []
+        inputs: list[Tensor] = []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        lasts: list[Tensor] = []
         for i, exit_ in enumerate(self.exits):
             out = x
             for branch in branches[i * self.layers // self.blocks : (i + 1) * self.layers // self.blocks]:

@@ -1,7 +1,7 @@
 """Key-value cached sampling: one engine call a position."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class AutoregressiveSampler:
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
         self._session = sessions["step"]
         self._bindings: dict[int, tuple[dict[str, np.ndarray], Any]] = {}
-        self.seconds = Counter[str]()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
@@ -33,7 +33,7 @@ class AutoregressiveSampler:
         return {"step": frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))}
 
     def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
-        """How many rows of the engine's batch each image takes."""
+        """How many rows of an engine's batch each image takes."""
         return 1
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Sampling of a hierarchy of code maps, top first: one engine call a row and one a place in each level."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +29,7 @@ class Level:
         self._row, self._pixel = sessions[f"{name}_row"], sessions[f"{name}_pixel"]
         self._condition = sessions.get(f"{name}_condition")
         self._buffers: dict[int, tuple[Any, list[Any], Any]] = {}
-        self.seconds = Counter[str]()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def places(self, codes: np.ndarray, labels: np.ndarray, above: np.ndarray | None) -> Iterator[tuple[int, int, Any]]:
         """Row, column and the buffers of each place, in raster order, when all but noise and options is written there.
@@ -93,7 +93,7 @@ class Level:
             }
             rows = []
             for turn in range(seen):
-                roles = {}
+                roles: dict[str, np.ndarray] = {}
                 for axis, buffers in slots.items():
                     *above, new = buffers[turn:] + buffers[:turn]
                     roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)} | {f"spread_{axis}": new}
@@ -117,13 +117,17 @@ class HierarchicalSampler:
         grids = [tuple(level["grid"]) for level in prior["levels"]]
         names = level_names(len(grids))
         self.levels = [Level(name, sessions, grid) for name, grid in zip(names, grids, strict=True)]
-        self.seconds = Counter[str]()
+        self.seconds: dict[str, float] = {}
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
         """What the sampler writes to, stage by stage."""
         names = level_names(len(prior["levels"]))
         return {f"{n}_row": _ROW_INPUTS for n in names} | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
+
+    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
+        """How many rows of an engine's batch each image takes."""
+        return 1
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, N]: the known ones, and samples elsewhere.
@@ -145,7 +149,7 @@ class HierarchicalSampler:
                     if callback:
                         callback(step, total, codes)
             above, first = part, first + counts[index]
-        self.seconds = sum((level.seconds for level in self.levels), Counter[str]())
+        self.seconds = {stage: spent for level in self.levels for stage, spent in level.seconds.items()}
         return codes
 
     def _places(

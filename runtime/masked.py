@@ -5,7 +5,7 @@ Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), sectio
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,17 @@ class MaskedSampler:
         logits = next(info for info in session.stage.inputs if info.name == "noise")
         self.call_images = max(1, _CALL_LOGITS // math.prod(logits.shape[1:]))
         self._bindings: dict[tuple[int, int], Any] = {}
-        self.seconds = Counter[str]()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
         """What the sampler writes to, stage by stage."""
         names = "codes given label guidance noise choice_noise masked temperature choice_temperature"
         return {"step": frozenset(names.split())}
+
+    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
+        """How many rows of an engine's batch each image takes."""
+        return 1
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.

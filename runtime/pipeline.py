@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -462,17 +461,16 @@ class Pipeline:
         classes = self._check_labels(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
         chosen = chosen or self.options()
-        codes, seconds = [], Counter[str]()
+        codes, seconds = [], dict.fromkeys(self.stages, 0.0)
         for part in self._batches(len(known), min(self._call_images(classes, chosen), self._sampler.call_images)):
             images = first_image + np.arange(len(known))[part]
             codes.append(self._sampler(Request(known[part], classes[part], images, seed, chosen), callback))
-            seconds += self._sampler.seconds
-        return np.concatenate(codes), dict(seconds)
+            seconds |= {stage: seconds[stage] + spent for stage, spent in self._sampler.seconds.items()}
+        return np.concatenate(codes), {stage: spent for stage, spent in seconds.items() if spent}
 
     def _call_images(self, labels: np.ndarray, chosen: dict[str, Any]) -> int:
         """How many images the plan's largest batch holds."""
-        guides = isinstance(self._sampler, AutoregressiveSampler)
-        rows = self._sampler.rows(labels, chosen) if guides else 1
+        rows = self._sampler.rows(labels, chosen)
         if rows > self._batch.max:
             raise VqdeployError(
                 f"an image with guidance takes {rows} rows of a call",

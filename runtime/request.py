@@ -32,7 +32,8 @@ class Request:
 
 def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Which cells of a grid [B, height, width] a mask of pixels [B, H, W] touches."""
-    return mask.reshape(len(mask), height, mask.shape[1] // height, width, -1).any((2, 4))
+    pixels = mask.reshape(len(mask), height, mask.shape[1] // height, width, -1)
+    return np.logical_or.reduce(pixels, (2, 4))
 
 
 def write_options(options: dict[str, Any], inputs: dict[str, np.ndarray], size: int) -> None:

@@ -58,7 +58,7 @@ class TokenizerTraining(LightningModule):
         self.log("mse", error, prog_bar=True)
         loss = error + self._perceptual(reconstruction, x)
         if self.recipe.logit_laplace_weight:
-            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(*map(self._unit, (reconstruction, x)))
+            loss = loss + self.recipe.logit_laplace_weight * logit_laplace(self._unit(reconstruction), self._unit(x))
         if self.discriminator:
             loss = loss + self._adversarial(self.discriminator(reconstruction), loss)
         self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)
