@@ -267,8 +267,7 @@ class Pixel(nn.Module):
         widths = activations_x.shape[2], activations_y.shape[2]
         entries = torch.cat([activations_x, activations_y], 2)[:, :, None].split(widths, 3)
         row_x, row_y = (
-            torch.ops.vqdeploy.write_cache(rows, new, column)
-            for rows, new in zip((row_x, row_y), entries, strict=True)
+            torch.ops.vqdeploy.write_cache(rows, new, column) for rows, new in zip((row_x, row_y), entries, strict=True)
         )
         options = (option[:, 0] for option in (temperature, top_k, top_p))
         sampled = torch.ops.vqdeploy.sample(logits, noise[:, 0], *options)

@@ -302,7 +302,8 @@ class Pipeline:
         Raises:
             VqdeployError: An argument is out of range or missing.
         """
-        _check_whole(completions=completions, seed=seed, first_image=first_image)
+        _check_whole(seed=seed, first_image=first_image)
+        _check_whole(lowest=1, completions=completions)
         images = np.asarray(images)
         codes = self.encode(images)
         unknown = self.unknown(len(images), mask=mask, mask_ratio=mask_ratio, seed=seed, first_image=first_image)
@@ -338,12 +339,12 @@ class Pipeline:
         Raises:
             VqdeployError: The system's codes have one level, or an argument is out of range.
         """
-        _check_whole(completions=completions)
+        _check_whole(lowest=1, completions=completions)
         codes = self.encode(images)
         maps = self.maps(codes)
         if len(maps) == 1:
             raise VqdeployError("this system's codes have one level", expected="a system such as vqvae2", found="one")
-        if not 0 <= keep < len(maps):
+        if not isinstance(keep, int | np.integer) or not 0 <= keep < len(maps):
             raise VqdeployError("no such number of levels to keep", expected=f"0..{len(maps) - 1}", found=keep)
         count = sum(level[0].size for level in maps[:keep])
         known = np.concatenate([np.where(np.arange(codes.shape[1]) < count, codes, -1)] * completions)
@@ -498,8 +499,8 @@ class Pipeline:
         return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _check_whole(**numbers: Any) -> None:
+def _check_whole(lowest: int = 0, **numbers: Any) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, int | np.integer) or not 0 <= value <= _LARGEST:
-            expected = f"a whole number in 0..{_LARGEST}"
+        if not isinstance(value, int | np.integer) or not lowest <= value <= _LARGEST:
+            expected = f"a whole number in {lowest}..{_LARGEST}"
             raise VqdeployError(f"{name} is out of range", expected=expected, found=value)
