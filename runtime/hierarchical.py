@@ -14,7 +14,7 @@ from vqdeploy.runtime.request import Callback, Request, cells_of
 
 _PIXEL_INPUTS = frozenset(
     ("codes", "row", "column", "noise", "temperature", "top_k", "top_p", "entry", "inner", "gates")
-)
+) | frozenset(("past_left_x", "past_left_y", "past_row_x", "past_row_y"))
 _ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "past_above_x", "past_above_y"))
 
 
@@ -77,16 +77,16 @@ class Level:
         if batch not in self._buffers:
             dims = {"batch": batch}
             condition = self._condition and self._condition.bind(dims)
-            caches = self._pixel.caches(dims)
-            shared = {name: caches[f"past_{name}"] for name in ("row_x", "row_y")}
+            pixel = self._pixel.bind(dims)
+            shared = {name: pixel.inputs[f"past_{name}"] for name in ("row_x", "row_y")}
+            shared |= {name: pixel.inputs[name] for name in ("entry", "inner", "gates")}
             if condition is not None:
                 shared["condition"] = condition.outputs["condition"]
             even = self._row.bind(dims, shared)
-            shared |= {name: even.outputs[name] for name in ("entry", "inner", "gates")}
             above = {f"past_{name}": even.outputs[f"present_{name}"] for name in ("above_x", "above_y")}
             above |= {f"present_{name}": even.inputs[f"past_{name}"] for name in ("above_x", "above_y")}
             odd = self._row.bind(dims, shared | above)
-            self._buffers = {batch: (condition, [even, odd], self._pixel.bind(dims, caches | shared))}
+            self._buffers = {batch: (condition, [even, odd], pixel)}
         return self._buffers[batch]
 
 
@@ -111,7 +111,9 @@ class HierarchicalSampler:
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
         """What the sampler writes to, stage by stage."""
         names = level_names(len(prior["levels"]))
-        return {f"{n}_row": _ROW_INPUTS for n in names} | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
+        conditions = {f"{n}_condition": frozenset(("codes",)) for n in names[1:]}
+        rows = {f"{n}_row": _ROW_INPUTS | {"label", "condition"} for n in names[1:]}
+        return conditions | {"top_row": _ROW_INPUTS} | rows | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, N]: the known ones, and samples elsewhere.

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_bundle import edited
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.export.layers import ImageInput, ImageOutput
 from vqdeploy.models.ops import sample
+from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.hierarchical import HierarchicalSampler, level_names
 from vqdeploy.runtime.noise import gumbel
@@ -31,8 +33,6 @@ def any_pipeline(request, pipelines):
 @pytest.fixture(scope="module")
 def pipelines(request):
     """Opens each plan once."""
-    from vqdeploy.runtime import load
-
     opened = {}
 
     def pipeline(name):
@@ -113,12 +113,12 @@ def test_logits_are_those_of_the_full_pass(any_pipeline, batch):
     sessions = {name: pipeline.session(name) for name in pipeline.stages}
     levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
     above, found = None, []
-    for level, given in zip(levels, pipeline.maps(codes), strict=True):
-        for _, _, binding in level.places(given[..., 0], np.array(labels[:batch]), above):
+    for level, forced in zip(levels, pipeline.maps(codes), strict=True):
+        for _, _, binding in level.places(forced[..., 0], np.array(labels[:batch]), above):
             binding.inputs["temperature"][:] = binding.inputs["top_k"][:] = binding.inputs["top_p"][:] = 1
             level.run("pixel", binding)
             found.append(binding.outputs["logits"][:, 0].copy())
-        above = given[..., 0]
+        above = forced[..., 0]
     np.testing.assert_allclose(np.stack(found, 1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
@@ -255,7 +255,8 @@ def test_resample_keeps_the_coarse_levels(three_pipeline, keep):
     encoded, count = three_pipeline.encode(pixels), (0, 4, 20)[keep]
     result = three_pipeline.resample(pixels, keep=keep, seed=1, **WHOLE)
     np.testing.assert_array_equal(result.codes[:, :count], encoded[:, :count])
-    changed = [(level != old).mean() for level, old in zip(*map(three_pipeline.maps, (result.codes, encoded)))]
+    levels = zip(*map(three_pipeline.maps, (result.codes, encoded)), strict=True)
+    changed = [(level != old).mean() for level, old in levels]
     assert min(changed[keep:]) > 0.3
     known = np.where(np.arange(84) < count, encoded, -1)
     np.testing.assert_array_equal(result.codes, three_pipeline.complete(known, [0, 0], seed=1, **WHOLE).codes)
@@ -467,3 +468,63 @@ def test_codes_have_no_depths_to_leave_out(vqvae2_pipeline, images):
 )
 def test_options_that_do_not_fit(vqvae2_pipeline, options, message):
     assert message in refused(vqvae2_pipeline.generate, [0], **options)
+
+
+# Plans that were tampered with
+
+
+def without(kind):
+    """Removes one stage."""
+    return lambda data: data.update(stages=[stage for stage in data["stages"] if stage["name"] != kind])
+
+
+def setting(*path, value):
+    def change(data):
+        *parents, last = path
+        for key in parents:
+            data = data[key]
+        data[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(without(f"{level}_{part}") for level in ("top", "bottom") for part in ("row", "pixel")),
+        without("bottom_condition"),
+        without("encode"),
+        lambda data: data["config"]["prior"].pop("levels"),
+        lambda data: data["config"]["prior"]["levels"].pop(),
+        lambda data: data["config"]["prior"]["levels"].reverse(),
+        setting("config", "prior", "levels", value=[]),
+        setting("config", "prior", "levels", value={}),
+        setting("config", "prior", "levels", 0, "grid", value=[6, 6]),
+        setting("config", "prior", "levels", 1, "grid", value=[6]),
+        setting("config", "prior", "levels", 1, "grid", value=None),
+        setting("config", "prior", "levels", 0, "grid", 0, value="x"),
+        setting("config", "tokenizer", "resolution", value=48),
+        setting("config", "tokenizer", "resolution", value=1e300),
+        setting("config", "tokenizer", "levels", value=3),
+        setting("config", "tokenizer", "levels", value=None),
+        setting("config", "tokenizer", "codebook_size", value=31),
+        setting("config", "model", value="rqvae"),
+        setting("stages", 3, "inputs", 10, "name", value="above"),
+        setting("stages", 3, "inputs", 4, "shape", 1, value=True),
+    ],
+)
+def test_a_plan_whose_parts_do_not_fit(vqvae2_plan, tmp_path, change):
+    with pytest.raises(ArtifactError) as caught:
+        load(edited(vqvae2_plan, tmp_path / "a.plan", change), threads=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_caches_that_are_not_updated_in_place(vqvae2_plan, vqvae2_pipeline, tmp_path):
+    """A backend may leave a pair of an output and an input apart."""
+
+    def part(data):
+        for stage in data["stages"]:
+            stage["aliases"] = {}
+
+    apart = load(edited(vqvae2_plan, tmp_path / "a.plan", part), threads=1)
+    np.testing.assert_array_equal(apart.generate(LABELS).codes, vqvae2_pipeline.generate(LABELS).codes)
