@@ -269,6 +269,13 @@ def vqvae2_system():
 
 
 @pytest.fixture(scope="session")
+def vqvae2_checkpoint(vqvae2_system, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "small-vqvae2"
+    checkpoint.save(vqvae2_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vqvae2_package(vqvae2_system, tmp_path_factory):
     """The ONNX package of `vqvae2_system`. Tests that change it work on a copy."""
     folder = tmp_path_factory.mktemp("package") / "small-vqvae2-onnx"
