@@ -231,11 +231,15 @@ def _numbers(text: str | None, kind: type) -> Any:
 @app.command()
 def run(
     engine: Engine,
-    task: Annotated[str, typer.Option(help="generate, reconstruct, inpaint, encode, decode or features.")] = "generate",
+    task: Annotated[
+        str, typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features.")
+    ] = "generate",
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help="Images of each label, which make a row; inpaint: completions of each."),
+        typer.Option(
+            min=1, max=10_000, help="Images of each label, which make a row; inpaint, resample: completions of each."
+        ),
     ] = None,
     seed: Seed = 0,
     temperature: Annotated[str | None, typer.Option(help="Divides the logits; 0 takes the likeliest code.")] = None,
@@ -257,7 +261,10 @@ def run(
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="Image, folder or codes; repeatable.")] = None,
     mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share of the codes to draw anew.")] = None,
-    depth: Annotated[int | None, typer.Option(help="decode, reconstruct: use this many codes a position.")] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="decode, reconstruct: use this many codes a position; resample: keep this many levels."),
+    ] = None,
     layer: Annotated[
         int | None, typer.Option(help="features: behind this many layers of the prior; all when left out.")
     ] = None,
@@ -269,7 +276,7 @@ def run(
 ) -> None:
     """Generate, reconstruct or complete images with a plan.
 
-    Temperature, top-k and top-p take one number, or one for each depth: 0.9,0.95,1,1.
+    Temperature, top-k and top-p take one number, or one for each depth or level: 0.9,0.95,1,1.
     """
     from vqdeploy.run import Job
     from vqdeploy.run import run as run_job
