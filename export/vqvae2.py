@@ -295,9 +295,11 @@ class Pixel(nn.Module):
     ) -> tuple[Tensor, ...]:
         logits, *states = self.logits(codes, row, column, entry, inner, gates, left_x, left_y, key, value, last)
         activations_x, activations_y, left_x, left_y, *caches = states
+        # Joined for a moment: TensorRT-RTX 1.7 dies of two writes of which only one follows from attention.
+        widths = activations_x.shape[2], activations_y.shape[2]
+        entries = torch.cat([activations_x, activations_y], 2)[:, :, None].split(widths, 3)
         row_x, row_y = (
-            torch.ops.vqdeploy.write_cache(rows, new[:, :, None], column)
-            for rows, new in ((row_x, activations_x), (row_y, activations_y))
+            torch.ops.vqdeploy.write_cache(rows, new, column) for rows, new in zip((row_x, row_y), entries, strict=True)
         )
         options = (option[:, 0] for option in (temperature, top_k, top_p))
         sampled = torch.ops.vqdeploy.sample(logits, noise[:, 0], *options)

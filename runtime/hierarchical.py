@@ -14,7 +14,7 @@ from vqdeploy.runtime.request import Callback, Request, cells_of
 
 _PIXEL_INPUTS = frozenset(
     ("codes", "row", "column", "noise", "temperature", "top_k", "top_p", "entry", "inner", "gates")
-)
+) | frozenset(("past_left_x", "past_left_y", "past_row_x", "past_row_y"))
 _ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "above_x.0", "above_y.0"))
 
 
@@ -71,35 +71,36 @@ class Level:
         self.seconds[f"{self.name}_{part}"] += time.perf_counter() - start
 
     def _bound(self, batch: int) -> tuple[Any, list[Any], Any]:
-        """Buffers of the stages, which share what one leaves for the other.
-
-        Those of `row` come once for each row above that it sees. The rows stay where they are: from call to call
-        their buffers change roles, and the new row goes where the farthest one was.
-        """
+        """Buffers of the stages, which share what one leaves for the other."""
         if batch not in self._buffers:
             dims = {"batch": batch}
             condition = self._condition and self._condition.bind(dims)
-            caches = self._pixel.caches(dims)
-            shared = {name: caches[f"past_{name}"] for name in ("row_x", "row_y")}
+            pixel = self._pixel.bind(dims)
+            shared = {name: pixel.inputs[f"past_{name}"] for name in ("row_x", "row_y")}
+            shared |= {name: pixel.inputs[name] for name in ("entry", "inner", "gates")}
             if condition is not None:
                 shared["condition"] = condition.outputs["condition"]
-            made = ("entry", "inner", "gates")
-            outputs = {info.name: info for info in self._row.stage.outputs}
-            shared |= {name: np.zeros(outputs[name].concrete(dims), np.float32) for name in made}
-            seen = 1 + sum(info.name.startswith("above_x.") for info in self._row.stage.inputs)
-            slots = {
-                axis: [np.zeros(outputs[f"spread_{axis}"].concrete(dims), np.float32) for _ in range(seen)]
-                for axis in "xy"
-            }
-            rows = []
-            for turn in range(seen):
-                roles: dict[str, np.ndarray] = {}
-                for axis, buffers in slots.items():
-                    *above, new = buffers[turn:] + buffers[:turn]
-                    roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)} | {f"spread_{axis}": new}
-                rows.append(self._row.bind(dims, shared | roles))
-            self._buffers = {batch: (condition, rows, self._pixel.bind(dims, caches | shared))}
+            self._buffers = {batch: (condition, self._bound_rows(dims, shared), pixel)}  # one batch size at a time
         return self._buffers[batch]
+
+    def _bound_rows(self, dims: dict[str, int], shared: dict[str, np.ndarray]) -> list[Any]:
+        """Buffers of `row`, once for each row above that it sees.
+
+        Those rows stay where they are: from call to call their buffers change roles, and the new row goes where the
+        farthest one was.
+        """
+        names = [info.name for info in self._row.stage.inputs]
+        made = {info.name: info.concrete(dims) for info in self._row.stage.outputs}
+        seen = 1 + sum(name.startswith("above_x.") for name in names)
+        slots = {axis: [np.zeros(made[f"spread_{axis}"], np.float32) for _ in range(seen)] for axis in "xy"}
+        rows = []
+        for turn in range(seen):
+            roles: dict[str, np.ndarray] = {}
+            for axis, buffers in slots.items():
+                *above, roles[f"spread_{axis}"] = buffers[turn:] + buffers[:turn]
+                roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}
+            rows.append(self._row.bind(dims, shared | roles))
+        return rows
 
 
 class HierarchicalSampler:
@@ -123,7 +124,9 @@ class HierarchicalSampler:
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
         """What the sampler writes to, stage by stage."""
         names = level_names(len(prior["levels"]))
-        return {f"{n}_row": _ROW_INPUTS for n in names} | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
+        conditions = {f"{n}_condition": frozenset(("codes",)) for n in names[1:]}
+        rows = {f"{n}_row": _ROW_INPUTS | {"label", "condition"} for n in names[1:]}
+        return conditions | {"top_row": _ROW_INPUTS} | rows | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
 
     def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
         """How many rows of an engine's batch each image takes."""

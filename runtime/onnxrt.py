@@ -96,6 +96,7 @@ class OnnxrtSession:
         return all(
             [(info.name, _TYPES.get(info.dtype), list(info.shape)) for info in infos]
             == [(found.name, found.type, found.shape) for found in graph]
+            and not any(isinstance(size, bool) for info in infos for size in info.shape)  # True is 1
             and all(alias in [info.name for info in infos] for alias in aliases)
             for infos, graph, aliases in pairs
         )

@@ -109,6 +109,7 @@ class Pipeline:
                 and type(size) is int
                 and size > 0
                 and all(isinstance(text, str) for text in texts)
+                and (len(self.grid) == 3 or sum(side**2 for side in self._sides()) == self.grid[0])
                 and (not config["prior"] or self._prior_configured(config["prior"], size))
             )
         except (KeyError, TypeError, IndexError, VqdeployError):
@@ -120,6 +121,8 @@ class Pipeline:
             shapes = {info.name: info.shape for info in self.manifest.stage(stage).inputs}
             if not names <= set(shapes) or shapes.get("noise", [codebook_size])[-1] != codebook_size:
                 return False
+        if len(self.grid) < 3 and [list(level["grid"]) for level in prior["levels"]] != [[n, n] for n in self._sides()]:
+            return False
         self.options()
         return type(classes) is int and classes > 0 and len(self._config["labels"]) in (0, classes)
 
@@ -152,10 +155,14 @@ class Pipeline:
         """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level."""
         if len(self.grid) == 3:
             return [codes]
-        tokenizer = self._config["tokenizer"]
-        sides = [tokenizer["resolution"] // 4 >> level for level in reversed(range(tokenizer["levels"]))]
+        sides = self._sides()
         parts = np.split(codes, np.cumsum(np.square(sides))[:-1], 1)
         return [part.reshape(-1, side, side, 1) for part, side in zip(parts, sides, strict=True)]
+
+    def _sides(self) -> list[int]:
+        """Height and width of the map of each level, where codes have levels."""
+        tokenizer = self._config["tokenizer"]
+        return [tokenizer["resolution"] // 4 >> level for level in reversed(range(tokenizer["levels"]))]
 
     def _check_prior(self) -> None:
         if self._sampler is None:

@@ -95,6 +95,21 @@ SMALL_VQVAE2 = SystemConfig(
     labels=SMALL_VIT.labels,
     sampling=Sampling(temperature=0.9),
 )
+_THIN = replace(_SNAIL, grid=(2, 2), kernel=5, res_blocks=1, heads=1, out_res_blocks=0, condition_res_blocks=0)
+SMALL_THREE = replace(
+    SMALL_VQVAE2,
+    tokenizer=VQVAE2Config(32, levels=3, channels=8, res_blocks=1, res_channels=8, codebook_size=32, code_dim=8),
+    prior=VQVAE2PriorConfig(
+        (
+            replace(_THIN, channels=32, heads=2),
+            replace(_THIN, grid=(4, 4), kernel=3, blocks=1, out_res_blocks=1),
+            replace(_THIN, grid=(8, 8), kernel=7, blocks=1, attention=False, condition_res_blocks=1),
+        ),
+        codebook_size=32,
+        classes=1,
+    ),
+    labels=(),
+)
 
 
 def lively(config: SystemConfig, seed: int = 0) -> System:
@@ -235,17 +250,89 @@ def vqgan_system():
     return lively(SMALL_VQGAN)
 
 
-@pytest.fixture(scope="session")
-def vqvae2_system():
-    """Two levels with networks of different kernels, one with attention; the codebooks lie among the latents."""
-    system = lively(SMALL_VQVAE2)
+def lively_vqvae2(config: SystemConfig) -> System:
+    """As `lively`, with codebooks that lie among the latents."""
+    system, side = lively(config), config.tokenizer.resolution
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         for weight in system.tokenizer.parameters():
             if weight.ndim == 4:  # there are no norms that would bring small outputs back to size
                 torch.nn.init.kaiming_normal_(weight)
-        system.tokenizer.train()(torch.rand(8, 3, 24, 24) * 2 - 1)
+        system.tokenizer.train()(torch.rand(8, 3, side, side) * 2 - 1)
     return system.eval()
+
+
+@pytest.fixture(scope="session")
+def vqvae2_system():
+    """Two levels with networks of different kernels, one with attention of heads that no operator takes."""
+    return lively_vqvae2(SMALL_VQVAE2)
+
+
+@pytest.fixture(scope="session")
+def vqvae2_checkpoint(vqvae2_system, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "small-vqvae2"
+    checkpoint.save(vqvae2_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vqvae2_package(vqvae2_system, tmp_path_factory):
+    """The ONNX package of `vqvae2_system`. Tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("package") / "small-vqvae2-onnx"
+    export(vqvae2_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vqvae2_plan(vqvae2_package, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "vqvae2.plan"
+    build(vqvae2_package, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def vqvae2_portable_plan(vqvae2_package, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "vqvae2-portable.plan"
+    build(vqvae2_package, file, portable=True)
+    return file
+
+
+@pytest.fixture(scope="session")
+def vqvae2_pipeline(vqvae2_plan):
+    return load(vqvae2_plan, threads=1)
+
+
+@pytest.fixture(scope="session")
+def vqvae2_splitting_pipeline(vqvae2_package, tmp_path_factory):
+    """Splits every request into calls of at most two images."""
+    file = tmp_path_factory.mktemp("plan") / "vqvae2-two.plan"
+    build(vqvae2_package, file, batch=BatchRange(1, 1, 2))
+    return load(file, threads=1)
+
+
+@pytest.fixture(scope="session")
+def three_system():
+    """Three levels without labels, the upper two with attention of a head that ONNX Runtime's operator takes."""
+    return lively_vqvae2(SMALL_THREE)
+
+
+@pytest.fixture(scope="session")
+def three_package(three_system, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("package") / "small-three-onnx"
+    export(three_system, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def three_plan(three_package, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "three.plan"
+    build(three_package, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def three_pipeline(three_plan):
+    return load(three_plan, threads=1)
 
 
 @pytest.fixture(scope="session")

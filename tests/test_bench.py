@@ -1,11 +1,13 @@
 """What bench reports. How fast anything is, no test asserts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
-from vqdeploy import bench, checkpoint
+from vqdeploy import baselines, bench, checkpoint
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load
 
@@ -86,8 +88,6 @@ def test_unknown_names_are_refused(plan, wrong):
 
 
 def test_the_compiled_baseline_draws_the_eager_tokens(plan, system, checkpoint_folder, monkeypatch):
-    from vqdeploy import baselines
-
     pipeline, drawn = load(plan), []
     generate = type(system.prior).generate
     monkeypatch.setattr(type(system.prior), "generate", lambda *args: drawn.append(generate(*args)), raising=True)
@@ -97,3 +97,108 @@ def test_the_compiled_baseline_draws_the_eager_tokens(plan, system, checkpoint_f
     known = -(drawn[0] * 0 + 1).numpy()
     assert (drawn[0] == drawn[1]).all()
     assert (pipeline.sample(known, [0, 1], seed=0)[0] == drawn[0].numpy()).all()
+
+
+# A hierarchy
+
+
+@pytest.fixture(scope="module")
+def hierarchy(vqvae2_plan, vqvae2_checkpoint):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "_measure_apart", {"read_bandwidth": 8.0, "matmul_rate": 90.0}.__getitem__)
+        return bench.bench(
+            vqvae2_plan, batch_sizes=(1, 2), iterations=2, baselines=("eager",), checkpoint=vqvae2_checkpoint
+        )
+
+
+def test_the_parts_of_a_generation(hierarchy):
+    calls = {"top_row": 3, "top_pixel": 9, "bottom_condition": 1, "bottom_row": 6, "bottom_pixel": 36}
+    results = [r for r in hierarchy["results"] if (r["name"], r["task"]) == ("vqdeploy", "generate")]
+    assert [r["batch_size"] for r in results] == [1, 2]
+    for result in results:
+        parts = result["parts"]
+        assert {name: part["calls"] for name, part in parts.items()} == calls
+        for name, part in parts.items():
+            assert part["call_ms"] * part["calls"] == pytest.approx(result[f"{name}_ms"])
+            assert part["share"] == pytest.approx(result[f"{name}_ms"] / result["median_ms"])
+            assert part["weight_gb_s"] == pytest.approx(part["weight_mb"] / part["call_ms"])
+            assert part["gflop_s"] == pytest.approx(part["gflop"] / part["call_ms"] * 1e3)
+        assert sum(result[f"{name}_ms"] for name in calls) == pytest.approx(result["steps_ms"], rel=0.2)
+        assert 0 < result["host_ms"] < result["median_ms"]
+    assert all("parts" not in r for r in hierarchy["results"] if r not in results)
+    once, twice = (r["parts"]["bottom_pixel"] for r in results)
+    assert twice["gflop"] == pytest.approx(2 * once["gflop"])
+    assert twice["weight_mb"] == once["weight_mb"]
+
+
+def test_the_arithmetic_of_a_place_is_that_of_its_matrices(hierarchy):
+    """Two blocks of two gated layers, 1x1 exits on 18 channels, a 1x1 gated layer, 32 logits."""
+    layer = 2 * 16 * 24 + 2 * 24 * 32  # of two places to the left
+    expected = 4 * layer + 2 * 18 * 16 + 16 * 24 + 24 * 32 + 16 * 32
+    (part,) = [r["parts"]["bottom_pixel"] for r in hierarchy["results"] if "parts" in r and r["batch_size"] == 1]
+    assert part["weight_mb"] == pytest.approx(expected * 4 / 1e6)
+    assert part["gflop"] == pytest.approx(expected * 2 / 1e9)
+
+
+def test_a_hierarchy_against_its_baseline(hierarchy):
+    assert set(hierarchy["ratios"]) == {f"{task}/b{batch}/eager" for task in bench.TASKS for batch in (1, 2)}
+    assert min(hierarchy["ratios"].values()) > 0
+    report = json.loads(json.dumps(hierarchy))
+    assert report["environment"]["read_bandwidth_gb_s"] == 8
+    assert report["options"] == {"temperature": 0.9, "top_k": 0, "top_p": 1.0}
+    text = bench.table(hierarchy)
+    assert text.count("bottom_pixel") == 2
+    assert "reads 8.0 GB/s and multiplies large matrices at 90 GFLOP/s" in text
+
+
+def test_the_profile_of_a_hierarchy_is_of_all_its_stages(vqvae2_plan):
+    rows = bench.step_profile(load(vqvae2_plan), 1, {"temperature": 1.0, "top_k": 0, "top_p": 1.0})
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    calls = {row["op"]: row["calls"] for row in rows}
+    assert calls["TensorScatter"] == 9 * (2 + 2 * 2) + 36 * 2  # two rows in each level, and two caches a block
+
+
+class Clock:
+    """Time that stands still but for the networks: each call takes as long as a function of its rows says."""
+
+    def __init__(self, cost):
+        self.now, self.cost, self.calls = 0.0, cost, []
+
+    def network(self, height, width):
+        def forward(codes, condition):
+            assert condition == (None if not self.calls or height == self.calls[0][0] else "above")
+            self.calls.append((height, *codes.shape))
+            self.now += self.cost(codes.shape[1])
+
+        forward.config = SimpleNamespace(grid=(height, width))
+        forward.embed_condition = lambda labels, above: None if above is None else "above"
+        return forward
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 4), (32, 32)])
+def test_the_public_sampler_is_extrapolated_row_by_row(monkeypatch, height, width):
+    clock = Clock(lambda rows: float(rows))
+    monkeypatch.setattr("vqdeploy.baselines.time.perf_counter", lambda: clock.now)
+    prior = SimpleNamespace(levels=[clock.network(height, width), clock.network(2 * height, 2 * width)])
+    seconds = baselines.extrapolate(prior, 3, compiled=False)
+    rows, finer = height * (height + 1) / 2, 2 * height * (2 * height + 1) / 2
+    assert seconds == pytest.approx(width * rows + 2 * width * finer)
+    assert isinstance(seconds, float)
+    assert {shape[1:2] + shape[3:] for shape in clock.calls} == {(3, width), (3, 2 * width)}
+    assert len(clock.calls) <= 10
+
+
+def test_an_extrapolation_is_near_a_time_that_bends(monkeypatch):
+    """Attention grows with the square of the rows."""
+    clock = Clock(lambda rows: 20 + 3 * rows + 0.1 * rows**2)
+    monkeypatch.setattr("vqdeploy.baselines.time.perf_counter", lambda: clock.now)
+    seconds = baselines.extrapolate(SimpleNamespace(levels=[clock.network(32, 32)]), 1, compiled=False)
+    assert seconds == pytest.approx(32 * sum(clock.cost(rows) for rows in range(1, 33)), rel=0.02)
+
+
+def test_an_extrapolation_takes_the_place_of_what_was_measured(vqvae2_plan, vqvae2_checkpoint, monkeypatch):
+    monkeypatch.setattr(baselines, "extrapolate", lambda prior, batch, compiled: 123.0 * batch)
+    pipeline = load(vqvae2_plan)
+    call = baselines.Reference(pipeline, vqvae2_checkpoint, {}).call("generate", 2, pipeline, compiled=False)
+    assert bench._timed(call)() == {"total": 246.0}
+    assert not torch.is_inference_mode_enabled()

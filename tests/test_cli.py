@@ -292,6 +292,88 @@ def test_features_go_to_an_archive(vqdeploy, vit_plan, vit_pipeline, picture, op
     np.testing.assert_allclose(features[0], expected[0, 2] if options else expected[0], rtol=1e-4, atol=1e-5)
 
 
+# A hierarchy of levels
+
+
+def sheet_of(path, side=24):
+    """The images of a grid of one column, and the note in its file."""
+    with Image.open(path) as image:
+        pixels, note = np.asarray(image), json.loads(image.text["vqdeploy"])
+    assert pixels.shape[1] == side
+    return [pixels[top : top + side] for top in range(0, len(pixels), side + 2)], note
+
+
+def test_a_hierarchy_generates(vqdeploy, vqvae2_plan, vqvae2_pipeline, tmp_path):
+    options = ["--label", "dog", "--label", "2", "--num-images", 1, "--temperature", "0,0.8", "--top-k", 9, "--seed", 3]
+    result = parsed(vqdeploy("run", "--engine", vqvae2_plan, *options, "--film", "f.png", "--json"))
+    assert (result["output"], result["film"]) == ("vqvae2-generate.png", "f.png")
+    found, note = sheet_of(tmp_path / "vqvae2-generate.png")
+    expected = vqvae2_pipeline.generate([1, 2], seed=3, temperature=[0, 0.8], top_k=9)
+    np.testing.assert_array_equal(found, expected.images)
+    assert note == {
+        "system": "vqvae2",
+        "checkpoint": vqvae2_pipeline.manifest.checkpoint,
+        "options": {"seed": 3, "labels": [1, 2], "temperature": [0, 0.8], "top_k": 9, "top_p": 1.0},
+    }
+    film = np.asarray(Image.open(tmp_path / "f.png"))
+    assert film.shape == (24, 45 * 26 - 2, 3)  # a frame for each code of both levels
+    np.testing.assert_array_equal(film[:, -24:], found[0])
+    grey = np.abs(film[:, : 9 * 26].astype(int) - 128).mean()
+    assert grey < np.abs(film[:, -26 * 9 :].astype(int) - 128).mean()  # a veil lies over what has no bottom code yet
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], 1), (["--depth", 0], 0), (["--depth", 1], 1)])
+def test_details_are_drawn_anew(vqdeploy, vqvae2_plan, vqvae2_pipeline, picture, tmp_path, options, kept):
+    arguments = ["--task", "resample", "--input", picture, "--label", "eel", "--num-images", 2, "--seed", 4, *options]
+    result = parsed(vqdeploy("run", "--engine", vqvae2_plan, *arguments, "--json"))
+    (original, *drawn), note = sheet_of(tmp_path / "vqvae2-resample.png")
+    np.testing.assert_array_equal(original, read(picture, 24))
+    expected = vqvae2_pipeline.resample(original[None], [2], keep=kept, completions=2, seed=4)
+    np.testing.assert_array_equal(drawn, expected.images)
+    assert result["images"] == 3
+    assert note["kept_levels"] == result["kept_levels"] == kept
+    assert note["options"]["labels"] == [2, 2]
+    assert "timings" not in note
+
+
+def test_a_hierarchy_completes_an_image(vqdeploy, vqvae2_plan, vqvae2_pipeline, picture, tmp_path):
+    arguments = ["--task", "inpaint", "--input", picture, "--label", "cat", "--mask-ratio", 0.5, "--seed", 4]
+    assert vqdeploy("run", "--engine", vqvae2_plan, *arguments)[0] == 0
+    (masked, drawn, original), note = sheet_of(tmp_path / "vqvae2-inpaint.png")
+    expected = vqvae2_pipeline.inpaint(original[None], [0], mask_ratio=0.5, seed=4).images[0]
+    np.testing.assert_array_equal(drawn, expected)
+    np.testing.assert_array_equal(masked[:12], original[:12])
+    assert (masked[12:] == 128).all()
+    assert note["mask_ratio"] == 0.5
+
+
+def test_the_codes_of_a_hierarchy_go_to_a_file_and_back(vqdeploy, vqvae2_plan, vqvae2_pipeline, picture, tmp_path):
+    run = ("run", "--engine", vqvae2_plan, "--task")
+    assert parsed(vqdeploy(*run, "encode", "--input", picture, "-o", "codes.npz", "--json"))["shape"] == [1, 45]
+    codes = np.load(tmp_path / "codes.npz")["codes"]
+    assert vqdeploy(*run, "decode", "--input", "codes.npz", "--num-images", 1, "-o", "d.png")[0] == 0
+    assert vqdeploy(*run, "reconstruct", "--input", picture, "-o", "r.png")[0] == 0
+    (decoded,), note = sheet_of(tmp_path / "d.png")
+    np.testing.assert_array_equal(decoded, vqvae2_pipeline.decode(codes)[0])
+    np.testing.assert_array_equal(sheet_of(tmp_path / "r.png")[0][1], decoded)
+    assert set(note) == {"system", "checkpoint"}
+
+
+def test_a_hierarchy_without_labels_has_one_row(vqdeploy, three_plan, picture, tmp_path):
+    result = parsed(vqdeploy("run", "--engine", three_plan, "--num-images", 2, "--json"))
+    assert result["options"]["labels"] == [0, 0]
+    result = parsed(vqdeploy("run", "--engine", three_plan, "--task", "resample", "--input", picture, "--json"))
+    assert (result["images"], result["kept_levels"]) == (2, 1)
+
+
+def test_a_plan_of_a_hierarchy_verifies_and_tells_its_stages(vqdeploy, vqvae2_plan, vqvae2_checkpoint):
+    arguments = ("verify", "--engine", vqvae2_plan, "--checkpoint", vqvae2_checkpoint, "--json")
+    assert parsed(vqdeploy(*arguments))["passed"] is True
+    out = vqdeploy("inspect", vqvae2_plan)[1]
+    for stage in ("encode", "decode", "top_row", "top_pixel", "bottom_condition", "bottom_row", "bottom_pixel"):
+        assert f"stage {stage}" in out
+
+
 # What is refused, in one sentence
 
 
@@ -365,6 +447,32 @@ def test_wrong_requests_to_a_masked_prior(vqdeploy, movq_plan, picture, tmp_path
     np.savez(tmp_path / "codes.npz", codes=np.zeros((1, 4, 4, 4), int))
     refused(vqdeploy("run", "--engine", movq_plan, *arguments), 2, *words)
     assert names(tmp_path) == ["codes.npz", "in.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "resample", "--input", "in.png"], ["needs labels", "0..2"]),
+        (["--task", "resample", "--label", "cat"], ["needs images"]),
+        (["--task", "resample", "--input", "in.png", "--label", "cat", "--depth", "2"], ["levels to keep", "0..1"]),
+        (["--task", "resample", "--input", "in.png", "--label", "cat", "--depth", "-1"], ["levels to keep", "0..1"]),
+        (["--task", "resample", "--input", "in.png", "--label", "cat", "--film", "f.gif"], ["only a generation"]),
+        (["--task", "reconstruct", "--input", "in.png", "--depth", "1"], ["no depths to leave out"]),
+        (["--task", "decode", "--input", "codes.npz"], ["codes", "[B, 45]"]),
+        (["--temperature", "1,1,1"], ["one value or 2"]),
+        (["--guidance-scale", "2"], ["no option guidance_scale"]),
+        (["--task", "features", "--input", "in.png"], ["no features"]),
+    ],
+)
+def test_wrong_requests_to_a_hierarchy(vqdeploy, vqvae2_plan, picture, tmp_path, arguments, words):
+    np.savez(tmp_path / "codes.npz", codes=np.zeros((1, 4, 4, 4), int))
+    refused(vqdeploy("run", "--engine", vqvae2_plan, *arguments), 2, *words)
+    assert names(tmp_path) == ["codes.npz", "in.png"]
+
+
+def test_codes_of_one_level_are_not_resampled(vqdeploy, plan, picture):
+    arguments = ["--task", "resample", "--input", picture, "--label", "cat"]
+    refused(vqdeploy("run", "--engine", plan, *arguments), 2, "one level", "vqvae2")
 
 
 @pytest.mark.parametrize(

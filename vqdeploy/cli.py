@@ -240,7 +240,9 @@ def run(
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help="Images of each label, which make a row; inpaint: completions of each."),
+        typer.Option(
+            min=1, max=10_000, help="Images of each label, which make a row; inpaint, resample: completions of each."
+        ),
     ] = None,
     seed: Seed = 0,
     temperature: Annotated[str | None, typer.Option(help="Divides the logits; 0 takes the likeliest code.")] = None,
@@ -281,7 +283,7 @@ def run(
 ) -> None:
     """Generate, reconstruct or complete images with a plan, or take their codes and features.
 
-    Temperature, top-k and top-p take one number, or one for each depth: 0.9,0.95,1,1.
+    Temperature, top-k and top-p take one number, or one for each depth or level: 0.9,0.95,1,1.
     """
     from vqdeploy.run import Job
     from vqdeploy.run import run as run_job

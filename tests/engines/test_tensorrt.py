@@ -195,3 +195,13 @@ def test_the_profile_covers_one_label_and_two(movq_package, tmp_path, monkeypatc
 def test_every_stage_of_a_gpt_is_built(request, name, tmp_path):
     manifest = build(request.getfixturevalue(name), tmp_path / "a.plan", backend="tensorrt-rtx")
     assert [stage.name for stage in manifest.stages] == ["encode", "decode", "step", "features"]
+
+
+@needs_rtx
+def test_every_stage_of_a_hierarchy_is_built(vqvae2_package, tmp_path):
+    """Two blocks with attention, and the rows beside their caches, are what the builder once died of."""
+    manifest = build(vqvae2_package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    names = ["encode", "decode", "top_row", "top_pixel", "bottom_condition", "bottom_row", "bottom_pixel"]
+    assert [stage.file for stage in manifest.stages] == [f"{name}.engine" for name in names]
+    sizes = Bundle(tmp_path / "a.plan").sizes()
+    assert min(sizes[stage.file] for stage in manifest.stages) > 10_000

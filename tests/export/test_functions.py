@@ -35,6 +35,7 @@ SIGNATURES = {
         {"qkv": (FLOAT, 3), **CACHES, "position": (INT64, 1)},
         {"attention": (FLOAT, 3), "present_key": (FLOAT, 4), "present_value": (FLOAT, 4)},
     ),
+    "WriteCache": ({"past": (FLOAT, 4), "entries": (FLOAT, 4), "position": (INT64, 1)}, {"present": (FLOAT, 4)}),
     "GumbelSample": (SAMPLING, {"codes": (INT64, 1)}),
 }
 
@@ -303,6 +304,39 @@ class TestCachedAttention:
         check_attention(body, 2, qkv * 30, key * 30, value, position)
 
 
+def write(body, past, entries, position):
+    """One call that writes into the cache it is given, as the runtime makes it; returns the cache."""
+    cache_ = ort.OrtValue.ortvalue_from_numpy(past.numpy().copy())
+    bound = session("WriteCache", body).io_binding()
+    bound.bind_ortvalue_input("past", cache_)
+    bound.bind_cpu_input("entries", entries.numpy())
+    bound.bind_cpu_input("position", position.numpy())
+    bound.bind_ortvalue_output("present", cache_)
+    session("WriteCache", body).run_with_iobinding(bound)
+    return cache_.numpy().copy()
+
+
+@pytest.mark.parametrize("body", BODIES)
+class TestWriteCache:
+    @given(data=st.data())
+    def test_writes_at_a_position_of_each_sample(self, body, data):
+        batch, heads, dim, length = (data.draw(st.integers(1, 5), name) for name in ("batch", "heads", "dim", "length"))
+        places = length + data.draw(st.integers(0, 9), "spare")
+        position = torch.tensor(data.draw(st.lists(st.integers(0, places - length), min_size=batch, max_size=batch)))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+        past = torch.randn(batch, heads, places, dim, generator=generator)
+        entries = torch.randn(batch, heads, length, dim, generator=generator)
+        present = write(body, past, entries, position)
+        np.testing.assert_array_equal(present, ops.write_cache(past, entries, position))
+        np.testing.assert_array_equal(run("WriteCache", past, entries, position, body=body)[0], present)
+
+    def test_leaves_everything_else_as_it_is(self, body):
+        past, entries = torch.full((2, 1, 4, 1), np.nan), torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
+        present = write(body, past, entries, torch.tensor([3, 0]))
+        assert np.argwhere(~np.isnan(present)).tolist() == [[0, 0, 3, 0], [1, 0, 0, 0]]
+        assert (present[0, 0, 3, 0], present[1, 0, 0, 0]) == (1, 2)
+
+
 def sample(body, logits, noise=None, temperature=1.0, top_k=None, top_p=1.0):
     """Codes of a body for options given as numbers or as one a row."""
     logits = torch.as_tensor(logits, dtype=torch.float32)
@@ -430,7 +464,7 @@ FUNCTIONS = [
     function("VQNearest", metric="l2"),
     function("VQNearest", metric="cosine"),
     function("PackedAttention", heads=4),
-    *(function(name) for name in ("VQLookup", "CachedAttention", "GumbelSample")),
+    *(function(name) for name in ("VQLookup", "CachedAttention", "WriteCache", "GumbelSample")),
 ]
 
 

@@ -1,11 +1,17 @@
-"""The incremental sampler of PixelSNAIL against the full forward pass."""
+"""The incremental sampler of PixelSNAIL against the full forward pass, and the package of its stages."""
 
+import onnx
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
+from vqdeploy.engines.package import read
 from vqdeploy.export.vqvae2 import Condition, Pixel, Row
 from vqdeploy.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.manifest import WEIGHTS
 
 CODES = 7
 
@@ -86,3 +92,49 @@ def test_row_by_row_and_place_by_place_is_the_full_pass(config, classes, finer, 
     coarser = torch.randint(CODES, (2, config.grid[0] // 2, config.grid[1] // 2))
     expected = network(codes, network.embed_condition(labels, coarser))
     torch.testing.assert_close(incremental(network, codes, labels, coarser), expected, rtol=1e-10, atol=1e-10)
+
+
+STAGES = ("encode", "decode", "top_row", "top_pixel", "bottom_condition", "bottom_row", "bottom_pixel")
+
+
+def test_the_package_of_two_levels(vqvae2_package):
+    manifest = read(vqvae2_package)
+    assert tuple(stage.name for stage in manifest.stages) == STAGES
+    weights = load_file(vqvae2_package / WEIGHTS)
+    assert {name for stage in manifest.stages for name in stage.weights} == set(weights)
+    assert len({(w.shape, w.tobytes()) for w in weights.values()}) == len(weights)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_checker_accepts_every_graph(vqvae2_package, stage):
+    onnx.checker.check_model(vqvae2_package / f"{stage}.onnx", full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("encode", ["VQLookup"] + ["VQNearest"] * 2),  # the bottom latents see the top vectors
+        ("decode", ["VQLookup"] * 2),
+        ("top_row", []),
+        ("top_pixel", ["CachedAttention"] * 2 + ["GumbelSample"] + ["WriteCache"] * 2),
+        ("bottom_condition", []),
+        ("bottom_row", []),
+        ("bottom_pixel", ["GumbelSample"] + ["WriteCache"] * 2),
+    ],
+)
+def test_operators_stay_single_nodes(vqvae2_package, stage, expected):
+    model = onnx.load(vqvae2_package / f"{stage}.onnx", load_external_data=False)
+    assert sorted(node.op_type for node in model.graph.node if node.domain == "vqdeploy") == expected
+    assert {function.name for function in model.functions} == set(expected)
+
+
+def test_attention_runs_on_onnxruntimes_operator_where_its_heads_fit(vqvae2_plan, three_plan):
+    """Its kernel wants widths that are multiples of 8."""
+    for plan, stage, expected in (
+        (vqvae2_plan, "top_pixel", {"CachedAttention"}),
+        (three_plan, "top_pixel", {"GroupQueryAttention"}),
+        (three_plan, "middle1_pixel", {"GroupQueryAttention"}),
+    ):
+        graph = onnx.load_from_string(bytes(Bundle(plan).member(f"{stage}.onnx"))).graph
+        kinds = {"CachedAttention", "GroupQueryAttention"}
+        assert {node.op_type for node in graph.node} & kinds == expected
