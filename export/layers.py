@@ -1,6 +1,5 @@
 """Layers laid out for inference, made from trained ones. They compute the same and are exported instead."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -134,16 +133,19 @@ class PackedAttention(nn.Module):
         return self.to_out(torch.ops.vqdeploy.packed_attention(x @ self.weight, self.heads))
 
 
-class InterleavedConvs(nn.Module):
-    """Four convolutions of a map whose outputs are the pixels of one twice as wide and high.
+class SplitUpsample(nn.Module):
+    """`Upsample` in 4/9 of its multiplications: four convolutions of the small map, their outputs interleaved.
 
-    Output pixel (2i + a, 2j + b) comes from convolution 2a + b, of pixels i + a - 1 and i + a, j + b - 1 and j + b.
+    Of the three taps of a kernel row two always fall on the same pixel of the small map, and are added beforehand.
+    Output pixel (2i + a, 2j + b) comes from convolution 2a + b.
     """
 
-    def __init__(self, kernels: Iterable[Tensor], bias: Tensor | None):
+    def __init__(self, upsample: Upsample):
         super().__init__()
-        self.kernels = nn.ParameterList(kernel.detach() for kernel in kernels)  # each [outputs, inputs, 2, 2]
-        self.bias = bias
+        self.kernels = nn.ParameterList(
+            columns for rows in _merge(upsample.conv.weight, 2) for columns in _merge(rows, 3)
+        )  # each [outputs, inputs, 2, 2]
+        self.bias = upsample.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []
@@ -151,27 +153,6 @@ class InterleavedConvs(nn.Module):
             down, right = divmod(i, 2)
             parts.append(F.conv2d(F.pad(x, (1 - right, right, 1 - down, down)), kernel, self.bias))
         return F.pixel_shuffle(torch.stack(parts, 2).flatten(1, 2), 2)
-
-
-def split_upsample(upsample: Upsample) -> InterleavedConvs:
-    """`Upsample` in 4/9 of its multiplications.
-
-    Of the three taps of a kernel row two always fall on the same pixel of the small map, and are added beforehand.
-    """
-    merged = (columns for rows in _merge(upsample.conv.weight, 2) for columns in _merge(rows, 3))
-    return InterleavedConvs(merged, upsample.conv.bias)
-
-
-def split_transposed(conv: nn.ConvTranspose2d) -> nn.Module:
-    """A transposed convolution of kernel 4, stride 2 and padding 1; others stay as they are.
-
-    As many multiplications, but ONNX Runtime makes no large columns of the map first.
-    """
-    if (conv.kernel_size, conv.stride, conv.padding) != ((4, 4), (2, 2), (1, 1)):
-        return conv
-    taps = [3, 1], [2, 0]  # that reach an even, and an odd output pixel
-    weight = conv.weight.transpose(0, 1)
-    return InterleavedConvs((weight[:, :, rows][..., columns] for rows in taps for columns in taps), conv.bias)
 
 
 def _merge(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -6,24 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import (
-    ImageInput,
-    ImageOutput,
-    Modulation,
-    PackedAttention,
-    split_transposed,
-    split_upsample,
-)
+from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, PackedAttention, SplitUpsample
 from vqdeploy.export.stage import Stage
 from vqdeploy.models import vitvqgan
 from vqdeploy.models.conv import SpatialNorm, Upsample
 
-_FASTER: dict[type, Any] = {
-    Upsample: split_upsample,
-    nn.ConvTranspose2d: split_transposed,
-    SpatialNorm: Modulation,
-    vitvqgan.Attention: PackedAttention,
-}
+_FASTER: dict[type, Any] = {Upsample: SplitUpsample, SpatialNorm: Modulation, vitvqgan.Attention: PackedAttention}
 
 
 def _laid_out(tokenizer: Any) -> Any:
