@@ -224,7 +224,8 @@ def _step_figures(
 def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What each stage of a hierarchy takes of a generation, reads of its weights and computes with them.
 
-    A weight counts once a call for the reading, and for the arithmetic once for each place of the call's output.
+    A weight counts once a call for the reading. For the arithmetic it counts once for each place of the call's output,
+    a kernel of the rows once for each tile of places.
     """
     parts = {}
     levels = pipeline.manifest.config["prior"]["levels"]
@@ -238,10 +239,11 @@ def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, fl
             stage = f"{name}_{part}"
             if stage not in pipeline.stages:
                 continue
-            time_ms = result[f"{stage}_ms"] / calls
-            weights = list(_matrices(pipeline, stage).values())
-            work = 2 * places * result["batch_size"] * sum(weight.size for weight in weights)
-            size = sum(weight.nbytes for weight in weights)
+            outputs = {info.name: info.shape for info in pipeline.manifest.stage(stage).outputs}
+            tiles = outputs["spread_x"][1] if part == "row" else places
+            weights = _matrices(pipeline, stage).values()
+            work = 2 * result["batch_size"] * sum(w.size * (tiles if w.ndim == 4 else places) for w in weights)
+            size, time_ms = sum(weight.nbytes for weight in weights), result[f"{stage}_ms"] / calls
             parts[stage] = {
                 "calls": calls,
                 "call_ms": time_ms,
