@@ -16,6 +16,7 @@ from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, w
 
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
 _COLUMNS = 8
+_FILM_FRAMES = 256  # at most; a published prior takes thousands of steps
 _FILM_VEIL = 0.75  # lets what is drawn for now shine through
 
 
@@ -80,7 +81,8 @@ def _frames(pipeline: Pipeline, label: int, options: dict[str, Any]) -> np.ndarr
     """The first image once more, step by step, under a veil where it is not settled."""
     seen: list[np.ndarray] = []
     pipeline.generate([label], callback=lambda step, total, codes: seen.append(codes.copy()), **options)
-    codes = np.concatenate(seen)
+    shown = np.linspace(0, len(seen) - 1, min(len(seen), _FILM_FRAMES)).astype(int)
+    codes = np.concatenate([seen[step] for step in shown])
     images = pipeline.decode(np.where(codes < 0, -1 - codes, codes))
     return veil(images, pipeline.maps(codes < 0)[-1], opacity=_FILM_VEIL)
 
