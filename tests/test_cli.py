@@ -456,7 +456,7 @@ def test_wrong_requests_to_a_masked_prior(vqdeploy, movq_plan, picture, tmp_path
         (["--task", "resample", "--label", "cat"], ["needs images"]),
         (["--task", "resample", "--input", "in.png", "--label", "cat", "--depth", "2"], ["levels to keep", "0..1"]),
         (["--task", "resample", "--input", "in.png", "--label", "cat", "--depth", "-1"], ["levels to keep", "0..1"]),
-        (["--task", "resample", "--input", "in.png", "--label", "cat", "--film", "f.gif"], ["only a generation"]),
+        (["--task", "resample", "--input", "in.png", "--label", "cat", "--film", "f.gif"], ["--film is no option"]),
         (["--task", "reconstruct", "--input", "in.png", "--depth", "1"], ["no depths to leave out"]),
         (["--task", "decode", "--input", "codes.npz"], ["codes", "[B, 45]"]),
         (["--temperature", "1,1,1"], ["one value or 2"]),

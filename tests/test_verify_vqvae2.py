@@ -193,7 +193,7 @@ def detached(monkeypatch, kinds):
 
     class Detached:
         def __init__(self, session):
-            self.session = session
+            self.session, self.stage = session, session.stage
 
         def bind(self, dims, shared=None):
             shared = {} if shared is None else shared
@@ -207,7 +207,7 @@ def detached(monkeypatch, kinds):
     monkeypatch.setattr(Level, "_bound", forgetful)
 
 
-@pytest.mark.parametrize("kinds", [("row_x",), ("row_y",), ("past_", "present_"), ("condition",)])
+@pytest.mark.parametrize("kinds", [("row_x",), ("row_y",), ("above_", "spread_"), ("condition",)])
 def test_what_a_row_takes_over(vqvae2_plan, vqvae2_system, monkeypatch, kinds):
     detached(monkeypatch, kinds)
     found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: whole distribution: tokens")
