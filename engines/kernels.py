@@ -105,10 +105,10 @@ def vq_residual(
     for depth in tl.static_range(DEPTH):
         found = _search(z, codebook, chosen, rows, n, k, D, False, ENTRIES, COLUMNS)
         tl.store(codes + rows.to(tl.int64) * DEPTH + depth, found.to(tl.int64), mask=rows < n)
-        chosen = chosen + (found,)  # noqa: RUF005 (Triton adds tuples and unpacks none)
+        chosen = chosen + (found,)  # type: ignore[assignment]  # noqa: RUF005 (Triton adds tuples, unpacks none)
     for first in range(0, D, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        total = _vectors(codebook, chosen[0], k, columns, D)
+        total = _vectors(codebook, chosen[0], k, columns, D)  # type: ignore[misc]
         for depth in tl.static_range(1, DEPTH):
             total += _vectors(codebook, chosen[depth], k, columns, D)
         inside = (rows[:, None] < n) & (columns[None, :] < D)
