@@ -399,7 +399,17 @@ def env(as_json: Json = False) -> None:
     from importlib.metadata import PackageNotFoundError
 
     packages = {}
-    for name in ("vqdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy"):
+    for name in (
+        "vqdeploy",
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "tensorrt-rtx",
+        "tensorrt",
+        "triton",
+        "numpy",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
     facts = {
