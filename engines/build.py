@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vqdeploy.engines import onnxrt, package, tensorrt
-from vqdeploy.errors import VqdeployError
+from vqdeploy.engines.plugin import MODES, obstacle
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import temporary_folder
 from vqdeploy.runtime import bundle
 from vqdeploy.runtime.manifest import WEIGHTS, BatchRange, Manifest, StageInfo
@@ -24,6 +25,7 @@ def build(
     batch: BatchRange = BatchRange(),
     progress: Callable[[str], object] = log.info,
     portable: bool = False,
+    plugin: str = "auto",
 ) -> Manifest:
     """Builds a plan, whole or not at all.
 
@@ -34,6 +36,8 @@ def build(
         batch: Batch sizes that the plan accepts.
         progress: Told the name of each stage as its build begins.
         portable: For `onnxrt`: keep the package's own function bodies, to test those.
+        plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they can. With `auto` they do
+            where the libraries allow it, and a stage that cannot be built with them is built without.
 
     Raises:
         VqdeployError: A library is missing, a size is wrong, or the file cannot be written.
@@ -44,15 +48,23 @@ def build(
     if not 1 <= batch.min <= batch.opt <= batch.max:
         sizes = f"{batch.min}, {batch.opt}, {batch.max}"
         raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
+    if plugin not in MODES:
+        raise VqdeployError(f"there is no plugin mode {plugin!r}", expected=" or ".join(MODES), found=plugin)
     manifest = package.read(folder)
-    builder = f"onnx {version('onnx')}" if backend == "onnxrt" else f"{backend} {tensorrt.check(backend)}"
+    library = version("onnx") if backend == "onnxrt" else tensorrt.check(backend)
+    builder = f"{'onnx' if backend == 'onnxrt' else backend} {library}"
+    if plugin != "off" and (reason := obstacle(backend, library)):
+        if plugin == "on":
+            raise VqdeployError(f"the plan can have no plugin: {reason}", fix="vqdeploy build --plugin off")
+        plugin = "off"
     with temporary_folder(plan) as scratch:
         files, stages = [], []
         for stage in manifest.stages:
             progress(stage.name)
-            files.append(_build_stage(backend, manifest, stage, folder, scratch, batch, portable))
+            files.append(_build_stage(backend, manifest, stage, folder, scratch, batch, portable, plugin))
             kept = stage.weights if backend == "onnxrt" else ()
-            stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept))
+            nodes = tensorrt.plugin_nodes(files[-1])
+            stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept, plugins=nodes))
         members = {file.name: bundle.sha256(file) for file in files}
         if backend == "onnxrt":
             files.append(folder / WEIGHTS)
@@ -71,7 +83,14 @@ def build(
 
 
 def _build_stage(
-    backend: str, manifest: Manifest, stage: StageInfo, folder: Path, scratch: Path, batch: BatchRange, portable: bool
+    backend: str,
+    manifest: Manifest,
+    stage: StageInfo,
+    folder: Path,
+    scratch: Path,
+    batch: BatchRange,
+    portable: bool,
+    plugin: str,
 ) -> Path:
     if backend == "onnxrt":
         return onnxrt.build_stage(stage, folder, scratch, portable)
@@ -81,4 +100,9 @@ def _build_stage(
         "length": (1, 1, height * width),
         "conditions": (1, 1, 2),
     }
-    return tensorrt.build_stage(backend, stage, folder, scratch, sizes)
+    if plugin == "auto":
+        try:
+            return tensorrt.build_stage(backend, stage, folder, scratch, sizes, plugin=True)
+        except ArtifactError as error:
+            log.warning("%s; building it without the plugin", error)
+    return tensorrt.build_stage(backend, stage, folder, scratch, sizes, plugin=plugin == "on")

@@ -47,7 +47,12 @@ def targets(backend: str) -> tuple[str, ...]:
 
 
 def build_stage(
-    backend: str, stage: StageInfo, package: Path, folder: Path, sizes: dict[str, tuple[int, int, int]]
+    backend: str,
+    stage: StageInfo,
+    package: Path,
+    folder: Path,
+    sizes: dict[str, tuple[int, int, int]],
+    plugin: bool = False,
 ) -> Path:
     """Builds the engine of a stage in a subprocess.
 
@@ -57,6 +62,7 @@ def build_stage(
         package: Folder of its ONNX file.
         folder: Where the engine goes.
         sizes: Smallest, usual and largest size of each open dimension, for the optimization profile.
+        plugin: Whether our kernels run the nodes that they can; `plugin_nodes` tells which ones those were.
 
     Raises:
         ArtifactError: The builder refused the graph or died.
@@ -66,8 +72,9 @@ def build_stage(
         info.name: [info.concrete({name: size[kind] for name, size in sizes.items()}) for kind in range(3)]
         for info in stage.inputs
     }
-    job = {"onnx": str(package / stage.file), "engine": str(target), "shapes": shapes}
+    job = {"onnx": str(package / stage.file), "engine": str(target), "shapes": shapes, "plugin": plugin}
     environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt-rtx" else "0"}
+    environment["TRITON_INTERPRET"] = "0"  # an engine takes compiled kernels, whatever else a debugging user runs
     process = subprocess.run(  # noqa: S603 (our own module)
         [sys.executable, "-u", "-m", __name__],
         input=json.dumps(job),
@@ -80,6 +87,12 @@ def build_stage(
     if process.returncode or not target.exists():
         raise ArtifactError(f"{backend} could not build stage {stage.name}: {_reason(process)}")
     return target
+
+
+def plugin_nodes(engine: Path) -> tuple[str, ...]:
+    """Names of the nodes that our kernels run in an engine that `build_stage` built."""
+    report = engine.with_suffix(".json")
+    return tuple(json.loads(report.read_text())["plugins"]) if report.exists() else ()
 
 
 def _reason(process: subprocess.CompletedProcess[str]) -> str:
@@ -96,13 +109,19 @@ def _build(job: dict) -> None:
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
     from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, Profile, engine_bytes_from_network
 
+    from vqdeploy.engines import plugin
+
     profile = Profile()
     for name, (smallest, usual, largest) in job["shapes"].items():
         profile.add(name, smallest, usual, largest)
     rtx = os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] == "1"
     config = (CreateConfigRTX if rtx else CreateConfig)(profiles=[profile])
-    network = NetworkFromOnnxPath(job["onnx"], strongly_typed=True)
-    Path(job["engine"]).write_bytes(engine_bytes_from_network(network, config))
+    if job["plugin"]:
+        plugin.register()
+    parsed = NetworkFromOnnxPath(job["onnx"], strongly_typed=True)()
+    engine = Path(job["engine"])
+    engine.with_suffix(".json").write_text(json.dumps({"plugins": plugin.nodes(parsed[1])}))
+    engine.write_bytes(engine_bytes_from_network(parsed, config))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ class TensorInfo(Config):
 
 @dataclass(frozen=True)
 class StageInfo(Config):
-    """One graph or engine. `aliases` pairs each output that may be written over an input with that input."""
+    """One graph or engine.
+
+    `aliases` pairs each output that may be written over an input with that input. `plugins` names the nodes that our
+    kernels run in an engine; it is empty in a package.
+    """
 
     name: str
     file: str
@@ -39,6 +43,7 @@ class StageInfo(Config):
     outputs: tuple[TensorInfo, ...]
     weights: tuple[str, ...] = ()
     aliases: dict = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import BatchRange
 
+# Read when Triton is imported: the tests run its kernels on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("suite", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("suite")
 torch.set_num_threads(1)  # its waiting threads and those of ONNX Runtime would take the cores from each other

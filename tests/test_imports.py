@@ -101,8 +101,8 @@ def test_inspect_opens_no_engine(python, plan):
     assert not roots(loaded(python, script)) & {*HEAVY, "onnxruntime"}
 
 
-def test_building_needs_no_torch(python, package, tmp_path):
-    script = BLOCK.format(blocked=("torch",)) + (
+def test_building_needs_no_torch_and_no_triton(python, package, tmp_path):
+    script = BLOCK.format(blocked=("torch", "triton")) + (
         "from pathlib import Path\nfrom vqdeploy.engines.build import build\nbuild(Path(sys.argv[1]), Path('a.plan'))\n"
     )
     python(script, package, cwd=tmp_path)

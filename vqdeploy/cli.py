@@ -203,6 +203,9 @@ def build(
     max_batch: Annotated[
         int, typer.Option(min=1, max=4096, help="Largest batch of one call; larger requests are split.")
     ] = 64,
+    plugin: Annotated[
+        str, typer.Option(help="auto, on or off: for TensorRT, whether our kernels run the quantizers.")
+    ] = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File; MODEL.plan when left out.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -213,7 +216,8 @@ def build(
 
     plan = output or Path(f"{read_manifest(package).system}.plan")
     with _progress("building") as progress:
-        manifest = build_plan(package, plan, backend, BatchRange(min_batch, opt_batch, max_batch), progress)
+        batch = BatchRange(min_batch, opt_batch, max_batch)
+        manifest = build_plan(package, plan, backend, batch, progress, plugin=plugin)
     size = plan.stat().st_size
     result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}
     _finish(result, as_json, f"{plan}  {size / 1e6:.1f} MB for {backend}")
@@ -395,6 +399,7 @@ def inspect(
         lines.append(f"stage {stage.name} ({stage.file})")
         tensors = [("in ", info) for info in stage.inputs] + [("out", info) for info in stage.outputs]
         lines += [f"  {kind} {info.name:18} {info.dtype:8} {list(info.shape)}" for kind, info in tensors]
+        lines += [f"  our kernel runs {node}" for node in stage.plugins]
     sizes = bundle.sizes()
     lines += [f"{sizes[name]:>12} bytes  sha256 {digest}  {name}" for name, digest in manifest.members.items()]
     _finish({**manifest.to_dict(), "sizes": sizes, "extracted": extracted}, as_json, "\n".join(lines + extracted))
@@ -408,7 +413,17 @@ def env(as_json: Json = False) -> None:
     from importlib.metadata import PackageNotFoundError
 
     packages = {}
-    for name in ("vqdeploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy"):
+    for name in (
+        "vqdeploy",
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "tensorrt-rtx",
+        "tensorrt",
+        "triton",
+        "numpy",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
     facts = {

@@ -1,8 +1,11 @@
 """The operators that an exported graph keeps as single nodes of domain `vqdeploy`.
 
 Each has a PyTorch implementation here, which is the reference, and an ONNX function in `vqdeploy.export.functions`.
-Distances and the arg-min are fp32 whatever the input type; ties go to the lowest index.
+Distances and the arg-min are fp32 whatever the input type; ties go to the lowest index. On CUDA tensors the quantizers
+run the kernels of `vqdeploy.engines.kernels`, which keep no [N, K] matrix, where Triton is installed.
 """
+
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +61,32 @@ def residual_quantize(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, 
 @residual_quantize.register_fake
 def _(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     return z.new_empty((z.shape[0], depth), dtype=torch.int64), torch.empty_like(z)
+
+
+def nearest_on_cuda(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """`nearest` by our kernel."""
+    from vqdeploy.engines import kernels
+
+    codes = z.new_empty((z.shape[0],), dtype=torch.int64)
+    with torch.cuda.device_of(z):
+        kernels.nearest(z.contiguous(), codebook.contiguous(), codes, metric)
+    return codes
+
+
+def residual_quantize_on_cuda(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """`residual_quantize` by our kernel."""
+    from vqdeploy.engines import kernels
+
+    z = z.contiguous()
+    codes, quantized = z.new_empty((z.shape[0], depth), dtype=torch.int64), torch.empty_like(z)
+    with torch.cuda.device_of(z):
+        kernels.residual_quantize(z, codebook.contiguous(), codes, quantized)
+    return codes, quantized
+
+
+if find_spec("triton"):
+    nearest.register_kernel("cuda")(nearest_on_cuda)
+    residual_quantize.register_kernel("cuda")(residual_quantize_on_cuda)
 
 
 @torch.library.custom_op("vqdeploy::lookup", mutates_args=())

@@ -1,0 +1,234 @@
+"""Kernels of `VQNearest` and `VQResidual` in Triton: on CUDA tensors, as PTX, and on the CPU in Triton's interpreter.
+
+A program takes some vectors and goes through the codebook once for each depth, tile by tile, like a product of
+matrices of which only the best column of each row is kept. Scores are fp32 whatever the input, without TF32; of equal
+scores the lowest index wins. Multichannel quantization is `VQNearest` of the split channels.
+
+Importing this module imports Triton, so whoever may do without imports it in a function.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+WARPS = {16: 4, 64: 8}
+"""Vectors a program takes -> its warps. Few vectors spread over more programs, many share what they read."""
+
+_ENTRIES = 64
+"""Vectors of the codebook in a tile."""
+
+_STATIC_SHARED_MEMORY = 48 * 1024
+"""More than this a kernel has to ask the driver for, which a launch by TensorRT does not."""
+
+_PTX_VERSIONS = {80: 80, 86: 80, 89: 80, 90: 80, 120: 87}
+"""Compute capability -> the oldest PTX that has it: a driver refuses PTX that is newer than itself."""
+
+
+@triton.jit
+def _vectors(pointer, rows, count, columns, D: tl.constexpr):
+    """Columns of rows of a matrix in fp32, zero outside."""
+    inside = (rows[:, None] < count) & (columns[None, :] < D)
+    places = rows[:, None].to(tl.int64) * D + columns[None, :]
+    return tl.load(pointer + places, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _search(
+    z, codebook, chosen, rows, n, k, D: tl.constexpr, COSINE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Codes nearest to what is left of vectors after the codes `chosen` at earlier depths."""
+    best = tl.full((rows.shape[0],), float("-inf"), tl.float32)
+    codes = tl.zeros((rows.shape[0],), tl.int32)
+    for start in range(0, k, ENTRIES):
+        entries = start + tl.arange(0, ENTRIES)
+        products = tl.zeros((rows.shape[0], ENTRIES), tl.float32)
+        squares = tl.zeros((ENTRIES,), tl.float32)
+        for first in range(0, D, COLUMNS):
+            columns = first + tl.arange(0, COLUMNS)
+            residual = _vectors(z, rows, n, columns, D)
+            for depth in tl.static_range(len(chosen)):
+                residual -= _vectors(codebook, chosen[depth], k, columns, D)
+            table = _vectors(codebook, entries, k, columns, D)
+            products = tl.dot(residual, tl.trans(table), products, input_precision="ieee")
+            squares += tl.sum(table * table, 1)
+        if COSINE:
+            scores = products / tl.maximum(tl.sqrt_rn(squares), 1e-12)[None, :]
+        else:
+            scores = 2 * products - squares[None, :]
+        scores = tl.where(entries[None, :] < k, scores, float("-inf"))
+        highest, place = tl.max(scores, 1, return_indices=True)
+        codes = tl.where(highest > best, start + place, codes)
+        best = tl.maximum(best, highest)
+    return codes
+
+
+@triton.jit
+def vq_nearest(
+    z,
+    codebook,
+    n,
+    k,
+    codes,
+    D: tl.constexpr,
+    COSINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes [n] of the vectors z [n, D]."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    found = _search(z, codebook, (), rows, n, k, D, COSINE, ENTRIES, COLUMNS)
+    tl.store(codes + rows, found.to(tl.int64), mask=rows < n)
+
+
+@triton.jit
+def vq_residual(
+    z,
+    codebook,
+    n,
+    k,
+    codes,
+    quantized,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes [n, DEPTH] of the vectors z [n, D], and the sums of their vectors [n, D]."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chosen = ()
+    for depth in tl.static_range(DEPTH):
+        found = _search(z, codebook, chosen, rows, n, k, D, False, ENTRIES, COLUMNS)
+        tl.store(codes + rows.to(tl.int64) * DEPTH + depth, found.to(tl.int64), mask=rows < n)
+        chosen = chosen + (found,)  # type: ignore[assignment]  # noqa: RUF005 (Triton adds tuples, unpacks none)
+    for first in range(0, D, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        total = _vectors(codebook, chosen[0], k, columns, D)  # type: ignore[misc]
+        for depth in tl.static_range(1, DEPTH):
+            total += _vectors(codebook, chosen[depth], k, columns, D)
+        inside = (rows[:, None] < n) & (columns[None, :] < D)
+        places = rows[:, None].to(tl.int64) * D + columns[None, :]
+        tl.store(quantized + places, total.to(quantized.dtype.element_ty), mask=inside)
+
+
+def _tiles(dim: int, rows: int) -> dict[str, int]:
+    return {"D": dim, "ROWS": rows, "ENTRIES": _ENTRIES, "COLUMNS": 32 if dim > 16 else 16}
+
+
+def nearest(z: Any, codebook: Any, codes: Any, metric: str) -> None:
+    """Runs `vq_nearest` on contiguous PyTorch tensors.
+
+    Args:
+        z: Vectors [N, D].
+        codebook: Codebook [K, D].
+        codes: Where the codes [N] int64 go.
+        metric: `l2` or `cosine`.
+    """
+    _launch(vq_nearest, z, codebook, codes, COSINE=metric == "cosine")
+
+
+def residual_quantize(z: Any, codebook: Any, codes: Any, quantized: Any) -> None:
+    """Runs `vq_residual` on contiguous PyTorch tensors.
+
+    Args:
+        z: Vectors [N, D].
+        codebook: Codebook [K, D].
+        codes: Where the codes [N, Q] int64 go.
+        quantized: Where the sums of their vectors [N, D] go.
+    """
+    _launch(vq_residual, z, codebook, codes, quantized, DEPTH=codes.shape[1])
+
+
+def _launch(kernel: Any, z: Any, codebook: Any, *outputs: Any, **constants: Any) -> None:
+    (count, dim), size = z.shape, codebook.shape[0]
+    rows = 16 if count < 4096 else 64
+    if count:
+        kernel[(triton.cdiv(count, rows),)](
+            z, codebook, count, size, *outputs, **constants, **_tiles(dim, rows), num_warps=WARPS[rows]
+        )
+
+
+class Ptx(NamedTuple):
+    """A compiled kernel. Its arguments are z, codebook, n and k as int32, and the outputs."""
+
+    name: str
+    text: str
+    threads: int  # of a program
+    shared: int  # bytes of a program
+
+
+def compile_nearest(
+    types: tuple[str, str], dim: int, metric: str, rows: int, capability: int = 80, **options: Any
+) -> Ptx:
+    """PTX of `vq_nearest` for one dimension and metric, and any number of vectors and codes. Needs no GPU.
+
+    Args:
+        types: Of z and of the codebook: `fp32`, `fp16` or `bf16`.
+        dim: D.
+        metric: `l2` or `cosine`.
+        rows: Vectors a program takes, of `WARPS`: the grid has one program for as many.
+        capability: Compute capability. PTX for 80 runs on every later GPU too, that for 90 and 120 on these only.
+        **options: Further options of Triton's compiler.
+    """
+    pointers = {"z": types[0], "codebook": types[1], "codes": "i64"}
+    return _compile(vq_nearest, pointers, capability, options, COSINE=metric == "cosine", **_tiles(dim, rows))
+
+
+def compile_residual(
+    types: tuple[str, str], dim: int, depth: int, rows: int, capability: int = 80, **options: Any
+) -> Ptx:
+    """PTX of `vq_residual` for one dimension and depth; otherwise as `compile_nearest`."""
+    pointers = {"z": types[0], "codebook": types[1], "codes": "i64", "quantized": types[0]}
+    return _compile(vq_residual, pointers, capability, options, DEPTH=depth, **_tiles(dim, rows))
+
+
+def _compile(kernel: Any, pointers: dict[str, str], capability: int, options: dict[str, Any], **constants: Any) -> Ptx:
+    kinds = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    # Every tensor of TensorRT starts at a multiple of 16 bytes; knowing that, loads are wide.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {
+        "num_warps": WARPS[constants["ROWS"]],
+        "num_stages": 2,
+        "ptx_version": _PTX_VERSIONS[capability],
+        "enable_fp_fusion": True,
+    } | options
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # it names the folder that Python ran from
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    metadata = compiled.metadata
+    if metadata.shared > _STATIC_SHARED_MEMORY and options["num_stages"] > 1:
+        return _compile(kernel, pointers, capability, options | {"num_stages": 1}, **constants)
+    scratch = metadata.global_scratch_size + metadata.profile_scratch_size
+    if scratch or metadata.shared > _STATIC_SHARED_MEMORY:
+        raise ValueError(f"{metadata.name} needs {metadata.shared} bytes of shared and {scratch} of scratch memory")
+    arguments = sum(kind != "constexpr" for kind in signature.values())
+    return Ptx(
+        metadata.name, _without_scratch(compiled.asm["ptx"], arguments), 32 * metadata.num_warps, metadata.shared
+    )
+
+
+_ENTRY = re.compile(r"(?<=\.visible \.entry )(?P<name>\w+)\((?P<parameters>[^)]*)\)")
+
+
+def _without_scratch(text: str, arguments: int) -> str:
+    """PTX without the pointers to scratch memory that Triton appends to its arguments.
+
+    TensorRT passes exactly the arguments that it knows of.
+    """
+    entry = _ENTRY.search(text)
+    if entry is None:
+        raise ValueError("Triton's PTX has no entry")
+    parameters = [line.strip() for line in entry["parameters"].split(",")]
+    for scratch in parameters[arguments:]:
+        symbol = scratch.split()[-1]
+        if re.search(rf"\b{symbol}\b", text[entry.end() :]):
+            raise ValueError(f"{entry['name']} uses {symbol}, which only Triton's launcher passes")
+    kept = ",\n\t".join(parameters[:arguments])
+    return f"{text[: entry.start()]}{entry['name']}(\n\t{kept}\n){text[entry.end() :]}"

@@ -1,0 +1,105 @@
+"""TensorRT plugins that run `VQNearest` and `VQResidual` with our kernels.
+
+The nodes of a package name their plugin. Once it is registered, the ONNX parser prefers it to the node's function,
+and the builder asks for PTX, tries its variants, and keeps the fastest one in the engine: to run that takes neither
+Python nor a library of ours.
+"""
+
+import importlib.util
+from typing import Any
+
+MODES = ("auto", "on", "off")
+"""Whether a plan gets plugins: where it can, or else it is an error, or never."""
+
+VERSIONS = ((10, 15), (12, 0))
+"""TensorRT from the first and below the second, where a node that names a plugin gets it ahead of its function."""
+
+
+def obstacle(backend: str, version: str) -> str | None:
+    """Why an engine cannot run the nodes with our kernels; None if it can.
+
+    Args:
+        backend: `tensorrt`, `tensorrt-rtx` or `onnxrt`.
+        version: Of the backend's library.
+    """
+    if backend != "tensorrt":
+        return f"{backend} knows no plugins that are compiled ahead of time"
+    first, end = VERSIONS
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not first <= numbers < end:
+        return f"TensorRT has to be at least {first[0]}.{first[1]} and below {end[0]}.{end[1]}, and this is {version}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which compiles the kernels, is not installed (pip install triton)"
+    return None
+
+
+def register() -> None:
+    """Registers the plugins in TensorRT's registry, for all networks that this process parses from now on."""
+    import tensorrt as trt
+    import tensorrt.plugin as trtp
+
+    from vqdeploy.engines import kernels
+
+    types = {trt.float32: ("FP32", "fp32"), trt.float16: ("FP16", "fp16"), trt.bfloat16: ("BF16", "bf16")}
+
+    def variants(*tensors: Any) -> list[trtp.AutoTuneCombination]:
+        """The types that the network has, and a tactic for each number of vectors that a program may take."""
+        names = [types[tensor.dtype][0] if tensor.dtype in types else "INT64" for tensor in tensors]
+        return [trtp.AutoTuneCombination(", ".join(names), "LINEAR", list(kernels.WARPS))]
+
+    def launch(
+        z: Any, codebook: Any, kernel: kernels.Ptx, rows: int
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        count, size = z.shape_expr[0], codebook.shape_expr[0]
+        parameters = trtp.KernelLaunchParams(
+            grid_x=trtp.cdiv(count, rows), block_x=kernel.threads, shared_mem=kernel.shared
+        )
+        scalars = trtp.SymIntExprs.from_tuple((trtp.SymInt32(count), trtp.SymInt32(size)))
+        return kernel.name, kernel.text, parameters, scalars
+
+    def kinds(z: Any, codebook: Any) -> tuple[str, str]:
+        return types[z.dtype][1], types[codebook.dtype][1]
+
+    @trtp.register("vqdeploy::VQNearest")
+    def nearest(z: trtp.TensorDesc, codebook: trtp.TensorDesc, metric: str) -> trtp.TensorDesc:
+        return trtp.from_shape_expr((z.shape_expr[0],), trt.int64)
+
+    @trtp.autotune("vqdeploy::VQNearest")
+    def nearest_variants(
+        z: trtp.TensorDesc, codebook: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]
+    ) -> list[trtp.AutoTuneCombination]:
+        return variants(z, codebook, *outputs)
+
+    @trtp.aot_impl("vqdeploy::VQNearest")
+    def nearest_kernel(
+        z: trtp.TensorDesc, codebook: trtp.TensorDesc, metric: str, outputs: tuple[trtp.TensorDesc], tactic: int
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        dim = codebook.shape_expr[1].constant_value()
+        return launch(z, codebook, kernels.compile_nearest(kinds(z, codebook), dim, metric, tactic), tactic)
+
+    @trtp.register("vqdeploy::VQResidual")
+    def residual(z: trtp.TensorDesc, codebook: trtp.TensorDesc, depth: int) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
+        return trtp.from_shape_expr((z.shape_expr[0], depth), trt.int64), z.like()
+
+    @trtp.autotune("vqdeploy::VQResidual")
+    def residual_variants(
+        z: trtp.TensorDesc, codebook: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc, trtp.TensorDesc]
+    ) -> list[trtp.AutoTuneCombination]:
+        return variants(z, codebook, *outputs)
+
+    @trtp.aot_impl("vqdeploy::VQResidual")
+    def residual_kernel(
+        z: trtp.TensorDesc,
+        codebook: trtp.TensorDesc,
+        depth: int,
+        outputs: tuple[trtp.TensorDesc, trtp.TensorDesc],
+        tactic: int,
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        dim = codebook.shape_expr[1].constant_value()
+        return launch(z, codebook, kernels.compile_residual(kinds(z, codebook), dim, depth, tactic), tactic)
+
+
+def nodes(network: Any) -> list[str]:
+    """Names of the nodes of a parsed network that a plugin runs."""
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    return [layer.name for layer in layers if layer.type.name == "PLUGIN_V3"]

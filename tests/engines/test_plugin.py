@@ -1,0 +1,223 @@
+"""Our TensorRT plugins: what the bindings of TensorRT make of them, and when a build uses them."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from onnx import helper
+from typer.testing import CliRunner
+
+from vqdeploy.cli import app
+from vqdeploy.engines import plugin, tensorrt
+from vqdeploy.engines.build import build
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """What each plugin answers to its builder. No engine is built: TensorRT's own libraries are not at hand."""
+    for module, reason in (
+        ("triton", "Triton is not installed (pip install vqdeploy[kernels])"),
+        ("tensorrt_bindings", "TensorRT's bindings are not installed (pip install tensorrt-cu13-bindings)"),
+        ("tensorrt_rtx_libs", "tensorrt-rtx, whose libraries stand in for TensorRT's, is not installed"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(reason)
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler for an empty library")
+    folder = tmp_path_factory.mktemp("libraries")
+    libraries = Path(importlib.util.find_spec("tensorrt_rtx_libs").submodule_search_locations[0])
+    for name, stand_in in (("nvinfer", "tensorrt_rtx"), ("nvonnxparser", "tensorrt_onnxparser_rtx")):
+        (folder / f"lib{name}.so.11").symlink_to(next(libraries.glob(f"lib{stand_in}.so*")))
+    command = [compiler, "-shared", "-x", "c", "-", "-o", folder / "libnvinfer_plugin.so.11"]
+    subprocess.run(command, input=b"int initLibNvInferPlugins(void) { return 1; }", check=True)  # noqa: S603
+    process = subprocess.run(  # noqa: S603
+        [sys.executable, Path(__file__).with_name("plugin_rehearsal.py")],
+        env=os.environ
+        | {"LD_LIBRARY_PATH": str(folder), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    nearest, residual = json.loads(process.stdout.splitlines()[-1])
+    return {"VQNearest": nearest, "VQResidual": residual}
+
+
+def test_outputs_are_described_as_the_onnx_functions_give_them(rehearsal):
+    assert rehearsal["VQNearest"]["types"] == ["HALF", "FLOAT", "INT64"]
+    assert rehearsal["VQNearest"]["shapes"] == [["n"]]
+    assert rehearsal["VQResidual"]["types"] == ["BF16", "BF16", "INT64", "BF16"]
+    assert rehearsal["VQResidual"]["shapes"] == [["n", 4], ["n", 64]]
+
+
+def test_the_types_of_the_network_are_the_only_ones_offered(rehearsal):
+    assert all(answer["supported"] == answer["types"] for answer in rehearsal.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "pointers"), [("VQNearest", "vq_nearest", 3), ("VQResidual", "vq_residual", 4)]
+)
+def test_every_tactic_is_ptx_and_how_to_launch_it(rehearsal, name, kernel, pointers):
+    tactics = rehearsal[name]["tactics"]
+    assert set(tactics) == {"16", "64"}
+    for rows, tactic in tactics.items():
+        launch = tactic["launch"]
+        assert launch.pop("grid_x") == f"CEIL_DIV(n, {rows})"
+        assert launch.pop("block_x") == {"16": 128, "64": 256}[rows]
+        assert 0 < launch.pop("shared_mem") <= 48 * 1024
+        assert launch == dict.fromkeys(["grid_y", "grid_z", "block_y", "block_z"], 1)
+        assert tactic["scalars"] == ["n", 1000]
+        assert tactic["kernel"] == kernel
+        assert f".visible .entry {kernel}(" in tactic["ptx"]
+        assert tactic["ptx"].count(".param .u64") == pointers
+        assert ".target sm_80" in tactic["ptx"]  # runs on every later GPU too
+
+
+def test_the_metric_and_the_depth_reach_the_kernel(rehearsal):
+    assert "sqrt.rn.f32" in rehearsal["VQNearest"]["tactics"]["16"]["ptx"]
+    assert "sqrt.rn.f32" not in rehearsal["VQResidual"]["tactics"]["16"]["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name", "attribute"),
+    [("package", "VQResidual", ("depth", 4)), ("movq_package", "VQNearest", ("metric", b"l2"))],
+)
+def test_a_package_says_what_the_plugin_wants_to_know(request, fixture, name, attribute):
+    graph = onnx.load(request.getfixturevalue(fixture) / "encode.onnx", load_external_data=False).graph
+    (node,) = [node for node in graph.node if node.op_type == name]
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes == {"plugin_namespace": b"vqdeploy", "plugin_version": b"1", attribute[0]: attribute[1]}
+    assert node.domain == "vqdeploy"
+    assert node.name
+
+
+def test_nodes_that_a_plugin_runs_are_told_from_other_layers():
+    layers = [
+        SimpleNamespace(name=name, type=SimpleNamespace(name=kind))
+        for name, kind in (("conv", "CONVOLUTION"), ("quantize", "PLUGIN_V3"), ("lookup", "GATHER"))
+    ]
+    network = SimpleNamespace(num_layers=3, get_layer=layers.__getitem__)
+    assert plugin.nodes(network) == ["quantize"]
+
+
+@pytest.fixture
+def triton_is(monkeypatch):
+    """Makes Triton seem installed or missing."""
+    found = importlib.util.find_spec
+
+    def make(installed):
+        monkeypatch.setattr(
+            "importlib.util.find_spec",
+            lambda name, *rest: (found("json") if installed else None) if name == "triton" else found(name, *rest),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "triton", "expected"),
+    [
+        ("tensorrt", "10.15.1.29", True, None),
+        ("tensorrt", "11.4.0.106", True, None),
+        ("tensorrt", "10.14.1.48.post1", True, "at least 10.15"),
+        ("tensorrt", "12.0.0", True, "below 12.0"),
+        ("tensorrt", "unknown", True, "this is unknown"),
+        ("tensorrt", "11.4.0", False, "pip install triton"),
+        ("tensorrt-rtx", "1.7.1", True, "tensorrt-rtx knows no plugins"),
+        ("onnxrt", "1.23.2", True, "onnxrt knows no plugins"),
+    ],
+)
+def test_what_stands_in_the_way_is_named(triton_is, backend, version, triton, expected):
+    triton_is(triton)
+    obstacle = plugin.obstacle(backend, version)
+    assert obstacle is None if expected is None else expected in obstacle
+
+
+@pytest.fixture
+def builder(monkeypatch, triton_is):
+    """A TensorRT whose builder refuses plugins if it is told to, and the jobs that it got."""
+    triton_is(True)
+    state = SimpleNamespace(jobs=[], refuses=False)
+
+    def run(arguments, **options):
+        job = json.loads(options["input"])
+        state.jobs.append((Path(job["engine"]).stem, job["plugin"]))
+        if job["plugin"] and state.refuses:
+            return subprocess.CompletedProcess(arguments, 1, "[E] misaligned address", "")
+        engine = Path(job["engine"])
+        nodes = ["quantizer/VQResidual"] if job["plugin"] and engine.stem == "encode" else []
+        engine.with_suffix(".json").write_text(json.dumps({"plugins": nodes}))
+        engine.write_bytes(b"engine")
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    monkeypatch.setattr(tensorrt, "check", lambda backend: "11.4.0")
+    monkeypatch.setattr(subprocess, "run", run)
+    return state
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_plan_says_which_nodes_a_plugin_runs(package, tmp_path, builder, mode):
+    file = tmp_path / "a.plan"
+    build(package, file, "tensorrt", plugin=mode)
+    assert builder.jobs == [("encode", True), ("decode", True), ("step", True)]
+    manifest = Bundle(file).manifest
+    assert {stage.name: stage.plugins for stage in manifest.stages} == {
+        "encode": ("quantizer/VQResidual",),
+        "decode": (),
+        "step": (),
+    }
+    assert set(Bundle(file).sizes()) == {"manifest.json", "encode.engine", "decode.engine", "step.engine"}
+
+
+def test_without_the_plugin_nothing_is_registered(package, tmp_path, builder):
+    build(package, tmp_path / "a.plan", "tensorrt", plugin="off")
+    assert not any(used for _, used in builder.jobs)
+    assert not any(stage.plugins for stage in Bundle(tmp_path / "a.plan").manifest.stages)
+
+
+def test_a_stage_that_fails_with_the_plugin_is_built_without(package, tmp_path, builder, caplog):
+    builder.refuses = True
+    build(package, tmp_path / "a.plan", "tensorrt")
+    assert builder.jobs[:2] == [("encode", True), ("encode", False)]
+    assert "misaligned address" in caplog.text
+    assert "without the plugin" in caplog.text
+    assert not any(stage.plugins for stage in Bundle(tmp_path / "a.plan").manifest.stages)
+
+
+def test_with_the_plugin_on_a_failure_is_an_error(package, tmp_path, builder):
+    builder.refuses = True
+    with pytest.raises(ArtifactError, match="misaligned address"):
+        build(package, tmp_path / "a.plan", "tensorrt", plugin="on")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plugin_that_a_backend_cannot_have_is_refused_when_asked_for(package, tmp_path):
+    with pytest.raises(VqdeployError, match=r"onnxrt knows no plugins.*--plugin off"):
+        build(package, tmp_path / "a.plan", plugin="on")
+    with pytest.raises(VqdeployError, match="auto or on or off"):
+        build(package, tmp_path / "a.plan", plugin="yes")
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_names_the_nodes(package, tmp_path, builder):
+    build(package, tmp_path / "a.plan", "tensorrt")
+    lines = CliRunner().invoke(app, ["inspect", str(tmp_path / "a.plan")]).stdout.splitlines()
+    (line,) = [line for line in lines if "quantizer/VQResidual" in line]
+    assert line == "  our kernel runs quantizer/VQResidual"
+
+
+def test_the_command_offers_the_choice(package, tmp_path, builder):
+    arguments = ["build", str(package), "--backend", "tensorrt", "--plugin", "off", "-o", str(tmp_path / "a.plan")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert not any(used for _, used in builder.jobs)
