@@ -1,10 +1,10 @@
 """The stages of VQ-VAE-2: the tokenizer's, and for each level of the prior `LEVEL_row` and `LEVEL_pixel`.
 
 A causal convolution without its centre sees the rows above and a few places to the left. What comes from the rows above
-is computed for a whole row at once, by one call of `row`. What is left for each place, one call of `pixel`, are
-the places to the left. No place of a convolution's output depends on the code before, so that all of a
-network's convolutions go side by side (compare Ramachandran et al., "Fast Generation for Convolutional Autoregressive
-Models", 2017). A level that is conditioned on codes has a stage `LEVEL_condition`, called once an image.
+is computed for a whole row at once, by one call of `row`. The places to the left are what is left for each place, one
+call of `pixel`. No convolution's output at a place depends on the code drawn last, so that all of a network's
+convolutions go side by side (compare Ramachandran et al., "Fast Generation for Convolutional Autoregressive Models",
+2017). A level that is conditioned on codes has a stage `LEVEL_condition`, called once an image.
 """
 
 from collections.abc import Sequence
