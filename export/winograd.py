@@ -17,6 +17,8 @@ def minimal_filtering(outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
     For inputs d [n] and a filter g [taps] the outputs sum_k g[k] d[i + k] are A @ ((G @ g) * (B @ d)).
     """
     n = outputs + taps - 1
+    if outputs == 1:
+        return torch.ones(1, n, dtype=torch.float64), *torch.eye(n, dtype=torch.float64).expand(2, n, n)
     return _values(n, outputs).T, _values(n, taps), torch.linalg.inv(_values(n, n)).T
 
 

@@ -21,7 +21,7 @@ _ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "above_x.0", "above_y
 class Level:
     """The stages of one level: `NAME_row`, `NAME_pixel` and, if codes condition it, `NAME_condition`.
 
-    Buffers are made once for each batch size and reused.
+    Buffers are made when the batch size changes, and reused until then.
     """
 
     def __init__(self, name: str, sessions: dict[str, Any], grid: tuple[int, int]):
@@ -49,7 +49,6 @@ class Level:
         padded = np.full((batch, height + side, side + width), -1)
         for row in range(height):
             binding = rows[row % len(rows)]
-            padded[:, side : side + row, side:] = codes[:, :row]
             binding.inputs["row"][:] = pixel.inputs["row"][:] = row
             binding.inputs["codes"][:] = padded[:, row : row + side, side:]
             if "label" in binding.inputs:

@@ -152,7 +152,14 @@ class Pipeline:
         return self._config["prior"]["classes"]
 
     def maps(self, codes: np.ndarray) -> list[np.ndarray]:
-        """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level."""
+        """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level.
+
+        Raises:
+            VqdeployError: The array has another shape.
+        """
+        codes = as_array("codes", codes)
+        if codes.shape[1:] != self.grid:
+            raise VqdeployError("codes have the wrong shape", expected=["B", *self.grid], found=list(codes.shape))
         if len(self.grid) == 3:
             return [codes]
         sides = self._sides()
@@ -162,7 +169,8 @@ class Pipeline:
     def _sides(self) -> list[int]:
         """Height and width of the map of each level, where codes have levels."""
         tokenizer = self._config["tokenizer"]
-        return [tokenizer["resolution"] // 4 >> level for level in reversed(range(tokenizer["levels"]))]
+        levels = range(min(tokenizer["levels"], 64))  # more never fit
+        return [tokenizer["resolution"] // 4 >> level for level in reversed(levels)]
 
     def _check_prior(self) -> None:
         if self._sampler is None:
@@ -352,7 +360,7 @@ class Pipeline:
         codes = self.encode(images)
         maps = self.maps(codes)
         if len(maps) == 1:
-            raise VqdeployError("this system's codes have one level", expected="a system such as vqvae2", found="one")
+            raise VqdeployError("this plan's codes have one level", expected="two or more, as vqvae2's", found="one")
         if not is_whole(keep) or not 0 <= keep < len(maps):
             raise VqdeployError("no such number of levels to keep", expected=f"0..{len(maps) - 1}", found=keep)
         count = sum(level[0].size for level in maps[:keep])

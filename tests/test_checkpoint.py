@@ -240,6 +240,12 @@ def numbers(part, path=()):
             yield (*path, key), value
 
 
+def test_a_condition_without_blocks_of_its_own(three_system, tmp_path):
+    assert three_system.config.prior.levels[1].condition_res_blocks == 0
+    checkpoint.save(three_system, tmp_path / "a")
+    assert checkpoint.load(tmp_path / "a").config == three_system.config
+
+
 @pytest.mark.parametrize("model", ARCHITECTURES)
 def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
     folder = tmp_path / model
@@ -247,7 +253,8 @@ def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
     config = (folder / "config.json").read_text()
     tried = 0
     for path, value in numbers(json.loads(config)):
-        wrong = [-1] if value == 0 else [0, -1]
+        may_be_none = value == 0 or path[-1] in ("condition_channels", "condition_res_blocks")
+        wrong = [-1] if may_be_none else [0, -1]
         if path[-1] in ("decay", "dropout"):
             wrong = [-0.1, 2.0, float("nan")]
         elif type(value) is float:

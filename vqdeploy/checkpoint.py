@@ -107,12 +107,16 @@ def _check_numbers(file: Path, part: Config | None) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, Config):
                 _check_numbers(file, number)
-            elif field.type in (int, tuple[int, ...]) and number < (lowest := 0 if field.default == 0 else 1):
+            elif field.type in (int, tuple[int, ...]) and number < (lowest := int(not _may_be_none(field))):
                 raise ArtifactError(f"{field.name} in {file} is too small", expected=f"{lowest} or more", found=number)
             elif field.name in _SHARES and not 0 <= number <= 1:
                 raise ArtifactError(f"{field.name} in {file} is out of range", expected="0..1", found=number)
             elif isinstance(number, float) and not math.isfinite(number):
                 raise ArtifactError(f"{field.name} in {file} is out of range", expected="a finite number", found=number)
+
+
+def _may_be_none(field: Any) -> bool:
+    return field.default == 0 or field.name in ("condition_channels", "condition_res_blocks")
 
 
 def _check_weights(file: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

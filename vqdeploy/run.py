@@ -84,7 +84,17 @@ def _frames(pipeline: Pipeline, label: int, options: dict[str, Any]) -> np.ndarr
     shown = np.linspace(0, len(seen) - 1, min(len(seen), _FILM_FRAMES)).astype(int)
     codes = np.concatenate([seen[step] for step in shown])
     images = pipeline.decode(np.where(codes < 0, -1 - codes, codes))
-    return veil(images, pipeline.maps(codes < 0)[-1], opacity=_FILM_VEIL)
+    *coarser, open_codes = _enlarged(pipeline, codes < 0)
+    for level in reversed(coarser):  # nothing of a level is drawn while one above it is open
+        open_codes = np.where(level.any((1, 2, 3), keepdims=True), level, open_codes)
+    return veil(images, open_codes, opacity=_FILM_VEIL)
+
+
+def _enlarged(pipeline: Pipeline, codes: np.ndarray) -> list[np.ndarray]:
+    """The map of each level, all as large as the last."""
+    maps = pipeline.maps(codes)
+    side = maps[-1].shape[1]
+    return [level.repeat(side // level.shape[1], 1).repeat(side // level.shape[2], 2) for level in maps]
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -115,7 +125,11 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
-    masked = veil(images, pipeline.maps(unknown)[-1]) if mask is None else np.where(mask[..., None], GREY, images)
+    masked = (
+        veil(images, np.logical_or.reduce(_enlarged(pipeline, unknown)))
+        if mask is None
+        else np.where(mask[..., None], GREY, images)
+    )
     shown = np.concatenate([masked, result.images, images])
     note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
     return _write(output, pipeline, shown, len(images), note)

@@ -528,3 +528,9 @@ def test_caches_that_are_not_updated_in_place(vqvae2_plan, vqvae2_pipeline, tmp_
 
     apart = load(edited(vqvae2_plan, tmp_path / "a.plan", part), threads=1)
     np.testing.assert_array_equal(apart.generate(LABELS).codes, vqvae2_pipeline.generate(LABELS).codes)
+
+
+@pytest.mark.parametrize("codes", [np.zeros((2, 44), int), np.zeros(45, int), [[[0] * 45]], None, [[1], [1, 2]]])
+def test_maps_of_something_else(vqvae2_pipeline, codes):
+    with pytest.raises(VqdeployError, match="codes"):
+        vqvae2_pipeline.maps(codes)

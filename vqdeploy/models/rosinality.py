@@ -35,7 +35,9 @@ def tokenizer_weights(state: State) -> dict[str, Tensor]:
     """The state_dict of a two-level `VQVAE2`. Public codebooks are stored as columns [D, K]."""
     weights = {}
     for key, weight in state.items():
-        part = next(part for part in _TOKENIZER if re.match(rf"(module\.)?{re.escape(part)}\.", key))
+        part = next((part for part in _TOKENIZER if re.match(rf"(module\.)?{re.escape(part)}\.", key)), None)
+        if part is None:
+            raise ValueError(f"{key} is no weight of the public tokenizer")
         name = key.removeprefix("module.").removeprefix(part + ".")
         columns = name in ("embed", "embed_avg")
         weights[f"{_TOKENIZER[part]}.{_CODEBOOK.get(name, name)}"] = weight.T.contiguous() if columns else weight
@@ -45,6 +47,8 @@ def tokenizer_weights(state: State) -> dict[str, Tensor]:
 def prior_weights(state: State) -> dict[str, Tensor]:
     """The state_dict of a `PixelSNAIL` of one class."""
     public = fold(state)
+    if "background" not in public:
+        raise ValueError("this is no state_dict of the public prior; its files hold one under `model`")
     del public["background"]
     horizontal, vertical = public.pop("horizontal.weight"), public.pop("vertical.weight")
     weights = {

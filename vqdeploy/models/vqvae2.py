@@ -54,7 +54,8 @@ class VQVAE2Config(Config):
     @property
     def level_grids(self) -> Grids:
         """Height and width of each level, top first."""
-        sides = [self.resolution // _STRIDE >> level for level in reversed(range(self.levels))]
+        levels = min(self.levels, self.resolution.bit_length())  # more do not fit
+        sides = [self.resolution // _STRIDE >> level for level in reversed(range(levels))]
         return tuple((side, side) for side in sides)
 
     @property
