@@ -342,7 +342,7 @@ class Pixel(nn.Module):
         entry, inner, gates = (at_row(rows, column) for rows in (entry, inner, gates))
         y = F.elu(inner + _each(left_x, self.first))
         branches = (gates + _each(left_y, self.second)).unflatten(1, (self.layers, -1))
-        branches = F.glu(branches, 2).unbind(1)
+        branches = F.glu(branches, 2).flatten(1).split(branches.shape[2] // 2, 1)
         x, background = entry + self.entry(codes), F.embedding(place, self.background)
         inputs: list[Tensor] = []
         keys: list[Tensor] = []
@@ -361,7 +361,9 @@ class Pixel(nn.Module):
                 x = exit_(x, out, background)
         for block in self.out_blocks:
             x = block(x)
-        activations_x, activations_y = F.elu(torch.stack(inputs, 1)), y.unflatten(1, (self.layers, -1))
+        activations_x, activations_y = (
+            each.unflatten(1, (self.layers, -1)) for each in (F.elu(torch.cat(inputs, 1)), y)
+        )
         return (
             self.out(F.elu(x)),
             activations_x,
