@@ -59,7 +59,8 @@ def _check_driver(cuda: int) -> None:
         raise VqdeployError("no NVIDIA GPU answers", expected="one or more", found=f"{count.value} (status {status})")
     driver.cuDriverGetVersion(ctypes.byref(version))  # 1000 * major + 10 * minor
     if version.value < 1000 * cuda:
-        raise VqdeployError("the NVIDIA driver is too old", expected=f"one for CUDA {cuda}", found=version.value / 1000)
+        found = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+        raise VqdeployError("the NVIDIA driver is too old", expected=f"one for CUDA {cuda}", found=found)
 
 
 def _libraries(cuda: str) -> dict[str, str]:

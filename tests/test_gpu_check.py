@@ -93,6 +93,7 @@ def test_the_report(check):
     assert "fp32 without TF32, since there is no fp16" in text
     for line in (
         "| driver | 1.2.3 |",
+        "| commit | unknown |",
         "| onnxruntime-gpu | 1.31 |",
         "3 passed, 0 failed, 0 skipped",
         "| movq | onnxrt | passed |",

@@ -24,6 +24,7 @@ PUBLISHED = {
     "vqgan": "imagenet",
     "vqvae2": "ffhq",
 }
+BENCH = ("--device", "cuda", "--batch-size", "1", "--batch-size", "8")
 BASELINES = ("eager,compile", "eager", "")  # the first that ends well
 MINUTES = 60  # of one command
 
@@ -55,8 +56,8 @@ class Report:
                 f"\n## Tests marked gpu\n\n{tests}\n",
                 "## Parity with PyTorch\n\n`vqdeploy verify` of the tiny system:\n",
                 *_table(("system", "backend", "result"), self.parity),
-                "\n## Speed\n\nMedian times of `vqdeploy bench`; in brackets, how many times faster the plan is than",
-                "PyTorch on the same GPU. Weights are random, but for those that are shipped.\n",
+                f"\n## Speed\n\nMedian times of `vqdeploy bench {' '.join(BENCH)} --baseline eager,compile`;",
+                "in brackets, how many times faster the plan is than PyTorch on the same GPU. The weights are random.\n",
                 *_table(speed, self.speed),
                 *_list("Failed", self.failed),
                 *_list("Skipped", self.skipped),
@@ -84,6 +85,15 @@ def gpu() -> dict[str, str]:
     return dict(zip(names, map(str.strip, found.splitlines()[0].split(",")), strict=True)) if found.strip() else {}
 
 
+def commit() -> str:
+    """What is checked out."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def vqdeploy(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Exit code of a verb, what it printed as JSON, and the last line of its complaint."""
     command = [sys.executable, "-m", "vqdeploy", *arguments, "--json"]
@@ -94,8 +104,10 @@ def vqdeploy(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
         )
     except subprocess.TimeoutExpired:
         return 2, {}, f"took more than {MINUTES} minutes"
+    printed = done.stdout.strip().splitlines() or [""]  # libraries may print too, but before the end
     lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-    return done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}, lines[-1].removeprefix("error: ")
+    result = json.loads(printed[-1]) if printed[-1].startswith("{") else {}
+    return done.returncode, result, lines[-1].removeprefix("error: ")
 
 
 def check_tests(report: Report, folder: Path) -> None:
@@ -155,9 +167,8 @@ def check_speed(report: Report, folder: Path, backends: list[str]) -> None:
 
 
 def _time(report: Report, folder: Path, system: str, preset: str, backend: str, plan: str) -> None:
-    sizes = ("--batch-size", "1", "--batch-size", "8")
     for baselines in BASELINES:
-        arguments = ("--engine", plan, "--device", "cuda", *sizes, "--baseline", baselines)
+        arguments = ("--engine", plan, *BENCH, "--baseline", baselines)
         code, result, reason = vqdeploy(folder, "bench", *arguments)
         if not code:
             report.speed += rows_of(result, system, preset, backend)
@@ -188,7 +199,8 @@ def main() -> int:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        report = Report({"date": today, **found} | {n: str(v) for n, v in vqdeploy(folder, "env")[1].items()})
+        versions = {name: str(value) for name, value in vqdeploy(folder, "env")[1].items()}
+        report = Report({"date": today, "commit": commit(), **found, **versions})
         check_tests(report, folder)
         backends = check_parity(report, folder)
         check_speed(report, folder, backends)

@@ -218,7 +218,7 @@ def test_a_driver(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     cuda._check_driver(13)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(version=12080))
-    with pytest.raises(VqdeployError, match=r"driver is too old; expected one for CUDA 13, found 12\.08"):
+    with pytest.raises(VqdeployError, match=r"driver is too old; expected one for CUDA 13, found CUDA 12\.8"):
         cuda._check_driver(13)
 
 
