@@ -74,7 +74,7 @@ class Level:
         """Buffers of the stages, which share what one leaves for the other."""
         if batch not in self._buffers:
             dims = {"batch": batch}
-            held = self._pixel.caches(dims) | self._pixel.buffers(dims, *_FROM_ROW)
+            held = self._pixel.caches(dims) | self._pixel.buffers(dims, "past_row_x", "past_row_y", *_FROM_ROW)
             shared = {name: held[name] for name in _FROM_ROW}
             shared |= {name: held[f"past_{name}"] for name in ("row_x", "row_y")}
             condition, pixel = None, self._pixel.bind(dims, held)

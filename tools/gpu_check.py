@@ -57,7 +57,7 @@ class Report:
                 "## Parity with PyTorch\n\n`vqdeploy verify` of the tiny system:\n",
                 *_table(("system", "backend", "result"), self.parity),
                 f"\n## Speed\n\nMedian times of `vqdeploy bench {' '.join(BENCH)} --baseline eager,compile`;",
-                "in brackets, how many times faster the plan is than PyTorch on the same GPU. The weights are random.\n",
+                "in brackets, how many times faster the plan is than PyTorch on the same GPU. Weights are random.\n",
                 *_table(speed, self.speed),
                 *_list("Failed", self.failed),
                 *_list("Skipped", self.skipped),
