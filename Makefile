@@ -1,12 +1,13 @@
-# Both commands need Python 3.11 or newer and nothing else: packages go into .venv.
-#   make demo   export, build and run the tiny RQ-VAE and the tiny MoVQ, and verify them against PyTorch
-#   make test   lint, type-check and test
-#   make clean  remove .venv and everything that was generated
+# They need Python 3.11 or newer and nothing else, the GPU check aside: packages go into .venv.
+#   make demo       export, build and run the tiny RQ-VAE and the tiny MoVQ, and verify them against PyTorch
+#   make test       lint, type-check and test
+#   make gpu-check  on a machine with an NVIDIA GPU: test, verify and time everything there, see docs/gpu.md
+#   make clean      remove .venv and everything that was generated
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test clean
+.PHONY: demo test gpu-check clean
 .DEFAULT_GOAL := demo
 
 .venv/ready: pyproject.toml constraints.txt
@@ -40,6 +41,9 @@ test: .venv/ready
 	ln -s $(addprefix $(CURDIR)/,$(wildcard vqdeploy/*) export engines runtime) .venv/types/vqdeploy
 	cd .venv/types && mypy --config-file ../../pyproject.toml -p vqdeploy
 	pytest
+
+gpu-check: .venv/ready
+	python tools/gpu_check.py
 
 clean:
 	rm -rf .venv build demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

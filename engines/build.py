@@ -14,6 +14,7 @@ from vqdeploy.runtime import bundle
 from vqdeploy.runtime.manifest import WEIGHTS, BatchRange, Manifest, StageInfo
 
 BACKENDS = ("onnxrt", *tensorrt.LIBRARIES)
+DEVICES = ("cpu", "cuda")
 
 log = logging.getLogger("vqdeploy")
 
@@ -26,6 +27,7 @@ def build(
     progress: Callable[[str], object] = log.info,
     portable: bool = False,
     plugin: str = "auto",
+    device: str = "cpu",
 ) -> Manifest:
     """Builds a plan, whole or not at all.
 
@@ -38,6 +40,8 @@ def build(
         portable: For `onnxrt`: keep the package's own function bodies, to test those.
         plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they can. With `auto` they do
             where the libraries allow it, and a stage that cannot be built with them is built without.
+        device: For `onnxrt`, one of `DEVICES`. A plan for CUDA has the package's own function bodies too: ours are made
+            for the CPU, and the fused attention in them has no fp32 on CUDA.
 
     Raises:
         VqdeployError: A library is missing, a size is wrong, or the file cannot be written.
@@ -50,6 +54,8 @@ def build(
         raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
     if plugin not in MODES:
         raise VqdeployError(f"there is no plugin mode {plugin!r}", expected=" or ".join(MODES), found=plugin)
+    if device not in DEVICES:
+        raise VqdeployError(f"there is no device {device!r}", expected=" or ".join(DEVICES), found=device)
     manifest = package.read(folder)
     library = version("onnx") if backend == "onnxrt" else tensorrt.check(backend)
     builder = f"{'onnx' if backend == 'onnxrt' else backend} {library}"
@@ -61,7 +67,9 @@ def build(
         files, stages = [], []
         for stage in manifest.stages:
             progress(stage.name)
-            files.append(_build_stage(backend, manifest, stage, folder, scratch, batch, portable, plugin))
+            files.append(
+                _build_stage(backend, manifest, stage, folder, scratch, batch, portable or device == "cuda", plugin)
+            )
             kept = stage.weights if backend == "onnxrt" else ()
             nodes = tensorrt.plugin_nodes(files[-1])
             stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept, plugins=nodes))
@@ -75,7 +83,7 @@ def build(
             members=members,
             backend=backend,
             builder=builder,
-            targets=() if backend == "onnxrt" else tensorrt.targets(backend),
+            targets=tensorrt.targets(backend) if backend != "onnxrt" else ("cuda",) if device == "cuda" else (),
             batch=batch,
         )
         bundle.write(plan, manifest, files)

@@ -24,7 +24,7 @@ class AutoregressiveSampler:
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
         self._session = sessions["step"]
-        self._bindings: dict[int, tuple[dict[str, np.ndarray], Any]] = {}
+        self._bindings: dict[int, tuple[dict[str, Any], Any]] = {}
         self.seconds: dict[str, float] = defaultdict(float)
 
     @staticmethod
@@ -75,7 +75,7 @@ class AutoregressiveSampler:
                 callback(position - first + 1, positions - first, codes.reshape(request.known.shape))
         return codes.reshape(request.known.shape)
 
-    def _buffers(self, batch: int) -> tuple[dict[str, np.ndarray], Any]:
+    def _buffers(self, batch: int) -> tuple[dict[str, Any], Any]:
         if batch not in self._bindings:
             dims = {"batch": batch, "length": 1}
             caches = self._session.caches(dims)
@@ -137,6 +137,6 @@ class GuidedSampler(AutoregressiveSampler):
 
 def carry(source: Any, target: Any) -> None:
     """Takes what an engine call leaves for the next, apart from caches that are updated in place, to its inputs."""
-    for name, value in source.outputs.items():
+    for name in source.outputs:
         if name.startswith("present_"):
-            target.inputs[name.replace("present_", "past_", 1)][:] = value
+            target.inputs[name.replace("present_", "past_", 1)][:] = source.outputs[name]

@@ -12,9 +12,10 @@ from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.request import Callback, Request, cells_of
 
-_PIXEL_INPUTS = frozenset(
-    ("codes", "row", "column", "noise", "temperature", "top_k", "top_p", "entry", "inner", "gates")
-) | frozenset(("past_left_x", "past_left_y", "past_row_x", "past_row_y"))
+_FROM_ROW = ("entry", "inner", "gates")
+_PIXEL_INPUTS = frozenset(("codes", "row", "column", "noise", "temperature", "top_k", "top_p", *_FROM_ROW)) | frozenset(
+    ("past_left_x", "past_left_y", "past_row_x", "past_row_y")
+)
 _ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "above_x.0", "above_y.0"))
 
 
@@ -40,8 +41,7 @@ class Level:
         (height, width), batch = self.grid, len(codes)
         condition, rows, pixel = self._bound(batch)
         for binding in (pixel, *rows):
-            for buffer in binding.inputs.values():
-                buffer[...] = 0
+            binding.clear()
         if condition is not None:
             condition.inputs["codes"][:] = above
             self.run("condition", condition)
@@ -73,28 +73,29 @@ class Level:
         """Buffers of the stages, which share what one leaves for the other."""
         if batch not in self._buffers:
             dims = {"batch": batch}
-            condition = self._condition and self._condition.bind(dims)
-            pixel = self._pixel.bind(dims)
-            shared = {name: pixel.inputs[f"past_{name}"] for name in ("row_x", "row_y")}
-            shared |= {name: pixel.inputs[name] for name in ("entry", "inner", "gates")}
-            if condition is not None:
-                shared["condition"] = condition.outputs["condition"]
+            held = self._pixel.caches(dims) | self._pixel.buffers(dims, "past_row_x", "past_row_y", *_FROM_ROW)
+            shared = {name: held[name] for name in _FROM_ROW}
+            shared |= {name: held[f"past_{name}"] for name in ("row_x", "row_y")}
+            condition, pixel = None, self._pixel.bind(dims, held)
+            if self._condition is not None:
+                made = self._condition.buffers(dims, "condition")
+                condition, shared = self._condition.bind(dims, made), shared | made
             self._buffers = {batch: (condition, self._bound_rows(dims, shared), pixel)}  # one batch size at a time
         return self._buffers[batch]
 
-    def _bound_rows(self, dims: dict[str, int], shared: dict[str, np.ndarray]) -> list[Any]:
+    def _bound_rows(self, dims: dict[str, int], shared: dict[str, Any]) -> list[Any]:
         """Buffers of `row`, once for each row above that it sees.
 
         Those rows stay where they are: from call to call their buffers change roles, and the new row goes where the
         farthest one was.
         """
         names = [info.name for info in self._row.stage.inputs]
-        made = {info.name: info.concrete(dims) for info in self._row.stage.outputs}
         seen = 1 + sum(name.startswith("above_x.") for name in names)
-        slots = {axis: [np.zeros(made[f"spread_{axis}"], np.float32) for _ in range(seen)] for axis in "xy"}
+        spread = [self._row.buffers(dims, "spread_x", "spread_y") for _ in range(seen)]
+        slots = {axis: [made[f"spread_{axis}"] for made in spread] for axis in "xy"}
         rows = []
         for turn in range(seen):
-            roles: dict[str, np.ndarray] = {}
+            roles: dict[str, Any] = {}
             for axis, buffers in slots.items():
                 *above, roles[f"spread_{axis}"] = buffers[turn:] + buffers[:turn]
                 roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}

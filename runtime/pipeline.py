@@ -28,7 +28,7 @@ _SAMPLERS: dict[str, Any] = {
     "vqgan": GuidedSampler,
     "vqvae2": HierarchicalSampler,
 }
-_CALL_PIXELS = 256 * 256
+_CALL_PIXELS = {"cpu": 256 * 256, "cuda": 16 * 256 * 256}
 _FEATURE_IMAGES = 8  # of one call
 
 
@@ -47,7 +47,7 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
 
     Args:
         path: The plan.
-        device: `auto` or `cpu`.
+        device: `auto`, `cpu` or `cuda`. `auto` is CUDA for a plan that was built for it, where that runs.
         threads: Threads of the engine; 0 for as many as there are cores.
 
     Raises:
@@ -58,8 +58,8 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
     backend = bundle.manifest.backend
     if backend is None:
         raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
-    if device not in ("auto", "cpu"):
-        raise VqdeployError(f"device {device!r} is not supported", expected="auto or cpu", found=device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise VqdeployError(f"device {device!r} is not supported", expected="auto, cpu or cuda", found=device)
     if backend not in ("onnxrt", "tensorrt-rtx", "tensorrt"):
         raise ArtifactError(
             f"{path} is for a backend that is not known here", found=backend, fix="pip install -U vqdeploy"
@@ -71,8 +71,23 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
             found="ONNX Runtime only",
             fix="vqdeploy build PACKAGE --backend onnxrt",
         )
+    device = _device(device, bundle)
     bundle.verify()
-    return Pipeline(bundle, threads)
+    return Pipeline(bundle, threads, device=device)
+
+
+def _device(wanted: str, bundle: Bundle) -> str:
+    """Where to run a plan for ONNX Runtime, `cpu` or `cuda`."""
+    if wanted == "cpu" or (wanted == "auto" and "cuda" not in bundle.manifest.targets):
+        return "cpu"
+    if "cuda" not in bundle.manifest.targets:
+        raise VqdeployError(f"{bundle.path} was built for the CPU", fix="vqdeploy build PACKAGE --device cuda")
+    from vqdeploy.runtime import cuda
+
+    if wanted == "auto":
+        return "cuda" if cuda.available() else "cpu"
+    cuda.check()
+    return "cuda"
 
 
 class Pipeline:
@@ -81,14 +96,14 @@ class Pipeline:
     With `profile`, ONNX Runtime writes a trace of each stage into that folder; see `OnnxrtSession.end_profile`.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0, profile: Path | None = None):
+    def __init__(self, bundle: Bundle, threads: int = 0, profile: Path | None = None, device: str = "cpu"):
         from vqdeploy.runtime.onnxrt import OnnxrtSession
 
-        self.bundle = bundle
+        self.bundle, self.device = bundle, device
         self.manifest = bundle.manifest
         self._config, self._batch = bundle.manifest.config, bundle.manifest.batch or BatchRange()
         self._sessions = {
-            stage.name: OnnxrtSession(bundle, stage, threads, profile and profile / stage.name)
+            stage.name: OnnxrtSession(bundle, stage, threads, profile and profile / stage.name, device)
             for stage in self.manifest.stages
         }
         if not self._configured():
@@ -527,8 +542,8 @@ class Pipeline:
         return codes.astype(np.int64)
 
     def _image_batches(self, count: int) -> list[slice]:
-        """Batches for the tokenizer, small enough for the feature maps to stay in the caches of a CPU."""
-        return self._batches(count, min(self._batch.max, max(1, _CALL_PIXELS // self.side**2)))
+        """Batches for the tokenizer, small enough for the feature maps to stay in a CPU's caches or a GPU's memory."""
+        return self._batches(count, min(self._batch.max, max(1, _CALL_PIXELS[self.device] // self.side**2)))
 
     def _batches(self, count: int, size: int) -> list[slice]:
         if count == 0:

@@ -197,7 +197,7 @@ def test_an_extrapolation_is_near_a_time_that_bends(monkeypatch):
 
 
 def test_an_extrapolation_takes_the_place_of_what_was_measured(vqvae2_plan, vqvae2_checkpoint, monkeypatch):
-    monkeypatch.setattr(baselines, "extrapolate", lambda prior, batch, compiled: 123.0 * batch)
+    monkeypatch.setattr(baselines, "extrapolate", lambda prior, batch, compiled, device: 123.0 * batch)
     pipeline = load(vqvae2_plan)
     call = baselines.Reference(pipeline, vqvae2_checkpoint, {}).call("generate", 2, pipeline, compiled=False)
     assert bench._timed(call)() == {"total": 246.0}

@@ -532,6 +532,15 @@ def test_batch_sizes_out_of_order(vqdeploy, package):
     refused(vqdeploy("build", package, "--min-batch", 4, "--max-batch", 2), 2, "out of order", "4, 1, 2")
 
 
+def test_devices(vqdeploy, plan, package):
+    for verb in (["run", "--label", "cat"], ["verify"], ["bench"]):
+        refused(vqdeploy(*verb, "--engine", plan, "--device", "cuda"), 2, "was built for the CPU", "--device cuda")
+        refused(vqdeploy(*verb, "--engine", plan, "--device", "tpu"), 2, "expected auto, cpu or cuda, found tpu")
+    assert vqdeploy("build", package, "--device", "cuda", "-o", "cuda.plan")[0] == 0
+    assert " for onnxrt on cuda\n" in vqdeploy("inspect", "cuda.plan")[1]
+    refused(vqdeploy("run", "--engine", "cuda.plan", "--device", "cuda"), 2, "no CUDA", "onnxruntime-gpu[cuda,cudnn]")
+
+
 def test_a_read_only_place(vqdeploy, plan, package):
     """/proc refuses new files even from root."""
     for arguments in (["run", "--engine", plan, "--label", "cat"], ["build", package], ["export"]):

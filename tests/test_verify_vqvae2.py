@@ -193,7 +193,7 @@ def detached(monkeypatch, kinds):
 
     class Detached:
         def __init__(self, session):
-            self.session, self.stage = session, session.stage
+            self.session, self.stage, self.buffers = session, session.stage, session.buffers
 
         def bind(self, dims, shared=None):
             shared = {} if shared is None else shared

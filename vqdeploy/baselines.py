@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vqdeploy import checkpoint as checkpoints
+from vqdeploy.errors import VqdeployError
 from vqdeploy.models.conv import SpatialNorm
 from vqdeploy.models.pixelsnail import VQVAE2Prior
 from vqdeploy.runtime import Pipeline
@@ -26,18 +27,23 @@ class Reference:
     """The checkpoint behind a plan, with the same tokens, batch and precision."""
 
     def __init__(self, pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]):
-        manifest, self.options = pipeline.manifest, options
+        manifest, self.options, self.device = pipeline.manifest, options, pipeline.device
+        if self.device == "cuda":
+            if not torch.cuda.is_available():
+                raise VqdeployError("this PyTorch has no CUDA", fix="pip install torch")
+            torch.backends.cudnn.allow_tf32 = False  # the plan's convolutions are in fp32 too
         self.system = checkpoints.source(manifest.config, manifest.checkpoint, checkpoint, pipeline.bundle.path)
+        self.system.to(self.device)
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
         """A call that does the task once; if it returns a number, that is the seconds it would have taken."""
         run = {"encode": self._encode, "decode": self._decode, "generate": self._generate}[task](
             batch, pipeline, compiled
         )
-        return torch.inference_mode()(run)
+        return torch.inference_mode()(run if self.device == "cpu" else partial(_finished, run))
 
     def _encode(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
-        images = torch.rand(batch, 3, pipeline.side, pipeline.side) * 2 - 1
+        images = torch.rand(batch, 3, pipeline.side, pipeline.side, device=self.device) * 2 - 1
         encode = _compile(self.system.tokenizer.encode, compiled)
         return lambda: encode(images)
 
@@ -45,16 +51,16 @@ class Reference:
         for norm in self.system.tokenizer.modules():
             if isinstance(norm, SpatialNorm):
                 norm.forward = partial(enlarge_first, norm)  # type: ignore[method-assign]
-        codes = torch.randint(pipeline.codebook_size, (batch, *pipeline.grid))
+        codes = torch.randint(pipeline.codebook_size, (batch, *pipeline.grid), device=self.device)
         decode = _compile(self.system.tokenizer.decode, compiled)
         return lambda: decode(codes)
 
     def _generate(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
         if isinstance(self.system.prior, VQVAE2Prior):
-            return partial(extrapolate, self.system.prior, batch, compiled)
+            return partial(extrapolate, self.system.prior, batch, compiled, self.device)
         prior, config = self.system.prior, self.system.config
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **self.options))
-        labels = torch.arange(batch) % pipeline.classes
+        labels = torch.arange(batch, device=self.device) % pipeline.classes
         if compiled:
             # Each layer's cache, empty and filled, is a case of its own.
             torch._dynamo.config.recompile_limit = 256
@@ -66,21 +72,30 @@ class Reference:
         return lambda: generate(prior, config, labels, _noise)
 
 
-def extrapolate(prior: VQVAE2Prior, batch: int, compiled: bool) -> float:
+def _finished(call: Callable[[], object]) -> object:
+    """A GPU goes on working when a call has returned."""
+    result = call()
+    torch.cuda.synchronize()
+    return result
+
+
+def extrapolate(prior: VQVAE2Prior, batch: int, compiled: bool, device: str = "cpu") -> float:
     """Seconds that the public sampler of VQ-VAE-2 would need, which runs the whole network for each place.
 
     A few places are timed, in rows from the first to the last; between them the time is taken to grow evenly.
     """
     seconds = 0.0
-    labels, above = torch.zeros(batch, dtype=torch.int64), None
+    labels, above = torch.zeros(batch, dtype=torch.int64, device=device), None
     for network in prior.levels:
         height, width = network.config.grid
-        codes = torch.zeros(batch, height, width, dtype=torch.int64)
+        codes = torch.zeros(batch, height, width, dtype=torch.int64, device=device)
         condition, forward = network.embed_condition(labels, above), _compile(network, compiled)
         rows, times = np.unique(np.linspace(1, height, _TIMED_ROWS).astype(int)), []
         for count in rows:
             start = time.perf_counter()
             forward(codes[:, :count], condition)
+            if device == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         seconds += width * np.interp(np.arange(1, height + 1), rows, times).sum()
         above = codes

@@ -53,6 +53,7 @@ def bench(
     profile: bool = False,
     options: dict[str, Any] | None = None,
     progress: Callable[[str], object] = lambda name: None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Times tasks of a plan, and the same tasks in PyTorch.
 
@@ -70,6 +71,7 @@ def bench(
         profile: Add the time of each kind of operator in the step, under `profile`, by ONNX Runtime's profiler.
         options: Sampling options that differ from the checkpoint's, for `generate`.
         progress: Told what is being timed.
+        device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs there too.
 
     Returns:
         `{"results": [...], "ratios": {...}, "environment": {...}}`; times in milliseconds, ratios of medians.
@@ -80,13 +82,13 @@ def bench(
     _check(tasks, TASKS, "task")
     _check(baselines, BASELINES, "baseline")
     start = time.perf_counter()
-    pipeline = load(engine)
+    pipeline = load(engine, device)
     load_seconds = time.perf_counter() - start
     tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.config["prior"]]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
     reference: Any = _reference(pipeline, checkpoint, chosen) if baselines else None
     # Measured just before the steps, because the speed of shared machines drifts.
-    bound = _bound(pipeline) if "generate" in tasks else {}
+    bound = _bound(pipeline) if "generate" in tasks and pipeline.device == "cpu" else {}
     results = []
     for task in sorted(tasks, key=TASKS.index):
         for batch in batch_sizes:
@@ -199,7 +201,7 @@ def _step_figures(
 ) -> dict[str, Any]:
     """Time of a step, and how near it is to what bounds it."""
     if pipeline.manifest.system == "vqvae2":
-        return {"parts": _parts(pipeline, result)}
+        return {"parts": _parts(pipeline, result)} if bound else {}
     steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
     time_ms = result["steps_ms"] / steps
     if not bound:
@@ -262,7 +264,7 @@ def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> lis
     The profiler itself costs a few microseconds an operator, which the small ones show.
     """
     with tempfile.TemporaryDirectory() as folder:
-        profiled = Pipeline(pipeline.bundle, profile=Path(folder))
+        profiled = Pipeline(pipeline.bundle, profile=Path(folder), device=pipeline.device)
         _plan_call(profiled, "generate", batch, options)()
         sessions = [profiled.session(stage) for stage in profiled.stages if stage not in _NOT_OF_THE_PRIOR]
         traces = [event for session in sessions for event in session.end_profile()]
@@ -349,7 +351,7 @@ def _read(parts: list[np.ndarray]) -> None:
 def environment() -> dict[str, Any]:
     """Processor and versions."""
     versions = {}
-    for name in ("vqdeploy", "onnxruntime", "torch", "numpy"):
+    for name in ("vqdeploy", "onnxruntime", "onnxruntime-gpu", "torch", "numpy"):
         try:
             versions[name] = version(name)
         except ImportError:
@@ -378,7 +380,8 @@ def peak_memory_mb() -> float:
 
 def _describe(pipeline: Pipeline) -> str:
     manifest = pipeline.manifest
-    return f"{manifest.system} {manifest.config['preset']} {manifest.precision} {manifest.backend}"
+    device = "" if pipeline.device == "cpu" else f" on {pipeline.device}"
+    return f"{manifest.system} {manifest.config['preset']} {manifest.precision} {manifest.backend}{device}"
 
 
 def table(report: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ Model = Annotated[str, typer.Option(help="System, such as rqvae; see `vqdeploy m
 Preset = Annotated[str, typer.Option(help="Named configuration; see `vqdeploy models`.")]
 Engine = Annotated[Path, typer.Option(help="The plan.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder; the shipped weights when left out.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is CUDA for plans that were built for it.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 
 
@@ -198,6 +199,7 @@ def export(
 def build(
     package: Annotated[Path, typer.Argument(help="Folder that `vqdeploy export` wrote.")] = Path("rqvae-onnx"),
     backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
+    device: Annotated[str, typer.Option(help="onnxrt: what the plan is for, cpu or cuda.")] = "cpu",
     min_batch: Annotated[int, typer.Option(min=1, help="TensorRT: smallest batch of the engines.")] = 1,
     opt_batch: Annotated[int, typer.Option(min=1, help="TensorRT: batch that the engines are tuned for.")] = 1,
     max_batch: Annotated[
@@ -217,7 +219,7 @@ def build(
     plan = output or Path(f"{read_manifest(package).system}.plan")
     with _progress("building") as progress:
         batch = BatchRange(min_batch, opt_batch, max_batch)
-        manifest = build_plan(package, plan, backend, batch, progress, plugin=plugin)
+        manifest = build_plan(package, plan, backend, batch, progress, plugin=plugin, device=device)
     size = plan.stat().st_size
     result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}
     _finish(result, as_json, f"{plan}  {size / 1e6:.1f} MB for {backend}")
@@ -238,6 +240,7 @@ def _numbers(option: str, text: str | None, kind: type) -> Any:
 @app.command()
 def run(
     engine: Engine,
+    device: Device = "auto",
     task: Annotated[
         str, typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features.")
     ] = "generate",
@@ -303,6 +306,7 @@ def run(
     }
     job = Job(
         engine=engine,
+        device=device,
         task=task,
         labels=label or (),
         num_images=num_images,
@@ -320,7 +324,7 @@ def run(
 
 
 @app.command()
-def verify(engine: Engine, checkpoint: Checkpoint = None, as_json: Json = False) -> None:
+def verify(engine: Engine, device: Device = "auto", checkpoint: Checkpoint = None, as_json: Json = False) -> None:
     """Compare every stage of a plan, and whole generations, with PyTorch; exit 1 when a check fails."""
     from vqdeploy import checkpoint as checkpoints
     from vqdeploy.verify import table
@@ -328,7 +332,7 @@ def verify(engine: Engine, checkpoint: Checkpoint = None, as_json: Json = False)
 
     system = checkpoints.load(checkpoint) if checkpoint else None
     with _progress("verifying") as progress:
-        report = verify_plan(engine, system, progress)
+        report = verify_plan(engine, system, progress, device)
     _finish(report, as_json, table(report))
     if not report["passed"]:
         raise typer.Exit(1)
@@ -337,6 +341,7 @@ def verify(engine: Engine, checkpoint: Checkpoint = None, as_json: Json = False)
 @app.command()
 def bench(
     engine: Engine,
+    device: Device = "auto",
     task: Annotated[
         list[str] | None, typer.Option(help="generate, encode or decode; repeatable; all by default.")
     ] = None,
@@ -372,6 +377,7 @@ def bench(
             profile,
             {"steps": steps, "guidance_scale": guidance_scale},
             progress,
+            device,
         )
     if plot:
         benchmark.plot(report, plot)
@@ -390,8 +396,9 @@ def inspect(
     bundle = Bundle(file)
     extracted = [str(path) for path in bundle.extract(extract)] if extract else []
     manifest = bundle.manifest
+    on = f" on {', '.join(manifest.targets)}" if manifest.targets else ""
     lines = [
-        f"{file}: {manifest.system} {manifest.config['preset']} {manifest.precision} for {manifest.backend}",
+        f"{file}: {manifest.system} {manifest.config['preset']} {manifest.precision} for {manifest.backend}{on}",
         f"built by {manifest.builder}, exported by {manifest.producer}, opset {manifest.opset}",
         f"checkpoint sha256 {manifest.checkpoint}",
     ]

@@ -29,6 +29,7 @@ class Job:
     """
 
     engine: Path
+    device: str = "auto"
     task: str = "generate"
     labels: Sequence[str] = ()
     num_images: int | None = None
@@ -55,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     _check_options(job)
     _check_output(job, task.suffix)
     _check_film(job)
-    pipeline = load(job.engine)
+    pipeline = load(job.engine, job.device)
     output = job.output or Path(f"{pipeline.manifest.system}-{job.task}{task.suffix}")
     start = time.perf_counter()
     result = task.run(pipeline, job, output)

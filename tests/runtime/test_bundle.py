@@ -368,7 +368,7 @@ def test_a_backend_that_cannot_run_here(plan, tmp_path):
 
 
 def test_a_device_that_is_not_supported(plan):
-    with pytest.raises(VqdeployError, match="expected auto or cpu, found tpu"):
+    with pytest.raises(VqdeployError, match="expected auto, cpu or cuda, found tpu"):
         load(plan, device="tpu")
 
 

@@ -30,7 +30,10 @@ _PRIORS: dict[str, Any] = {
 
 
 def verify(
-    plan: Path, system: System | None = None, progress: Callable[[str], Any] = lambda name: None
+    plan: Path,
+    system: System | None = None,
+    progress: Callable[[str], Any] = lambda name: None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Runs every check of a plan.
 
@@ -38,6 +41,7 @@ def verify(
         plan: The plan.
         system: The checkpoint that it was made of; the shipped one of its preset when None.
         progress: Told the name of each part as its checks begin.
+        device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs on the CPU.
 
     Returns:
         `{"passed": bool, "checks": [{"stage", "metric", "value", "limit", "passed"}]}`.
@@ -46,7 +50,7 @@ def verify(
         VqdeployError: The plan was made of another checkpoint, or cannot run here.
         ArtifactError: The plan is damaged.
     """
-    pipeline = load(plan)
+    pipeline = load(plan, device)
     manifest = pipeline.manifest
     if system is None:
         system = checkpoints.source(manifest.config, manifest.checkpoint, None, plan)
