@@ -1,45 +1,30 @@
 """Key-value cached sampling: one engine call a position."""
 
 import time
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, cells_of, write_options
+from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, write_options
 
 
-class AutoregressiveSampler:
-    """Runs the `step` stage of an autoregressive prior. Buffers are made once for each batch size and reused.
-
-    There is no label for no class, and what surrounds a mask does not stay as it is; compare `MaskedSampler`.
-    """
-
-    options: tuple[str, ...] = ("temperature", "top_k", "top_p")
-    no_label: int | None = None
-    keeps_pixels = False
-    call_images = 2**31
+class AutoregressiveSampler(Sampler):
+    """Runs the `step` stage of an autoregressive prior. Buffers are made once for each batch size and reused."""
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
+        super().__init__()
         self._session = sessions["step"]
         self._bindings: dict[int, tuple[dict[str, Any], Any]] = {}
-        self.seconds: dict[str, float] = defaultdict(float)
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
         """What the sampler writes to, stage by stage."""
         return {"step": frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))}
 
-    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
-        """How many rows of an engine's batch each image takes."""
-        return 1
-
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
-
-        `seconds` then tells how much of the time each stage took.
 
         Raises:
             VqdeployError: A position is known in part.
@@ -112,7 +97,7 @@ class GuidedSampler(AutoregressiveSampler):
     For guidance the batch is doubled: the rows of its second half have no label, and go along with those of the first.
     """
 
-    options = (*AutoregressiveSampler.options, "guidance_scale")
+    options = (*Sampler.options, "guidance_scale")
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
         super().__init__(sessions, prior)

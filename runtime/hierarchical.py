@@ -10,7 +10,7 @@ import numpy as np
 from vqdeploy.runtime.autoregressive import carry
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.request import Callback, Request, cells_of
+from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of
 
 _FROM_ROW = ("entry", "inner", "gates")
 _PIXEL_INPUTS = frozenset(("codes", "row", "column", "noise", "temperature", "top_k", "top_p", *_FROM_ROW)) | frozenset(
@@ -29,19 +29,25 @@ class Level:
         self.name, self.grid = name, grid
         self._row, self._pixel = sessions[f"{name}_row"], sessions[f"{name}_pixel"]
         self._condition = sessions.get(f"{name}_condition")
+        self.codebook_size = next(info for info in self._pixel.stage.inputs if info.name == "noise").shape[-1]
         self._buffers: dict[int, tuple[Any, list[Any], Any]] = {}
         self.seconds: dict[str, float] = defaultdict(float)
 
-    def places(self, codes: np.ndarray, labels: np.ndarray, above: np.ndarray | None) -> Iterator[tuple[int, int, Any]]:
-        """Row, column and the buffers of each place, in raster order, when all but noise and options is written there.
+    def places(
+        self, codes: np.ndarray, labels: np.ndarray, above: np.ndarray | None, options: dict[str, Any]
+    ) -> Iterator[tuple[int, int, Any]]:
+        """Row, column and the buffers of each place, in raster order, when all but the noise is written there.
 
         Who takes them calls `run`, and writes the codes of the place into `codes` [B, h, w] before the next.
-        `above` are the codes of the level above [B, h / 2, w / 2].
+        `above` are the codes of the level above [B, h / 2, w / 2], `options` those of the sampler as the graph takes
+        them.
         """
         (height, width), batch = self.grid, len(codes)
         condition, rows, pixel = self._bound(batch)
         for binding in (pixel, *rows):
             binding.clear()
+        for name, value in options.items():
+            pixel.inputs[name][:] = value
         if condition is not None:
             condition.inputs["codes"][:] = above
             self.run("condition", condition)
@@ -103,22 +109,19 @@ class Level:
         return rows
 
 
-class HierarchicalSampler:
+class HierarchicalSampler(Sampler):
     """Runs the stages of a prior of several levels. Codes are int64 [B, N], all levels in a row.
 
     A level whose codes are all known is not run. Options may differ from level to level.
     """
 
-    options: tuple[str, ...] = ("temperature", "top_k", "top_p")
-    no_label: int | None = None
-    keeps_pixels = False
     call_images = 16  # each has caches of some 100 MB at published sizes
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
+        super().__init__()
         grids = [tuple(level["grid"]) for level in prior["levels"]]
         names = level_names(len(grids))
         self.levels = [Level(name, sessions, grid) for name, grid in zip(names, grids, strict=True)]
-        self.seconds: dict[str, float] = {}
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
@@ -128,15 +131,8 @@ class HierarchicalSampler:
         rows = {f"{n}_row": _ROW_INPUTS | {"label", "condition"} for n in names[1:]}
         return conditions | {"top_row": _ROW_INPUTS} | rows | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
 
-    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
-        """How many rows of an engine's batch each image takes."""
-        return 1
-
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
-        """Codes int64 [B, N]: the known ones, and samples elsewhere.
-
-        `seconds` then tells how much of the time each stage took.
-        """
+        """Codes int64 [B, N]: the known ones, and samples elsewhere."""
         codes, above, first = request.known.copy(), None, 0
         counts = [height * width for height, width in (level.grid for level in self.levels)]
         maps = np.split(codes, np.cumsum(counts)[:-1], 1)
@@ -161,12 +157,10 @@ class HierarchicalSampler:
         """Draws the unknown codes of a level [B, h, w] into it; gives the position of each in the row of all levels."""
         level = self.levels[index]
         unknown = codes < 0
-        for row, column, binding in level.places(codes, request.labels, above):
+        given = for_graph(request.options, len(self.levels), level.codebook_size)
+        options = {name: values[index] for name, values in given.items()}
+        for row, column, binding in level.places(codes, request.labels, above, options):
             position = first + row * level.grid[1] + column
-            if row == column == 0:
-                size = binding.inputs["noise"].shape[-1]
-                for name, values in for_graph(request.options, len(self.levels), size).items():
-                    binding.inputs[name][:] = values[index]
             gumbel(request.seed, request.images, position, binding.inputs["noise"])
             level.run("pixel", binding)
             drawn = unknown[:, row, column]

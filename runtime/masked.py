@@ -5,37 +5,31 @@ Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), sectio
 
 import math
 import time
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, cells_of, write_options
+from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 
 _CALL_LOGITS = 2**20  # in one call; more images at once are no faster on a CPU and need more memory
 _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
 
 
-class MaskedSampler:
-    """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused.
+class MaskedSampler(Sampler):
+    """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused."""
 
-    `options` names its sampling options, `no_label` is the label that stands for no class,
-    `call_images` the number of images that one call may take, and `keeps_pixels` tells whether what surrounds a mask
-    can stay as it is.
-    """
-
-    options = ("temperature", "top_k", "top_p", "steps", "schedule", "guidance_scale", "choice_temperature")
+    options = (*Sampler.options, "steps", "schedule", "guidance_scale", "choice_temperature")
     keeps_pixels = True
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
+        super().__init__()
         self._session = session = sessions["step"]
         self.no_label = prior["classes"]
         logits = next(info for info in session.stage.inputs if info.name == "noise")
         self.call_images = max(1, _CALL_LOGITS // math.prod(logits.shape[1:]))
         self._bindings: dict[tuple[int, int], Any] = {}
-        self.seconds: dict[str, float] = defaultdict(float)
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
@@ -43,15 +37,8 @@ class MaskedSampler:
         names = "codes given label guidance noise choice_noise masked temperature choice_temperature"
         return {"step": frozenset(names.split())}
 
-    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
-        """How many rows of an engine's batch each image takes."""
-        return 1
-
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
-        """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
-
-        `seconds` then tells how much of the time each stage took.
-        """
+        """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere."""
         self.seconds.clear()
         batch, steps, schedule = len(request.known), request.options["steps"], request.options["schedule"]
         unknown = (request.known < 0).reshape(batch, -1).sum(1)

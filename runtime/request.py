@@ -1,5 +1,6 @@
 """What a sampling loop is asked for."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,27 @@ class Request:
     images: np.ndarray
     seed: int
     options: dict[str, Any]
+
+
+class Sampler:
+    """What the sampling loops have in common; a request goes to `__call__`.
+
+    `options` names the sampling options, `no_label` is the label that stands for no class, `call_images` the number of
+    images that one call may take, and `keeps_pixels` tells whether what surrounds a mask can stay as it is. `seconds`
+    tells how much of the time of the last request each stage took.
+    """
+
+    options: tuple[str, ...] = ("temperature", "top_k", "top_p")
+    no_label: int | None = None
+    keeps_pixels = False
+    call_images = 2**31
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
+        """How many rows of an engine's batch each image takes."""
+        return 1
 
 
 def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:

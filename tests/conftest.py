@@ -132,6 +132,20 @@ def lively(config: SystemConfig, seed: int = 0) -> System:
     return system
 
 
+def exported(system: System, tmp_path_factory, name: str) -> Path:
+    """The ONNX package of a system."""
+    folder = tmp_path_factory.mktemp("package") / f"{name}-onnx"
+    export(system, folder)
+    return folder
+
+
+def built(package: Path, tmp_path_factory, **options) -> Path:
+    """A plan for ONNX Runtime."""
+    file = tmp_path_factory.mktemp("plan") / f"{package.name.removesuffix('-onnx')}.plan"
+    build(package, file, **options)
+    return file
+
+
 @pytest.fixture(scope="session")
 def system():
     return lively(SMALL)
@@ -147,25 +161,19 @@ def checkpoint_folder(system, tmp_path_factory):
 @pytest.fixture(scope="session")
 def package(system, tmp_path_factory):
     """The ONNX package of `system`. Tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp("package") / "small-onnx"
-    export(system, folder)
-    return folder
+    return exported(system, tmp_path_factory, "small")
 
 
 @pytest.fixture(scope="session")
 def plan(package, tmp_path_factory):
     """For ONNX Runtime, with its own function bodies."""
-    file = tmp_path_factory.mktemp("plan") / "small.plan"
-    build(package, file)
-    return file
+    return built(package, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def portable_plan(package, tmp_path_factory):
     """For ONNX Runtime, with the function bodies of the package."""
-    file = tmp_path_factory.mktemp("plan") / "portable.plan"
-    build(package, file, portable=True)
-    return file
+    return built(package, tmp_path_factory, portable=True)
 
 
 @pytest.fixture(scope="session")
@@ -176,9 +184,7 @@ def pipeline(plan):
 @pytest.fixture(scope="session")
 def splitting_pipeline(package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
-    file = tmp_path_factory.mktemp("plan") / "two.plan"
-    build(package, file, batch=BatchRange(1, 1, 2))
-    return load(file, threads=1)
+    return load(built(package, tmp_path_factory, batch=BatchRange(1, 1, 2)), threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -189,23 +195,17 @@ def movq_system():
 @pytest.fixture(scope="session")
 def movq_package(movq_system, tmp_path_factory):
     """The ONNX package of `movq_system`."""
-    folder = tmp_path_factory.mktemp("package") / "small-movq-onnx"
-    export(movq_system, folder)
-    return folder
+    return exported(movq_system, tmp_path_factory, "small-movq")
 
 
 @pytest.fixture(scope="session")
 def movq_plan(movq_package, tmp_path_factory):
-    file = tmp_path_factory.mktemp("plan") / "movq.plan"
-    build(movq_package, file)
-    return file
+    return built(movq_package, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def movq_portable_plan(movq_package, tmp_path_factory):
-    file = tmp_path_factory.mktemp("plan") / "movq-portable.plan"
-    build(movq_package, file, portable=True)
-    return file
+    return built(movq_package, tmp_path_factory, portable=True)
 
 
 @pytest.fixture(scope="session")
@@ -216,9 +216,7 @@ def movq_pipeline(movq_plan):
 @pytest.fixture(scope="session")
 def movq_splitting_pipeline(movq_package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
-    file = tmp_path_factory.mktemp("plan") / "movq-two.plan"
-    build(movq_package, file, batch=BatchRange(1, 1, 2))
-    return load(file, threads=1)
+    return load(built(movq_package, tmp_path_factory, batch=BatchRange(1, 1, 2)), threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -229,16 +227,12 @@ def adaptive_system():
 
 @pytest.fixture(scope="session")
 def adaptive_package(adaptive_system, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("package") / "small-adaptive-onnx"
-    export(adaptive_system, folder)
-    return folder
+    return exported(adaptive_system, tmp_path_factory, "small-adaptive")
 
 
 @pytest.fixture(scope="session")
 def adaptive_pipeline(adaptive_package, tmp_path_factory):
-    file = tmp_path_factory.mktemp("plan") / "adaptive.plan"
-    build(adaptive_package, file)
-    return load(file, threads=1)
+    return load(built(adaptive_package, tmp_path_factory), threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -280,23 +274,17 @@ def vqvae2_checkpoint(vqvae2_system, tmp_path_factory):
 @pytest.fixture(scope="session")
 def vqvae2_package(vqvae2_system, tmp_path_factory):
     """The ONNX package of `vqvae2_system`. Tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp("package") / "small-vqvae2-onnx"
-    export(vqvae2_system, folder)
-    return folder
+    return exported(vqvae2_system, tmp_path_factory, "small-vqvae2")
 
 
 @pytest.fixture(scope="session")
 def vqvae2_plan(vqvae2_package, tmp_path_factory):
-    file = tmp_path_factory.mktemp("plan") / "vqvae2.plan"
-    build(vqvae2_package, file)
-    return file
+    return built(vqvae2_package, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def vqvae2_portable_plan(vqvae2_package, tmp_path_factory):
-    file = tmp_path_factory.mktemp("plan") / "vqvae2-portable.plan"
-    build(vqvae2_package, file, portable=True)
-    return file
+    return built(vqvae2_package, tmp_path_factory, portable=True)
 
 
 @pytest.fixture(scope="session")
@@ -307,9 +295,7 @@ def vqvae2_pipeline(vqvae2_plan):
 @pytest.fixture(scope="session")
 def vqvae2_splitting_pipeline(vqvae2_package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
-    file = tmp_path_factory.mktemp("plan") / "vqvae2-two.plan"
-    build(vqvae2_package, file, batch=BatchRange(1, 1, 2))
-    return load(file, threads=1)
+    return load(built(vqvae2_package, tmp_path_factory, batch=BatchRange(1, 1, 2)), threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -320,16 +306,12 @@ def three_system():
 
 @pytest.fixture(scope="session")
 def three_package(three_system, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("package") / "small-three-onnx"
-    export(three_system, folder)
-    return folder
+    return exported(three_system, tmp_path_factory, "small-three")
 
 
 @pytest.fixture(scope="session")
 def three_plan(three_package, tmp_path_factory):
-    file = tmp_path_factory.mktemp("plan") / "three.plan"
-    build(three_package, file)
-    return file
+    return built(three_package, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -339,31 +321,23 @@ def three_pipeline(three_plan):
 
 @pytest.fixture(scope="session")
 def vit_package(vit_system, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("package") / "small-vit-onnx"
-    export(vit_system, folder)
-    return folder
+    return exported(vit_system, tmp_path_factory, "small-vit")
 
 
 @pytest.fixture(scope="session")
 def vqgan_package(vqgan_system, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("package") / "small-vqgan-onnx"
-    export(vqgan_system, folder)
-    return folder
+    return exported(vqgan_system, tmp_path_factory, "small-vqgan")
 
 
 @pytest.fixture(scope="session")
 def vit_plan(vit_package, tmp_path_factory):
-    file = tmp_path_factory.mktemp("plan") / "vit.plan"
-    build(vit_package, file)
-    return file
+    return built(vit_package, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def vqgan_plan(vqgan_package, tmp_path_factory):
     """With the function bodies of the package."""
-    file = tmp_path_factory.mktemp("plan") / "vqgan.plan"
-    build(vqgan_package, file, portable=True)
-    return file
+    return built(vqgan_package, tmp_path_factory, portable=True)
 
 
 @pytest.fixture(scope="session")

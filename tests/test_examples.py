@@ -29,13 +29,17 @@ def load_script(name):
     return script
 
 
+def shipped(model, tmp_path_factory):
+    """The plan of the shipped weights of a model."""
+    folder = tmp_path_factory.mktemp(model)
+    export(checkpoint.default(model), folder / f"{model}-onnx")
+    build(folder / f"{model}-onnx", folder / f"{model}.plan")
+    return folder / f"{model}.plan"
+
+
 @pytest.fixture(scope="module")
 def tiny_movq(tmp_path_factory):
-    """The plan of the shipped weights."""
-    folder = tmp_path_factory.mktemp("tiny-movq")
-    export(checkpoint.default("movq"), folder / "movq-onnx")
-    build(folder / "movq-onnx", folder / "movq.plan")
-    return folder / "movq.plan"
+    return shipped("movq", tmp_path_factory)
 
 
 def test_masked_reconstruction(tiny_movq, tmp_path):
@@ -83,11 +87,7 @@ def test_compare_tokenizers(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def tiny_vit(tmp_path_factory):
-    """The plan of the shipped weights."""
-    folder = tmp_path_factory.mktemp("tiny-vit")
-    export(checkpoint.default("vitvqgan"), folder / "vitvqgan-onnx")
-    build(folder / "vitvqgan-onnx", folder / "vitvqgan.plan")
-    return folder / "vitvqgan.plan"
+    return shipped("vitvqgan", tmp_path_factory)
 
 
 @pytest.mark.slow

@@ -177,8 +177,8 @@ def test_what_a_place_leaves_for_the_next(vqvae2_plan, vqvae2_system, monkeypatc
 def test_a_row_that_goes_on_from_the_end_of_the_row_before(vqvae2_plan, vqvae2_system, monkeypatch):
     places = Level.places
 
-    def with_leftovers(level, codes, labels, above):
-        for row, column, pixel in places(level, codes, labels, above):
+    def with_leftovers(level, *arguments):
+        for row, column, pixel in places(level, *arguments):
             if row and column == 0:
                 pixel.inputs["past_left_x"][:] = pixel.outputs["present_left_x"]
             yield row, column, pixel
@@ -230,8 +230,8 @@ def test_codes_that_lie_a_column_aside(vqvae2_plan, vqvae2_system, monkeypatch, 
 def test_a_bottom_level_that_follows_another_top_level(vqvae2_plan, vqvae2_system, monkeypatch):
     places = Level.places
 
-    def mixed_up(level, codes, labels, above):
-        return places(level, codes, labels, None if above is None else np.roll(above, 1, 2))
+    def mixed_up(level, codes, labels, above, options):
+        return places(level, codes, labels, None if above is None else np.roll(above, 1, 2), options)
 
     monkeypatch.setattr(Level, "places", mixed_up)
     found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: whole distribution: tokens")

@@ -114,8 +114,8 @@ def test_logits_are_those_of_the_full_pass(any_pipeline, batch):
     levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
     above, found = None, []
     for level, forced in zip(levels, pipeline.maps(codes), strict=True):
-        for _, _, binding in level.places(forced[..., 0], np.array(labels[:batch]), above):
-            binding.inputs["temperature"][:] = binding.inputs["top_k"][:] = binding.inputs["top_p"][:] = 1
+        options = dict.fromkeys(("temperature", "top_k", "top_p"), 1)
+        for _, _, binding in level.places(forced[..., 0], np.array(labels[:batch]), above, options):
             level.run("pixel", binding)
             found.append(binding.outputs["logits"][:, 0].copy())
         above = forced[..., 0]

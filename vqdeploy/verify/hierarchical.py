@@ -23,12 +23,11 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     reference = system.prior.logits(torch.from_numpy(codes), torch.from_numpy(labels))
     sessions = {name: pipeline.session(name) for name in pipeline.stages}
     levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
+    options = {"temperature": 1, "top_k": config.codebook_size, "top_p": 1}
     checks, first = [], 0
     for level, given in zip(levels, pipeline.maps(codes), strict=True):
         given, found = given[..., 0], []
-        for _, _, binding in level.places(given, labels, above):
-            for name, value in {"noise": 0, "temperature": 1, "top_k": config.codebook_size, "top_p": 1}.items():
-                binding.inputs[name][:] = value
+        for _, _, binding in level.places(given, labels, above, options):
             level.run("pixel", binding)
             found.append(binding.outputs["logits"][:, 0].copy())
         logits = torch.from_numpy(np.stack(found, 1))
