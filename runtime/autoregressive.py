@@ -30,41 +30,49 @@ class AutoregressiveSampler(Sampler):
             VqdeployError: A position is known in part.
         """
         self.seconds.clear()
-        codes = request.known.reshape(len(request.known), -1, request.known.shape[-1]).copy()
-        unknown = codes[..., 0] < 0
-        if np.any((codes < 0) != unknown[..., None]):
+        known = request.known.reshape(len(request.known), -1, request.known.shape[-1])
+        unknown = known[..., 0] < 0
+        if np.any((known < 0) != unknown[..., None]):
             raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
-        batch, positions = codes.shape[:2]
+        batch, positions = known.shape[:2]
         rows = self.rows(request.labels, request.options)
         needed = np.flatnonzero(unknown.any(0))
         if needed.size == 0:
             return request.known
         first = int(needed[0])
-        caches, binding = self._buffers(rows * batch)
+        held, binding = self._buffers(rows * batch)
         if first > 0:
+            caches = {name: held[name] for name in self._session.stage.aliases.values()}
             prefill = self._session.bind({"batch": rows * batch, "length": first}, caches)
-            prefill.inputs["codes"][:, 1:] = np.tile(codes[:, : first - 1], (rows, 1, 1))
+            prefill.inputs["codes"][:, 1:] = np.tile(known[:, : first - 1], (rows, 1, 1))
             self._write_options(prefill, request)
             self._call(prefill, position=0)
             carry(prefill, binding)
         self._write_options(binding, request)
+        # On a GPU these stay there: nothing in the loop waits for a code.
+        given, codes = self._session.array(known), self._session.array(known)
+        previous, drawn = held["codes"], held["next_codes"]
         for position in range(first, positions):
             if position > 0:
-                binding.inputs["codes"][:, 0] = np.tile(codes[:, position - 1], (rows, 1))
+                for row in range(0, rows * batch, batch):
+                    previous[row : row + batch, 0] = codes[:, position - 1]
             gumbel(request.seed, request.images, position, binding.inputs["noise"][:batch])
             self._call(binding, position)
             carry(binding, binding)
-            sampled = unknown[:, position]
-            codes[sampled, position] = binding.outputs["next_codes"][:batch][sampled]
+            codes[:, position] = drawn[:batch]
+            for image in np.flatnonzero(~unknown[:, position]):
+                codes[image, position] = given[image, position]
             if callback:
-                callback(position - first + 1, positions - first, codes.reshape(request.known.shape))
-        return codes.reshape(request.known.shape)
+                callback(position - first + 1, positions - first, np.array(codes).reshape(request.known.shape))
+        return self.read("step", codes).reshape(request.known.shape)
 
     def _buffers(self, batch: int) -> tuple[dict[str, Any], Any]:
+        """What calls leave for the next ones, and a binding for one position."""
         if batch not in self._bindings:
             dims = {"batch": batch, "length": 1}
-            caches = self._session.caches(dims)
-            self._bindings = {batch: (caches, self._session.bind(dims, caches))}  # one batch size at a time
+            past = (info.name for info in self._session.stage.inputs if info.name.startswith("past_"))
+            held = self._session.buffers(dims, "codes", "next_codes", *past)
+            self._bindings = {batch: (held, self._session.bind(dims, held))}  # one batch size at a time
         return self._bindings[batch]
 
     def _call(self, binding: Any, position: int) -> None:

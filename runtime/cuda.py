@@ -1,12 +1,28 @@
-"""Whether a plan for ONNX Runtime runs on CUDA here, and what is missing if not."""
+"""Sessions on ONNX Runtime's CUDA provider, and what is missing where it does not run."""
 
 import contextlib
 import ctypes
 import io
+import itertools
 import logging
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from vqdeploy.errors import VqdeployError
-from vqdeploy.runtime.onnxrt import INSTALL_CUDA, ort
+import numpy as np
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime import device
+from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.device import DeviceArray, DeviceBinding, Stream, buffers
+from vqdeploy.runtime.manifest import StageInfo
+from vqdeploy.runtime.onnxrt import OnnxrtSession, failure, ort
+
+_INSTALL = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
+_PROVIDER = "CUDAExecutionProvider"
+_MEMORY = "cuda"
+_NO_GRAPH = -1
 
 log = logging.getLogger("vqdeploy")
 
@@ -16,7 +32,7 @@ def available() -> bool:
     try:
         check()
     except VqdeployError as error:
-        if "CUDAExecutionProvider" in ort.get_available_providers():
+        if _PROVIDER in ort.get_available_providers():
             log.warning("running on the CPU: %s", error)
         return False
     return True
@@ -28,14 +44,14 @@ def check() -> None:
     Raises:
         VqdeployError: A package, the driver or the GPU is missing.
     """
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if _PROVIDER not in ort.get_available_providers():
         raise VqdeployError(
             "this ONNX Runtime has no CUDA",
             expected="the package onnxruntime-gpu, and onnxruntime not beside it",
             found=f"onnxruntime {ort.__version__} for {', '.join(ort.get_available_providers())}",
-            fix=INSTALL_CUDA,
+            fix=_INSTALL,
         )
-    _check_driver(int(ort.cuda_version.split(".")[0]))
+    device.check()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
         ort.preload_dlls()
     for library, package in _libraries(ort.cuda_version).items():
@@ -46,21 +62,6 @@ def check() -> None:
                 f"ONNX Runtime on CUDA needs {library} of {package}, which cannot be loaded ({error})",
                 fix='pip install "onnxruntime-gpu[cuda,cudnn]"',
             ) from error
-
-
-def _check_driver(cuda: int) -> None:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise VqdeployError("there is no NVIDIA driver here", expected="libcuda.so.1", found="none") from error
-    count, version = ctypes.c_int(), ctypes.c_int()
-    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if status or not count.value:
-        raise VqdeployError("no NVIDIA GPU answers", expected="one or more", found=f"{count.value} (status {status})")
-    driver.cuDriverGetVersion(ctypes.byref(version))  # 1000 * major + 10 * minor
-    if version.value < 1000 * cuda:
-        found = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-        raise VqdeployError("the NVIDIA driver is too old", expected=f"one for CUDA {cuda}", found=found)
 
 
 def _libraries(cuda: str) -> dict[str, str]:
@@ -74,3 +75,83 @@ def _libraries(cuda: str) -> dict[str, str]:
         "libcurand.so.10": f"nvidia-curand{suffix}",
         "libcudnn.so.9": f"nvidia-cudnn-cu{major}",
     }
+
+
+class CudaSession(OnnxrtSession):
+    """One stage of a plan on ONNX Runtime's CUDA provider. All sessions of a plan share a stream.
+
+    ONNX Runtime replays bindings as CUDA graphs where it can capture the stage: when it sees that it cannot, it refuses
+    to open the session, which is then opened without.
+    """
+
+    def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream, profile: Path | None = None):
+        # With TF32 the products would have ten bits of mantissa, and codes would differ from those of the CPU.
+        options = {"use_tf32": "0", "user_compute_stream": str(stream.handle)}
+        try:
+            self._open(bundle, stage, profile, options | {"enable_cuda_graph": "1"})
+            self.graphs = True
+        except ArtifactError as error:
+            self._open(bundle, stage, profile, options)
+            self.graphs = False
+            log.info("stage %s runs without CUDA graphs: %s", stage.name, error)
+        if _PROVIDER not in self._session.get_providers():
+            raise VqdeployError("ONNX Runtime gave up CUDA, for a reason that it keeps to itself", fix=_INSTALL)
+        self._stream, self._numbers = stream, itertools.count(1)
+        self._options = self.run_options(_NO_GRAPH)
+
+    def _open(self, bundle: Bundle, stage: StageInfo, profile: Path | None, options: dict[str, str]) -> None:
+        super().__init__(bundle, stage, profile=profile, providers=[(_PROVIDER, options), "CPUExecutionProvider"])
+
+    def run_options(self, graph: int) -> "ort.RunOptions":
+        """Options of a run that captures or replays the graph of this number."""
+        options = ort.RunOptions()
+        if self.graphs:
+            options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
+
+    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
+        """Empty buffers of inputs and outputs, for bindings to share."""
+        return buffers(self.stage, dims, names, self._stream)
+
+    def array(self, values: np.ndarray) -> DeviceArray:
+        """A copy of an array where the buffers lie."""
+        return self._stream.array(values)
+
+    def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> "CudaBinding":
+        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
+        return CudaBinding(self, self._session, next(self._numbers), dims, shared or {}, self._stream)
+
+
+class CudaBinding(DeviceBinding):
+    """A binding that becomes a CUDA graph in its second call; the first may be the only one, as of a prefix."""
+
+    def __init__(
+        self,
+        owner: CudaSession,
+        session: "ort.InferenceSession",
+        number: int,
+        dims: dict[str, int],
+        shared: Mapping[str, DeviceArray],
+        stream: Stream,
+    ):
+        super().__init__(owner.stage, dims, shared, stream)
+        self._session, self._name = session, owner.stage.name
+        self._io = session.io_binding()
+        for info in owner.stage.inputs:
+            place = self.shapes[info.name], self.addresses[info.name]
+            self._io.bind_input(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
+        for info in owner.stage.outputs:
+            place = self.shapes[info.name], self.addresses[info.name]
+            self._io.bind_output(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
+        self._options, self._later = owner.run_options(_NO_GRAPH), owner.run_options(number)
+        for options in (self._options, self._later):
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        weakref.finalize(self, session.release_captured_graph, number)
+
+    def enqueue(self) -> None:
+        """Queues one engine call."""
+        try:
+            self._session.run_with_iobinding(self._io, self._options)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+            raise failure(f"stage {self._name} failed", error) from error
+        self._options = self._later

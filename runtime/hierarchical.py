@@ -34,13 +34,13 @@ class Level:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def places(
-        self, codes: np.ndarray, labels: np.ndarray, above: np.ndarray | None, options: dict[str, Any]
+        self, codes: Any, labels: np.ndarray, above: Any, options: dict[str, Any]
     ) -> Iterator[tuple[int, int, Any]]:
         """Row, column and the buffers of each place, in raster order, when all but the noise is written there.
 
         Who takes them calls `run`, and writes the codes of the place into `codes` [B, h, w] before the next.
-        `above` are the codes of the level above [B, h / 2, w / 2], `options` those of the sampler as the graph takes
-        them.
+        `above` are the codes of the level above [B, h / 2, w / 2] or None, `options` those of the sampler as the graph
+        takes them. Codes may be those of the host or `array` of them.
         """
         (height, width), batch = self.grid, len(codes)
         condition, rows, pixel = self._bound(batch)
@@ -52,7 +52,7 @@ class Level:
             condition.inputs["codes"][:] = above
             self.run("condition", condition)
         side = pixel.inputs["codes"].shape[1]
-        padded = np.full((batch, height + side, side + width), -1)
+        padded = self.array(np.full((batch, height + side, side + width), -1))
         for row in range(height):
             binding = rows[row % len(rows)]
             binding.inputs["row"][:] = pixel.inputs["row"][:] = row
@@ -69,6 +69,10 @@ class Level:
                 padded[:, side + row, side + column] = codes[:, row, column]
                 carry(pixel, pixel)
 
+    def array(self, codes: np.ndarray) -> Any:
+        """A copy of codes where the engine can take them from without a wait."""
+        return self._pixel.array(codes)
+
     def run(self, part: str, binding: Any) -> None:
         """One engine call, its time added to that of a part of the level."""
         start = time.perf_counter()
@@ -79,13 +83,15 @@ class Level:
         """Buffers of the stages, which share what one leaves for the other."""
         if batch not in self._buffers:
             dims = {"batch": batch}
-            held = self._pixel.caches(dims) | self._pixel.buffers(dims, "past_row_x", "past_row_y", *_FROM_ROW)
+            past = (info.name for info in self._pixel.stage.inputs if info.name.startswith("past_"))
+            held = self._pixel.buffers(dims, "codes", *past, *_FROM_ROW)
             shared = {name: held[name] for name in _FROM_ROW}
             shared |= {name: held[f"past_{name}"] for name in ("row_x", "row_y")}
             condition, pixel = None, self._pixel.bind(dims, held)
             if self._condition is not None:
-                made = self._condition.buffers(dims, "condition")
-                condition, shared = self._condition.bind(dims, made), shared | made
+                made = self._condition.buffers(dims, "codes", "condition")
+                condition = self._condition.bind(dims, made)
+                shared["condition"] = made["condition"]
             self._buffers = {batch: (condition, self._bound_rows(dims, shared), pixel)}  # one batch size at a time
         return self._buffers[batch]
 
@@ -97,6 +103,7 @@ class Level:
         """
         names = [info.name for info in self._row.stage.inputs]
         seen = 1 + sum(name.startswith("above_x.") for name in names)
+        window = self._row.buffers(dims, "codes")
         spread = [self._row.buffers(dims, "spread_x", "spread_y") for _ in range(seen)]
         slots = {axis: [made[f"spread_{axis}"] for made in spread] for axis in "xy"}
         rows = []
@@ -105,7 +112,7 @@ class Level:
             for axis, buffers in slots.items():
                 *above, roles[f"spread_{axis}"] = buffers[turn:] + buffers[:turn]
                 roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}
-            rows.append(self._row.bind(dims, shared | roles))
+            rows.append(self._row.bind(dims, shared | roles | window))
         return rows
 
 
@@ -133,39 +140,40 @@ class HierarchicalSampler(Sampler):
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, N]: the known ones, and samples elsewhere."""
-        codes, above, first = request.known.copy(), None, 0
-        counts = [height * width for height, width in (level.grid for level in self.levels)]
-        maps = np.split(codes, np.cumsum(counts)[:-1], 1)
-        total = sum(count for count, part in zip(counts, maps, strict=True) if (part < 0).any())
+        parts = self._maps(request.known)
+        maps = [level.array(part) for level, part in zip(self.levels, parts, strict=True)]
+        total = sum(part[0].size for part in parts if (part < 0).any())
         step = 0
-        for index, (level, part) in enumerate(zip(self.levels, maps, strict=True)):
+        for index, (level, part) in enumerate(zip(self.levels, parts, strict=True)):
             level.seconds.clear()
-            part = part.reshape(-1, *level.grid)
-            if (part < 0).any():
-                for position in self._places(index, part, above, request, first):
-                    step += 1
-                    codes[:, position] = part.reshape(len(part), -1)[:, position - first]
-                    if callback:
-                        callback(step, total, codes)
-            above, first = part, first + counts[index]
+            for _ in self._places(index, part, maps, request) if (part < 0).any() else ():
+                step += 1
+                if callback:
+                    callback(step, total, _joined(maps))
         self.seconds = {stage: spent for level in self.levels for stage, spent in level.seconds.items()}
-        return codes
+        last = f"{self.levels[-1].name}_pixel"  # on a GPU this waits for all levels
+        return _joined([self.read(last, codes) for codes in maps])
 
-    def _places(
-        self, index: int, codes: np.ndarray, above: np.ndarray | None, request: Request, first: int
-    ) -> Iterator[int]:
-        """Draws the unknown codes of a level [B, h, w] into it; gives the position of each in the row of all levels."""
-        level = self.levels[index]
-        unknown = codes < 0
-        given = for_graph(request.options, len(self.levels), level.codebook_size)
-        options = {name: values[index] for name, values in given.items()}
+    def _maps(self, codes: np.ndarray) -> list[np.ndarray]:
+        """Codes of all levels in a row [B, N] as the map of each [B, h, w]."""
+        counts = [height * width for height, width in (level.grid for level in self.levels)]
+        parts = np.split(codes, np.cumsum(counts)[:-1], 1)
+        return [part.reshape(-1, *level.grid) for part, level in zip(parts, self.levels, strict=True)]
+
+    def _places(self, index: int, known: np.ndarray, maps: list[Any], request: Request) -> Iterator[None]:
+        """Draws the unknown codes of a level into its map, one place after the other."""
+        level, codes, above = self.levels[index], maps[index], maps[index - 1] if index else None
+        first = sum(codes.shape[1] * codes.shape[2] for codes in maps[:index])
+        unknown, given = known < 0, level.array(known)
+        choices = for_graph(request.options, len(self.levels), level.codebook_size)
+        options = {name: values[index] for name, values in choices.items()}
         for row, column, binding in level.places(codes, request.labels, above, options):
-            position = first + row * level.grid[1] + column
-            gumbel(request.seed, request.images, position, binding.inputs["noise"])
+            gumbel(request.seed, request.images, first + row * level.grid[1] + column, binding.inputs["noise"])
             level.run("pixel", binding)
-            drawn = unknown[:, row, column]
-            codes[drawn, row, column] = binding.outputs["next_codes"][drawn, 0]
-            yield position
+            codes[:, row, column] = binding.outputs["next_codes"][:, 0]
+            for image in np.flatnonzero(~unknown[:, row, column]):
+                codes[image, row, column] = given[image, row, column]
+            yield
 
     def unknown(self, mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
         """The codes to draw [B, N], where pixels are unknown [B, H, W]: in each level from the first such row on."""
@@ -181,6 +189,11 @@ class HierarchicalSampler(Sampler):
     def _whole_rows(self, rows: Any) -> np.ndarray:
         widths = (level.grid[1] for level in self.levels)
         return np.concatenate([np.repeat(row, width, 1) for row, width in zip(rows, widths, strict=True)], 1)
+
+
+def _joined(maps: list[Any]) -> np.ndarray:
+    """Codes [B, N] of all levels in a row."""
+    return np.concatenate([np.asarray(codes).reshape(len(codes), -1) for codes in maps], 1)
 
 
 def level_names(count: int) -> list[str]:

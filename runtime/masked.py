@@ -60,9 +60,10 @@ class MaskedSampler(Sampler):
             if schedule != "halton":  # by order, codes found earlier are drawn again
                 inputs["given"][:] = remaining
             if callback:
-                open_codes = (remaining == size) & (step + 1 < steps)
-                callback(step + 1, steps, np.where(open_codes, -1 - drawn, drawn))
-        return drawn.copy()
+                found, left = np.array(drawn), np.array(remaining)
+                open_codes = (left == size) & (step + 1 < steps)
+                callback(step + 1, steps, np.where(open_codes, -1 - found, found))
+        return self.read("step", drawn)
 
     def _binding(self, request: Request) -> Any:
         """Buffers with the label and the options of a request written into them."""
@@ -70,7 +71,8 @@ class MaskedSampler(Sampler):
         conditions = 1 if scale == 1 or (request.labels == self.no_label).all() else 2
         if (batch, conditions) not in self._bindings:
             dims = {"batch": batch, "conditions": conditions}
-            self._bindings = {(batch, conditions): self._session.bind(dims)}  # one size at a time
+            carried = self._session.buffers(dims, "codes", "given")
+            self._bindings = {(batch, conditions): self._session.bind(dims, carried)}  # one size at a time
         binding = self._bindings[batch, conditions]
         binding.inputs["label"][:] = self.no_label
         binding.inputs["label"][:, 0] = request.labels

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,10 @@ except ImportError as error:
         "this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime"
     ) from error
 
-_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
-INSTALL_CUDA = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
-# With TF32 the products would have ten bits of mantissa, and codes would differ from those of the CPU.
-_PROVIDERS: dict[str, list[Any]] = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
-}
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
 
 
-def _failure(what: str, error: Exception) -> ArtifactError:
+def failure(what: str, error: Exception) -> ArtifactError:
     """ONNX Runtime's exceptions share no base class but `Exception`, and run over many lines."""
     return ArtifactError(f"{what} ({' '.join(str(error).split())[:500]})")
 
@@ -40,7 +34,7 @@ class Binding:
     outputs: Mapping[str, np.ndarray]
 
     def __init__(
-        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], shared: dict[str, np.ndarray]
+        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], shared: Mapping[str, np.ndarray]
     ):
         self._session, self._name = session, stage.name
         self._io = session.io_binding()
@@ -64,7 +58,7 @@ class Binding:
         try:
             self._session.run_with_iobinding(self._io)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this
-            raise _failure(f"stage {self._name} failed", error) from error
+            raise failure(f"stage {self._name} failed", error) from error
 
     def clear(self) -> None:
         """Zeros into every input, shared ones too."""
@@ -72,80 +66,24 @@ class Binding:
             buffer[...] = 0
 
 
-class DeviceBinding(Binding):
-    """A binding whose buffers lie in the memory of a device.
-
-    `inputs` are arrays on the host, which `run` copies to the device. Caches and other shared buffers, which engine
-    calls alone write, are not among them: those stay on the device. Who reads one of `outputs` copies it from there.
-    """
-
-    def __init__(
-        self,
-        session: "ort.InferenceSession",
-        stage: StageInfo,
-        dims: dict[str, int],
-        shared: dict[str, "ort.OrtValue"],
-        memory: str,
-    ):
-        self._session, self._name = session, stage.name
-        self._io = session.io_binding()
-        own = [info for info in (*stage.inputs, *stage.outputs) if info.name not in {*shared, *stage.aliases}]
-        self._values = shared | {info.name: _on_device(info, dims, memory) for info in own}
-        for info in stage.inputs:
-            self._io.bind_ortvalue_input(info.name, self._values[info.name])
-        for info in stage.outputs:
-            self._io.bind_ortvalue_output(info.name, self._values[stage.aliases.get(info.name, info.name)])
-        self._held = {i.name: (i.concrete(dims), i.dtype) for i in stage.inputs if i.name in shared}
-        self.inputs = {i.name: np.zeros(i.concrete(dims), i.dtype) for i in stage.inputs if i.name not in shared}
-        names = [info.name for info in stage.outputs if info.name not in stage.aliases]
-        self.outputs = _Reader({name: self._values[name] for name in names})
-
-    def run(self) -> None:
-        """One engine call, with the inputs of the host."""
-        for name, array in self.inputs.items():
-            self._values[name].update_inplace(array)
-        super().run()
-
-    def clear(self) -> None:
-        """Zeros into every input, shared ones too."""
-        super().clear()
-        for name, (shape, dtype) in self._held.items():
-            self._values[name].update_inplace(np.zeros(shape, dtype))
-
-
-class _Reader(Mapping[str, np.ndarray]):
-    """Values on a device, each copied to the host when it is asked for."""
-
-    def __init__(self, values: dict[str, "ort.OrtValue"]):
-        self._values = values
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._values[name].numpy()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-def _on_device(info: TensorInfo, dims: dict[str, int], memory: str) -> "ort.OrtValue":
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(info.concrete(dims), info.dtype), memory)
-
-
-def _buffer(info: TensorInfo, dims: dict[str, int], shared: dict[str, np.ndarray]) -> np.ndarray:
+def _buffer(info: TensorInfo, dims: dict[str, int], shared: Mapping[str, np.ndarray]) -> np.ndarray:
     return shared[info.name] if info.name in shared else np.zeros(info.concrete(dims), info.dtype)
 
 
 class OnnxrtSession:
-    """One stage of a plan on ONNX Runtime's CPU or CUDA provider."""
+    """One stage of a plan on ONNX Runtime, on the CPU unless other providers are named."""
 
     def __init__(
-        self, bundle: Bundle, stage: StageInfo, threads: int = 0, profile: Path | None = None, device: str = "cpu"
+        self,
+        bundle: Bundle,
+        stage: StageInfo,
+        threads: int = 0,
+        profile: Path | None = None,
+        providers: Sequence[Any] = ("CPUExecutionProvider",),
     ):
         """Opens the stage; with `profile`, ONNX Runtime writes a trace whose name starts with this path."""
         self.stage = stage
-        self._memory = None if device == "cpu" else device  # where its buffers lie, if not on the host
+        self._options: ort.RunOptions | None = None
         options = ort.SessionOptions()
         options.enable_profiling = profile is not None
         options.profile_file_prefix = str(profile)
@@ -160,11 +98,9 @@ class OnnxrtSession:
             self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
             graph = bytes(bundle.member(stage.file))
-            self._session = ort.InferenceSession(graph, options, providers=_PROVIDERS[device], enable_fallback=0)
+            self._session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
         except Exception as error:
-            raise _failure(f"stage {stage.name} of {bundle.path} cannot be opened", error) from error
-        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise VqdeployError("ONNX Runtime gave up CUDA, for a reason that it keeps to itself", fix=INSTALL_CUDA)
+            raise failure(f"stage {stage.name} of {bundle.path} cannot be opened", error) from error
         if not self._described():
             raise ArtifactError(f"stage {stage.name} of {bundle.path} is not the graph that its manifest describes")
 
@@ -193,21 +129,20 @@ class OnnxrtSession:
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
         """Empty buffers of inputs and outputs, for bindings to share."""
         infos = [info for info in (*self.stage.inputs, *self.stage.outputs) if info.name in names]
-        if self._memory:
-            return {info.name: _on_device(info, dims, self._memory) for info in infos}
         return {info.name: np.zeros(info.concrete(dims), info.dtype) for info in infos}
 
-    def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> Binding:
+    def array(self, values: np.ndarray) -> Any:
+        """A copy of an array where the buffers lie."""
+        return values.copy()
+
+    def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> Any:
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
-        shared = self.caches(dims) if shared is None else shared
-        if self._memory:
-            return DeviceBinding(self._session, self.stage, dims, shared, self._memory)
-        return Binding(self._session, self.stage, dims, shared)
+        return Binding(self._session, self.stage, dims, shared or {})
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One call with fresh outputs."""
         names = [info.name for info in self.stage.outputs]
         try:
-            return dict(zip(names, self._session.run(names, inputs), strict=True))
+            return dict(zip(names, self._session.run(names, inputs, self._options), strict=True))
         except Exception as error:
-            raise _failure(f"stage {self.stage.name} failed", error) from error
+            raise failure(f"stage {self.stage.name} failed", error) from error

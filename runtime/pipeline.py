@@ -47,7 +47,8 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
 
     Args:
         path: The plan.
-        device: `auto`, `cpu` or `cuda`. `auto` is CUDA for a plan that was built for it, where that runs.
+        device: `auto`, `cpu` or `cuda`. `auto` is CUDA for a plan of ONNX Runtime that was built for it, where that
+            runs. Plans for TensorRT have no other device.
         threads: Threads of the engine; 0 for as many as there are cores.
 
     Raises:
@@ -64,23 +65,27 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
         raise ArtifactError(
             f"{path} is for a backend that is not known here", found=backend, fix="pip install -U vqdeploy"
         )
-    if backend != "onnxrt":
-        raise VqdeployError(
-            f"{path} was built for {backend} and cannot run here",
-            expected=f"an NVIDIA GPU of {' or '.join(bundle.manifest.targets)} and a vqdeploy that drives it",
-            found="ONNX Runtime only",
-            fix="vqdeploy build PACKAGE --backend onnxrt",
-        )
     device = _device(device, bundle)
     bundle.verify()
     return Pipeline(bundle, threads, device=device)
 
 
 def _device(wanted: str, bundle: Bundle) -> str:
-    """Where to run a plan for ONNX Runtime, `cpu` or `cuda`."""
-    if wanted == "cpu" or (wanted == "auto" and "cuda" not in bundle.manifest.targets):
+    """Where to run a plan, `cpu` or `cuda`, when that is possible."""
+    manifest = bundle.manifest
+    if manifest.backend != "onnxrt":
+        if wanted == "cpu":
+            raise VqdeployError(
+                f"{bundle.path} was built for {manifest.backend}, which runs on a GPU",
+                fix="vqdeploy build PACKAGE --backend onnxrt",
+            )
+        from vqdeploy.runtime import tensorrt
+
+        tensorrt.check(manifest)
+        return "cuda"
+    if wanted == "cpu" or (wanted == "auto" and "cuda" not in manifest.targets):
         return "cpu"
-    if "cuda" not in bundle.manifest.targets:
+    if "cuda" not in manifest.targets:
         raise VqdeployError(f"{bundle.path} was built for the CPU", fix="vqdeploy build PACKAGE --device cuda")
     from vqdeploy.runtime import cuda
 
@@ -90,6 +95,25 @@ def _device(wanted: str, bundle: Bundle) -> str:
     return "cuda"
 
 
+def _sessions(bundle: Bundle, threads: int, profile: Path | None, device: str) -> dict[str, Any]:
+    """The session of each stage; on a GPU they share a stream."""
+    stages = bundle.manifest.stages
+    if device == "cpu":
+        from vqdeploy.runtime.onnxrt import OnnxrtSession
+
+        return {s.name: OnnxrtSession(bundle, s, threads, profile and profile / s.name) for s in stages}
+    from vqdeploy.runtime.device import Stream
+
+    stream = Stream()
+    if bundle.manifest.backend == "onnxrt":
+        from vqdeploy.runtime.cuda import CudaSession
+
+        return {s.name: CudaSession(bundle, s, stream, profile and profile / s.name) for s in stages}
+    from vqdeploy.runtime.tensorrt import TensorrtSession
+
+    return {s.name: TensorrtSession(bundle, s, stream) for s in stages}
+
+
 class Pipeline:
     """The tasks of a plan. Not for use by several threads at once.
 
@@ -97,15 +121,10 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, threads: int = 0, profile: Path | None = None, device: str = "cpu"):
-        from vqdeploy.runtime.onnxrt import OnnxrtSession
-
         self.bundle, self.device = bundle, device
         self.manifest = bundle.manifest
         self._config, self._batch = bundle.manifest.config, bundle.manifest.batch or BatchRange()
-        self._sessions = {
-            stage.name: OnnxrtSession(bundle, stage, threads, profile and profile / stage.name, device)
-            for stage in self.manifest.stages
-        }
+        self._sessions = _sessions(bundle, threads, profile, device)
         if not self._configured():
             raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy export, vqdeploy build")
         self._sampler: Any = None

@@ -303,7 +303,7 @@ def test_without_labels_there_is_no_class(either, partly_known):
 def test_guidance_of_1_asks_for_one_label_alone(movq_pipeline):
     bound = []
     session = movq_pipeline.session("step")
-    bind, session.bind = session.bind, lambda dims: bound.append(dims) or bind(dims)
+    bind, session.bind = session.bind, lambda dims, *shared: bound.append(dims) or bind(dims, *shared)
     try:
         for scale in (1, 1.5, 0):
             movq_pipeline.generate([0, 1, 2], **WHOLE | {"guidance_scale": scale})

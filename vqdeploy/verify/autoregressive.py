@@ -51,7 +51,7 @@ def _forced_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, pr
         binding.inputs["noise"][rows[0], rows[1], codes[:, position]] = _FORCE
         binding.run()
         carry(binding, binding)
-        collected.append(binding.outputs["logits"].copy())
+        collected.append(np.array(binding.outputs["logits"]))
     return np.stack(collected, 1)
 
 

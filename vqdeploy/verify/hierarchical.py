@@ -29,7 +29,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         given, found = given[..., 0], []
         for _, _, binding in level.places(given, labels, above, options):
             level.run("pixel", binding)
-            found.append(binding.outputs["logits"][:, 0].copy())
+            found.append(np.array(binding.outputs["logits"][:, 0]))
         logits = torch.from_numpy(np.stack(found, 1))
         checks += compare_logits(level.name, logits, reference[:, first : first + logits.shape[1]])
         above, first = given, first + logits.shape[1]

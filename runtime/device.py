@@ -1,0 +1,298 @@
+"""The memory of a GPU and the work that is queued for it, through cuda-python.
+
+Everything is queued on one stream and happens in order. The host waits in three places only: when it reads an array
+(`np.asarray`), in `Stream.synchronize`, and when it is several engine calls ahead of the GPU.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.manifest import StageInfo, TensorInfo
+
+try:
+    from cuda.bindings import runtime as cudart
+except ImportError as error:
+    raise VqdeployError("plans on a GPU need cuda-python", fix="pip install cuda-bindings") from error
+
+_AHEAD = 3  # engine calls that the host may prepare before the first of them has run
+_ALIGNMENT = 256  # bytes; what TensorRT asks of addresses
+
+
+def _check(answer: tuple[Any, ...]) -> Any:
+    """What a function of CUDA returns beside its status."""
+    status, *values = answer
+    if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
+        raise VqdeployError("the GPU has too little memory free", fix="vqdeploy build PACKAGE --max-batch N")
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise VqdeployError(f"CUDA failed ({status.name})")
+    return values[0] if values else None
+
+
+def check() -> None:
+    """Asks for a GPU.
+
+    Raises:
+        VqdeployError: There is no driver, it is too old, or no GPU answers.
+    """
+    driver, runtime = _check(cudart.cudaDriverGetVersion()), _check(cudart.cudaRuntimeGetVersion())
+    if not driver:
+        raise VqdeployError("there is no NVIDIA driver here", expected="one or more GPUs", found="none")
+    status, count = cudart.cudaGetDeviceCount()
+    if status == cudart.cudaError_t.cudaErrorInsufficientDriver:
+        versions = (f"CUDA {version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+        raise VqdeployError("the NVIDIA driver is too old", expected=f"one for {next(versions)}", found=next(versions))
+    if not count:
+        raise VqdeployError("no NVIDIA GPU answers", expected="one or more", found=f"none ({status.name})")
+
+
+class Stream:
+    """A queue of work for the GPU, and where arrays on it come from."""
+
+    def __init__(self) -> None:
+        self.handle = int(_check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
+        self._scratch_size, self._scratch = 0, None
+        weakref.finalize(self, cudart.cudaStreamDestroy, self.handle)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> "DeviceArray":
+        """A new array of zeros."""
+        dtype = np.dtype(dtype)
+        size = max(1, math.prod(shape)) * dtype.itemsize
+        address = int(_check(cudart.cudaMalloc(size)))
+        array = DeviceArray(self, _view(address, shape, dtype), None)
+        weakref.finalize(array, cudart.cudaFree, address)
+        array[...] = 0
+        return array
+
+    def array(self, values: np.ndarray) -> "DeviceArray":
+        """A new array with a copy of values of the host."""
+        array = self.zeros(values.shape, values.dtype)
+        array[...] = values
+        return array
+
+    def reserve(self, size: int) -> None:
+        """Announces that an engine needs this many bytes while it runs."""
+        self._scratch_size = max(self._scratch_size, size)
+
+    def scratch(self) -> "DeviceArray":
+        """Memory for engines to use while they run, one after the other, as large as was ever reserved."""
+        if self._scratch is None or self._scratch.shape[0] < self._scratch_size:
+            self._scratch = self.zeros((self._scratch_size,), np.uint8)
+        return self._scratch
+
+    def synchronize(self) -> None:
+        """Waits until all work is done."""
+        _check(cudart.cudaStreamSynchronize(self.handle))
+
+    def capture(self, enqueue: Callable[[], None]) -> "Graph":
+        """Records what a function queues, without running it."""
+        _check(cudart.cudaStreamBeginCapture(self.handle, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        try:
+            enqueue()
+        finally:
+            status, graph = cudart.cudaStreamEndCapture(self.handle)
+        _check((status, graph))
+        try:
+            return Graph(self, int(_check(cudart.cudaGraphInstantiate(graph, 0))))
+        finally:
+            _check(cudart.cudaGraphDestroy(graph))
+
+
+class Graph:
+    """Recorded work, which is queued at once."""
+
+    def __init__(self, stream: Stream, handle: int):
+        self._stream, self._handle = stream, handle
+        weakref.finalize(self, cudart.cudaGraphExecDestroy, handle)
+
+    def launch(self) -> None:
+        """Queues the work."""
+        _check(cudart.cudaGraphLaunch(self._handle, self._stream.handle))
+
+
+class DeviceArray:
+    """An array in the memory of a GPU, with some of numpy's ways.
+
+    Indexing by whole numbers and slices gives a view. Assignment, of a number or of an array on either side, is queued.
+    `np.asarray` waits for all that was queued and copies to the host.
+    """
+
+    def __init__(self, stream: Stream, view: np.ndarray, owner: "DeviceArray | None"):
+        self._stream = stream
+        self._view = view  # an array of numpy at the GPU's address: never to be read or written, but numpy can slice it
+        self._owner = owner  # keeps the memory
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As numpy's."""
+        return self._view.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As numpy's."""
+        return self._view.dtype
+
+    @property
+    def address(self) -> int:
+        """Of the first value, in the GPU's memory."""
+        return _address(self._view)
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def __getitem__(self, index: Any) -> "DeviceArray":
+        # With an ellipsis numpy gives a view of a single value too, and does not read it.
+        index = index if isinstance(index, tuple) else (index,)
+        view = self._view[index if Ellipsis in index else (*index, ...)]
+        return DeviceArray(self._stream, view, self._owner or self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        target = self[index]._view
+        stream = self._stream.handle
+        if isinstance(value, DeviceArray):
+            kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            source = np.broadcast_to(value._view, target.shape)
+            for (to, to_pitch), (of, of_pitch), width, height in _blocks(target, source):
+                _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, stream))
+        elif np.ndim(value) == 0 and value == 0:
+            for (to, to_pitch), _, width, height in _blocks(target, target):
+                _check(cudart.cudaMemset2DAsync(to, to_pitch, 0, width, height, stream))
+        else:
+            kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+            source = np.ascontiguousarray(np.broadcast_to(np.asarray(value, self.dtype), target.shape))
+            for (to, to_pitch), (of, of_pitch), width, height in _blocks(target, source):
+                _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, stream))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        values = np.empty(self.shape, self.dtype)
+        for (to, to_pitch), (of, of_pitch), width, height in _blocks(values, self._view):
+            _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, self._stream.handle))
+        self._stream.synchronize()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def _view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    class Memory:
+        __array_interface__ = {"data": (address, False), "shape": shape, "typestr": dtype.str, "version": 3}  # noqa: RUF012
+
+    return np.asarray(Memory())
+
+
+def _address(view: np.ndarray) -> int:
+    return view.__array_interface__["data"][0]
+
+
+def _blocks(
+    target: np.ndarray, source: np.ndarray
+) -> Iterator[tuple[tuple[int, int], tuple[int, int], int, int]]:
+    """Two arrays of one shape as pairs of blocks: address and pitch of each, width in bytes, number of rows."""
+    if target.size == 0:
+        return
+    if target.dtype != source.dtype:
+        raise TypeError(f"a copy of {source.dtype} to {target.dtype}")
+    kept = [axis for axis, size in enumerate(target.shape) if size > 1]
+    lengths = [target.shape[axis] for axis in kept]
+    strides = [(target.strides[axis], source.strides[axis]) for axis in kept]
+    width, height, pitches = target.itemsize, 1, (target.itemsize, target.itemsize)
+    while strides and strides[-1] == (width, width):
+        width *= lengths.pop()
+        strides.pop()
+    if strides and min(strides[-1]) >= width:
+        height, pitches = lengths.pop(), strides.pop()
+    pitches = tuple(max(pitch, width) for pitch in pitches)
+    starts = _address(target), _address(source)
+    for index in np.ndindex(*lengths):
+        to, of = (start + sum(i * s[side] for i, s in zip(index, strides, strict=True)) for side, start in enumerate(starts))
+        yield (to, pitches[0]), (of, pitches[1]), width, height
+
+
+class _Staged:
+    """Arrays of the host that go to the GPU in one copy, from memory that the host does not touch until it is done."""
+
+    def __init__(self, stream: Stream, infos: list[TensorInfo], dims: dict[str, int]):
+        self._stream = stream
+        places, end = {}, 0
+        for info in infos:
+            places[info.name] = end
+            size = math.prod(info.concrete(dims)) * np.dtype(info.dtype).itemsize
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._host, self._device = np.zeros(end, np.uint8), stream.zeros((end,), np.uint8)
+        self._slots = [_Slot(end) for _ in range(_AHEAD)] if end else []
+        self.arrays = {
+            i.name: np.ndarray(i.concrete(dims), i.dtype, self._host, places[i.name]) for i in infos
+        }
+        self.addresses = {name: self._device.address + place for name, place in places.items()}
+
+    def upload(self) -> None:
+        """Queues a copy of what the arrays hold now."""
+        if self._slots:
+            slot = self._slots.pop(0)
+            slot.send(self._host, self._device.address, self._stream)
+            self._slots.append(slot)
+
+
+class _Slot:
+    """Memory of the host that CUDA can copy from by itself, and the event that tells when it has."""
+
+    def __init__(self, size: int):
+        address = int(_check(cudart.cudaMallocHost(size)))
+        weakref.finalize(self, cudart.cudaFreeHost, address)
+        self._memory = _view(address, (size,), np.dtype(np.uint8))
+        self._event = _check(cudart.cudaEventCreateWithFlags(cudart.cudaEventDisableTiming))
+        weakref.finalize(self, cudart.cudaEventDestroy, self._event)
+
+    def send(self, values: np.ndarray, address: int, stream: Stream) -> None:
+        _check(cudart.cudaEventSynchronize(self._event))
+        self._memory[...] = values
+        kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        _check(cudart.cudaMemcpyAsync(address, _address(self._memory), values.nbytes, kind, stream.handle))
+        _check(cudart.cudaEventRecord(self._event, stream.handle))
+
+
+class DeviceBinding:
+    """Inputs and outputs of fixed shape on a GPU. Write into `inputs`, call `run`, read from `outputs`.
+
+    Inputs that are shared with other bindings are arrays on the GPU. The others are arrays of the host, which `run`
+    copies: it takes them as they are when it is called. Outputs are arrays on the GPU.
+    """
+
+    inputs: dict[str, Any]
+    outputs: Mapping[str, DeviceArray]
+
+    def __init__(self, stage: StageInfo, dims: dict[str, int], shared: Mapping[str, DeviceArray], stream: Stream):
+        caches = [name for name in stage.aliases.values() if name not in shared]
+        held = buffers(stage, dims, caches, stream) | shared
+        self._staged = _Staged(stream, [i for i in stage.inputs if i.name not in held], dims)
+        self.inputs = self._staged.arrays | {i.name: held[i.name] for i in stage.inputs if i.name in held}
+        names = [i.name for i in stage.outputs if i.name not in stage.aliases]
+        new = buffers(stage, dims, [name for name in names if name not in held], stream)
+        self.outputs = {name: (new | held)[name] for name in names}
+        results = self.outputs | {output: held[name] for output, name in stage.aliases.items()}
+        arrays = results | {i.name: held[i.name] for i in stage.inputs if i.name in held}
+        self.addresses = self._staged.addresses | {name: array.address for name, array in arrays.items()}
+        self.shapes = {i.name: i.concrete(dims) for i in (*stage.inputs, *stage.outputs)}
+
+    def run(self) -> None:
+        """Queues one engine call, with the inputs of the host as they are now."""
+        self._staged.upload()
+        self.enqueue()
+
+    def enqueue(self) -> None:
+        """Queues one engine call."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Zeros into every input, shared ones too."""
+        for array in self.inputs.values():
+            array[...] = 0
+
+
+def buffers(stage: StageInfo, dims: dict[str, int], names: Collection[str], stream: Stream) -> dict[str, DeviceArray]:
+    """Empty buffers of inputs and outputs of a stage, for bindings to share."""
+    infos = [info for info in (*stage.inputs, *stage.outputs) if info.name in names]
+    return {info.name: stream.zeros(info.concrete(dims), info.dtype) for info in infos}

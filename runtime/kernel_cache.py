@@ -1,0 +1,88 @@
+"""What TensorRT-RTX compiled for this GPU, kept on disk for the next process.
+
+Such a file is code, as a plan is. So it is read only from a folder that nobody but this user can write to, under the
+digest of the engine that it belongs to, and as it was written.
+"""
+
+import hashlib
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.files import replacing_file
+
+_DIGEST = hashlib.sha256().digest_size
+
+log = logging.getLogger("vqdeploy")
+
+
+def folder() -> Path:
+    """Where the files lie: `vqdeploy/tensorrt-rtx` in XDG_CACHE_HOME or in `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vqdeploy" / "tensorrt-rtx"
+
+
+class KernelCache:
+    """The runtime cache of one engine.
+
+    `name` is that of the file: whatever of the environment the library does not compare by itself must be part of it.
+    """
+
+    def __init__(self, name: str):
+        self._file = folder() / f"{name}.bin"
+        self._cache: Any = None
+        self._saved = b""
+
+    def attach(self, config: Any) -> None:
+        """Gives the cache to an `IRuntimeConfig`, with what is on disk when it is the first."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            self._saved = _read(self._file)
+            if self._saved and not self._cache.deserialize(self._saved):
+                log.info("%s is of another version, driver or GPU and is compiled anew", self._file)
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Writes what is not on disk yet; without a place to write to, nothing happens but a warning."""
+        compiled = bytes(self._cache.serialize())
+        if compiled == self._saved:
+            return
+        try:
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with replacing_file(self._file) as file:
+                file.touch(0o600)
+                file.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+        except (OSError, VqdeployError) as error:
+            log.warning("what was compiled for this GPU cannot be kept: %s", error)
+        self._saved = compiled
+
+
+def _read(file: Path) -> bytes:
+    """What was saved; nothing if the file is not there, is damaged, or may have been written by another user."""
+    try:
+        with open(file, "rb", opener=_open) as stream:
+            if not (_private(os.stat(file.parent)) and _private(os.fstat(stream.fileno()))):
+                log.warning("%s is not read: another user could have written it", file)
+                return b""
+            data = stream.read()
+    except OSError:
+        return b""
+    compiled = data[_DIGEST:]
+    if hashlib.sha256(compiled).digest() != data[:_DIGEST]:
+        log.warning("%s is damaged and is not read", file)
+        return b""
+    return compiled
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _private(status: os.stat_result) -> bool:
+    """Whether only this user can write there; Windows keeps a user's folders to that user by itself."""
+    if os.name == "nt":
+        return True
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
