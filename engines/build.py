@@ -63,6 +63,7 @@ def build(
         if plugin == "on":
             raise VqdeployError(f"the plan can have no plugin: {reason}", fix="vqdeploy build --plugin off")
         plugin = "off"
+    targets = tensorrt.targets(backend) if backend != "onnxrt" else ("cuda",) if device == "cuda" else ()
     with temporary_folder(plan) as scratch:
         files, stages = [], []
         for stage in manifest.stages:
@@ -83,7 +84,7 @@ def build(
             members=members,
             backend=backend,
             builder=builder,
-            targets=tensorrt.targets(backend) if backend != "onnxrt" else ("cuda",) if device == "cuda" else (),
+            targets=targets,
             batch=batch,
         )
         bundle.write(plan, manifest, files)

@@ -42,8 +42,17 @@ def check(backend: str) -> str:
 
 
 def targets(backend: str) -> tuple[str, ...]:
-    """Compute capabilities that an engine of this machine is made for."""
-    return _RTX_TARGETS if backend == "tensorrt-rtx" else ("this GPU",)
+    """Compute capabilities that an engine of this machine is made for.
+
+    Raises:
+        VqdeployError: TensorRT builds for the GPU that is there, and there is none, or no cuda-python to tell its kind.
+    """
+    if backend == "tensorrt-rtx":
+        return _RTX_TARGETS
+    from vqdeploy.runtime import device
+
+    device.check()
+    return (device.compute_capability(),)
 
 
 def build_stage(

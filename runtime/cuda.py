@@ -6,7 +6,6 @@ import io
 import itertools
 import logging
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ class CudaSession(OnnxrtSession):
         """A copy of an array where the buffers lie."""
         return self._stream.array(values)
 
-    def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> "CudaBinding":
+    def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> "CudaBinding":
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
         return CudaBinding(self, self._session, next(self._numbers), dims, shared or {}, self._stream)
 
@@ -131,7 +130,7 @@ class CudaBinding(DeviceBinding):
         session: "ort.InferenceSession",
         number: int,
         dims: dict[str, int],
-        shared: Mapping[str, DeviceArray],
+        shared: dict[str, DeviceArray],
         stream: Stream,
     ):
         super().__init__(owner.stage, dims, shared, stream)

@@ -6,7 +6,7 @@ Everything is queued on one stream and happens in order. The host waits in three
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ except ImportError as error:
     raise VqdeployError("plans on a GPU need cuda-python", fix="pip install cuda-bindings") from error
 
 _AHEAD = 3  # engine calls that the host may prepare before the first of them has run
+_CPU = "vqdeploy build PACKAGE, for the CPU"
 _ALIGNMENT = 256  # bytes; what TensorRT asks of addresses
 
 
@@ -41,13 +42,21 @@ def check() -> None:
     """
     driver, runtime = _check(cudart.cudaDriverGetVersion()), _check(cudart.cudaRuntimeGetVersion())
     if not driver:
-        raise VqdeployError("there is no NVIDIA driver here", expected="one or more GPUs", found="none")
+        raise VqdeployError("there is no NVIDIA driver here, and so no GPU", fix=_CPU)
     status, count = cudart.cudaGetDeviceCount()
     if status == cudart.cudaError_t.cudaErrorInsufficientDriver:
         versions = (f"CUDA {version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
         raise VqdeployError("the NVIDIA driver is too old", expected=f"one for {next(versions)}", found=next(versions))
     if not count:
-        raise VqdeployError("no NVIDIA GPU answers", expected="one or more", found=f"none ({status.name})")
+        raise VqdeployError(f"no NVIDIA GPU answers ({status.name})", fix=_CPU)
+
+
+def compute_capability() -> str:
+    """That of the GPU in use, such as `sm_90`."""
+    kinds = cudart.cudaDeviceAttr
+    parts = kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor
+    major, minor = (_check(cudart.cudaDeviceGetAttribute(part, 0)) for part in parts)
+    return f"sm_{major}{minor}"
 
 
 class Stream:
@@ -55,16 +64,13 @@ class Stream:
 
     def __init__(self) -> None:
         self.handle = int(_check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
-        self._scratch_size, self._scratch = 0, None
+        self._scratch_size, self._scratch = 0, _Memory(0)
         weakref.finalize(self, cudart.cudaStreamDestroy, self.handle)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> "DeviceArray":
         """A new array of zeros."""
-        dtype = np.dtype(dtype)
-        size = max(1, math.prod(shape)) * dtype.itemsize
-        address = int(_check(cudart.cudaMalloc(size)))
-        array = DeviceArray(self, _view(address, shape, dtype), None)
-        weakref.finalize(array, cudart.cudaFree, address)
+        memory = _Memory(math.prod(shape) * np.dtype(dtype).itemsize)
+        array = DeviceArray(self, memory, _view(memory.address, shape, np.dtype(dtype)))
         array[...] = 0
         return array
 
@@ -78,10 +84,10 @@ class Stream:
         """Announces that an engine needs this many bytes while it runs."""
         self._scratch_size = max(self._scratch_size, size)
 
-    def scratch(self) -> "DeviceArray":
+    def scratch(self) -> "_Memory":
         """Memory for engines to use while they run, one after the other, as large as was ever reserved."""
-        if self._scratch is None or self._scratch.shape[0] < self._scratch_size:
-            self._scratch = self.zeros((self._scratch_size,), np.uint8)
+        if self._scratch.size < self._scratch_size:
+            self._scratch = _Memory(self._scratch_size)
         return self._scratch
 
     def synchronize(self) -> None:
@@ -90,7 +96,9 @@ class Stream:
 
     def capture(self, enqueue: Callable[[], None]) -> "Graph":
         """Records what a function queues, without running it."""
-        _check(cudart.cudaStreamBeginCapture(self.handle, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        # Relaxed, since Python may give memory back at any time.
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        _check(cudart.cudaStreamBeginCapture(self.handle, mode))
         try:
             enqueue()
         finally:
@@ -100,6 +108,14 @@ class Stream:
             return Graph(self, int(_check(cudart.cudaGraphInstantiate(graph, 0))))
         finally:
             _check(cudart.cudaGraphDestroy(graph))
+
+
+class _Memory:
+    """A stretch of the GPU's memory, in bytes, given back when nothing refers to it any more."""
+
+    def __init__(self, size: int):
+        self.address, self.size = int(_check(cudart.cudaMalloc(max(1, size)))), size
+        weakref.finalize(self, cudart.cudaFree, self.address)
 
 
 class Graph:
@@ -121,10 +137,9 @@ class DeviceArray:
     `np.asarray` waits for all that was queued and copies to the host.
     """
 
-    def __init__(self, stream: Stream, view: np.ndarray, owner: "DeviceArray | None"):
-        self._stream = stream
+    def __init__(self, stream: Stream, memory: _Memory, view: np.ndarray):
+        self._stream, self._memory = stream, memory
         self._view = view  # an array of numpy at the GPU's address: never to be read or written, but numpy can slice it
-        self._owner = owner  # keeps the memory
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -148,7 +163,7 @@ class DeviceArray:
         # With an ellipsis numpy gives a view of a single value too, and does not read it.
         index = index if isinstance(index, tuple) else (index,)
         view = self._view[index if Ellipsis in index else (*index, ...)]
-        return DeviceArray(self._stream, view, self._owner or self)
+        return DeviceArray(self._stream, self._memory, view)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         target = self[index]._view
@@ -187,9 +202,7 @@ def _address(view: np.ndarray) -> int:
     return view.__array_interface__["data"][0]
 
 
-def _blocks(
-    target: np.ndarray, source: np.ndarray
-) -> Iterator[tuple[tuple[int, int], tuple[int, int], int, int]]:
+def _blocks(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[tuple[int, int], tuple[int, int], int, int]]:
     """Two arrays of one shape as pairs of blocks: address and pitch of each, width in bytes, number of rows."""
     if target.size == 0:
         return
@@ -198,17 +211,17 @@ def _blocks(
     kept = [axis for axis, size in enumerate(target.shape) if size > 1]
     lengths = [target.shape[axis] for axis in kept]
     strides = [(target.strides[axis], source.strides[axis]) for axis in kept]
-    width, height, pitches = target.itemsize, 1, (target.itemsize, target.itemsize)
+    width, height = target.itemsize, 1
     while strides and strides[-1] == (width, width):
-        width *= lengths.pop()
         strides.pop()
+        width *= lengths.pop()
+    pitches = width, width
     if strides and min(strides[-1]) >= width:
         height, pitches = lengths.pop(), strides.pop()
-    pitches = tuple(max(pitch, width) for pitch in pitches)
-    starts = _address(target), _address(source)
+    to, of = _address(target), _address(source)
     for index in np.ndindex(*lengths):
-        to, of = (start + sum(i * s[side] for i, s in zip(index, strides, strict=True)) for side, start in enumerate(starts))
-        yield (to, pitches[0]), (of, pitches[1]), width, height
+        ahead, behind = (sum(i * steps[side] for i, steps in zip(index, strides, strict=True)) for side in range(2))
+        yield (to + ahead, pitches[0]), (of + behind, pitches[1]), width, height
 
 
 class _Staged:
@@ -223,9 +236,7 @@ class _Staged:
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
         self._host, self._device = np.zeros(end, np.uint8), stream.zeros((end,), np.uint8)
         self._slots = [_Slot(end) for _ in range(_AHEAD)] if end else []
-        self.arrays = {
-            i.name: np.ndarray(i.concrete(dims), i.dtype, self._host, places[i.name]) for i in infos
-        }
+        self.arrays = {i.name: np.ndarray(i.concrete(dims), i.dtype, self._host, places[i.name]) for i in infos}
         self.addresses = {name: self._device.address + place for name, place in places.items()}
 
     def upload(self) -> None:
@@ -241,10 +252,9 @@ class _Slot:
 
     def __init__(self, size: int):
         address = int(_check(cudart.cudaMallocHost(size)))
-        weakref.finalize(self, cudart.cudaFreeHost, address)
         self._memory = _view(address, (size,), np.dtype(np.uint8))
         self._event = _check(cudart.cudaEventCreateWithFlags(cudart.cudaEventDisableTiming))
-        weakref.finalize(self, cudart.cudaEventDestroy, self._event)
+        weakref.finalize(self, _give_back, cudart, address, self._event)
 
     def send(self, values: np.ndarray, address: int, stream: Stream) -> None:
         _check(cudart.cudaEventSynchronize(self._event))
@@ -252,6 +262,12 @@ class _Slot:
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         _check(cudart.cudaMemcpyAsync(address, _address(self._memory), values.nbytes, kind, stream.handle))
         _check(cudart.cudaEventRecord(self._event, stream.handle))
+
+
+def _give_back(library: Any, address: int, event: Any) -> None:
+    library.cudaEventSynchronize(event)
+    library.cudaFreeHost(address)
+    library.cudaEventDestroy(event)
 
 
 class DeviceBinding:
@@ -262,9 +278,9 @@ class DeviceBinding:
     """
 
     inputs: dict[str, Any]
-    outputs: Mapping[str, DeviceArray]
+    outputs: dict[str, DeviceArray]
 
-    def __init__(self, stage: StageInfo, dims: dict[str, int], shared: Mapping[str, DeviceArray], stream: Stream):
+    def __init__(self, stage: StageInfo, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
         caches = [name for name in stage.aliases.values() if name not in shared]
         held = buffers(stage, dims, caches, stream) | shared
         self._staged = _Staged(stream, [i for i in stage.inputs if i.name not in held], dims)

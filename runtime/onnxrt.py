@@ -34,7 +34,7 @@ class Binding:
     outputs: Mapping[str, np.ndarray]
 
     def __init__(
-        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], shared: Mapping[str, np.ndarray]
+        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], shared: dict[str, np.ndarray]
     ):
         self._session, self._name = session, stage.name
         self._io = session.io_binding()
@@ -66,7 +66,7 @@ class Binding:
             buffer[...] = 0
 
 
-def _buffer(info: TensorInfo, dims: dict[str, int], shared: Mapping[str, np.ndarray]) -> np.ndarray:
+def _buffer(info: TensorInfo, dims: dict[str, int], shared: dict[str, np.ndarray]) -> np.ndarray:
     return shared[info.name] if info.name in shared else np.zeros(info.concrete(dims), info.dtype)
 
 
@@ -135,7 +135,7 @@ class OnnxrtSession:
         """A copy of an array where the buffers lie."""
         return values.copy()
 
-    def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> Any:
+    def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> Any:
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
         return Binding(self._session, self.stage, dims, shared or {})
 

@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import device, kernel_cache
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.device import DeviceArray, DeviceBinding, Graph, Stream, buffers
-from vqdeploy.runtime.manifest import Manifest, StageInfo
+from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> Python module."""
@@ -21,22 +21,22 @@ log = logging.getLogger("vqdeploy")
 
 
 def check(manifest: Manifest) -> None:
-    """Looks for the library of a plan, in the version that it was built with, and for a GPU.
+    """Looks for the library of a plan, in the version that it was built with, and for a GPU of the kind it is for.
 
     Raises:
         VqdeployError: It is not installed, or there is no GPU.
-        ArtifactError: It is of another version than the one that wrote the engines.
+        ArtifactError: The version or the GPU is another.
     """
-    backend, _, built = str(manifest.builder).rpartition(" ")
-    found = _library(str(manifest.backend)).__version__
-    if (backend, built) != (manifest.backend, found):
-        raise ArtifactError(
-            "an engine runs on the version that built it, and on no other",
-            expected=manifest.builder,
-            found=f"{manifest.backend} {found}",
-            fix=f"vqdeploy build PACKAGE --backend {manifest.backend}",
-        )
+    fix = f"vqdeploy build PACKAGE --backend {manifest.backend}"
     device.check()
+    found = f"{manifest.backend} {_library(str(manifest.backend)).__version__}"
+    if found != manifest.builder:
+        what = "an engine runs on the version that built it, and on no other"
+        raise ArtifactError(what, expected=manifest.builder, found=found, fix=fix)
+    # TensorRT-RTX compiles for the GPU that is there, and knows best which ones it can do that for.
+    if manifest.backend == "tensorrt" and (gpu := device.compute_capability()) not in manifest.targets:
+        expected = " or ".join(manifest.targets)
+        raise ArtifactError("this plan is for another kind of GPU", expected=expected, found=gpu, fix=fix)
 
 
 def _library(backend: str) -> Any:
@@ -73,6 +73,7 @@ class TensorrtSession:
         self._cache: Any = None
         if self._backend == "tensorrt-rtx":
             self._cache = kernel_cache.KernelCache(f"{bundle.manifest.members[stage.file]}-{trt.__version__}")
+        self._scratch: Any = None
         self._context: Any = None
         self._binding: TensorrtBinding | None = None
         written = {output: self._engine.get_aliased_input_tensor(output) for output in stage.aliases}
@@ -92,19 +93,23 @@ class TensorrtSession:
         engine, mode = self._engine, self._trt.TensorIOMode
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
 
-        def found(kind: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+        def found(kind: Any) -> dict[str, tuple[np.dtype, list[int]]]:
             return {
-                name: (str(np.dtype(self._trt.nptype(engine.get_tensor_dtype(name)))), tuple(engine.get_tensor_shape(name)))
+                name: (np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))), list(engine.get_tensor_shape(name)))
                 for name in names
                 if engine.get_tensor_mode(name) == kind
             }
 
-        def expected(infos: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-            return {i.name: (i.dtype, tuple(-1 if isinstance(d, str) else d for d in i.shape)) for i in infos}
+        def expected(infos: Iterable[TensorInfo]) -> dict[str, tuple[np.dtype, list[int]]]:
+            return {i.name: (np.dtype(i.dtype), [-1 if isinstance(d, str) else d for d in i.shape]) for i in infos}
 
         inputs, outputs = expected(self.stage.inputs), expected(self.stage.outputs)
-        pairs = [inputs.get(name) == outputs.get(output) != None for output, name in self.stage.aliases.items()]  # noqa: E711
-        return found(mode.INPUT) == inputs and found(mode.OUTPUT) == outputs and all(pairs)
+        pairs = self.stage.aliases.items()
+        return (
+            found(mode.INPUT) == inputs
+            and found(mode.OUTPUT) == outputs
+            and all(output in outputs and inputs.get(name) == outputs[output] for output, name in pairs)
+        )
 
     def caches(self, dims: dict[str, int]) -> dict[str, DeviceArray]:
         """Empty buffers of the inputs that are updated in place."""
@@ -118,7 +123,7 @@ class TensorrtSession:
         """A copy of an array where the buffers lie."""
         return self._stream.array(values)
 
-    def bind(self, dims: dict[str, int], shared: Mapping[str, DeviceArray] | None = None) -> "TensorrtBinding":
+    def bind(self, dims: dict[str, int], shared: dict[str, DeviceArray] | None = None) -> "TensorrtBinding":
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
         return TensorrtBinding(self, dims, shared or {}, self._stream)
 
@@ -161,8 +166,8 @@ class TensorrtSession:
             context = self._engine.create_execution_context(config)
         if context is None:
             raise ArtifactError(f"stage {self.stage.name} cannot run on this GPU ({self._logger.reason})")
-        scratch = self._stream.scratch()
-        context.set_device_memory(scratch.address, scratch.shape[0])
+        self._scratch = self._scratch or self._stream.scratch()
+        context.set_device_memory(self._scratch.address, self._scratch.size)
         return context
 
     def prepare(self, context: Any, binding: "TensorrtBinding") -> None:
@@ -194,9 +199,7 @@ class TensorrtBinding(DeviceBinding):
     which cannot be captured. The third call is captured.
     """
 
-    def __init__(
-        self, session: TensorrtSession, dims: dict[str, int], shared: Mapping[str, DeviceArray], stream: Stream
-    ):
+    def __init__(self, session: TensorrtSession, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
         stage = replace(session.stage, aliases=session.in_place)
         self._copied = {o: name for o, name in session.stage.aliases.items() if o not in session.in_place}
         missing = [name for name in self._copied.values() if name not in shared]

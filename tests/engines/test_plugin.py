@@ -161,6 +161,7 @@ def builder(monkeypatch, triton_is):
         return subprocess.CompletedProcess(arguments, 0, "", "")
 
     monkeypatch.setattr(tensorrt, "check", lambda backend: "11.4.0")
+    monkeypatch.setattr(tensorrt, "targets", lambda backend: ("sm_90",))
     monkeypatch.setattr(subprocess, "run", run)
     return state
 

@@ -19,20 +19,22 @@ _libc = ctypes.CDLL(None)
 
 
 class Cuda:
-    """Stands in for the module `cuda.bindings.runtime`. `log` names what ran, in order, with `wait` where one waited."""
+    """Stands in for the module `cuda.bindings.runtime`. `log` names what ran, in order, and each `wait`."""
 
     def __init__(self, free=_SPACE):
         self._map = mmap.mmap(-1, _SPACE)
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._next, self._free = 4096, free
         self._pinned = {}
-        self._queue, self._recording = [], None
+        self._queue, self._recording, self._running = [], None, False
         self.done, self.log = set(), []
         self.live = {}  # address -> bytes of what is allocated
         self._protect(False)
 
-    def __getattr__(self, name):
-        return getattr(real, name)  # enumerations and constants
+    cudaError_t, cudaMemcpyKind, cudaDeviceAttr = real.cudaError_t, real.cudaMemcpyKind, real.cudaDeviceAttr
+    cudaStreamCaptureMode, cudaStreamNonBlocking = real.cudaStreamCaptureMode, real.cudaStreamNonBlocking
+    cudaEventDisableTiming = real.cudaEventDisableTiming
+    capability = 9, 0
 
     def _protect(self, readable):
         flags = mmap.PROT_READ | mmap.PROT_WRITE if readable else 0
@@ -44,7 +46,10 @@ class Cuda:
 
     def drain(self, until=None):
         """Runs what is queued, up to an event if one is given."""
+        if self._running:  # memory is given back whenever Python collects garbage
+            return
         self.log.append("wait")
+        self._running = True
         self._protect(True)
         try:
             while self._queue and (until is None or until not in self.done):
@@ -53,6 +58,7 @@ class Cuda:
                 work()
         finally:
             self._protect(False)
+            self._running = False
 
     def holds(self, address, size):
         """Whether all of a stretch of memory is allocated on the GPU, in one piece."""
@@ -90,15 +96,17 @@ class Cuda:
         kinds = real.cudaMemcpyKind
         assert width <= to_pitch
         assert width <= of_pitch
-        extent = (height - 1) * of_pitch + width
+        extent, kept = (height - 1) * of_pitch + width, None
         on_gpu = {kinds.cudaMemcpyHostToDevice: (True, False), kinds.cudaMemcpyDeviceToHost: (False, True)}
-        for address, pitch, expected in zip((to, of), (to_pitch, of_pitch), on_gpu.get(kind, (True, True)), strict=True):
+        for address, pitch, expected in zip(
+            (to, of), (to_pitch, of_pitch), on_gpu.get(kind, (True, True)), strict=True
+        ):
             assert self.holds(address, (height - 1) * pitch + width) == expected
         if kind == kinds.cudaMemcpyHostToDevice and not self._is_pinned(of):
             kept = ctypes.create_string_buffer(ctypes.string_at(of, extent), extent)  # CUDA stages such memory at once
             of = ctypes.addressof(kept)
 
-        def copy(kept=locals().get("kept")):
+        def copy(kept=kept):
             for row in range(height):
                 ctypes.memmove(to + row * to_pitch, of + row * of_pitch, width)
 
@@ -129,6 +137,11 @@ class Cuda:
 
     def cudaGetDeviceCount(self):
         return _OK, 1
+
+    def cudaDeviceGetAttribute(self, attribute, number):
+        attributes = real.cudaDeviceAttr
+        parts = attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor
+        return _OK, self.capability[parts.index(attribute)]
 
     def cudaStreamCreateWithFlags(self, flags):
         assert flags == real.cudaStreamNonBlocking

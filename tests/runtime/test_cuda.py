@@ -1,20 +1,19 @@
-"""ONNX Runtime on CUDA: where a plan runs, what is missing, and bindings on a device. A GPU is needed for the last.
-
-Without a GPU the memory of the host stands in for that of the device, with the copies to it and from it.
-"""
+"""ONNX Runtime on CUDA: where a plan runs, what is missing, and its sessions on a simulated GPU."""
 
 import ctypes
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from late_cuda import Cuda
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
-from vqdeploy.runtime import cuda, load
+from vqdeploy.runtime import cuda, device, load
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.onnxrt import DeviceBinding, OnnxrtSession
+from vqdeploy.runtime.cuda import CudaBinding, CudaSession
 from vqdeploy.verify import verify
 
 SYSTEMS = ("", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three")
@@ -44,15 +43,21 @@ def small_plan(package, tmp_path_factory):
 
 
 @pytest.fixture
-def on_device(monkeypatch):
-    """Pipelines whose buffers are those of a device."""
-    opened = OnnxrtSession.__init__
+def gpu(monkeypatch):
+    """A simulated GPU, whose kernels are those of ONNX Runtime for the CPU, queued as the GPU's would be."""
+    simulated = Cuda()
+    monkeypatch.setattr(device, "cudart", simulated)
+    monkeypatch.setattr(cuda, "_PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(cuda, "_MEMORY", "cpu")
+    monkeypatch.setattr(cuda, "check", lambda: None)
 
-    def init(self, *args, **kwargs):
-        opened(self, *args, **kwargs)
-        self._memory = "cpu"
+    def late(self):
+        options = self._options
+        simulated.queue("engine", lambda: self._session.run_with_iobinding(self._io, options))
+        self._options = self._later
 
-    monkeypatch.setattr(OnnxrtSession, "__init__", init)
+    monkeypatch.setattr(CudaBinding, "enqueue", late)
+    return simulated
 
 
 @pytest.fixture
@@ -62,7 +67,7 @@ def gpu_build(monkeypatch):
     monkeypatch.setattr(cuda.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(cuda.ort, "cuda_version", "13.0")
     monkeypatch.setattr(cuda.ort, "preload_dlls", lambda: sys.stdout.write("Failed to load many"))
-    monkeypatch.setattr(cuda, "_check_driver", lambda cuda: None)
+    monkeypatch.setattr(device, "cudart", Driver())
     monkeypatch.setattr(ctypes, "CDLL", loaded.append)
     return loaded
 
@@ -85,58 +90,86 @@ def test_there_is_no_other_device(package, tmp_path):
         build(package, tmp_path / "a.plan", device="tpu")
 
 
-def codes_of(file):
-    """What the loops draw: all of it, twice, and the rest of what is known."""
-    pipeline = load(file, device="cpu", threads=1)
+def codes_of(file, device):
+    """What the loops draw: all of it, twice, and the rest of what is known, which is not the same in each image."""
+    pipeline = load(file, device=device, threads=1)
     labels = [i % pipeline.classes for i in range(3)]
     first = pipeline.generate(labels, seed=4)
     pipeline.generate(labels[:2], seed=5)
     again = pipeline.generate(labels, seed=4)
-    rest = pipeline.inpaint(first.images, labels, mask_ratio=0.5, seed=6)
+    masks = np.arange(pipeline.side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * pipeline.side
+    rest = pipeline.inpaint(first.images, labels, mask=np.broadcast_to(masks, first.images.shape[:-1]), seed=6)
     return [first.codes, again.codes, rest.codes]
 
 
-def test_loops_on_a_device_draw_what_they_draw_on_the_host(cuda_plan, on_device, monkeypatch):
-    found = codes_of(cuda_plan)
-    monkeypatch.undo()
-    for a, b in zip(found, codes_of(cuda_plan), strict=True):
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_loops_on_a_gpu_draw_what_they_draw_on_the_cpu(cuda_plan, gpu):
+    for a, b in zip(codes_of(cuda_plan, "cuda"), codes_of(cuda_plan, "cpu"), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_checks_pass_on_a_device(small_plan, system, on_device):
-    report = verify(small_plan, system, device="cpu")
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_checks_pass_on_a_gpu(small_plan, system, gpu):
+    report = verify(small_plan, system, device="cuda")
     assert report["passed"], report
 
 
 @pytest.fixture
-def step(portable_plan):
+def step(portable_plan, gpu):
     bundle = Bundle(portable_plan)
-    session = OnnxrtSession(bundle, bundle.manifest.stage("step"), threads=1)
-    session._memory = "cpu"
-    return session
+    return CudaSession(bundle, bundle.manifest.stage("step"), device.Stream())
 
 
-def test_caches_stay_on_the_device_and_nothing_else_is_kept_from_the_host(step):
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_caches_are_written_in_place_and_nothing_else_is_kept_from_the_host(step):
     dims = {"batch": 2, "length": 1}
     caches = step.caches(dims)
     binding = step.bind(dims, caches)
-    assert isinstance(binding, DeviceBinding)
-    assert set(binding.inputs) == {info.name for info in step.stage.inputs} - set(caches)
+    arrays = {name for name, array in binding.inputs.items() if isinstance(array, device.DeviceArray)}
+    assert arrays == set(caches)
     assert set(binding.outputs) == {info.name for info in step.stage.outputs} - set(step.stage.aliases)
-    addresses = {name: value.data_ptr() for name, value in binding._values.items()}
+    for output, name in step.stage.aliases.items():
+        assert binding.addresses[output] == binding.addresses[name] == caches[name].address
     binding.inputs["top_k"][:] = 64
     binding.inputs["temperature"][:] = 1
-    for _ in range(2):
-        binding.run()
-    results = dict(zip([o.name for o in step.stage.outputs], binding._io.get_outputs(), strict=True))
-    for output, name in step.stage.aliases.items():
-        assert results[output].data_ptr() == caches[name].data_ptr() == addresses[name]
-        assert caches[name].numpy().any()
-    assert {name: value.data_ptr() for name, value in binding._values.items()} == addresses
+    binding.run()
+    assert all(np.array(cache).any() for cache in caches.values())
 
     binding.clear()
-    assert not any(cache.numpy().any() for cache in caches.values())
-    assert not any(array.any() for array in binding.inputs.values())
+    assert not any(np.array(array).any() for array in binding.inputs.values())
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_binding_is_captured_from_its_second_call_on(step):
+    binding, other = step.bind({"batch": 1, "length": 1}), step.bind({"batch": 1, "length": 1})
+    graphs = []
+    for _ in range(3):
+        graphs.append(binding._options.get_run_config_entry("gpu_graph_id"))
+        assert binding._options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        binding.run()
+    assert graphs[0] == "-1"
+    assert graphs[1] == graphs[2] != "-1"
+    other.run()
+    assert other._options.get_run_config_entry("gpu_graph_id") not in ("-1", graphs[1])
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_stage_that_cannot_be_captured_runs_without_graphs(portable_plan, gpu, monkeypatch, caplog):
+    opened, init = [], cuda.OnnxrtSession.__init__
+
+    def refuse(self, *args, providers, **kwargs):
+        opened.append(providers[0][1])
+        if "enable_cuda_graph" in providers[0][1]:
+            raise cuda.ArtifactError("not all nodes are on CUDA")
+        init(self, *args, providers=providers, **kwargs)
+
+    monkeypatch.setattr(cuda.OnnxrtSession, "__init__", refuse)
+    bundle = Bundle(portable_plan)
+    with caplog.at_level("INFO", "vqdeploy"):
+        session = CudaSession(bundle, bundle.manifest.stage("step"), device.Stream())
+    assert not session.graphs
+    assert "step runs without CUDA graphs: not all nodes are on CUDA" in caplog.text
+    assert [o["use_tf32"] + o["user_compute_stream"] for o in opened] == ["077", "077"]
 
 
 def test_cuda_is_not_taken_for_a_plan_of_the_cpu(plan, gpu_build):
@@ -149,8 +182,8 @@ def test_cuda_is_not_taken_for_a_plan_of_the_cpu(plan, gpu_build):
 def test_where_a_plan_for_cuda_runs(small_plan, gpu_build, monkeypatch):
     opened = []
     monkeypatch.setattr("vqdeploy.runtime.pipeline.Pipeline", lambda *args, device: opened.append(device))
-    for device in ("auto", "cuda", "cpu"):
-        load(small_plan, device)
+    for wanted in ("auto", "cuda", "cpu"):
+        load(small_plan, wanted)
     assert opened == ["cuda", "cuda", "cpu"]
 
 
@@ -191,44 +224,44 @@ def test_packages_of_cuda_12_have_its_number(gpu_build):
     assert cuda._libraries("12.8")["libcublas.so.12"] == "nvidia-cublas-cu12"
 
 
-class Driver:
-    def __init__(self, status=0, count=1, version=13010):
-        self.status, self.count, self.version = status, count, version
+class Driver(Cuda):
+    """A driver of some version, and some GPUs."""
 
-    def cuInit(self, flags):
-        return self.status
+    def __init__(self, driver=13050, status="cudaSuccess", count=1):
+        self.driver, self.answer = driver, (getattr(Cuda.cudaError_t, status), count)
 
-    def cuDeviceGetCount(self, count):
-        count._obj.value = self.count
-        return 0
+    def cudaDriverGetVersion(self):
+        return self.cudaError_t.cudaSuccess, self.driver
 
-    def cuDriverGetVersion(self, version):
-        version._obj.value = self.version
-        return 0
+    def cudaGetDeviceCount(self):
+        return self.answer
 
 
-@pytest.mark.parametrize(("status", "count"), [(100, 0), (0, 0)])
-def test_a_driver_without_a_gpu(monkeypatch, status, count):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(status, count))
-    with pytest.raises(VqdeployError, match=f"no NVIDIA GPU answers; expected one or more, found 0 .status {status}."):
-        cuda._check_driver(13)
+@pytest.mark.parametrize(
+    ("driver", "sentence"),
+    [
+        (Driver(0), "there is no NVIDIA driver here, and so no GPU. Fix: vqdeploy build PACKAGE, for the CPU"),
+        (
+            Driver(12080, "cudaErrorInsufficientDriver", None),
+            "the NVIDIA driver is too old; expected one for CUDA 13.5, found CUDA 12.8.",
+        ),
+        (
+            Driver(status="cudaErrorNoDevice", count=None),
+            "no NVIDIA GPU answers (cudaErrorNoDevice). Fix: vqdeploy build PACKAGE, for the CPU",
+        ),
+    ],
+    ids=["none", "old", "idle"],
+)
+def test_a_driver_that_will_not_do(driver, sentence, monkeypatch):
+    monkeypatch.setattr(device, "cudart", driver)
+    with pytest.raises(VqdeployError) as caught:
+        device.check()
+    assert str(caught.value) == sentence
 
 
-def test_a_driver(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    cuda._check_driver(13)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(version=12080))
-    with pytest.raises(VqdeployError, match=r"driver is too old; expected one for CUDA 13, found CUDA 12\.8"):
-        cuda._check_driver(13)
-
-
-def test_no_driver(monkeypatch):
-    def missing(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    with pytest.raises(VqdeployError, match="there is no NVIDIA driver"):
-        cuda._check_driver(13)
+def test_a_driver_that_will_do(monkeypatch):
+    monkeypatch.setattr(device, "cudart", Driver())
+    device.check()
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -236,7 +269,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(plan):
     """ONNX Runtime goes on without a provider that it cannot load."""
     bundle = Bundle(plan)
     with pytest.raises(VqdeployError, match="ONNX Runtime gave up CUDA"):
-        OnnxrtSession(bundle, bundle.manifest.stage("decode"), device="cuda")
+        CudaSession(bundle, bundle.manifest.stage("decode"), SimpleNamespace(handle=77))
 
 
 def missing():

@@ -1,0 +1,334 @@
+"""Sessions on TensorRT: the loops, buffers, contexts and CUDA graphs, on a simulated GPU and with simulated engines."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from late_cuda import Cuda, TensorRT
+
+from vqdeploy.engines import tensorrt as builder
+from vqdeploy.engines.build import build
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime import bundle, device, load
+from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.verify import verify
+
+rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+SYSTEMS = ("", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three")
+
+
+def named(system, kind):
+    return f"{system}_{kind}".lstrip("_")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A simulated GPU with its libraries."""
+    cuda = Cuda()
+    monkeypatch.setattr(device, "cudart", cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", TensorRT(rtx, cuda))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cuda
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Builds a plan whose engines are those that the simulation runs."""
+
+    def build_stage(backend, stage, package, folder, sizes, plugin=False):
+        target = folder / f"{stage.name}.engine"
+        target.write_bytes(onnx.load(package / stage.file).SerializeToString())
+        return target
+
+    def make(package, backend="tensorrt-rtx", **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(builder, "build_stage", build_stage)
+            file = tmp_path_factory.mktemp("plan") / "engines.plan"
+            build(package, file, backend=backend, **options)
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engines(name, request, simulated):
+    return simulated(request.getfixturevalue(named(name, "package")))
+
+
+@pytest.fixture(scope="module")
+def small_engines(package, simulated):
+    return simulated(package)
+
+
+def codes_of(pipeline):
+    """What the loops draw: all of it, twice, and the rest of what is known, which is not the same in each image."""
+    labels = [i % pipeline.classes for i in range(3)]
+    first = pipeline.generate(labels, seed=4)
+    pipeline.generate(labels[:2], seed=5)
+    again = pipeline.generate(labels, seed=4)
+    np.testing.assert_array_equal(first.codes, again.codes)
+    masks = np.arange(pipeline.side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * pipeline.side
+    masks = np.broadcast_to(masks, (3, pipeline.side, pipeline.side))
+    rest = pipeline.inpaint(first.images, labels, mask=masks, seed=6)
+    return [first.codes, first.images, rest.codes]
+
+
+def test_loops_draw_what_they_draw_on_the_cpu(engines, name, request, gpu, tmp_path):
+    portable = tmp_path / "portable.plan"
+    build(request.getfixturevalue(named(name, "package")), portable, portable=True)
+    expected = codes_of(load(portable, threads=1))
+    for a, b in zip(codes_of(load(engines)), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_checks_pass(small_engines, system, gpu):
+    report = verify(small_engines, system)
+    assert report["passed"], report
+
+
+def test_a_generation_waits_at_its_end_alone(name, engines, gpu):
+    """The host may wait when it is several calls ahead; it never asks for a result, and never waits for all work."""
+    pipeline = load(engines)
+    labels = [i % pipeline.classes for i in range(2)]
+    for seed in range(2):
+        expected = pipeline.generate(labels, seed=seed).codes
+    gpu.drain()
+    del gpu.log[:]
+    codes, _ = pipeline.sample(np.full_like(expected, -1), labels, seed=1, chosen=pipeline.options())
+    np.testing.assert_array_equal(codes, expected)
+    first = gpu.log.index("DeviceToHost")
+    calls = gpu.log.count("graph")
+    assert calls + gpu.log.count("engine") == sum(count for count in steps_of(pipeline))
+    assert calls == gpu.log[:first].count("graph") > 0
+    maps = len(pipeline.maps(codes)) if name in ("vqvae2", "three") else 1
+    assert gpu.log.count("DeviceToHost") == maps
+    # Until then it waited for uploads that gave way to later ones.
+    assert gpu.log[:first].count("wait") <= gpu.log.count("event") + 1
+
+
+def steps_of(pipeline):
+    """How many engine calls a generation takes."""
+    system, prior = pipeline.manifest.system, pipeline.manifest.config["prior"]
+    if system == "vqvae2":
+        for i, level in enumerate(prior["levels"]):
+            height, width = level["grid"]
+            yield height + height * width + (i > 0)
+    elif system == "movq":
+        yield pipeline.options()["steps"]
+    else:
+        yield prior["grid"][0] * prior["grid"][1]
+
+
+def test_a_request_with_a_callback_draws_the_same(engines, gpu):
+    pipeline, seen = load(engines), []
+    labels = [i % pipeline.classes for i in range(2)]
+    whole = pipeline.generate(labels, seed=3)
+    watched = pipeline.generate(labels, seed=3, callback=lambda step, total, codes: seen.append(codes.copy()))
+    np.testing.assert_array_equal(watched.codes, whole.codes)
+    np.testing.assert_array_equal(seen[-1], whole.codes)
+    assert (seen[0] < 0).any()
+
+
+def test_a_context_for_each_binding_that_stays_and_one_for_the_others(small_engines, gpu):
+    trt = sys.modules["tensorrt_rtx"]
+    pipeline = load(small_engines)
+    session = pipeline.session("step")
+    binding = session.bind({"batch": 2, "length": 1})
+    kinds = trt.DynamicShapesKernelSpecializationStrategy
+    made = []
+    for _ in range(4):
+        binding.run()
+        made.append(len(trt.contexts))
+    assert made == [1, 2, 2, 2]
+    assert [c.specialization for c in trt.contexts] == [kinds.NONE, kinds.EAGER]
+    assert [c.captured for c in trt.contexts] == [0, 1]
+    for length in (2, 3, 2):
+        session.bind({"batch": 2, "length": length}).run()
+    assert len(trt.contexts) == 2
+    session.run(**{name: np.array(array) for name, array in binding.inputs.items()})
+    assert len(trt.contexts) == 2
+    assert len({c.memory for c in trt.contexts}) == 1
+
+
+def test_caches_that_an_engine_does_not_write_in_place_are_copied(engines, gpu, monkeypatch):
+    expected = codes_of(load(engines))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", TensorRT(rtx, gpu, in_place=False))
+    pipeline = load(engines)
+    assert not any(pipeline.session(stage).in_place for stage in pipeline.stages)
+    for a, b in zip(codes_of(pipeline), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_names_that_sessions_use_exist(gpu):
+    """The simulation answers to these; here the library itself is asked."""
+    used = {
+        "Runtime": "engine_host_code_allowed deserialize_cuda_engine get_engine_validity",
+        "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_shape"
+        " get_aliased_input_tensor create_runtime_config create_execution_context device_memory_size_v2",
+        "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy"
+        " create_runtime_cache set_runtime_cache",
+        "IRuntimeCache": "serialize deserialize",
+        "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3",
+    }
+    for owner, names in used.items():
+        assert set(names.split()) <= set(dir(getattr(rtx, owner)))
+
+
+# What does not fit
+
+
+def test_a_plan_for_a_gpu_without_one(small_engines, monkeypatch):
+    monkeypatch.setattr(device, "cudart", Cuda())
+    monkeypatch.setattr(Cuda, "cudaDriverGetVersion", lambda self: (Cuda.cudaError_t.cudaSuccess, 0))
+    with pytest.raises(VqdeployError, match=r"no GPU\. Fix: vqdeploy build PACKAGE, for the CPU") as caught:
+        load(small_engines)
+    assert caught.value.exit_code == 2
+
+
+def test_a_plan_for_a_gpu_is_not_run_on_the_cpu(small_engines, gpu):
+    with pytest.raises(VqdeployError, match=r"built for tensorrt-rtx, which runs on a GPU. Fix: .* --backend onnxrt"):
+        load(small_engines, device="cpu")
+
+
+def test_another_version_of_the_library(small_engines, gpu):
+    sys.modules["tensorrt_rtx"].__version__ = "1.8.0"
+    with pytest.raises(ArtifactError, match=f"expected tensorrt-rtx {rtx.__version__}, found tensorrt-rtx 1.8.0. Fix:"):
+        load(small_engines)
+
+
+def test_a_library_that_is_not_there(small_engines, gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(VqdeployError, match=r"needs tensorrt-rtx \(from PyPI\)\. Fix: pip install tensorrt-rtx"):
+        load(small_engines)
+
+
+def changed(plan, target, **changes):
+    """A plan with other bytes for a member, or another manifest."""
+    source = Bundle(plan)
+    manifest = source.manifest
+    folder = target.parent / "members"
+    folder.mkdir()
+    for name in manifest.members:
+        (folder / name).write_bytes(changes.get(name, source.member(name)))
+    members = {name: bundle.sha256(folder / name) for name in manifest.members}
+    manifest = replace(manifest, members=members, stages=changes.get("stages", manifest.stages))
+    bundle.write(target, manifest, [folder / name for name in members])
+    return target
+
+
+def test_an_engine_that_this_gpu_cannot_run(small_engines, gpu, tmp_path):
+    plan = changed(small_engines, tmp_path / "a.plan", **{"decode.engine": b"for another GPU"})
+    with pytest.raises(
+        ArtifactError, match=r"stage decode of .* cannot run here .unsupported cc.. Fix: vqdeploy build"
+    ):
+        load(plan)
+
+
+def test_an_engine_that_its_manifest_does_not_describe(small_engines, gpu, tmp_path):
+    stages = Bundle(small_engines).manifest.stages
+    step = next(stage for stage in stages if stage.name == "step")
+    for number, wrong in enumerate(
+        (
+            replace(step, outputs=step.outputs[1:]),
+            replace(step, inputs=(replace(step.inputs[0], dtype="int32"), *step.inputs[1:])),
+            replace(step, inputs=(replace(step.inputs[0], shape=("batch", 1, 4)), *step.inputs[1:])),
+            replace(step, aliases=step.aliases | {"logits": "codes"}),
+            replace(step, aliases=step.aliases | {"no": "such"}),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        others = tuple(wrong if stage.name == "step" else stage for stage in stages)
+        plan = changed(small_engines, folder / "a.plan", stages=others)
+        with pytest.raises(ArtifactError, match=r"stage step of .* is not the engine that its manifest describes"):
+            load(plan)
+
+
+def test_a_context_that_the_library_refuses(small_engines, gpu, monkeypatch):
+    pipeline = load(small_engines)
+    session = pipeline.session("decode")
+    monkeypatch.setattr(type(session._engine), "create_execution_context", lambda self, config: None)
+    with pytest.raises(ArtifactError, match=r"stage decode cannot run on this GPU \(it gave no reason\)"):
+        pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
+
+
+def test_a_call_that_fails(small_engines, gpu, monkeypatch):
+    pipeline = load(small_engines)
+    pipeline.generate([0])
+    session = pipeline.session("decode")
+
+    def fail(self, stream):
+        session._logger.log(rtx.ILogger.Severity.ERROR, "out of\n luck")
+        return False
+
+    monkeypatch.setattr(type(session.common_context()), "execute_async_v3", fail)
+    session._binding._calls = 0
+    with pytest.raises(ArtifactError, match=r"stage decode failed \(out of luck\)"):
+        pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
+
+
+def test_a_shape_that_the_engine_refuses(small_engines, gpu, monkeypatch):
+    pipeline = load(small_engines)
+    context = type(pipeline.session("decode").common_context())
+    monkeypatch.setattr(context, "set_input_shape", lambda self, name, shape: False)
+    with pytest.raises(ArtifactError, match=r"stage decode takes no codes of shape \[1, 4, 4, 4\]"):
+        pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
+
+
+# The other library
+
+
+@pytest.fixture
+def tensorrt_plan(package, simulated, gpu, monkeypatch):
+    trt = TensorRT(rtx, gpu)
+    trt.__version__ = "11.4.0.106"
+    monkeypatch.setattr(builder, "check", lambda backend: trt.__version__)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    return simulated(package, backend="tensorrt", plugin="off")
+
+
+def test_tensorrt_itself(tensorrt_plan, pipeline):
+    """No runtime cache, no specialization; everything else is the same."""
+    found = load(tensorrt_plan)
+    np.testing.assert_array_equal(found.generate([0, 1], seed=3).codes, pipeline.generate([0, 1], seed=3).codes)
+    assert all(context.cache is None for context in sys.modules["tensorrt"].contexts)
+    assert found.device == "cuda"
+
+
+def test_engines_of_tensorrt_are_for_one_kind_of_gpu(tensorrt_plan, gpu):
+    assert Bundle(tensorrt_plan).manifest.targets == ("sm_90",)
+    gpu.capability = 8, 6
+    with pytest.raises(ArtifactError, match=r"another kind of GPU; expected sm_90, found sm_86. Fix: vqdeploy build"):
+        load(tensorrt_plan)
+
+
+# What was compiled is kept
+
+
+def files(tmp_path):
+    return sorted((tmp_path / "cache" / "vqdeploy" / "tensorrt-rtx").glob("*"))
+
+
+def test_kernels_are_kept_for_the_next_process(small_engines, gpu, tmp_path):
+    trt = sys.modules["tensorrt_rtx"]
+    expected = codes_of(load(small_engines))
+    names = {file.name for file in files(tmp_path)}
+    digests = Bundle(small_engines).manifest.members
+    # A binding is compiled for in its second call, so what runs once leaves nothing.
+    assert f"{digests['step.engine']}-{rtx.__version__}.bin" in names
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in files(tmp_path))
+    assert files(tmp_path)[0].parent.stat().st_mode & 0o777 == 0o700
+
+    del trt.contexts[:]
+    pipeline = load(small_engines)
+    for a, b in zip(codes_of(pipeline), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert pipeline.session("step").common_context().cache.loaded
