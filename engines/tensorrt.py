@@ -4,6 +4,7 @@ The two libraries share one API, and Polygraphy chooses between them by an envir
 can crash on valid graphs, so both happen in a process of their own.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.manifest import StageInfo
@@ -115,22 +117,35 @@ def _reason(process: subprocess.CompletedProcess[str]) -> str:
 
 def _build(job: dict) -> None:
     """Builds one engine with Polygraphy's loaders."""
-    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-    from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, Profile, engine_bytes_from_network
+    from polygraphy.backend.trt import NetworkFromOnnxPath, Profile, engine_bytes_from_network
 
     from vqdeploy.engines import plugin
 
     profile = Profile()
     for name, (smallest, usual, largest) in job["shapes"].items():
         profile.add(name, smallest, usual, largest)
-    rtx = os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] == "1"
-    config = (CreateConfigRTX if rtx else CreateConfig)(profiles=[profile])
     if job["plugin"]:
         plugin.register()
     parsed = NetworkFromOnnxPath(job["onnx"], strongly_typed=True)()
     engine = Path(job["engine"])
     engine.with_suffix(".json").write_text(json.dumps({"plugins": plugin.nodes(parsed[1])}))
-    engine.write_bytes(engine_bytes_from_network(parsed, config))
+    engine.write_bytes(engine_bytes_from_network(parsed, _config(profile)))
+
+
+def _config(profile: Any) -> Any:
+    """The builder's configuration: without TF32, which is on by default, as its products have ten bits of mantissa."""
+    from polygraphy import func
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig
+
+    rtx = os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] == "1"
+    trt = importlib.import_module(LIBRARIES["tensorrt-rtx" if rtx else "tensorrt"])
+
+    @func.extend((CreateConfigRTX if rtx else CreateConfig)(profiles=[profile]))
+    def config(builder: Any, network: Any, config: Any) -> None:
+        config.clear_flag(trt.BuilderFlag.TF32)
+
+    return config
 
 
 if __name__ == "__main__":

@@ -86,13 +86,15 @@ class CudaSession(OnnxrtSession):
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream, profile: Path | None = None):
         # With TF32 the products would have ten bits of mantissa, and codes would differ from those of the CPU.
         options = {"use_tf32": "0", "user_compute_stream": str(stream.handle)}
-        try:
-            self._open(bundle, stage, profile, options | {"enable_cuda_graph": "1"})
-            self.graphs = True
-        except ArtifactError as error:
+        self.graphs = profile is None  # a trace has the operators of the first call of a graph alone
+        if self.graphs:
+            try:
+                self._open(bundle, stage, None, options | {"enable_cuda_graph": "1"})
+            except ArtifactError as error:
+                log.info("stage %s runs without CUDA graphs: %s", stage.name, error)
+                self.graphs = False
+        if not self.graphs:
             self._open(bundle, stage, profile, options)
-            self.graphs = False
-            log.info("stage %s runs without CUDA graphs: %s", stage.name, error)
         if _PROVIDER not in self._session.get_providers():
             raise VqdeployError("ONNX Runtime gave up CUDA, for a reason that it keeps to itself", fix=_INSTALL)
         self._stream, self._numbers = stream, itertools.count(1)

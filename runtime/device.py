@@ -59,6 +59,13 @@ def compute_capability() -> str:
     return f"sm_{major}{minor}"
 
 
+def used_memory() -> int:
+    """Bytes of the GPU's memory that are in use, by other processes too."""
+    status, free, total = cudart.cudaMemGetInfo()
+    _check((status,))
+    return total - free
+
+
 class Stream:
     """A queue of work for the GPU, and where arrays on it come from."""
 

@@ -95,23 +95,31 @@ def _device(wanted: str, bundle: Bundle) -> str:
     return "cuda"
 
 
-def _sessions(bundle: Bundle, threads: int, profile: Path | None, device: str) -> dict[str, Any]:
+def _sessions(bundle: Bundle, threads: int, profile: Path | None, stream: Any) -> dict[str, Any]:
     """The session of each stage; on a GPU they share a stream."""
     stages = bundle.manifest.stages
-    if device == "cpu":
+    if stream is None:
         from vqdeploy.runtime.onnxrt import OnnxrtSession
 
         return {s.name: OnnxrtSession(bundle, s, threads, profile and profile / s.name) for s in stages}
-    from vqdeploy.runtime.device import Stream
-
-    stream = Stream()
     if bundle.manifest.backend == "onnxrt":
         from vqdeploy.runtime.cuda import CudaSession
 
         return {s.name: CudaSession(bundle, s, stream, profile and profile / s.name) for s in stages}
+    if profile:
+        raise VqdeployError("engines of TensorRT have no profiler here", fix="vqdeploy inspect --extract, then trtexec")
     from vqdeploy.runtime.tensorrt import TensorrtSession
 
     return {s.name: TensorrtSession(bundle, s, stream) for s in stages}
+
+
+def _stream(device: str) -> Any:
+    """The queue of a GPU; None for the CPU."""
+    if device == "cpu":
+        return None
+    from vqdeploy.runtime.device import Stream
+
+    return Stream()
 
 
 class Pipeline:
@@ -124,7 +132,8 @@ class Pipeline:
         self.bundle, self.device = bundle, device
         self.manifest = bundle.manifest
         self._config, self._batch = bundle.manifest.config, bundle.manifest.batch or BatchRange()
-        self._sessions = _sessions(bundle, threads, profile, device)
+        self.stream = _stream(device)  # of a GPU; None on the CPU
+        self._sessions = _sessions(bundle, threads, profile, self.stream)
         if not self._configured():
             raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy export, vqdeploy build")
         self._sampler: Any = None

@@ -28,6 +28,16 @@ from vqdeploy.runtime.manifest import WEIGHTS
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
 _NOT_OF_THE_PRIOR = ("encode", "decode", "features")
+_PACKAGES = (
+    "vqdeploy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx",
+    "tensorrt",
+    "cuda-bindings",
+    "torch",
+    "numpy",
+)
 _RATES = {"read_bandwidth_gb_s": "read_bandwidth", "matmul_gflop_s": "matmul_rate"}
 
 Phases = dict[str, float]
@@ -98,6 +108,8 @@ def bench(
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
     facts = environment() | {"load_s": load_seconds, "peak_memory_mb": peak_memory_mb(), "plan": _describe(pipeline)}
+    if pipeline.device == "cuda":
+        facts |= _gpu_facts()
     for result in results:
         if result["task"] == "generate" and result["name"] == "vqdeploy":
             result |= _step_figures(pipeline, chosen, result, bound)
@@ -351,7 +363,7 @@ def _read(parts: list[np.ndarray]) -> None:
 def environment() -> dict[str, Any]:
     """Processor and versions."""
     versions = {}
-    for name in ("vqdeploy", "onnxruntime", "onnxruntime-gpu", "torch", "numpy"):
+    for name in _PACKAGES:
         try:
             versions[name] = version(name)
         except ImportError:
@@ -376,6 +388,13 @@ def _cpu() -> str:
 def peak_memory_mb() -> float:
     """Largest resident size of this process so far, baselines included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _gpu_facts() -> dict[str, Any]:
+    """Kind of the GPU, and how much of its memory is in use at the end, the baselines' too."""
+    from vqdeploy.runtime import device
+
+    return {"gpu": device.compute_capability(), "gpu_memory_mb": device.used_memory() / 2**20}
 
 
 def _describe(pipeline: Pipeline) -> str:
@@ -403,6 +422,8 @@ def table(report: dict[str, Any]) -> str:
     for row in report.get("profile", [])[:12]:
         lines.append(f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls")
     facts = report["environment"]
+    if "gpu" in facts:
+        lines.append(f"{facts['gpu']}, {facts['gpu_memory_mb']:.0f} MB of its memory in use at the end")
     lines.append(f"{facts['plan']}; {facts['cpu']}, {facts['cores']} cores; loaded in {facts['load_s']:.2f} s")
     return "\n".join(lines)
 

@@ -428,6 +428,7 @@ def env(as_json: Json = False) -> None:
         "onnxruntime-gpu",
         "tensorrt-rtx",
         "tensorrt",
+        "cuda-bindings",
         "triton",
         "numpy",
     ):
@@ -437,6 +438,18 @@ def env(as_json: Json = False) -> None:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": _gpu(),
         **packages,
     }
     _finish(facts, as_json, "\n".join(f"{name:16} {value}" for name, value in facts.items()))
+
+
+def _gpu() -> str:
+    """The kind of GPU that plans can use here, or why there is none."""
+    try:
+        from vqdeploy.runtime import device
+
+        device.check()
+        return device.compute_capability()
+    except VqdeployError as error:
+        return str(error).partition(". Fix")[0]

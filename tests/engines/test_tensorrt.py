@@ -45,6 +45,22 @@ def test_every_stage_of_tiny_builds(tiny, tmp_path):
 
 
 @needs_rtx
+def test_products_keep_all_bits_of_fp32(python):
+    """TF32 is on by default."""
+    printed = python("""
+import os
+os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+import tensorrt_rtx as trt
+from polygraphy.backend.trt import Profile, create_network
+from vqdeploy.engines.tensorrt import _config
+builder, network = create_network()
+tensor = network.add_input("x", trt.float32, (-1,))
+print(_config(Profile().add("x", (1,), (1,), (1,)))(builder, network).get_flag(trt.BuilderFlag.TF32))
+""")
+    assert printed.split()[-1] == "False"
+
+
+@needs_rtx
 def test_every_stage_of_a_masked_system_builds(movq_package, tmp_path):
     manifest = build(movq_package, tmp_path / "movq.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
     assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]

@@ -127,6 +127,9 @@ class Cuda:
 
         return self.queue("memset", fill)
 
+    def cudaMemGetInfo(self):
+        return _OK, self._free - sum(self.live.values()), self._free
+
     # streams, events and graphs
 
     def cudaDriverGetVersion(self):

@@ -43,8 +43,28 @@ def index(draw, shape):
     return tuple(kinds)
 
 
-@given(data=st.data(), shape=SIDES, dtype=st.sampled_from(["int64", "float32", "float16", "uint8"]))
+TYPES = st.sampled_from(["int64", "float32", "float16", "uint8"])
+
+
+@given(data=st.data(), shape=SIDES, dtype=TYPES)
 def test_views_and_assignments_are_those_of_numpy(simulated, data, shape, dtype):
+    compare(data, shape, dtype)
+
+
+@pytest.mark.gpu
+@given(data=st.data(), shape=SIDES, dtype=TYPES)
+def test_they_are_on_a_gpu_too(data, shape, dtype):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "cudart", real)
+        try:
+            device.check()
+        except VqdeployError as error:
+            pytest.skip(str(error))
+        compare(data, shape, dtype)
+
+
+def compare(data, shape, dtype):
+    """Reads a part of an array, and writes one."""
     expected = np.arange(math.prod(shape)).reshape(shape).astype(dtype)
     found = Stream().array(expected)
     other = Stream().array(expected[::-1] + 1)

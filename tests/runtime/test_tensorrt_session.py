@@ -8,6 +8,7 @@ import onnx
 import pytest
 from late_cuda import Cuda, TensorRT
 
+from vqdeploy import bench
 from vqdeploy.engines import tensorrt as builder
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -179,6 +180,33 @@ def test_the_names_that_sessions_use_exist(gpu):
     }
     for owner, names in used.items():
         assert set(names.split()) <= set(dir(getattr(rtx, owner)))
+
+
+def test_a_benchmark_tells_of_the_gpu(small_engines, gpu):
+    report = bench.bench(small_engines, iterations=1)
+    facts = report["environment"]
+    assert facts["gpu"] == "sm_90"
+    assert facts["gpu_memory_mb"] > 0.01
+    assert all(result["host_ms"] >= 0 for result in report["results"] if result["task"] == "generate")
+    assert "sm_90, " in bench.table(report)
+
+
+def test_engines_have_no_profile(small_engines, gpu):
+    with pytest.raises(VqdeployError, match="have no profiler here"):
+        bench.bench(small_engines, iterations=1, profile=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt"])
+def test_every_system_agrees_with_pytorch_on_a_gpu(name, request, tmp_path, backend):
+    try:
+        device.check()
+        build(request.getfixturevalue(named(name, "package")), tmp_path / "a.plan", backend=backend)
+        load(tmp_path / "a.plan")
+    except VqdeployError as error:
+        pytest.skip(str(error))
+    report = verify(tmp_path / "a.plan", request.getfixturevalue(named(name, "system")))
+    assert report["passed"], report
 
 
 # What does not fit
