@@ -17,6 +17,8 @@ from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> Python module."""
 
+_KEPT = 2  # sizes of a batch whose buffers are kept: as many as one request is split into
+
 log = logging.getLogger("vqdeploy")
 
 
@@ -75,7 +77,7 @@ class TensorrtSession:
             self._cache = kernel_cache.KernelCache(f"{bundle.manifest.members[stage.file]}-{trt.__version__}")
         self._scratch: Any = None
         self._context: Any = None
-        self._binding: TensorrtBinding | None = None
+        self._bindings: dict[tuple[tuple[str, int], ...], TensorrtBinding] = {}  # of `run`
         written = {output: self._engine.get_aliased_input_tensor(output) for output in stage.aliases}
         self.in_place = {output: name for output, name in stage.aliases.items() if written[output] == name}
 
@@ -135,13 +137,15 @@ class TensorrtSession:
             for d, size in zip(info.shape, inputs[info.name].shape, strict=True)
             if isinstance(d, str)
         }
-        if self._binding is None or self._binding.dims != dims:
-            self._binding = None  # its memory goes first
-            self._binding = self.bind(dims)
+        key = tuple(sorted(dims.items()))
+        binding = self._bindings.pop(key, None)
+        if binding is None and len(self._bindings) == _KEPT:
+            del self._bindings[next(iter(self._bindings))]  # the one that was not used for the longest time
+        self._bindings[key] = binding = binding or self.bind(dims)
         for name, values in inputs.items():
-            self._binding.inputs[name][...] = values
-        self._binding.run()
-        return {name: np.array(array) for name, array in self._binding.outputs.items()}
+            binding.inputs[name][...] = values
+        binding.run()
+        return {name: np.array(array) for name, array in binding.outputs.items()}
 
     def common_context(self) -> Any:
         """A context for calls of any shape."""
@@ -204,7 +208,7 @@ class TensorrtBinding(DeviceBinding):
         self._copied = {o: name for o, name in session.stage.aliases.items() if o not in session.in_place}
         missing = [name for name in self._copied.values() if name not in shared]
         super().__init__(stage, dims, buffers(stage, dims, missing, stream) | shared, stream)
-        self.dims, self._session, self._stream = dims, session, stream
+        self._session, self._stream = session, stream
         self._calls = 0
         self._context: Any = None
         self._graph: Graph | None = None

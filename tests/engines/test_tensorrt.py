@@ -61,6 +61,25 @@ print(_config(Profile().add("x", (1,), (1,), (1,)))(builder, network).get_flag(t
 
 
 @needs_rtx
+@pytest.mark.parametrize("package_of", ["package", "vqgan_package", "vqvae2_package"])
+def test_each_cache_is_an_update_in_place(package_of, request, python):
+    """Sessions give a cache and what becomes of it one address."""
+    package = request.getfixturevalue(package_of)
+    for stage in read(package).stages:
+        printed = python(
+            """
+import os, sys
+os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+from polygraphy.backend.trt import network_from_onnx_path
+_, network, _ = network_from_onnx_path(sys.argv[1], strongly_typed=True)
+print(sum(network.get_layer(i).type.name == "KV_CACHE_UPDATE" for i in range(network.num_layers)))
+""",
+            package / stage.file,
+        )
+        assert int(printed.split()[-1]) == len(stage.aliases), stage.name
+
+
+@needs_rtx
 def test_every_stage_of_a_masked_system_builds(movq_package, tmp_path):
     manifest = build(movq_package, tmp_path / "movq.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
     assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]

@@ -158,6 +158,18 @@ def test_a_context_for_each_binding_that_stays_and_one_for_the_others(small_engi
     assert len({c.memory for c in trt.contexts}) == 1
 
 
+def test_buffers_of_two_sizes_are_kept(small_engines, gpu):
+    pipeline = load(small_engines)
+    session, codes = pipeline.session("decode"), np.zeros((3, *pipeline.grid), np.int64)
+    for count in (1, 2, 1, 2):
+        pipeline.decode(codes[:count])
+    second = session._bindings[(("batch", 2),)]
+    for count in (3, 2):
+        pipeline.decode(codes[:count])
+    assert [dims for ((_, dims),) in session._bindings] == [3, 2]
+    assert session._bindings[(("batch", 2),)] is second
+
+
 def test_caches_that_an_engine_does_not_write_in_place_are_copied(engines, gpu, monkeypatch):
     expected = codes_of(load(engines))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", TensorRT(rtx, gpu, in_place=False))
@@ -297,7 +309,6 @@ def test_a_call_that_fails(small_engines, gpu, monkeypatch):
         return False
 
     monkeypatch.setattr(type(session.common_context()), "execute_async_v3", fail)
-    session._binding._calls = 0
     with pytest.raises(ArtifactError, match=r"stage decode failed \(out of luck\)"):
         pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
 
