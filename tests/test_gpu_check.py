@@ -90,22 +90,26 @@ def test_the_report(check):
     assert file.parent.name == "measurements"
     assert file.stem.endswith("-nvidia-made-up-9000")
     assert text.startswith(f"# GPU check of {file.stem[:10]}: NVIDIA Made-Up 9000\n")
-    assert "fp32 without TF32, since there is no fp16" in text
+    assert "everything in fp16. In brackets" in text
     for line in (
         "| driver | 1.2.3 |",
         "| commit | unknown |",
         "| onnxruntime-gpu | 1.31 |",
         "3 passed, 0 failed, 0 skipped",
-        "| movq | onnxrt | passed |",
+        "| movq | fp32 | onnxrt | passed |",
+        "| movq | fp16 | onnxrt | passed |",
         "| rqvae | bench | onnxrt | decode | 1 | 2.0 ms | 5.0 ms (2.50) | 3.0 ms (1.50) |",
         "| vqgan | imagenet | onnxrt | decode | 8 | 16.0 ms | 40.0 ms (2.50) | 24.0 ms (1.50) |",
-        "- build of rqvae tiny for tensorrt-rtx: tensorrt-rtx is not installed",
+        "- build of rqvae tiny fp32 for tensorrt-rtx: tensorrt-rtx is not installed",
     ):
         assert line in text.splitlines()
     assert "## Failed\n\n- nothing\n" in text
     assert text.count("| onnxrt | decode |") == 2 * 9  # vqgan has no preset `bench`
     assert not any("tensorrt" in call for call in calls if call.startswith(("verify", "bench")))
-    assert sum(call.startswith("export") for call in calls) == 5 + 9
+    assert sum(call.startswith("export") for call in calls) == 2 * 5 + 9
+    timed = [call for call in calls if call.startswith("bench")]
+    assert len(timed) == 9
+    assert all("-fp16-" in call for call in timed)
 
 
 def test_its_commands_parse(check):
@@ -119,8 +123,8 @@ def test_a_check_that_fails(check):
     broken = {"checks": [{"stage": "step", "metric": "logits", "passed": False}, {"stage": "x", "passed": True}]}
     code, _, text, _ = check(NO_TENSORRT | {"verify --engine movq": (1, broken, "")})
     assert code == 1
-    assert "| movq | onnxrt | failed |" in text
-    assert "## Failed\n\n- verify of movq on onnxrt: step: logits\n" in text
+    assert "| movq | fp16 | onnxrt | failed |" in text
+    assert "## Failed\n\n- verify of movq fp32 on onnxrt: step: logits\n" in text
 
 
 def test_a_baseline_that_fails_leaves_the_others(check):
@@ -134,7 +138,7 @@ def test_a_baseline_that_fails_leaves_the_others(check):
 def test_a_gpu_that_nothing_runs_on(check):
     code, _, text, calls = check({"verify": (2, {}, "this ONNX Runtime has no CUDA")})
     assert code == 1
-    assert "- verify of vqvae2 on tensorrt: this ONNX Runtime has no CUDA" in text
+    assert "- verify of vqvae2 fp16 on tensorrt: this ONNX Runtime has no CUDA" in text
     assert text.count("Nothing ran.") == 2
     assert not any(call.startswith("bench") for call in calls)
 

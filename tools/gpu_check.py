@@ -1,6 +1,7 @@
 """`make gpu-check`: tests, parity and speed on this machine's GPU, as one dated report under docs/measurements."""
 
 import datetime
+import itertools
 import json
 import re
 import subprocess
@@ -17,6 +18,8 @@ from vqdeploy.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("onnxrt", "tensorrt-rtx", "tensorrt")
+DTYPES = ("fp32", "fp16")
+TIMED = "fp16"
 PUBLISHED = {
     "rqvae": "imagenet-1400m",
     "movq": "halton-large",
@@ -51,13 +54,14 @@ class Report:
         return "\n".join(
             [
                 f"# GPU check of {self.facts['date']}: {self.facts['GPU']}\n",
-                "Written by `make gpu-check`. Everything is in fp32 without TF32, since there is no fp16 yet.\n",
+                "Written by `make gpu-check`. fp32 is without TF32.\n",
                 *_table(("", ""), list(self.facts.items())),
                 f"\n## Tests marked gpu\n\n{tests}\n",
                 "## Parity with PyTorch\n\n`vqdeploy verify` of the tiny system:\n",
-                *_table(("system", "backend", "result"), self.parity),
+                *_table(("system", "precision", "backend", "result"), self.parity),
                 f"\n## Speed\n\nMedian times of `vqdeploy bench {' '.join(BENCH)} --baseline eager,compile`;",
-                "in brackets, how many times faster the plan is than PyTorch on the same GPU. Weights are random.\n",
+                f"everything in {TIMED}. In brackets, how many times faster the plan is than PyTorch on the same GPU.",
+                "Weights are random.\n",
                 *_table(speed, self.speed),
                 *_list("Failed", self.failed),
                 *_list("Skipped", self.skipped),
@@ -128,32 +132,32 @@ def check_tests(report: Report, folder: Path) -> None:
         report.tests["failed" if kinds & {"failure", "error"} else "skipped" if kinds else "passed"] += 1
 
 
-def plan_of(report: Report, folder: Path, system: str, preset: str, backend: str) -> str | None:
+def plan_of(report: Report, folder: Path, system: str, preset: str, dtype: str, backend: str) -> str | None:
     """Exports a system, unless that was done, and builds it; None when that is not possible."""
-    package, plan = f"{system}-{preset}-onnx", f"{system}-{preset}-{backend}.plan"
+    package, plan = f"{system}-{preset}-{dtype}-onnx", f"{system}-{preset}-{dtype}-{backend}.plan"
     steps = [("build", package, "--backend", backend, "--device", "cuda", "--max-batch", "8", "-o", plan)]
     if not (folder / package).exists():
-        steps.insert(0, ("export", "--model", system, "--preset", preset, "--no-verify", "-o", package))
+        model = ("--model", system, "--preset", preset, "--dtype", dtype)
+        steps.insert(0, ("export", *model, "--no-verify", "-o", package))
     for step in steps:
         code, _, reason = vqdeploy(folder, *step)
         if code:
-            report.note(f"{step[0]} of {system} {preset} for {backend}", code, reason)
+            report.note(f"{step[0]} of {system} {preset} {dtype} for {backend}", code, reason)
             return None
     return plan
 
 
 def check_parity(report: Report, folder: Path) -> list[str]:
     """The tiny system of each architecture against PyTorch; returns the backends that ran."""
-    for backend in BACKENDS:
-        for system in PRESETS:
-            if plan := plan_of(report, folder, system, "tiny", backend):
-                code, result, reason = vqdeploy(folder, "verify", "--engine", plan, "--device", "cuda")
-                broken = [f"{c['stage']}: {c['metric']}" for c in result.get("checks", []) if not c["passed"]]
-                if code:
-                    report.note(f"verify of {system} on {backend}", code, "; ".join(broken) or reason)
-                if result:
-                    report.parity.append((system, backend, "failed" if code else "passed"))
-    return list(dict.fromkeys(backend for _, backend, _ in report.parity))
+    for backend, system, dtype in itertools.product(BACKENDS, PRESETS, DTYPES):
+        if plan := plan_of(report, folder, system, "tiny", dtype, backend):
+            code, result, reason = vqdeploy(folder, "verify", "--engine", plan, "--device", "cuda")
+            broken = [f"{c['stage']}: {c['metric']}" for c in result.get("checks", []) if not c["passed"]]
+            if code:
+                report.note(f"verify of {system} {dtype} on {backend}", code, "; ".join(broken) or reason)
+            if result:
+                report.parity.append((system, dtype, backend, "failed" if code else "passed"))
+    return list(dict.fromkeys(backend for _, _, backend, _ in report.parity))
 
 
 def check_speed(report: Report, folder: Path, backends: list[str]) -> None:
@@ -161,7 +165,7 @@ def check_speed(report: Report, folder: Path, backends: list[str]) -> None:
     for system, presets in PRESETS.items():
         for preset in ("bench", PUBLISHED[system]):
             for backend in backends if preset in presets else ():
-                if plan := plan_of(report, folder, system, preset, backend):
+                if plan := plan_of(report, folder, system, preset, TIMED, backend):
                     _time(report, folder, system, preset, backend, plan)
                     (folder / plan).unlink()  # of gigabytes
 
