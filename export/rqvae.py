@@ -75,7 +75,7 @@ class Step(nn.Module):
             x = x + self.depths[depth]
             for block, (keys, values) in zip(self.head, caches, strict=True):
                 x = block.append(x, keys, values)
-            logits.append(self.classifier(self.norm(x))[:, 0])
+            logits.append(self.classifier(self.norm(x))[:, 0].float())
             columns = (option[:, depth] for option in options)
             codes.append(torch.ops.vqdeploy.sample(logits[-1], noise[:, depth], *columns))
             row = F.embedding(codes[-1], self.head_table).unsqueeze(1)

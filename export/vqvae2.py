@@ -365,7 +365,7 @@ class Pixel(nn.Module):
             each.unflatten(1, (self.layers, -1)) for each in (F.elu(torch.cat(inputs, 1)), y)
         )
         return (
-            self.out(F.elu(x)),
+            self.out(F.elu(x)).float(),
             activations_x,
             activations_y,
             self._pushed(left_x, activations_x),

@@ -19,7 +19,7 @@ except ImportError as error:
         "this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime"
     ) from error
 
-_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
 INSTALL_CUDA = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
 # With TF32 the products would have ten bits of mantissa, and codes would differ from those of the CPU.
 _PROVIDERS: dict[str, list[Any]] = {
