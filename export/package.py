@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ STAGES = {
     "vqgan": gpt.stages,
     "vqvae2": vqvae2.stages,
 }
+_STAGES_IN_HALF = STAGES | {"vqvae2": partial(vqvae2.stages, products=vqvae2.PRODUCTS_IN_HALF)}
 _NEWEST_OPSET = 25  # of those that the exporter writes
 _INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
 
@@ -63,7 +65,8 @@ def export(
         raise VqdeployError("the opset will not do", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
     with replacing_folder(folder, (FILE, WEIGHTS, "*.onnx")) as new:
         graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
-        for stage in STAGES[system.config.model](system):
+        stages = STAGES if dtype == "fp32" else _STAGES_IN_HALF
+        for stage in stages[system.config.model](system):
             progress(stage.name)
             graphs[stage.name] = stage, _export_stage(in_precision(stage, dtype), opset)
         weights = _share_weights({name: model for name, (_, model) in graphs.items()})
