@@ -637,7 +637,7 @@ def test_exit_codes(command, plan, tmp_path):
 
 
 def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr("vqdeploy.verify.checks.LOGITS", 0.0)
+    monkeypatch.setitem(LIMITS, "fp32", replace(LIMITS["fp32"], logits=0.0))
     code, out, _ = vqdeploy("verify", "--engine", plan, "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     report = json.loads(out)
@@ -647,7 +647,7 @@ def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypa
 
 def test_an_export_that_fails_its_checks_exits_with_1(vqdeploy, checkpoint_folder, package, monkeypatch):
     monkeypatch.setattr("vqdeploy.export.package.export", lambda system, folder, *_: shutil.copytree(package, folder))
-    monkeypatch.setattr("vqdeploy.verify.checks.LOGITS", 0.0)
+    monkeypatch.setitem(LIMITS, "fp32", replace(LIMITS["fp32"], logits=0.0))
     code, out, err = vqdeploy("export", "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     assert json.loads(out)["verify"]["passed"] is False

@@ -13,10 +13,11 @@ from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.schedules import choice_temperature, masked_counts, order_noise
 from vqdeploy.sampling import guided_logits
-from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge
+from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
 
 _SCALE = 3.0  # of guidance
 _STEPS = 6
+_ONE_LABEL = "one label"
 
 
 def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
@@ -26,10 +27,10 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     codes[rng.random(codes.shape) < np.array([0.3, 0.9])[:, None, None, None]] = config.codebook_size
     labels = rng.integers(0, config.classes, batch)
     checks = []
-    for name, scale in (("one label", 1.0), ("guidance", _SCALE)):
+    for name, scale in ((_ONE_LABEL, 1.0), ("guidance", _SCALE)):
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
-        checks += compare_logits(name, logits, expected)
+        checks += compare_logits(name, logits, expected, limits(pipeline.manifest.precision))
     return checks
 
 
@@ -62,8 +63,13 @@ class _Step:
     masked: Tensor
 
 
-def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> list[Check]:
-    """Whole generations by the margin rule; an image alone against the same image in a batch."""
+def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
+    """Whole generations by the margin rule; an image alone against the same image in a batch.
+
+    `logits` are what `check_logits` found, and with it how close a call may be.
+    """
+    one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]  # guidance comes on top
+    tolerance = tolerance_of(one_label)
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "steps": _STEPS, "choice_temperature": 4.5}
     cut = {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}
     kinds: dict[str, dict[str, Any]] = {
