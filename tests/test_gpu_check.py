@@ -90,7 +90,7 @@ def test_the_report(check):
     assert file.parent.name == "measurements"
     assert file.stem.endswith("-nvidia-made-up-9000")
     assert text.startswith(f"# GPU check of {file.stem[:10]}: NVIDIA Made-Up 9000\n")
-    assert "fp32 without TF32, since there is no fp16" in text
+    assert "fp32 without TF32." in text
     for line in (
         "| driver | 1.2.3 |",
         "| commit | unknown |",

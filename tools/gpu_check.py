@@ -51,7 +51,7 @@ class Report:
         return "\n".join(
             [
                 f"# GPU check of {self.facts['date']}: {self.facts['GPU']}\n",
-                "Written by `make gpu-check`. Everything is in fp32 without TF32, since there is no fp16 yet.\n",
+                "Written by `make gpu-check`. Everything is in fp32 without TF32.\n",
                 *_table(("", ""), list(self.facts.items())),
                 f"\n## Tests marked gpu\n\n{tests}\n",
                 "## Parity with PyTorch\n\n`vqdeploy verify` of the tiny system:\n",

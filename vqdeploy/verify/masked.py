@@ -1,7 +1,6 @@
 """Checks of masked priors: the logits of a step, and every draw and every choice of whole generations."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,8 +52,7 @@ def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: fl
     )["logits"]
 
 
-@dataclass
-class _Step:
+class _Step(NamedTuple):
     """One step of a generation: the codes that went in, those drawn [B, h, w, Q], and which were masked again."""
 
     codes: Tensor
@@ -97,18 +95,21 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
 
 
 def _trace(pipeline: Pipeline, labels: list[int], first: int, options: dict[str, Any]) -> list[_Step]:
-    size, steps = pipeline.codebook_size, []
-    open_codes = codes = torch.full((len(labels), *pipeline.grid), size)
+    size = pipeline.codebook_size
+    calls: list[list[_Step]] = []  # a large request is split
 
     def record(step: int, total: int, seen: np.ndarray) -> None:
-        nonlocal codes
+        if not calls or len(calls[-1]) == total:
+            calls.append([])
+        open_codes = codes = torch.full(seen.shape, size)
+        if steps := calls[-1]:
+            codes = torch.where(steps[-1].masked, size, steps[-1].drawn)
         given = open_codes if options["schedule"] == "halton" else codes
         drawn, masked = torch.from_numpy(np.where(seen < 0, -1 - seen, seen)), torch.from_numpy(seen < 0)
         steps.append(_Step(codes, given, drawn, masked))
-        codes = torch.where(masked, size, drawn)
 
     pipeline.generate(labels, seed=SEED, first_image=first, callback=record, **options)
-    return steps
+    return [_Step(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*calls, strict=True)]
 
 
 def _judge(
