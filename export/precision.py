@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqdeploy.export.stage import Stage
 from vqdeploy.models.quantizers import AveragedCodebook

@@ -109,5 +109,3 @@ def test_another_precision_is_refused(system, tmp_path, dtype):
         export(system, tmp_path / "onnx", dtype)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
-
-

@@ -68,8 +68,8 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
     found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
     inputs = torch.from_numpy(codes), torch.from_numpy(labels)
     expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)
-    limit = limits(pipeline.manifest.precision).logits * expected.abs().max()
-    return [at_most("features", "largest difference of averaged states", (found - expected).abs().max(), limit)]
+    difference, limit = (found - expected).abs(), limits(pipeline.manifest.precision).logits * expected.abs().max()
+    return [at_most("features", "largest difference of averaged states", float(difference.max()), float(limit))]
 
 
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
