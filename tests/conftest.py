@@ -362,11 +362,6 @@ def movq_half_package(movq_system, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def adaptive_half_package(adaptive_system, tmp_path_factory):
-    return exported(adaptive_system, tmp_path_factory, "small-adaptive-half", "fp16")
-
-
-@pytest.fixture(scope="session")
 def vit_half_package(vit_system, tmp_path_factory):
     return exported(vit_system, tmp_path_factory, "small-vit-half", "fp16")
 
