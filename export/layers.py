@@ -11,6 +11,11 @@ from vqdeploy.models.conv import SpatialNorm, Upsample
 from vqdeploy.models.transformer import Block
 
 
+def widened(x: Tensor) -> Tensor:
+    """Half precision as fp32, every other precision as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Projection(nn.Module):
     """One or more linear layers side by side, as MatMul and Add: the form that weight quantizers look for."""
 
@@ -183,8 +188,9 @@ class Modulation(nn.Module):
         if times > 1:
             maps = F.interpolate(maps, scale_factor=(1.0, float(times)))
         scale, shift = maps.unsqueeze(3).chunk(2, 1)  # [B, C, h, 1, W]
-        groups = x.unflatten(1, (self.groups, -1)).flatten(2).float()  # the operator sums in the type of its input
-        normal = F.instance_norm(groups, eps=self.eps).view_as(x).to(x.dtype)
+        groups = x.unflatten(1, (self.groups, -1)).flatten(2)
+        # The operator sums in the type of its input.
+        normal = F.instance_norm(widened(groups), eps=self.eps).view_as(x).to(x.dtype)
         return (normal.unflatten(2, (rows, times)) * scale + shift).flatten(2, 3)
 
 
@@ -207,5 +213,5 @@ class ImageOutput(nn.Module):
         self.low, self.high = pixel_range
 
     def forward(self, x: Tensor) -> Tensor:
-        grey = (x.float() - self.low) * (255 / (self.high - self.low))
+        grey = (widened(x) - self.low) * (255 / (self.high - self.low))
         return grey.clamp(0, 255).round().permute(0, 2, 3, 1).to(torch.uint8)

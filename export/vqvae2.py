@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.export import tokenizer
-from vqdeploy.export.layers import Projection
+from vqdeploy.export.layers import Projection, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
 from vqdeploy.models import System
@@ -366,7 +366,7 @@ class Pixel(nn.Module):
             each.unflatten(1, (self.layers, -1)) for each in (F.elu(torch.cat(inputs, 1)), y)
         )
         return (
-            self.out(F.elu(x)).float(),
+            widened(self.out(F.elu(x))),
             activations_x,
             activations_y,
             self._pushed(left_x, activations_x),
