@@ -140,7 +140,8 @@ ArgMaxByBlocks (scores) => (codes)
     codes = Squeeze (code_column, first)
 }}"""
 
-# ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map.
+# ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map. Its
+# InstanceNormalization is fp32; what casts there are in fp32 vanish.
 _GROUP_NORM = """
 <opset_import: ["" : 24], domain: "vqdeploy">
 GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
@@ -153,16 +154,20 @@ GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
     count = Constant <value_int: int = @num_groups> ()
     groups = Unsqueeze (count, batch)
     grouped_shape = Concat <axis = 0> (batch, groups, rest)
-    grouped = Reshape (x, grouped_shape)
+    grouped_any = Reshape (x, grouped_shape)
+    grouped = Cast <to = 1> (grouped_any)
     ones = Expand (one, groups)
     zeros = Expand (zero, groups)
     normalized = InstanceNormalization <epsilon: float = @epsilon> (grouped, ones, zeros)
     shape = Shape (x)
     maps = Reshape (normalized, shape)
-    scale_columns = Unsqueeze (scale, columns)
-    bias_columns = Unsqueeze (bias, columns)
+    scale_fp32 = Cast <to = 1> (scale)
+    bias_fp32 = Cast <to = 1> (bias)
+    scale_columns = Unsqueeze (scale_fp32, columns)
+    bias_columns = Unsqueeze (bias_fp32, columns)
     scaled = Mul (maps, scale_columns)
-    y = Add (scaled, bias_columns)
+    shifted = Add (scaled, bias_columns)
+    y = CastLike (shifted, x)
 }"""
 
 

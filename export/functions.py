@@ -271,7 +271,7 @@ def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str
         1,
         inputs=[OpSchema.FormalParameter(*parameter) for parameter in inputs],
         outputs=[OpSchema.FormalParameter(*parameter) for parameter in outputs],
-        type_constraints=[("T", _FLOATS, "")],
+        type_constraints=[("T", _FLOATS, ""), ("C", _FLOATS, "")],
         attributes=required,
     )
     op = values.Op(values.Opset(DOMAIN, 1), name, schema)
@@ -285,9 +285,9 @@ def translations() -> dict[Callable, Callable]:
     sampling += [("top_k", _INT64), ("top_p", "tensor(float)")]
     caches = [("key", "T"), ("value", "T")]
     return {
-        ops.nearest.default: _node("VQNearest", [("z", "T"), ("codebook", "T")], [("codes", _INT64)], metric=str),
+        ops.nearest.default: _node("VQNearest", [("z", "T"), ("codebook", "C")], [("codes", _INT64)], metric=str),
         ops.residual_quantize.default: _node(
-            "VQResidual", [("z", "T"), ("codebook", "T")], [("codes", _INT64), ("quantized", "T")], depth=int
+            "VQResidual", [("z", "T"), ("codebook", "C")], [("codes", _INT64), ("quantized", "T")], depth=int
         ),
         ops.lookup.default: _node("VQLookup", [("codes", _INT64), ("codebook", "T")], [("vectors", "T")]),
         ops.packed_attention.default: _node("PackedAttention", [("qkv", "T")], [("attention", "T")], heads=int),

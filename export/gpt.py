@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.export import tokenizer
-from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries
+from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models import System
 from vqdeploy.models.gpt import GPT
@@ -71,7 +71,7 @@ class Step(nn.Module):
                 x, key, value = block.cached(x, key, value, position)
             keys.append(key)
             values.append(value)
-        logits = self.head(self.norm(x[:, -1]))
+        logits = widened(self.head(self.norm(x[:, -1])))
         base = F.embedding(partner, logits)
         logits = base + guidance[:, None] * (logits - base)
         options = (option[:, 0] for option in (temperature, top_k, top_p))
@@ -91,10 +91,10 @@ class Features(nn.Module):
 
     def forward(self, codes: Tensor, label: Tensor) -> Tensor:
         x = self.entries(F.pad(codes.flatten(1, 2)[:, :-1], (0, 0, 1, 0)), label, torch.zeros_like(label))
-        means = [x.mean(1)]
+        means = [widened(x).mean(1)]
         for block in self.body:
             x = block.in_order(x)
-            means.append(x.mean(1))
+            means.append(widened(x).mean(1))
         return torch.stack(means, 1)
 
 

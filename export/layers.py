@@ -11,6 +11,11 @@ from vqdeploy.models.conv import SpatialNorm, Upsample
 from vqdeploy.models.transformer import Block
 
 
+def widened(x: Tensor) -> Tensor:
+    """Half precision as fp32, every other precision as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Projection(nn.Module):
     """One or more linear layers side by side, as MatMul and Add: the form that weight quantizers look for."""
 
@@ -78,7 +83,7 @@ class InferenceBlock(nn.Module):
             entries = torch.lerp(F.pad(entries, (0, 0, 1, -1)), entries, self.time_mix)
         query, key, value = self.qkv(entries).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        scores = (query @ key.transpose(-1, -2)).masked_fill(later, -1e30)
+        scores = (query @ key.transpose(-1, -2)).masked_fill(later, -3e4)
         return self.finish(x, (scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
     def whole(self, x: Tensor) -> Tensor:
@@ -183,7 +188,9 @@ class Modulation(nn.Module):
         if times > 1:
             maps = F.interpolate(maps, scale_factor=(1.0, float(times)))
         scale, shift = maps.unsqueeze(3).chunk(2, 1)  # [B, C, h, 1, W]
-        normal = F.instance_norm(x.unflatten(1, (self.groups, -1)).flatten(2), eps=self.eps).view_as(x)
+        groups = x.unflatten(1, (self.groups, -1)).flatten(2)
+        # The operator sums in the type of its input.
+        normal = F.instance_norm(widened(groups), eps=self.eps).view_as(x).to(x.dtype)
         return (normal.unflatten(2, (rows, times)) * scale + shift).flatten(2, 3)
 
 
@@ -206,5 +213,5 @@ class ImageOutput(nn.Module):
         self.low, self.high = pixel_range
 
     def forward(self, x: Tensor) -> Tensor:
-        grey = (x - self.low) * (255 / (self.high - self.low))
+        grey = (widened(x) - self.low) * (255 / (self.high - self.low))
         return grey.clamp(0, 255).round().permute(0, 2, 3, 1).to(torch.uint8)

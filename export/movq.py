@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.export import tokenizer
-from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all
+from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models import System
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
@@ -83,7 +83,7 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, conditions = label.shape
         repeated = codes[:, None].expand(-1, conditions, -1, -1, -1).flatten(0, 1)
-        logits = self.logits(repeated, label.flatten()).reshape(batch, conditions, -1)
+        logits = widened(self.logits(repeated, label.flatten())).reshape(batch, conditions, -1)
         guided = (guidance[:, None] @ logits).view(noise.shape)
         options = (temperature, top_k, top_p, choice_temperature)
         return *unmask(guided, given, noise, choice_noise, masked, *options), guided

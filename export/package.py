@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vqdeploy.checkpoint import digest
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export import gpt, movq, rqvae, vqvae2
 from vqdeploy.export.functions import OPSET
+from vqdeploy.export.precision import DTYPES, in_precision
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
 from vqdeploy.models import System
@@ -31,7 +33,7 @@ STAGES = {
     "vqgan": gpt.stages,
     "vqvae2": vqvae2.stages,
 }
-PRECISIONS = ("fp32",)
+_STAGES_IN_HALF = STAGES | {"vqvae2": partial(vqvae2.stages, products=vqvae2.PRODUCTS_IN_HALF)}
 _NEWEST_OPSET = 25  # of those that the exporter writes
 _INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
 
@@ -50,22 +52,23 @@ def export(
     Args:
         system: A tokenizer, with a prior or without.
         folder: Where. A package that is there is replaced.
-        dtype: Precision of the graphs.
+        dtype: Precision of the graphs, one of `DTYPES`; see `vqdeploy.export.precision`.
         opset: ONNX opset, 24 or 25: `TensorScatter` came with 24.
         progress: Told the name of each stage as its export begins.
 
     Raises:
         VqdeployError: The precision or opset is not supported, or the folder cannot be written.
     """
-    if dtype not in PRECISIONS:
-        raise VqdeployError(f"precision {dtype} is not supported yet", expected=" or ".join(PRECISIONS), found=dtype)
+    if dtype not in DTYPES:
+        raise VqdeployError(f"precision {dtype} is not supported yet", expected=" or ".join(DTYPES), found=dtype)
     if not OPSET <= opset <= _NEWEST_OPSET:
         raise VqdeployError("the opset will not do", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
     with replacing_folder(folder, (FILE, WEIGHTS, "*.onnx")) as new:
         graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
-        for stage in STAGES[system.config.model](system):
+        stages = STAGES if dtype == "fp32" else _STAGES_IN_HALF
+        for stage in stages[system.config.model](system):
             progress(stage.name)
-            graphs[stage.name] = stage, _export_stage(stage, opset)
+            graphs[stage.name] = stage, _export_stage(in_precision(stage, dtype), opset)
         weights = _share_weights({name: model for name, (_, model) in graphs.items()})
         save_file(weights, new / WEIGHTS)
         _point_to_file((model for _, model in graphs.values()), new / WEIGHTS)

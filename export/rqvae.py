@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export import tokenizer
-from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries
+from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models import System
 from vqdeploy.models.rqtransformer import RQTransformer
@@ -75,7 +75,7 @@ class Step(nn.Module):
             x = x + self.depths[depth]
             for block, (keys, values) in zip(self.head, caches, strict=True):
                 x = block.append(x, keys, values)
-            logits.append(self.classifier(self.norm(x))[:, 0])
+            logits.append(widened(self.classifier(self.norm(x))[:, 0]))
             columns = (option[:, depth] for option in options)
             codes.append(torch.ops.vqdeploy.sample(logits[-1], noise[:, depth], *columns))
             row = F.embedding(codes[-1], self.head_table).unsqueeze(1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.export import tokenizer
-from vqdeploy.export.layers import Projection
+from vqdeploy.export.layers import Projection, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
 from vqdeploy.models import System
@@ -30,6 +30,7 @@ from vqdeploy.models.pixelsnail import (
 from vqdeploy.runtime.hierarchical import level_names
 
 _PRODUCTS = 8  # for each tile of a row; more lose digits
+PRODUCTS_IN_HALF = 4  # made with the points 0, 1 and -1 alone: the next ones would cost fp16 two bits
 
 
 class CodeTable(nn.Module):
@@ -75,11 +76,11 @@ class RowConv(nn.Module):
     mixed: Tensor  # [n * tiles, w]
     outputs: Tensor  # [m, n]
 
-    def __init__(self, convolutions: list[Any], width: int):
+    def __init__(self, convolutions: list[Any], width: int, products: int):
         super().__init__()
         weight = torch.stack([conv.weight.detach() for conv in convolutions])  # [L, outputs, inputs, K - 1, K]
         self.layers, self.channels, inputs, rows, taps = weight.shape
-        m = max(_PRODUCTS + 1 - taps, 1)
+        m = max(products + 1 - taps, 1)
         self.width, self.tiles = width, -(-width // m)
         outputs, filters, mixed = (matrix.to(weight) for matrix in minimal_filtering(m, taps))
         n = len(mixed)
@@ -129,15 +130,15 @@ class Row(nn.Module):
     column_bias: Tensor  # [w, C]
     labels: Tensor  # [classes, L * 2C]
 
-    def __init__(self, network: PixelSNAIL):
+    def __init__(self, network: PixelSNAIL, products: int = _PRODUCTS):
         super().__init__()
         gated, config = _gated(network), network.config
         self.side, self.width = config.kernel // 2, config.grid[1]
         offsets = network.entry.codes.offsets
         self.offsets = [offset for offset in offsets if offset[0] < 0]
         self.entry = CodeTable(network.entry.codes, [offsets.index(offset) for offset in self.offsets])
-        self.first = RowConv([block.conv1.above for block in gated], self.width)
-        self.second = RowConv([block.conv2.above for block in gated], self.width)
+        self.first = RowConv([block.conv1.above for block in gated], self.width, products)
+        self.second = RowConv([block.conv2.above for block in gated], self.width, products)
         self.register_buffer("row_bias", network.entry.row_bias.detach().flatten())
         self.register_buffer("column_bias", network.entry.bias(1, self.width)[:, 0].T.detach().contiguous())
         if gated[0].condition is not None:
@@ -365,7 +366,7 @@ class Pixel(nn.Module):
             each.unflatten(1, (self.layers, -1)) for each in (F.elu(torch.cat(inputs, 1)), y)
         )
         return (
-            self.out(F.elu(x)),
+            widened(self.out(F.elu(x))),
             activations_x,
             activations_y,
             self._pushed(left_x, activations_x),
@@ -405,17 +406,20 @@ class Condition(nn.Module):
         return self.condition.refine(x).permute(0, 2, 3, 1)
 
 
-def stages(system: System) -> list[Stage]:
-    """The graphs of a system; without a prior, those of the tokenizer alone."""
+def stages(system: System, products: int = _PRODUCTS) -> list[Stage]:
+    """The graphs of a system; without a prior, those of the tokenizer alone.
+
+    `products` are those of minimal filtering, for each tile of a row.
+    """
     graphs = tokenizer.stages(system.tokenizer)
     if system.prior is not None:
         levels = system.prior.levels
         for name, network in zip(level_names(len(levels)), levels, strict=True):
-            graphs += _level(name, network, system.prior.config.codebook_size)
+            graphs += _level(name, network, system.prior.config.codebook_size, products)
     return graphs
 
 
-def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
+def _level(name: str, network: PixelSNAIL, codebook_size: int, products: int) -> list[Stage]:
     config = network.config
     height, width = config.grid
     layers, side = config.blocks * config.res_blocks, config.kernel // 2
@@ -426,7 +430,7 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int) -> list[Stage]:
     def index() -> Tensor:  # the exporter takes inputs that are one tensor for one input
         return torch.zeros(2, dtype=torch.int64)
 
-    stage = Row(network)
+    stage = Row(network, products)
     row_x, row_y = torch.zeros(2, layers, width, channels), torch.zeros(2, layers, width, inner)
     rows: dict[str, Any] = {
         "row": index(),

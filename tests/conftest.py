@@ -132,10 +132,10 @@ def lively(config: SystemConfig, seed: int = 0) -> System:
     return system
 
 
-def exported(system: System, tmp_path_factory, name: str) -> Path:
+def exported(system: System, tmp_path_factory, name: str, dtype: str = "fp32") -> Path:
     """The ONNX package of a system."""
     folder = tmp_path_factory.mktemp("package") / f"{name}-onnx"
-    export(system, folder)
+    export(system, folder, dtype)
     return folder
 
 
@@ -348,6 +348,32 @@ def vit_pipeline(vit_plan):
 @pytest.fixture(scope="session")
 def vqgan_pipeline(vqgan_plan):
     return load(vqgan_plan, threads=1)
+
+
+@pytest.fixture(scope="session")
+def half_package(system, tmp_path_factory):
+    """The package of `system` in fp16. Tests that change it work on a copy."""
+    return exported(system, tmp_path_factory, "small-half", "fp16")
+
+
+@pytest.fixture(scope="session")
+def movq_half_package(movq_system, tmp_path_factory):
+    return exported(movq_system, tmp_path_factory, "small-movq-half", "fp16")
+
+
+@pytest.fixture(scope="session")
+def vit_half_package(vit_system, tmp_path_factory):
+    return exported(vit_system, tmp_path_factory, "small-vit-half", "fp16")
+
+
+@pytest.fixture(scope="session")
+def vqgan_half_package(vqgan_system, tmp_path_factory):
+    return exported(vqgan_system, tmp_path_factory, "small-vqgan-half", "fp16")
+
+
+@pytest.fixture(scope="session")
+def vqvae2_half_package(vqvae2_system, tmp_path_factory):
+    return exported(vqvae2_system, tmp_path_factory, "small-vqvae2-half", "fp16")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from vqdeploy import baselines, bench, checkpoint
+from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load
 
@@ -44,6 +45,33 @@ def test_steps_and_host_make_up_a_generation(report):
 def test_weight_traffic_counts_the_matrices_of_the_step(plan):
     # Width 64: two layers of the body, and at each of four depths one layer and the classifier of 64 codes.
     assert bench.step_weight_bytes(load(plan)) == 4 * (2 * 12 * 64**2 + 4 * (12 * 64**2 + 64 * 64))
+
+
+def test_a_plan_in_half_is_timed_against_pytorch_in_half(half_package, checkpoint_folder, plan, tmp_path, monkeypatch):
+    build(half_package, tmp_path / "half.plan")
+    seen = set()
+    finished = baselines.Reference._generate
+
+    def spy(reference, *arguments):
+        seen.update(weight.dtype for weight in reference.system.parameters())
+        return finished(reference, *arguments)
+
+    monkeypatch.setattr(baselines.Reference, "_generate", spy)
+    options = {"warm_up": 0, "iterations": 1, "baselines": ("eager",), "checkpoint": checkpoint_folder}
+    report = bench.bench(tmp_path / "half.plan", **options)
+    assert seen == {torch.float16}
+    assert set(report["ratios"]) == {f"{task}/b1/eager" for task in bench.TASKS}
+    assert " fp16 " in report["environment"]["plan"]
+    assert 2 * bench.step_weight_bytes(load(tmp_path / "half.plan")) == bench.step_weight_bytes(load(plan))
+
+
+@pytest.mark.parametrize("name", ["movq_", "vqvae2_"])
+def test_every_kind_of_prior_has_a_baseline_in_half(request, name, tmp_path):
+    checkpoint.save(request.getfixturevalue(f"{name}system"), tmp_path / "checkpoint")
+    build(request.getfixturevalue(f"{name}half_package"), tmp_path / "half.plan")
+    options = {"warm_up": 0, "iterations": 1, "baselines": ("eager",), "checkpoint": tmp_path / "checkpoint"}
+    report = bench.bench(tmp_path / "half.plan", **options)
+    assert set(report["ratios"]) == {f"{task}/b1/eager" for task in bench.TASKS}
 
 
 def test_a_gpt_is_timed_with_guidance(vit_plan, vit_system, tmp_path):

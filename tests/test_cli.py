@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from vqdeploy import cli
 from vqdeploy.runtime import load
 from vqdeploy.runtime.images import read, read_mask, veil
+from vqdeploy.verify.checks import LIMITS
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
 
@@ -637,7 +639,7 @@ def test_exit_codes(command, plan, tmp_path):
 
 
 def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypatch):
-    monkeypatch.setattr("vqdeploy.verify.checks.LOGITS", 0.0)
+    monkeypatch.setitem(LIMITS, "fp32", replace(LIMITS["fp32"], logits=0.0))
     code, out, _ = vqdeploy("verify", "--engine", plan, "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     report = json.loads(out)
@@ -647,7 +649,7 @@ def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypa
 
 def test_an_export_that_fails_its_checks_exits_with_1(vqdeploy, checkpoint_folder, package, monkeypatch):
     monkeypatch.setattr("vqdeploy.export.package.export", lambda system, folder, *_: shutil.copytree(package, folder))
-    monkeypatch.setattr("vqdeploy.verify.checks.LOGITS", 0.0)
+    monkeypatch.setitem(LIMITS, "fp32", replace(LIMITS["fp32"], logits=0.0))
     code, out, err = vqdeploy("export", "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     assert json.loads(out)["verify"]["passed"] is False

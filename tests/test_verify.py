@@ -34,7 +34,7 @@ def change_weight(folder, weight, change):
     blob = bytearray((folder / WEIGHTS).read_bytes())
     (size,) = struct.unpack("<Q", blob[:8])
     start = blob.index(weight.detach().contiguous().numpy().tobytes(), 8 + size)
-    array = np.frombuffer(blob, np.float32, weight.numel(), start).reshape(weight.shape)
+    array = np.frombuffer(blob, weight.detach().numpy().dtype, weight.numel(), start).reshape(weight.shape)
     change(array)
     (folder / WEIGHTS).write_bytes(blob)
     reseal(folder)

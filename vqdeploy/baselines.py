@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from vqdeploy import checkpoint as checkpoints
 from vqdeploy.errors import VqdeployError
+from vqdeploy.export.precision import DTYPES
 from vqdeploy.models.conv import SpatialNorm
 from vqdeploy.models.pixelsnail import VQVAE2Prior
 from vqdeploy.runtime import Pipeline
@@ -31,9 +32,10 @@ class Reference:
         if self.device == "cuda":
             if not torch.cuda.is_available():
                 raise VqdeployError("this PyTorch has no CUDA", fix="pip install torch")
-            torch.backends.cudnn.allow_tf32 = False  # the plan's convolutions are in fp32 too
+            torch.backends.cudnn.allow_tf32 = False  # a plan of fp32 has none either
         self.system = checkpoints.source(manifest.config, manifest.checkpoint, checkpoint, pipeline.bundle.path)
-        self.system.to(self.device)
+        self.dtype = DTYPES[manifest.precision]
+        self.system.to(self.device, self.dtype)
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
         """A call that does the task once; if it returns a number, that is the seconds it would have taken."""
@@ -43,7 +45,7 @@ class Reference:
         return torch.inference_mode()(run if self.device == "cpu" else partial(_finished, run))
 
     def _encode(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
-        images = torch.rand(batch, 3, pipeline.side, pipeline.side, device=self.device) * 2 - 1
+        images = torch.rand(batch, 3, pipeline.side, pipeline.side, device=self.device, dtype=self.dtype) * 2 - 1
         encode = _compile(self.system.tokenizer.encode, compiled)
         return lambda: encode(images)
 

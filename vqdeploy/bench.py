@@ -300,7 +300,7 @@ def _matrices(pipeline: Pipeline, stage: str) -> dict[str, np.ndarray]:
 
 
 def step_weight_bytes(pipeline: Pipeline) -> int:
-    """Bytes of weights that one step of an autoregressive prior reads.
+    """Bytes of weights that one step of an autoregressive prior reads, as the plan holds them.
 
     The depth transformer and the classifier count once for each depth: no cache of a core holds them from one depth to
     the next.

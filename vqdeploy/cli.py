@@ -170,7 +170,9 @@ def export(
     model: Model = "rqvae",
     preset: Preset = "tiny",
     checkpoint: Checkpoint = None,
-    dtype: Annotated[str, typer.Option("--dtype", "--precision", help="Precision of the graphs: fp32.")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", "--precision", help="Precision of the graphs: fp32 or fp16.")
+    ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
     verify: Annotated[bool, typer.Option(help="Compare the package with PyTorch.")] = True,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; MODEL-onnx when left out.")] = None,

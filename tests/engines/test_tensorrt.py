@@ -96,6 +96,18 @@ def test_an_adaptive_prior_builds(adaptive_package, tmp_path):
     assert engine.stat().st_size > 50_000
 
 
+@needs_rtx
+@pytest.mark.parametrize("name", ["", "movq_", "vit_", "vqgan_", "vqvae2_"], ids=lambda name: name[:-1] or "rqvae")
+def test_every_stage_is_built_in_half(request, name, tmp_path):
+    """The types of a network are those of its graph: a cast that is missing is refused."""
+    package = request.getfixturevalue(f"{name}half_package")
+    manifest = build(package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    assert [stage.file for stage in manifest.stages] == [f"{stage.name}.engine" for stage in read(package).stages]
+    assert manifest.precision == "fp16"
+    sizes = Bundle(tmp_path / "a.plan").sizes()
+    assert min(sizes[stage.file] for stage in manifest.stages) > 10_000
+
+
 def crashing_graph():
     """TensorRT finds importers by name, whatever the domain: given no whole k, the parser dies of SIGSEGV."""
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in "xy")

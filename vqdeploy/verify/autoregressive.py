@@ -12,7 +12,7 @@ from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.autoregressive import carry
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.sampling import guided_logits
-from vqdeploy.verify.checks import IMAGES, LOGITS, SEED, Check, at_most, compare_logits, judge
+from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
 
 _SCALE = 3.0  # of guidance
 _FORCE = 1e9  # noise that makes the sampler choose a given code
@@ -28,7 +28,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     checks = []
     for name, prefix in (("cached step", 0), ("prefix", config.positions // 2)):
         logits = torch.from_numpy(_forced_logits(pipeline, codes, labels, prefix))
-        checks += compare_logits(name, logits, reference[:, prefix:])
+        checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest.precision))
     return checks
 
 
@@ -68,12 +68,16 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
     found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
     inputs = torch.from_numpy(codes), torch.from_numpy(labels)
     expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)
-    difference, limit = float((found - expected).abs().max()), float(LOGITS * expected.abs().max())
-    return [at_most("features", "largest difference of averaged states", difference, limit)]
+    difference, limit = (found - expected).abs(), limits(pipeline.manifest.precision).logits * expected.abs().max()
+    return [at_most("features", "largest difference of averaged states", float(difference.max()), float(limit))]
 
 
-def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> list[Check]:
-    """Whole generations by the margin rule for tokens; an image alone against the same image in a batch."""
+def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
+    """Whole generations by the margin rule for tokens; an image alone against the same image in a batch.
+
+    `logits` are what `check_logits` found, and with it how close a call may be.
+    """
+    tolerance = tolerance_of(logits)
     labels = [i % pipeline.classes for i in range(IMAGES)]
     checks = []
     distributions: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from vqdeploy.models import System
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
 from vqdeploy.verify.autoregressive import check_generation
-from vqdeploy.verify.checks import Check, compare_logits
+from vqdeploy.verify.checks import Check, compare_logits, limits
 
 _LABELS = 10  # that are tried at most
 
@@ -31,6 +31,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
             level.run("pixel", binding)
             found.append(np.array(binding.outputs["logits"][:, 0]))
         logits = torch.from_numpy(np.stack(found, 1))
-        checks += compare_logits(level.name, logits, reference[:, first : first + logits.shape[1]])
+        expected = reference[:, first : first + logits.shape[1]]
+        checks += compare_logits(level.name, logits, expected, limits(pipeline.manifest.precision))
         above, first = given, first + logits.shape[1]
     return checks

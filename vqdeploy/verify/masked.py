@@ -1,7 +1,6 @@
 """Checks of masked priors: the logits of a step, and every draw and every choice of whole generations."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +12,11 @@ from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.schedules import choice_temperature, masked_counts, order_noise
 from vqdeploy.sampling import guided_logits
-from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge
+from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
 
 _SCALE = 3.0  # of guidance
 _STEPS = 6
+_ONE_LABEL = "one label"
 
 
 def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
@@ -26,10 +26,10 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     codes[rng.random(codes.shape) < np.array([0.3, 0.9])[:, None, None, None]] = config.codebook_size
     labels = rng.integers(0, config.classes, batch)
     checks = []
-    for name, scale in (("one label", 1.0), ("guidance", _SCALE)):
+    for name, scale in ((_ONE_LABEL, 1.0), ("guidance", _SCALE)):
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
-        checks += compare_logits(name, logits, expected)
+        checks += compare_logits(name, logits, expected, limits(pipeline.manifest.precision))
     return checks
 
 
@@ -52,8 +52,7 @@ def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: fl
     )["logits"]
 
 
-@dataclass
-class _Step:
+class _Step(NamedTuple):
     """One step of a generation: the codes that went in, those drawn [B, h, w, Q], and which were masked again."""
 
     codes: Tensor
@@ -62,8 +61,13 @@ class _Step:
     masked: Tensor
 
 
-def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> list[Check]:
-    """Whole generations by the margin rule; an image alone against the same image in a batch."""
+def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
+    """Whole generations by the margin rule; an image alone against the same image in a batch.
+
+    `logits` are what `check_logits` found, and with it how close a call may be.
+    """
+    one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]  # guidance comes on top
+    tolerance = tolerance_of(one_label)
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "steps": _STEPS, "choice_temperature": 4.5}
     cut = {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}
     kinds: dict[str, dict[str, Any]] = {
@@ -91,18 +95,21 @@ def check_generation(pipeline: Pipeline, system: System, tolerance: float) -> li
 
 
 def _trace(pipeline: Pipeline, labels: list[int], first: int, options: dict[str, Any]) -> list[_Step]:
-    size, steps = pipeline.codebook_size, []
-    open_codes = codes = torch.full((len(labels), *pipeline.grid), size)
+    size = pipeline.codebook_size
+    calls: list[list[_Step]] = []  # a large request is split
 
     def record(step: int, total: int, seen: np.ndarray) -> None:
-        nonlocal codes
+        if not calls or len(calls[-1]) == total:
+            calls.append([])
+        open_codes = codes = torch.full(seen.shape, size)
+        if steps := calls[-1]:
+            codes = torch.where(steps[-1].masked, size, steps[-1].drawn)
         given = open_codes if options["schedule"] == "halton" else codes
         drawn, masked = torch.from_numpy(np.where(seen < 0, -1 - seen, seen)), torch.from_numpy(seen < 0)
         steps.append(_Step(codes, given, drawn, masked))
-        codes = torch.where(masked, size, drawn)
 
     pipeline.generate(labels, seed=SEED, first_image=first, callback=record, **options)
-    return steps
+    return [_Step(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*calls, strict=True)]
 
 
 def _judge(

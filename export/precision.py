@@ -1,0 +1,49 @@
+"""The precision of a graph: that of its weights and of the states that pass from call to call.
+
+Images, codes and what a request gives, noise included, keep their types in every precision. So does whatever decides:
+the search of the codebooks and the sampling are fp32.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqdeploy.export.stage import Stage
+from vqdeploy.models.quantizers import AveragedCodebook
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+"""Name of a precision -> type of the weights."""
+
+_OF_THE_REQUEST = {"noise", "choice_noise", "guidance", "temperature", "top_p", "choice_temperature"}
+
+
+def in_precision(stage: Stage, precision: str) -> Stage:
+    """A stage with weights and states of a precision, one of `DTYPES`; codebooks stay in fp32.
+
+    Each layer takes its inputs in the type of its weights, so that no model has to know of precisions.
+    """
+    dtype = DTYPES[precision]
+    if dtype == torch.float32:
+        return stage
+    module = copy.deepcopy(stage.module)  # the layers of a stage are those of the system
+    for part in module.modules():
+        if not isinstance(part, AveragedCodebook):
+            for weight in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+                weight.data = _cast(weight.data, dtype)
+        if hasattr(part, "weight"):
+            part.register_forward_pre_hook(_in_type_of_weight)
+    inputs = {name: x if name in _OF_THE_REQUEST else _cast(x, dtype) for name, x in stage.inputs.items()}
+    return dataclasses.replace(stage, module=module, inputs=inputs)
+
+
+def _in_type_of_weight(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_cast(x, layer.weight.dtype) for x in inputs)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, list):
+        return [_cast(each, dtype) for each in x]
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
