@@ -89,6 +89,16 @@ def test_loops_draw_what_they_draw_on_the_cpu(engines, name, request, gpu, tmp_p
         np.testing.assert_array_equal(a, b)
 
 
+def test_loops_draw_the_same_in_fp16(vqgan_half_package, simulated, gpu, tmp_path):
+    """Caches and states, those of the token shift among them, are in half."""
+    build(vqgan_half_package, tmp_path / "portable.plan", portable=True)
+    pipeline = load(simulated(vqgan_half_package))
+    caches = pipeline.session("step").caches({"batch": 1, "length": 1})
+    assert {cache.dtype for cache in caches.values()} == {np.dtype(np.float16)}
+    for a, b in zip(codes_of(pipeline), codes_of(load(tmp_path / "portable.plan", threads=1)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_checks_pass(small_engines, system, gpu):
     report = verify(small_engines, system)
     assert report["passed"], report
