@@ -215,7 +215,7 @@ class TensorRT:
 
     def __init__(self, real_module, cuda, in_place=True):
         self._real, self.cuda, self.in_place = real_module, cuda, in_place
-        self.__version__ = real_module.__version__
+        self.__version__, self.__spec__ = real_module.__version__, real_module.__spec__
         self.contexts = []
         for name in (
             "ILogger",
