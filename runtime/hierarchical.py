@@ -140,19 +140,21 @@ class HierarchicalSampler(Sampler):
 
     def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         """Codes int64 [B, N]: the known ones, and samples elsewhere."""
+        self.seconds.clear()
         parts = self._maps(request.known)
         maps = [level.array(part) for level, part in zip(self.levels, parts, strict=True)]
-        total = sum(part[0].size for part in parts if (part < 0).any())
+        open_levels = [index for index, part in enumerate(parts) if (part < 0).any()]
+        total = sum(parts[index][0].size for index in open_levels)
         step = 0
-        for index, (level, part) in enumerate(zip(self.levels, parts, strict=True)):
-            level.seconds.clear()
-            for _ in self._places(index, part, maps, request) if (part < 0).any() else ():
+        for index in open_levels:
+            self.levels[index].seconds.clear()
+            for _ in self._places(index, parts[index], maps, request):
                 step += 1
                 if callback:
                     callback(step, total, _joined(maps))
-        self.seconds = {stage: spent for level in self.levels for stage, spent in level.seconds.items()}
-        last = f"{self.levels[-1].name}_pixel"  # on a GPU this waits for all levels
-        return _joined([self.read(last, codes) for codes in maps])
+            self.seconds |= self.levels[index].seconds
+        last = next(reversed(self.seconds), None)  # on a GPU the wait for all that was queued
+        return _joined([self.read(last, codes) for codes in maps] if last else parts)
 
     def _maps(self, codes: np.ndarray) -> list[np.ndarray]:
         """Codes of all levels in a row [B, N] as the map of each [B, h, w]."""

@@ -74,7 +74,7 @@ def test_the_package_offers_load(python):
     assert "torch" in roots(loaded(python, "import vqdeploy; vqdeploy.load"))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["export", "--help"], ["--version"], ["env"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["export", "--help"], ["--version"], []])
 def test_help_loads_no_library(python, arguments):
     script = (
         "import sys\n"
@@ -86,6 +86,13 @@ def test_help_loads_no_library(python, arguments):
         "    pass\n"
     )
     assert not roots(loaded(python, script)) & {*HEAVY, "numpy", "onnxruntime"}
+
+
+def test_env_loads_no_large_library(python):
+    modules = loaded(
+        python, "import sys\nsys.argv = ['vqdeploy', 'env']\nfrom vqdeploy.cli import app\napp(standalone_mode=False)"
+    )
+    assert not roots(modules) & {*HEAVY, "onnxruntime"}
 
 
 def test_inspect_opens_no_engine(python, plan):

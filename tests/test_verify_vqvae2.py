@@ -242,8 +242,8 @@ def test_a_bottom_level_that_follows_the_top_level_of_its_neighbour(vqvae2_plan,
     """Only whole generations show what the loop hands from level to level."""
     draw = hierarchical.HierarchicalSampler._places
 
-    def mixed_up(sampler, index, codes, above, request, first):
-        return draw(sampler, index, codes, None if above is None else above[::-1], request, first)
+    def mixed_up(sampler, index, known, maps, request):
+        return draw(sampler, index, known, [*(above[::-1] for above in maps[:index]), *maps[index:]], request)
 
     monkeypatch.setattr(hierarchical.HierarchicalSampler, "_places", mixed_up)
     found = broken(vqvae2_plan, vqvae2_system, "generate: whole distribution: tokens")
