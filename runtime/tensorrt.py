@@ -226,11 +226,22 @@ class TensorrtBinding(DeviceBinding):
             self._session.execute(self._context)
             self._session.keep_kernels()
         else:
-            if self._graph is None:
-                self._graph = self._stream.capture(lambda: self._session.execute(self._context))
-            self._graph.launch()
+            if self._calls == 3:
+                self._graph = self._captured()
+            if self._graph:
+                self._graph.launch()
+            else:
+                self._session.execute(self._context)
         for output, name in self._copied.items():
             self.inputs[name][...] = self.outputs[output]
+
+    def _captured(self) -> Graph | None:
+        """The call as a graph; None if the engine does what cannot be captured."""
+        try:
+            return self._stream.capture(lambda: self._session.execute(self._context))
+        except VqdeployError as error:
+            log.info("stage %s runs without CUDA graphs: %s", self._session.stage.name, error)
+            return None
 
 
 def _logger(trt: Any) -> Any:

@@ -323,6 +323,22 @@ def test_a_call_that_fails(small_engines, gpu, monkeypatch):
         pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
 
 
+def test_an_engine_that_cannot_be_captured_runs_all_the_same(small_engines, gpu, monkeypatch, caplog):
+    expected = load(small_engines).generate([0, 1], seed=3).codes
+    monkeypatch.setattr(gpu, "cudaStreamEndCapture", lambda stream: end(gpu))
+
+    def end(cuda):
+        cuda._recording = None
+        for context in sys.modules["tensorrt_rtx"].contexts:
+            context.captured = 0
+        return cuda.cudaError_t.cudaErrorStreamCaptureInvalidated, None
+
+    with caplog.at_level("INFO", "vqdeploy"):
+        codes = load(small_engines).generate([0, 1], seed=3).codes
+    np.testing.assert_array_equal(codes, expected)
+    assert "step runs without CUDA graphs: CUDA failed (cudaErrorStreamCaptureInvalidated)" in caplog.text
+
+
 def test_a_shape_that_the_engine_refuses(small_engines, gpu, monkeypatch):
     pipeline = load(small_engines)
     context = type(pipeline.session("decode").common_context())
