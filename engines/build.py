@@ -11,9 +11,9 @@ from vqdeploy.engines.plugin import MODES, obstacle
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import temporary_folder
 from vqdeploy.runtime import bundle
+from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.manifest import WEIGHTS, BatchRange, Manifest, StageInfo
 
-BACKENDS = ("onnxrt", *tensorrt.LIBRARIES)
 DEVICES = ("cpu", "cuda")
 
 log = logging.getLogger("vqdeploy")

@@ -11,15 +11,13 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.manifest import StageInfo
-
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Backend -> Python module."""
 
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 """What a default TensorRT-RTX engine runs on, by its documentation."""
@@ -33,14 +31,11 @@ def check(backend: str) -> str:
     """
     module = LIBRARIES[backend]
     if importlib.util.find_spec(module) is None:
-        source = "from NVIDIA's TensorRT download" if backend == "tensorrt" else "from PyPI"
-        raise VqdeployError(f"{backend} is not installed ({source})", fix=f"pip install {backend} polygraphy")
+        raise VqdeployError(f"{backend} is not installed ({source(backend)})", fix=f"pip install {backend} polygraphy")
     if importlib.util.find_spec("polygraphy") is None:
         raise VqdeployError("Polygraphy is not installed", fix="pip install polygraphy")
-    try:
-        return version(backend)
-    except PackageNotFoundError:
-        return "unknown"
+    distributions = packages_distributions().get(module, [])  # NVIDIA has several for one module
+    return version(distributions[0]) if distributions else importlib.import_module(module).__version__
 
 
 def targets(backend: str) -> tuple[str, ...]:
@@ -144,6 +139,8 @@ def _config(profile: Any) -> Any:
     @func.extend((CreateConfigRTX if rtx else CreateConfig)(profiles=[profile]))
     def config(builder: Any, network: Any, config: Any) -> None:
         config.clear_flag(trt.BuilderFlag.TF32)
+        if rtx:  # what sessions need for CUDA graphs
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
     return config
 

@@ -1,22 +1,24 @@
 """Key-value cached sampling: one engine call a position."""
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, write_options
 
 
 class AutoregressiveSampler(Sampler):
-    """Runs the `step` stage of an autoregressive prior. Buffers are made once for each batch size and reused."""
+    """Runs the `step` stage of an autoregressive prior."""
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
         super().__init__()
-        self._session = sessions["step"]
-        self._bindings: dict[int, tuple[dict[str, Any], Any]] = {}
+        self._session = session = sessions["step"]
+        self._bound = kept(partial(_bound, session), session.device)
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
@@ -40,7 +42,7 @@ class AutoregressiveSampler(Sampler):
         if needed.size == 0:
             return request.known
         first = int(needed[0])
-        held, binding = self._buffers(rows * batch)
+        held, binding = self._bound(rows * batch)
         if first > 0:
             caches = {name: held[name] for name in self._session.stage.aliases.values()}
             prefill = self._session.bind({"batch": rows * batch, "length": first}, caches)
@@ -65,15 +67,6 @@ class AutoregressiveSampler(Sampler):
             if callback:
                 callback(position - first + 1, positions - first, np.array(codes).reshape(request.known.shape))
         return self.read("step", codes).reshape(request.known.shape)
-
-    def _buffers(self, batch: int) -> tuple[dict[str, Any], Any]:
-        """What calls leave for the next ones, and a binding for one position."""
-        if batch not in self._bindings:
-            dims = {"batch": batch, "length": 1}
-            past = (info.name for info in self._session.stage.inputs if info.name.startswith("past_"))
-            held = self._session.buffers(dims, "codes", "next_codes", *past)
-            self._bindings = {batch: (held, self._session.bind(dims, held))}  # one batch size at a time
-        return self._bindings[batch]
 
     def _call(self, binding: Any, position: int) -> None:
         binding.inputs["position"][:] = position
@@ -126,6 +119,14 @@ class GuidedSampler(AutoregressiveSampler):
         binding.inputs["label"][batch:] = self.no_label
         binding.inputs["partner"][:] = np.where(rows < batch, (rows + batch) % len(rows), rows)
         binding.inputs["guidance"][:] = request.options["guidance_scale"]  # of no effect on its own partner
+
+
+def _bound(session: Any, batch: int) -> tuple[dict[str, Any], Any]:
+    """What calls leave for the next ones, and a binding for one position."""
+    dims = {"batch": batch, "length": 1}
+    past = (info.name for info in session.stage.inputs if info.name.startswith("past_"))
+    held = session.buffers(dims, "codes", "next_codes", *past)
+    return held, session.bind(dims, held)
 
 
 def carry(source: Any, target: Any) -> None:

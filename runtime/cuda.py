@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import device
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.device import DeviceArray, DeviceBinding, Stream, buffers
-from vqdeploy.runtime.manifest import StageInfo
+from vqdeploy.runtime.manifest import StageInfo, TensorInfo
 from vqdeploy.runtime.onnxrt import OnnxrtSession, failure, ort
 
 _INSTALL = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
@@ -24,17 +25,6 @@ _MEMORY = "cuda"
 _NO_GRAPH = -1
 
 log = logging.getLogger("vqdeploy")
-
-
-def available() -> bool:
-    """Whether ONNX Runtime can run on CUDA; a GPU that lies idle for want of a package is worth a warning."""
-    try:
-        check()
-    except VqdeployError as error:
-        if _PROVIDER in ort.get_available_providers():
-            log.warning("running on the CPU: %s", error)
-        return False
-    return True
 
 
 def check() -> None:
@@ -80,8 +70,11 @@ class CudaSession(OnnxrtSession):
     """One stage of a plan on ONNX Runtime's CUDA provider. All sessions of a plan share a stream.
 
     ONNX Runtime replays bindings as CUDA graphs where it can capture the stage: when it sees that it cannot, it refuses
-    to open the session, which is then opened without.
+    to open the session, which is then opened without. `host_inputs` are those that it takes on the CPU, as it does when
+    no operator on the GPU takes them; nor can such a stage be captured.
     """
+
+    device = "cuda"
 
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream, profile: Path | None = None):
         # With TF32 the products would have ten bits of mantissa, and codes would differ from those of the CPU.
@@ -93,7 +86,8 @@ class CudaSession(OnnxrtSession):
             except ArtifactError as error:
                 log.info("stage %s runs without CUDA graphs: %s", stage.name, error)
                 self.graphs = False
-        if not self.graphs:
+        if not self.graphs or self.host_inputs:
+            self.graphs = False
             self._open(bundle, stage, profile, options)
         if _PROVIDER not in self._session.get_providers():
             raise VqdeployError("ONNX Runtime gave up CUDA, for a reason that it keeps to itself", fix=_INSTALL)
@@ -102,12 +96,13 @@ class CudaSession(OnnxrtSession):
 
     def _open(self, bundle: Bundle, stage: StageInfo, profile: Path | None, options: dict[str, str]) -> None:
         super().__init__(bundle, stage, profile=profile, providers=[(_PROVIDER, options), "CPUExecutionProvider"])
+        places = zip(stage.inputs, self._session.get_input_memory_infos(), strict=True)
+        self.host_inputs = [info.name for info, memory in places if memory.name.lower() != _MEMORY]
 
     def run_options(self, graph: int) -> "ort.RunOptions":
-        """Options of a run that captures or replays the graph of this number."""
+        """Options of a run that captures or replays the graph of this number, where stages can be captured."""
         options = ort.RunOptions()
-        if self.graphs:
-            options.add_run_config_entry("gpu_graph_id", str(graph))
+        options.add_run_config_entry("gpu_graph_id", str(graph if self.graphs else _NO_GRAPH))
         return options
 
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
@@ -136,11 +131,10 @@ class CudaBinding(DeviceBinding):
         stream: Stream,
     ):
         super().__init__(owner.stage, dims, shared, stream)
-        self._session, self._name = session, owner.stage.name
+        self._session, self._name, self._stream = session, owner.stage.name, stream
         self._io = session.io_binding()
-        for info in owner.stage.inputs:
-            place = self.shapes[info.name], self.addresses[info.name]
-            self._io.bind_input(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
+        self._host_inputs = [info for info in owner.stage.inputs if info.name in owner.host_inputs]
+        self._bind_inputs(owner.stage.inputs)
         for info in owner.stage.outputs:
             place = self.shapes[info.name], self.addresses[info.name]
             self._io.bind_output(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
@@ -149,8 +143,16 @@ class CudaBinding(DeviceBinding):
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         weakref.finalize(self, session.release_captured_graph, number)
 
+    def _bind_inputs(self, infos: Iterable[TensorInfo]) -> None:
+        for info in infos:
+            place = self.shapes[info.name], self.addresses[info.name]
+            self._io.bind_input(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
+
     def enqueue(self) -> None:
         """Queues one engine call."""
+        if self._host_inputs:  # ONNX Runtime copies them when they are bound
+            self._stream.synchronize()
+            self._bind_inputs(self._host_inputs)
         try:
             self._session.run_with_iobinding(self._io, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this

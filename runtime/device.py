@@ -1,11 +1,13 @@
 """The memory of a GPU and the work that is queued for it, through cuda-python.
 
-Everything is queued on one stream and happens in order. The host waits in three places only: when it reads an array
-(`np.asarray`), in `Stream.synchronize`, and when it is several engine calls ahead of the GPU.
+Everything is queued on one stream and happens in order. The host waits when it reads an array (`np.asarray`) or gives
+memory back, and when it is several engine calls ahead of the GPU. CUDA may make it wait when it writes values of its
+own into an array; the inputs of a `DeviceBinding` are spared that.
 """
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -76,16 +78,19 @@ class Stream:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> "DeviceArray":
         """A new array of zeros."""
-        memory = _Memory(math.prod(shape) * np.dtype(dtype).itemsize)
-        array = DeviceArray(self, memory, _view(memory.address, shape, np.dtype(dtype)))
+        array = self._empty(shape, np.dtype(dtype))
         array[...] = 0
         return array
 
     def array(self, values: np.ndarray) -> "DeviceArray":
         """A new array with a copy of values of the host."""
-        array = self.zeros(values.shape, values.dtype)
+        array = self._empty(values.shape, values.dtype)
         array[...] = values
         return array
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype) -> "DeviceArray":
+        memory = _Memory(math.prod(shape) * dtype.itemsize)
+        return DeviceArray(self, memory, _view(memory.address, shape, dtype))
 
     def reserve(self, size: int) -> None:
         """Announces that an engine needs this many bytes while it runs."""
@@ -106,15 +111,17 @@ class Stream:
         # Relaxed, since Python may give memory back at any time.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         _check(cudart.cudaStreamBeginCapture(self.handle, mode))
+        graph = None
         try:
-            enqueue()
-        finally:
-            status, graph = cudart.cudaStreamEndCapture(self.handle)
-        _check((status, graph))
-        try:
+            try:
+                enqueue()
+            finally:
+                status, graph = cudart.cudaStreamEndCapture(self.handle)
+            _check((status, graph))
             return Graph(self, int(_check(cudart.cudaGraphInstantiate(graph, 0))))
         finally:
-            _check(cudart.cudaGraphDestroy(graph))
+            if graph is not None:
+                cudart.cudaGraphDestroy(graph)
 
 
 class _Memory:
@@ -173,27 +180,20 @@ class DeviceArray:
         return DeviceArray(self._stream, self._memory, view)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        target = self[index]._view
-        stream = self._stream.handle
+        target, stream, kinds = self[index]._view, self._stream.handle, cudart.cudaMemcpyKind
         if isinstance(value, DeviceArray):
-            kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-            source = np.broadcast_to(value._view, target.shape)
-            for (to, to_pitch), (of, of_pitch), width, height in _blocks(target, source):
-                _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, stream))
-        elif np.ndim(value) == 0 and value == 0:
-            for (to, to_pitch), _, width, height in _blocks(target, target):
-                _check(cudart.cudaMemset2DAsync(to, to_pitch, 0, width, height, stream))
+            _copy(target, np.broadcast_to(value._view, target.shape), kinds.cudaMemcpyDeviceToDevice, stream)
+            return
+        values = np.asarray(value, self.dtype)
+        if values.ndim == 0 and len(pattern := set(values.tobytes())) == 1:
+            _fill(target, pattern.pop(), stream)
         else:
-            kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
-            source = np.ascontiguousarray(np.broadcast_to(np.asarray(value, self.dtype), target.shape))
-            for (to, to_pitch), (of, of_pitch), width, height in _blocks(target, source):
-                _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, stream))
+            source = np.ascontiguousarray(np.broadcast_to(values, target.shape))
+            _copy(target, source, kinds.cudaMemcpyHostToDevice, stream)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         values = np.empty(self.shape, self.dtype)
-        for (to, to_pitch), (of, of_pitch), width, height in _blocks(values, self._view):
-            _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, self._stream.handle))
+        _copy(values, self._view, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost, self._stream.handle)
         self._stream.synchronize()
         return values if dtype is None else values.astype(dtype, copy=False)
 
@@ -207,6 +207,24 @@ def _view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _address(view: np.ndarray) -> int:
     return view.__array_interface__["data"][0]
+
+
+def _copy(target: np.ndarray, source: np.ndarray, kind: Any, stream: int) -> None:
+    """Queues a copy between arrays of one shape and type."""
+    for (to, to_pitch), (of, of_pitch), width, height in _blocks(target, source):
+        if height == 1:  # a pitch has bounds that a width has not
+            _check(cudart.cudaMemcpyAsync(to, of, width, kind, stream))
+        else:
+            _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, stream))
+
+
+def _fill(target: np.ndarray, value: int, stream: int) -> None:
+    """Queues a write of one value into every byte of an array."""
+    for (to, pitch), _, width, height in _blocks(target, target):
+        if height == 1:
+            _check(cudart.cudaMemsetAsync(to, value, width, stream))
+        else:
+            _check(cudart.cudaMemset2DAsync(to, pitch, value, width, height, stream))
 
 
 def _blocks(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[tuple[int, int], tuple[int, int], int, int]]:
@@ -242,16 +260,19 @@ class _Staged:
             size = math.prod(info.concrete(dims)) * np.dtype(info.dtype).itemsize
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
         self._host, self._device = np.zeros(end, np.uint8), stream.zeros((end,), np.uint8)
-        self._slots = [_Slot(end) for _ in range(_AHEAD)] if end else []
+        self._slots: deque[_Slot] = deque(maxlen=_AHEAD)
         self.arrays = {i.name: np.ndarray(i.concrete(dims), i.dtype, self._host, places[i.name]) for i in infos}
         self.addresses = {name: self._device.address + place for name, place in places.items()}
 
     def upload(self) -> None:
         """Queues a copy of what the arrays hold now."""
-        if self._slots:
-            slot = self._slots.pop(0)
-            slot.send(self._host, self._device.address, self._stream)
-            self._slots.append(slot)
+        if not self._host.size:
+            return
+        if len(self._slots) < _AHEAD:
+            self._slots.append(_Slot(self._host.size))
+        else:
+            self._slots.rotate(-1)  # before it is used: who is interrupted in the wait must not lose it
+        self._slots[-1].send(self._host, self._device.address, self._stream)
 
 
 class _Slot:

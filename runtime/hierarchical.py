@@ -3,11 +3,13 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.runtime.autoregressive import carry
+from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of
@@ -20,17 +22,14 @@ _ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "above_x.0", "above_y
 
 
 class Level:
-    """The stages of one level: `NAME_row`, `NAME_pixel` and, if codes condition it, `NAME_condition`.
-
-    Buffers are made when the batch size changes, and reused until then.
-    """
+    """The stages of one level: `NAME_row`, `NAME_pixel` and, if codes condition it, `NAME_condition`."""
 
     def __init__(self, name: str, sessions: dict[str, Any], grid: tuple[int, int]):
         self.name, self.grid = name, grid
-        self._row, self._pixel = sessions[f"{name}_row"], sessions[f"{name}_pixel"]
-        self._condition = sessions.get(f"{name}_condition")
-        self.codebook_size = next(info for info in self._pixel.stage.inputs if info.name == "noise").shape[-1]
-        self._buffers: dict[int, tuple[Any, list[Any], Any]] = {}
+        self._pixel = pixel = sessions[f"{name}_pixel"]
+        stages = sessions.get(f"{name}_condition"), sessions[f"{name}_row"], pixel
+        self._bound = kept(partial(_bound, *stages, grid), pixel.device)
+        self.codebook_size = next(info for info in pixel.stage.inputs if info.name == "noise").shape[-1]
         self.seconds: dict[str, float] = defaultdict(float)
 
     def places(
@@ -43,7 +42,7 @@ class Level:
         takes them. Codes may be those of the host or `array` of them.
         """
         (height, width), batch = self.grid, len(codes)
-        condition, rows, pixel = self._bound(batch)
+        condition, rows, pixel, padded = self._bound(batch)
         for binding in (pixel, *rows):
             binding.clear()
         for name, value in options.items():
@@ -52,7 +51,7 @@ class Level:
             condition.inputs["codes"][:] = above
             self.run("condition", condition)
         side = pixel.inputs["codes"].shape[1]
-        padded = self.array(np.full((batch, height + side, side + width), -1))
+        padded[...] = -1
         for row in range(height):
             binding = rows[row % len(rows)]
             binding.inputs["row"][:] = pixel.inputs["row"][:] = row
@@ -78,42 +77,6 @@ class Level:
         start = time.perf_counter()
         binding.run()
         self.seconds[f"{self.name}_{part}"] += time.perf_counter() - start
-
-    def _bound(self, batch: int) -> tuple[Any, list[Any], Any]:
-        """Buffers of the stages, which share what one leaves for the other."""
-        if batch not in self._buffers:
-            dims = {"batch": batch}
-            past = (info.name for info in self._pixel.stage.inputs if info.name.startswith("past_"))
-            held = self._pixel.buffers(dims, "codes", *past, *_FROM_ROW)
-            shared = {name: held[name] for name in _FROM_ROW}
-            shared |= {name: held[f"past_{name}"] for name in ("row_x", "row_y")}
-            condition, pixel = None, self._pixel.bind(dims, held)
-            if self._condition is not None:
-                made = self._condition.buffers(dims, "codes", "condition")
-                condition = self._condition.bind(dims, made)
-                shared["condition"] = made["condition"]
-            self._buffers = {batch: (condition, self._bound_rows(dims, shared), pixel)}  # one batch size at a time
-        return self._buffers[batch]
-
-    def _bound_rows(self, dims: dict[str, int], shared: dict[str, Any]) -> list[Any]:
-        """Buffers of `row`, once for each row above that it sees.
-
-        Those rows stay where they are: from call to call their buffers change roles, and the new row goes where the
-        farthest one was.
-        """
-        names = [info.name for info in self._row.stage.inputs]
-        seen = 1 + sum(name.startswith("above_x.") for name in names)
-        window = self._row.buffers(dims, "codes")
-        spread = [self._row.buffers(dims, "spread_x", "spread_y") for _ in range(seen)]
-        slots = {axis: [made[f"spread_{axis}"] for made in spread] for axis in "xy"}
-        rows = []
-        for turn in range(seen):
-            roles: dict[str, Any] = {}
-            for axis, buffers in slots.items():
-                *above, roles[f"spread_{axis}"] = buffers[turn:] + buffers[:turn]
-                roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}
-            rows.append(self._row.bind(dims, shared | roles | window))
-        return rows
 
 
 class HierarchicalSampler(Sampler):
@@ -142,13 +105,14 @@ class HierarchicalSampler(Sampler):
         """Codes int64 [B, N]: the known ones, and samples elsewhere."""
         self.seconds.clear()
         parts = self._maps(request.known)
-        maps = [level.array(part) for level, part in zip(self.levels, parts, strict=True)]
+        # On a GPU these stay there: nothing in the loop waits for a code.
+        maps, given = ([level.array(part) for level, part in zip(self.levels, parts, strict=True)] for _ in range(2))
         open_levels = [index for index, part in enumerate(parts) if (part < 0).any()]
         total = sum(parts[index][0].size for index in open_levels)
         step = 0
         for index in open_levels:
             self.levels[index].seconds.clear()
-            for _ in self._places(index, parts[index], maps, request):
+            for _ in self._places(index, parts[index] < 0, given[index], maps, request):
                 step += 1
                 if callback:
                     callback(step, total, _joined(maps))
@@ -162,11 +126,10 @@ class HierarchicalSampler(Sampler):
         parts = np.split(codes, np.cumsum(counts)[:-1], 1)
         return [part.reshape(-1, *level.grid) for part, level in zip(parts, self.levels, strict=True)]
 
-    def _places(self, index: int, known: np.ndarray, maps: list[Any], request: Request) -> Iterator[None]:
+    def _places(self, index: int, unknown: np.ndarray, given: Any, maps: list[Any], request: Request) -> Iterator[None]:
         """Draws the unknown codes of a level into its map, one place after the other."""
         level, codes, above = self.levels[index], maps[index], maps[index - 1] if index else None
         first = sum(codes.shape[1] * codes.shape[2] for codes in maps[:index])
-        unknown, given = known < 0, level.array(known)
         choices = for_graph(request.options, len(self.levels), level.codebook_size)
         options = {name: values[index] for name, values in choices.items()}
         for row, column, binding in level.places(codes, request.labels, above, options):
@@ -191,6 +154,43 @@ class HierarchicalSampler(Sampler):
     def _whole_rows(self, rows: Any) -> np.ndarray:
         widths = (level.grid[1] for level in self.levels)
         return np.concatenate([np.repeat(row, width, 1) for row, width in zip(rows, widths, strict=True)], 1)
+
+
+def _bound(condition: Any, row: Any, pixel: Any, grid: tuple[int, int], batch: int) -> tuple[Any, list[Any], Any, Any]:
+    """Bindings of the stages of a level, which share what one leaves for the other; its codes within margins."""
+    dims = {"batch": batch}
+    past = (info.name for info in pixel.stage.inputs if info.name.startswith("past_"))
+    held = pixel.buffers(dims, "codes", *past, *_FROM_ROW)
+    shared = {name: held[name] for name in _FROM_ROW}
+    shared |= {name: held[f"past_{name}"] for name in ("row_x", "row_y")}
+    above = None
+    if condition is not None:
+        made = condition.buffers(dims, "codes", "condition")
+        above = condition.bind(dims, made)
+        shared["condition"] = made["condition"]
+    place, side = pixel.bind(dims, held), held["codes"].shape[1]
+    padded = pixel.array(np.full((batch, grid[0] + side, side + grid[1]), -1))
+    return above, _bound_rows(row, dims, shared), place, padded
+
+
+def _bound_rows(row: Any, dims: dict[str, int], shared: dict[str, Any]) -> list[Any]:
+    """Bindings of `row`, one for each row above that it sees.
+
+    Those rows stay where they are: from call to call their buffers change roles, and the new row goes where the
+    farthest one was.
+    """
+    seen = 1 + sum(info.name.startswith("above_x.") for info in row.stage.inputs)
+    window = row.buffers(dims, "codes")
+    spread = [row.buffers(dims, "spread_x", "spread_y") for _ in range(seen)]
+    slots = {axis: [made[f"spread_{axis}"] for made in spread] for axis in "xy"}
+    rows = []
+    for turn in range(seen):
+        roles: dict[str, Any] = {}
+        for axis, buffers in slots.items():
+            *above, roles[f"spread_{axis}"] = buffers[turn:] + buffers[:turn]
+            roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}
+        rows.append(row.bind(dims, shared | roles | window))
+    return rows
 
 
 def _joined(maps: list[Any]) -> np.ndarray:

@@ -19,10 +19,13 @@ _DIGEST = hashlib.sha256().digest_size
 log = logging.getLogger("vqdeploy")
 
 
-def folder() -> Path:
-    """Where the files lie: `vqdeploy/tensorrt-rtx` in XDG_CACHE_HOME or in `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vqdeploy" / "tensorrt-rtx"
+def folder() -> Path | None:
+    """Where the files lie: `vqdeploy/tensorrt-rtx` in XDG_CACHE_HOME or in `~/.cache`; None without a home."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path.home() / ".cache") / "vqdeploy" / "tensorrt-rtx"
+    except RuntimeError:
+        return None
 
 
 class KernelCache:
@@ -32,7 +35,8 @@ class KernelCache:
     """
 
     def __init__(self, name: str):
-        self._file = folder() / f"{name}.bin"
+        place = folder()
+        self._file = place and place / f"{name}.bin"
         self._cache: Any = None
         self._saved = b""
 
@@ -40,24 +44,28 @@ class KernelCache:
         """Gives the cache to an `IRuntimeConfig`, with what is on disk when it is the first."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            self._saved = _read(self._file)
+            self._saved = _read(self._file) if self._file else b""
             if self._saved and not self._cache.deserialize(self._saved):
                 log.info("%s is of another version, driver or GPU and is compiled anew", self._file)
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """Writes what is not on disk yet; without a place to write to, nothing happens but a warning."""
-        compiled = bytes(self._cache.serialize())
-        if compiled == self._saved:
+        serialized = self._cache.serialize()
+        if self._file is None or serialized is None or (compiled := bytes(serialized)) == self._saved:
             return
+        self._saved = compiled
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _private(self._file.parent.stat()):
+                log.warning("nothing is kept in %s: another user can write there", self._file.parent)
+                return
             with replacing_file(self._file) as file:
                 file.touch(0o600)
                 file.write_bytes(hashlib.sha256(compiled).digest() + compiled)
         except (OSError, VqdeployError) as error:
-            log.warning("what was compiled for this GPU cannot be kept: %s", error)
-        self._saved = compiled
+            reason = str(error).partition(". Fix")[0]
+            log.warning("what was compiled for this GPU cannot be kept: %s", reason)
 
 
 def _read(file: Path) -> bytes:

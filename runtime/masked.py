@@ -5,31 +5,33 @@ Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), sectio
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 
-_CALL_LOGITS = 2**20  # in one call; more images at once are no faster on a CPU and need more memory
+_CALL_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # more images at once are no faster on a CPU and need more memory
 _MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
 
 
 class MaskedSampler(Sampler):
-    """Runs the `step` stage of a masked prior. Buffers are made once for each batch size and reused."""
+    """Runs the `step` stage of a masked prior."""
 
     options = (*Sampler.options, "steps", "schedule", "guidance_scale", "choice_temperature")
     keeps_pixels = True
 
     def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
         super().__init__()
-        self._session = session = sessions["step"]
+        session = sessions["step"]
         self.no_label = prior["classes"]
         logits = next(info for info in session.stage.inputs if info.name == "noise")
-        self.call_images = max(1, _CALL_LOGITS // math.prod(logits.shape[1:]))
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self.call_images = max(1, _CALL_LOGITS[session.device] // math.prod(logits.shape[1:]))
+        self._bound = kept(partial(_bound, session), session.device)
 
     @staticmethod
     def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
@@ -69,11 +71,7 @@ class MaskedSampler(Sampler):
         """Buffers with the label and the options of a request written into them."""
         batch, scale = len(request.known), request.options["guidance_scale"]
         conditions = 1 if scale == 1 or (request.labels == self.no_label).all() else 2
-        if (batch, conditions) not in self._bindings:
-            dims = {"batch": batch, "conditions": conditions}
-            carried = self._session.buffers(dims, "codes", "given")
-            self._bindings = {(batch, conditions): self._session.bind(dims, carried)}  # one size at a time
-        binding = self._bindings[batch, conditions]
+        binding = self._bound(batch, conditions)
         binding.inputs["label"][:] = self.no_label
         binding.inputs["label"][:, 0] = request.labels
         binding.inputs["guidance"][:] = 1 - scale
@@ -91,6 +89,12 @@ class MaskedSampler(Sampler):
         gumbel(seed, images, _MASK_DRAW, noise)
         ranks = noise.reshape(len(images), -1).argsort(1).argsort(1)
         return (ranks < round(ratio * ranks.shape[1])).reshape(noise.shape)
+
+
+def _bound(session: Any, batch: int, conditions: int) -> Any:
+    """Buffers for a batch; the codes that one step leaves for the next stay with the engine."""
+    dims = {"batch": batch, "conditions": conditions}
+    return session.bind(dims, session.buffers(dims, "codes", "given"))
 
 
 def _write_choice(inputs: dict[str, np.ndarray], request: Request, step: int) -> None:

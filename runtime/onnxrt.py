@@ -73,6 +73,8 @@ def _buffer(info: TensorInfo, dims: dict[str, int], shared: dict[str, np.ndarray
 class OnnxrtSession:
     """One stage of a plan on ONNX Runtime, on the CPU unless other providers are named."""
 
+    device = "cpu"
+
     def __init__(
         self,
         bundle: Bundle,

@@ -13,6 +13,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import options
 from vqdeploy.runtime.arguments import as_array, as_numbers, check_whole, is_whole
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler, GuidedSampler
+from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
 from vqdeploy.runtime.manifest import BatchRange
@@ -61,7 +62,7 @@ def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline"
         raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
     if device not in ("auto", "cpu", "cuda"):
         raise VqdeployError(f"device {device!r} is not supported", expected="auto, cpu or cuda", found=device)
-    if backend not in ("onnxrt", "tensorrt-rtx", "tensorrt"):
+    if backend not in BACKENDS:
         raise ArtifactError(
             f"{path} is for a backend that is not known here", found=backend, fix="pip install -U vqdeploy"
         )
@@ -87,12 +88,23 @@ def _device(wanted: str, bundle: Bundle) -> str:
         return "cpu"
     if "cuda" not in manifest.targets:
         raise VqdeployError(f"{bundle.path} was built for the CPU", fix="vqdeploy build PACKAGE --device cuda")
-    from vqdeploy.runtime import cuda
+    try:
+        from vqdeploy.runtime import cuda
 
-    if wanted == "auto":
-        return "cuda" if cuda.available() else "cpu"
-    cuda.check()
+        cuda.check()
+    except VqdeployError as error:
+        if wanted == "cuda":
+            raise
+        log.log(_idle_gpu(), "running on the CPU: %s", error)
+        return "cpu"
     return "cuda"
+
+
+def _idle_gpu() -> int:
+    """How loud to be when a plan for CUDA runs on the CPU: a GPU that lies idle is worth a warning."""
+    from vqdeploy.runtime.onnxrt import ort
+
+    return logging.WARNING if "CUDAExecutionProvider" in ort.get_available_providers() else logging.INFO
 
 
 def _sessions(bundle: Bundle, threads: int, profile: Path | None, stream: Any) -> dict[str, Any]:
@@ -106,8 +118,6 @@ def _sessions(bundle: Bundle, threads: int, profile: Path | None, stream: Any) -
         from vqdeploy.runtime.cuda import CudaSession
 
         return {s.name: CudaSession(bundle, s, stream, profile and profile / s.name) for s in stages}
-    if profile:
-        raise VqdeployError("engines of TensorRT have no profiler here", fix="vqdeploy inspect --extract, then trtexec")
     from vqdeploy.runtime.tensorrt import TensorrtSession
 
     return {s.name: TensorrtSession(bundle, s, stream) for s in stages}

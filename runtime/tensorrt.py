@@ -4,20 +4,19 @@ import importlib
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.runtime import device, kernel_cache
+from vqdeploy.runtime import device
+from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.device import DeviceArray, DeviceBinding, Graph, Stream, buffers
+from vqdeploy.runtime.kept import kept
+from vqdeploy.runtime.kernel_cache import KernelCache
 from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
-
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Backend -> Python module."""
-
-_KEPT = 2  # sizes of a batch whose buffers are kept: as many as one request is split into
 
 log = logging.getLogger("vqdeploy")
 
@@ -26,7 +25,7 @@ def check(manifest: Manifest) -> None:
     """Looks for the library of a plan, in the version that it was built with, and for a GPU of the kind it is for.
 
     Raises:
-        VqdeployError: It is not installed, or there is no GPU.
+        VqdeployError: It is not installed or does not load, or there is no GPU.
         ArtifactError: The version or the GPU is another.
     """
     fix = f"vqdeploy build PACKAGE --backend {manifest.backend}"
@@ -43,55 +42,102 @@ def check(manifest: Manifest) -> None:
 
 def _library(backend: str) -> Any:
     try:
-        return importlib.import_module(MODULES[backend])
-    except ImportError as error:
-        source = "from NVIDIA's TensorRT download" if backend == "tensorrt" else "from PyPI"
-        raise VqdeployError(f"this plan needs {backend} ({source})", fix=f"pip install {backend}") from error
+        return importlib.import_module(LIBRARIES[backend])
+    except (ImportError, OSError, RuntimeError) as error:
+        what = f"this plan needs {backend} ({source(backend)}), which does not load ({error})"
+        raise VqdeployError(what, fix=f"pip install {backend}") from error
 
 
 class TensorrtSession:
-    """One stage of a plan as an engine. All sessions of a plan share a stream and the memory that engines work in.
+    """One stage of a plan. All sessions of a plan share a stream and the memory that engines work in."""
 
-    `in_place` are those of the stage's aliases that the engine writes in place; other caches are copied after a call.
+    device = "cuda"
+
+    def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream):
+        self.stage, self._stream = stage, stream
+        self._engine = Engine(bundle, stage, stream)
+        self._bound = kept(partial(_bound, self._engine, stream), self.device)  # the buffers of `run`
+
+    def caches(self, dims: dict[str, int]) -> dict[str, DeviceArray]:
+        """Empty buffers of the inputs that are updated in place."""
+        return self.buffers(dims, *self.stage.aliases.values())
+
+    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, DeviceArray]:
+        """Empty buffers of inputs and outputs, for bindings to share."""
+        return buffers(self.stage, dims, names, self._stream)
+
+    def array(self, values: np.ndarray) -> DeviceArray:
+        """A copy of an array where the buffers lie."""
+        return self._stream.array(values)
+
+    def bind(self, dims: dict[str, int], shared: dict[str, DeviceArray] | None = None) -> "TensorrtBinding":
+        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
+        return TensorrtBinding(self._engine, dims, shared or {}, self._stream)
+
+    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """One call with fresh outputs."""
+        dims = {
+            d: size
+            for info in self.stage.inputs
+            for d, size in zip(info.shape, inputs[info.name].shape, strict=True)
+            if isinstance(d, str)
+        }
+        binding = self._bound(*dims.items())
+        for name, values in inputs.items():
+            binding.inputs[name][...] = values
+        binding.run()
+        return {name: np.array(array) for name, array in binding.outputs.items()}
+
+
+class Engine:
+    """An engine of a plan, and the contexts that it runs in.
+
+    `in_place` are those of the stage's aliases that the engine writes in place; `stage` is the stage.
     """
 
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream):
         self.stage, self._stream = stage, stream
-        self._backend = str(bundle.manifest.backend)
+        self._backend, self._batch = str(bundle.manifest.backend), bundle.manifest.batch
         self._trt = trt = _library(self._backend)
         self._logger = _logger(trt)
-        self._runtime = trt.Runtime(self._logger)
-        self._runtime.engine_host_code_allowed = False
-        engine = bundle.member(stage.file)
-        self._engine = self._runtime.deserialize_cuda_engine(engine)
-        if self._engine is None:
-            raise ArtifactError(
-                f"stage {stage.name} of {bundle.path} cannot run here ({self._obstacle(engine)})",
-                fix=f"vqdeploy build PACKAGE --backend {self._backend}, on this machine",
-            )
+        self._logger.reason = "it gave no reason"
+        self._engine = self._deserialized(bundle)
         if not self._described():
             raise ArtifactError(f"stage {stage.name} of {bundle.path} is not the engine that its manifest describes")
-        stream.reserve(self._engine.device_memory_size_v2)
-        self._cache: Any = None
-        if self._backend == "tensorrt-rtx":
-            self._cache = kernel_cache.KernelCache(f"{bundle.manifest.members[stage.file]}-{trt.__version__}")
-        self._scratch: Any = None
-        self._context: Any = None
-        self._bindings: dict[tuple[tuple[str, int], ...], TensorrtBinding] = {}  # of `run`
         written = {output: self._engine.get_aliased_input_tensor(output) for output in stage.aliases}
         self.in_place = {output: name for output, name in stage.aliases.items() if written[output] == name}
+        stream.reserve(self._engine.device_memory_size_v2)
+        self._cache: KernelCache | None = None
+        if self._backend == "tensorrt-rtx":
+            self._cache = KernelCache(f"{bundle.manifest.members[stage.file]}-{trt.__version__}")
+        self._scratch: Any = None
+        self._common: Any = None
 
-    def _obstacle(self, engine: memoryview) -> str:
+    def _deserialized(self, bundle: Bundle) -> Any:
+        what = f"stage {self.stage.name} of {bundle.path} cannot run here"
+        blob = bundle.member(self.stage.file)
+        try:
+            self._runtime = self._trt.Runtime(self._logger)
+            self._runtime.engine_host_code_allowed = False
+            engine = self._runtime.deserialize_cuda_engine(blob)
+        except (TypeError, RuntimeError, AttributeError) as error:  # of pybind11, when the library made no object
+            raise VqdeployError(f"{what} ({self._backend} does not start: {error})") from error
+        if engine is None:
+            fix = f"vqdeploy build PACKAGE --backend {self._backend}, on this machine"
+            raise ArtifactError(f"{what} ({self._obstacle(blob)})", fix=fix)
+        return engine
+
+    def _obstacle(self, blob: memoryview) -> str:
         """Why an engine was refused."""
         if self._backend == "tensorrt":
             return self._logger.reason
-        _, found = self._runtime.get_engine_validity(engine)
+        _, found = self._runtime.get_engine_validity(blob)
         kinds = self._trt.EngineInvalidityDiagnostics.__members__.values()
         names = [kind.name.lower().replace("_", " ") for kind in kinds if int(kind) & int(found)]
         return ", ".join(names) or self._logger.reason
 
     def _described(self) -> bool:
-        """Whether the manifest has the tensors of the engine, and pairs only such."""
+        """Whether the manifest has the tensors of the engine, all on the GPU, and pairs only such."""
         engine, mode = self._engine, self._trt.TensorIOMode
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
 
@@ -110,54 +156,24 @@ class TensorrtSession:
         return (
             found(mode.INPUT) == inputs
             and found(mode.OUTPUT) == outputs
+            and all(engine.get_tensor_location(name) == self._trt.TensorLocation.DEVICE for name in names)
             and all(output in outputs and inputs.get(name) == outputs[output] for output, name in pairs)
         )
 
-    def caches(self, dims: dict[str, int]) -> dict[str, DeviceArray]:
-        """Empty buffers of the inputs that are updated in place."""
-        return self.buffers(dims, *self.stage.aliases.values())
-
-    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, DeviceArray]:
-        """Empty buffers of inputs and outputs, for bindings to share."""
-        return buffers(self.stage, dims, names, self._stream)
-
-    def array(self, values: np.ndarray) -> DeviceArray:
-        """A copy of an array where the buffers lie."""
-        return self._stream.array(values)
-
-    def bind(self, dims: dict[str, int], shared: dict[str, DeviceArray] | None = None) -> "TensorrtBinding":
-        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
-        return TensorrtBinding(self, dims, shared or {}, self._stream)
-
-    def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """One call with fresh outputs."""
-        dims = {
-            d: size
-            for info in self.stage.inputs
-            for d, size in zip(info.shape, inputs[info.name].shape, strict=True)
-            if isinstance(d, str)
-        }
-        key = tuple(sorted(dims.items()))
-        binding = self._bindings.pop(key, None)
-        if binding is None and len(self._bindings) == _KEPT:
-            del self._bindings[next(iter(self._bindings))]  # the one that was not used for the longest time
-        self._bindings[key] = binding = binding or self.bind(dims)
-        for name, values in inputs.items():
-            binding.inputs[name][...] = values
-        binding.run()
-        return {name: np.array(array) for name, array in binding.outputs.items()}
-
     def common_context(self) -> Any:
         """A context for calls of any shape."""
-        if self._context is None:
-            self._context = self.new_context()
-        return self._context
+        if self._common is None:
+            self._common = self._new_context(specialize=False)
+        return self._common
 
-    def new_context(self, specialize: bool = False) -> Any:
-        """A context of its own, in the memory that all share.
+    def own_context(self, binding: "TensorrtBinding") -> Any:
+        """A context of one binding; TensorRT-RTX compiles kernels for its shapes before it first runs."""
+        context = self._new_context(specialize=True)
+        self.prepare(context, binding)
+        return context
 
-        With `specialize` TensorRT-RTX compiles kernels for the shapes before it first runs, and not meanwhile.
-        """
+    def _new_context(self, specialize: bool) -> Any:
+        """A context in the memory that all share."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is None:
             context = self._engine.create_execution_context(strategy)
@@ -175,19 +191,36 @@ class TensorrtSession:
         return context
 
     def prepare(self, context: Any, binding: "TensorrtBinding") -> None:
-        """Gives a context the shapes and addresses of a binding."""
+        """Gives a context the shapes and addresses of a binding.
+
+        Raises:
+            VqdeployError: The engine was not built for such a size.
+        """
         for info in self.stage.inputs:
             if not context.set_input_shape(info.name, binding.shapes[info.name]):
-                raise ArtifactError(
-                    f"stage {self.stage.name} takes no {info.name} of shape {list(binding.shapes[info.name])}"
+                raise VqdeployError(
+                    f"stage {self.stage.name} takes no {info.name} of shape {list(binding.shapes[info.name])}",
+                    expected=f"a batch of {self._batch.min} to {self._batch.max}" if self._batch else None,
+                    fix="vqdeploy build PACKAGE --min-batch 1",
                 )
         for name, address in binding.addresses.items():
-            context.set_tensor_address(name, address)
+            if not context.set_tensor_address(name, address):
+                raise ArtifactError(f"stage {self.stage.name} takes no {name} ({self._logger.reason})")
 
     def execute(self, context: Any) -> None:
         """Queues one call."""
         if not context.execute_async_v3(self._stream.handle):
             raise ArtifactError(f"stage {self.stage.name} failed ({self._logger.reason})")
+
+    def captured(self, context: Any) -> Graph | None:
+        """A call as a graph; None if the engine does what cannot be captured."""
+        try:
+            if self._backend == "tensorrt-rtx" and not context.is_stream_capturable(self._stream.handle):
+                raise VqdeployError("TensorRT-RTX cannot be captured in it")
+            return self._stream.capture(partial(self.execute, context))
+        except VqdeployError as error:
+            log.info("stage %s runs without CUDA graphs: %s", self.stage.name, error)
+            return None
 
     def keep_kernels(self) -> None:
         """Writes what was compiled at run time to disk, for the next process."""
@@ -203,49 +236,45 @@ class TensorrtBinding(DeviceBinding):
     which cannot be captured. The third call is captured.
     """
 
-    def __init__(self, session: TensorrtSession, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
-        stage = replace(session.stage, aliases=session.in_place)
-        self._copied = {o: name for o, name in session.stage.aliases.items() if o not in session.in_place}
+    def __init__(self, engine: Engine, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
+        stage = replace(engine.stage, aliases=engine.in_place)
+        self._copied = {o: name for o, name in engine.stage.aliases.items() if o not in engine.in_place}
         missing = [name for name in self._copied.values() if name not in shared]
         super().__init__(stage, dims, buffers(stage, dims, missing, stream) | shared, stream)
-        self._session, self._stream = session, stream
+        self._engine = engine
         self._calls = 0
         self._context: Any = None
         self._graph: Graph | None = None
 
     def enqueue(self) -> None:
         """Queues one engine call."""
-        self._calls += 1
-        if self._calls == 1:
-            context = self._session.common_context()
-            self._session.prepare(context, self)
-            self._session.execute(context)
-        elif self._calls == 2:
-            self._context = self._session.new_context(specialize=True)
-            self._session.prepare(self._context, self)
-            self._session.execute(self._context)
-            self._session.keep_kernels()
+        if self._calls == 0:
+            context = self._engine.common_context()
+            self._engine.prepare(context, self)
+            self._engine.execute(context)
+        elif self._calls == 1:
+            self._context = self._engine.own_context(self)
+            self._engine.execute(self._context)
+            self._engine.keep_kernels()
         else:
-            if self._calls == 3:
-                self._graph = self._captured()
+            if self._calls == 2:
+                self._graph = self._engine.captured(self._context)
             if self._graph:
                 self._graph.launch()
             else:
-                self._session.execute(self._context)
+                self._engine.execute(self._context)
         for output, name in self._copied.items():
             self.inputs[name][...] = self.outputs[output]
-
-    def _captured(self) -> Graph | None:
-        """The call as a graph; None if the engine does what cannot be captured."""
-        try:
-            return self._stream.capture(lambda: self._session.execute(self._context))
-        except VqdeployError as error:
-            log.info("stage %s runs without CUDA graphs: %s", self._session.stage.name, error)
-            return None
+        self._calls += 1  # a call that failed is made again in the same way
 
 
+def _bound(engine: Engine, stream: Stream, *dims: tuple[str, int]) -> TensorrtBinding:
+    return TensorrtBinding(engine, dict(dims), {}, stream)
+
+
+@cache
 def _logger(trt: Any) -> Any:
-    """A logger that remembers the last error."""
+    """The one logger of a library, which keeps the first it is given; this one remembers the last error."""
 
     class Logger(trt.ILogger):
         reason = "it gave no reason"

@@ -189,7 +189,7 @@ def test_a_row_that_goes_on_from_the_end_of_the_row_before(vqvae2_plan, vqvae2_s
 
 def detached(monkeypatch, kinds):
     """The bindings of a row get buffers of their own for inputs and outputs of some kinds."""
-    bound = Level._bound
+    bound_rows = hierarchical._bound_rows
 
     class Detached:
         def __init__(self, session):
@@ -199,12 +199,7 @@ def detached(monkeypatch, kinds):
             shared = {} if shared is None else shared
             return self.session.bind(dims, {n: buffer for n, buffer in shared.items() if not n.startswith(kinds)})
 
-    def forgetful(level, batch):
-        if not isinstance(level._row, Detached):
-            level._row = Detached(level._row)
-        return bound(level, batch)
-
-    monkeypatch.setattr(Level, "_bound", forgetful)
+    monkeypatch.setattr(hierarchical, "_bound_rows", lambda row, *others: bound_rows(Detached(row), *others))
 
 
 @pytest.mark.parametrize("kinds", [("row_x",), ("row_y",), ("above_", "spread_"), ("condition",)])
@@ -242,8 +237,8 @@ def test_a_bottom_level_that_follows_the_top_level_of_its_neighbour(vqvae2_plan,
     """Only whole generations show what the loop hands from level to level."""
     draw = hierarchical.HierarchicalSampler._places
 
-    def mixed_up(sampler, index, known, maps, request):
-        return draw(sampler, index, known, [*(above[::-1] for above in maps[:index]), *maps[index:]], request)
+    def mixed_up(sampler, index, unknown, given, maps, request):
+        return draw(sampler, index, unknown, given, [*(above[::-1] for above in maps[:index]), *maps[index:]], request)
 
     monkeypatch.setattr(hierarchical.HierarchicalSampler, "_places", mixed_up)
     found = broken(vqvae2_plan, vqvae2_system, "generate: whole distribution: tokens")

@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 
 from vqdeploy.files import replacing_file
 from vqdeploy.presets import PRESETS
+from vqdeploy.runtime.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
-BACKENDS = ("onnxrt", "tensorrt-rtx", "tensorrt")
 DTYPES = ("fp32", "fp16")
 TIMED = "fp16"
 PUBLISHED = {

@@ -93,6 +93,8 @@ def bench(
     _check(baselines, BASELINES, "baseline")
     start = time.perf_counter()
     pipeline = load(engine, device)
+    if profile and pipeline.manifest.backend != "onnxrt":
+        raise VqdeployError("engines of TensorRT have no profile here", fix="vqdeploy inspect --extract, then trtexec")
     load_seconds = time.perf_counter() - start
     tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.config["prior"]]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}

@@ -45,8 +45,8 @@ def test_every_stage_of_tiny_builds(tiny, tmp_path):
 
 
 @needs_rtx
-def test_products_keep_all_bits_of_fp32(python):
-    """TF32 is on by default."""
+def test_products_keep_all_bits_of_fp32_and_engines_can_be_captured(python):
+    """TF32 is on by default, and engines may allocate memory as they run."""
     printed = python("""
 import os
 os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
@@ -55,9 +55,10 @@ from polygraphy.backend.trt import Profile, create_network
 from vqdeploy.engines.tensorrt import _config
 builder, network = create_network()
 tensor = network.add_input("x", trt.float32, (-1,))
-print(_config(Profile().add("x", (1,), (1,), (1,)))(builder, network).get_flag(trt.BuilderFlag.TF32))
+config = _config(Profile().add("x", (1,), (1,), (1,)))(builder, network)
+print(config.get_flag(trt.BuilderFlag.TF32), config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION))
 """)
-    assert printed.split()[-1] == "False"
+    assert printed.split()[-2:] == ["False", "True"]
 
 
 @needs_rtx

@@ -25,9 +25,10 @@ class Cuda:
         self._map = mmap.mmap(-1, _SPACE)
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._next, self._free = 4096, free
-        self._pinned = {}
+        self.pinned, self._spare = {}, {}  # those of a size that was freed are given out again
         self._queue, self._recording, self._running = [], None, False
         self.done, self.log = set(), []
+        self.graphs, self.made = {}, 0
         self.live = {}  # address -> bytes of what is allocated
         self._protect(False)
 
@@ -69,25 +70,33 @@ class Cuda:
     def cudaMalloc(self, size):
         if sum(self.live.values()) + size > self._free:
             return real.cudaError_t.cudaErrorMemoryAllocation, None
-        address, self._next = self._start + self._next, self._next + -(-size // 512) * 512
-        assert self._next <= _SPACE
+        room = -(-size // 512) * 512
+        if self._spare.get(room):
+            address = self._spare[room].pop()
+        else:
+            address, self._next = self._start + self._next, self._next + room
+            assert self._next <= _SPACE
         self.live[address] = size
+        self.queue("garbage", lambda: ctypes.memset(address, 0xAB, size))
         return _OK, address
 
     def cudaFree(self, address):
         self.drain()
-        del self.live[address]
+        self._spare.setdefault(-(-self.live.pop(address) // 512) * 512, []).append(address)
         return (_OK,)
 
     def cudaMallocHost(self, size):
         array = np.full(size, 0xAB, np.uint8)
-        self._pinned[array.ctypes.data] = array
+        self.pinned[array.ctypes.data] = array
         return _OK, array.ctypes.data
 
     def cudaFreeHost(self, address):
         self.drain()
-        del self._pinned[address]
+        del self.pinned[address]
         return (_OK,)
+
+    def cudaMemsetAsync(self, address, value, size, stream):
+        return self.cudaMemset2DAsync(address, size, value, size, 1, stream)
 
     def cudaMemcpyAsync(self, to, of, size, kind, stream):
         return self.cudaMemcpy2DAsync(to, size, of, size, size, 1, kind, stream)
@@ -116,7 +125,7 @@ class Cuda:
         return (_OK,)
 
     def _is_pinned(self, address):
-        return any(start <= address < start + len(array) for start, array in self._pinned.items())
+        return any(start <= address < start + len(array) for start, array in self.pinned.items())
 
     def cudaMemset2DAsync(self, address, pitch, value, width, height, stream):
         assert self.holds(address, (height - 1) * pitch + width)
@@ -151,6 +160,7 @@ class Cuda:
         return _OK, 77
 
     def cudaStreamDestroy(self, stream):
+        self.drain()
         return (_OK,)
 
     def cudaStreamSynchronize(self, stream):
@@ -178,6 +188,7 @@ class Cuda:
 
     def cudaStreamBeginCapture(self, stream, mode):
         assert self._recording is None
+        assert mode == real.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed  # Python frees memory at any time
         self._recording = []
         return (_OK,)
 
@@ -186,21 +197,20 @@ class Cuda:
         return _OK, recorded
 
     def cudaGraphInstantiate(self, graph, flags):
-        self._graphs = getattr(self, "_graphs", [])
-        self._graphs.append(list(graph))
-        return _OK, len(self._graphs) - 1
+        self.made += 1
+        self.graphs[self.made] = list(graph)
+        return _OK, self.made
 
     def cudaGraphDestroy(self, graph):
         return (_OK,)
 
     def cudaGraphExecDestroy(self, graph):
+        del self.graphs[graph]
         return (_OK,)
 
     def cudaGraphLaunch(self, graph, stream):
-        recorded = self._graphs[graph]
-
         def replay():
-            for _, work in recorded:
+            for _, work in self.graphs[graph]:
                 work()
 
         return self.queue("graph", replay)
@@ -215,11 +225,13 @@ class TensorRT:
 
     def __init__(self, real_module, cuda, in_place=True):
         self._real, self.cuda, self.in_place = real_module, cuda, in_place
+        self.on_host, self.capturable = (), True
         self.__version__, self.__spec__ = real_module.__version__, real_module.__spec__
         self.contexts = []
         for name in (
             "ILogger",
             "TensorIOMode",
+            "TensorLocation",
             "DataType",
             "nptype",
             "ExecutionContextAllocationStrategy",
@@ -275,6 +287,9 @@ class _Engine:
 
     def get_tensor_shape(self, name):
         return [-1 if isinstance(size, str) else size for size in self._all[name].shape]
+
+    def get_tensor_location(self, name):
+        return self.trt.TensorLocation.HOST if name in self.trt.on_host else self.trt.TensorLocation.DEVICE
 
     def get_aliased_input_tensor(self, name):
         past = name.replace("present_", "past_")
@@ -337,6 +352,10 @@ class _Context:
         assert size >= self._engine.device_memory_size_v2
         assert self._cuda.holds(address, size)
         self.memory = address
+
+    def is_stream_capturable(self, stream):
+        assert stream == 77
+        return self._engine.trt.capturable
 
     def set_input_shape(self, name, shape):
         assert not self.captured

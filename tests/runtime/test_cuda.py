@@ -10,10 +10,10 @@ import pytest
 from late_cuda import Cuda
 
 from vqdeploy.engines.build import build
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import cuda, device, load
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.cuda import CudaBinding, CudaSession
+from vqdeploy.runtime.cuda import CudaSession
 from vqdeploy.verify import verify
 
 SYSTEMS = ("", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three")
@@ -51,12 +51,17 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cuda, "_MEMORY", "cpu")
     monkeypatch.setattr(cuda, "check", lambda: None)
 
-    def late(self):
-        options = self._options
-        simulated.queue("engine", lambda: self._session.run_with_iobinding(self._io, options))
-        self._options = self._later
+    run = cuda.ort.InferenceSession.run_with_iobinding
 
-    monkeypatch.setattr(CudaBinding, "enqueue", late)
+    def late(session, binding, options=None):
+        if options is None:  # on the CPU
+            return run(session, binding)
+        simulated.graphs_asked.append(options.get_run_config_entry("gpu_graph_id"))
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        return simulated.queue("engine", lambda: run(session, binding, options))
+
+    simulated.graphs_asked = []
+    monkeypatch.setattr(cuda.ort.InferenceSession, "run_with_iobinding", late)
     return simulated
 
 
@@ -106,6 +111,7 @@ def codes_of(file, device):
 def test_loops_on_a_gpu_draw_what_they_draw_on_the_cpu(cuda_plan, gpu):
     for a, b in zip(codes_of(cuda_plan, "cuda"), codes_of(cuda_plan, "cpu"), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert gpu.log.count("engine") > 3
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
@@ -140,17 +146,71 @@ def test_caches_are_written_in_place_and_nothing_else_is_kept_from_the_host(step
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
-def test_a_binding_is_captured_from_its_second_call_on(step):
+def test_a_binding_is_captured_from_its_second_call_on(step, gpu):
     binding, other = step.bind({"batch": 1, "length": 1}), step.bind({"batch": 1, "length": 1})
-    graphs = []
-    for _ in range(3):
-        graphs.append(binding._options.get_run_config_entry("gpu_graph_id"))
-        assert binding._options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+    for chosen in (binding, binding, other, binding, other):
+        chosen.run()
+    first, second, third, fourth, fifth = gpu.graphs_asked
+    assert first == third == "-1"
+    assert second == fourth != "-1"
+    assert fifth not in ("-1", second)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_graph_goes_with_its_binding(step, monkeypatch):
+    released = []
+    monkeypatch.setattr(
+        cuda.ort.InferenceSession, "release_captured_graph", lambda self, number: released.append(number)
+    )
+    binding = step.bind({"batch": 1, "length": 1})
+    binding.run()
+    number = binding._later.get_run_config_entry("gpu_graph_id")
+    del binding
+    assert list(map(str, released)) == [number]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_call_by_name_is_not_captured(step):
+    assert step._options.get_run_config_entry("gpu_graph_id") == "-1"
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_call_that_fails(step, monkeypatch):
+    def fail(session, binding, options):
+        raise RuntimeError("CUDA failure 2:\n out of memory")
+
+    monkeypatch.setattr(cuda.ort.InferenceSession, "run_with_iobinding", fail)
+    with pytest.raises(ArtifactError, match=r"stage step failed \(CUDA failure 2: out of memory\)"):
+        step.bind({"batch": 1, "length": 1}).run()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_inputs_that_onnxruntime_takes_on_the_host_are_bound_before_each_call(portable_plan, gpu, monkeypatch):
+    """It copies them when they are bound."""
+    bound = []
+    bind_input = cuda.ort.IOBinding.bind_input
+
+    def some_on_the_host(session):
+        names = [info.name for info in session.get_inputs()]
+        return [SimpleNamespace(name="Host" if name == "noise" else "Cpu") for name in names]
+
+    def bind(self, name, *place):
+        bound.append(name)
+        bind_input(self, name, *place)
+
+    monkeypatch.setattr(cuda.ort.InferenceSession, "get_input_memory_infos", some_on_the_host)
+    monkeypatch.setattr(cuda.ort.IOBinding, "bind_input", bind)
+    bundle = Bundle(portable_plan)
+    session = CudaSession(bundle, bundle.manifest.stage("step"), device.Stream())
+    assert session.host_inputs == ["noise"]
+    assert not session.graphs
+    binding = session.bind({"batch": 1, "length": 1})
+    del bound[:], gpu.log[:]
+    for _ in range(2):
         binding.run()
-    assert graphs[0] == "-1"
-    assert graphs[1] == graphs[2] != "-1"
-    other.run()
-    assert other._options.get_run_config_entry("gpu_graph_id") not in ("-1", graphs[1])
+    gpu.drain()
+    assert bound == ["noise", "noise"]
+    assert [entry for entry in gpu.log if entry in ("wait", "engine")] == ["wait", "wait", "engine", "wait", "engine"]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
@@ -185,6 +245,17 @@ def test_where_a_plan_for_cuda_runs(small_plan, gpu_build, monkeypatch):
     for wanted in ("auto", "cuda", "cpu"):
         load(small_plan, wanted)
     assert opened == ["cuda", "cuda", "cpu"]
+
+
+def test_without_cuda_python(small_plan, monkeypatch):
+    for module in ("vqdeploy.runtime.cuda", "vqdeploy.runtime.device"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("vqdeploy.runtime.device")
+    monkeypatch.delattr("vqdeploy.runtime.cuda")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert load(small_plan).device == "cpu"
+    with pytest.raises(VqdeployError, match=r"plans on a GPU need cuda-python\. Fix: pip install cuda-bindings"):
+        load(small_plan, device="cuda")
 
 
 def test_onnxruntime_without_cuda(small_plan, monkeypatch, caplog):

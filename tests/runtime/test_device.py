@@ -88,6 +88,11 @@ def test_an_array_that_is_assigned_spreads_as_in_numpy(stream):
     np.testing.assert_array_equal(target, np.stack([np.zeros((2, 4))] + [[range(4)] * 2] * 2))
 
 
+def test_new_arrays_are_zero_whatever_was_there(stream):
+    stream.array(np.full(64, 7))
+    assert not np.asarray(stream.zeros((64,), "int64")).any()
+
+
 def test_types_are_not_changed_in_a_copy(stream):
     with pytest.raises(TypeError, match="a copy of float32 to int64"):
         stream.zeros((2,), "int64")[:] = stream.zeros((2,), "float32")

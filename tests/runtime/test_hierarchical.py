@@ -194,7 +194,7 @@ def test_what_is_left_in_the_buffers_does_not_matter(any_pipeline):
     first = pipeline.generate(labels[:2], seed=4).codes
     poisoned = 0
     for level in pipeline._sampler.levels:
-        condition, rows, pixel = level._bound(2)
+        condition, rows, pixel, _ = level._bound(2)
         for binding in filter(None, (condition, *rows, pixel)):
             for buffer in (*binding.inputs.values(), *binding.outputs.values()):
                 buffer[:] = np.nan if buffer.dtype == np.float32 else 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -133,9 +134,36 @@ def test_without_a_place_to_write_to_there_is_a_warning(place, caplog):
     place.write_text("a file where the folder should be")
     opened()[0].save()
     assert "cannot be kept" in caplog.text
+    assert "Fix" not in caplog.text
 
 
-def test_the_folder_is_in_the_home_of_the_user(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME")
+@pytest.mark.parametrize("named", ["", "relative/place"])
+def test_the_folder_is_in_the_home_of_the_user(monkeypatch, tmp_path, named):
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert folder() == tmp_path / ".cache" / "vqdeploy" / "tensorrt-rtx"
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    opened()[0].save()
+
+
+def test_a_library_that_gives_nothing_to_keep(place):
+    cache, found = opened()
+    found.serialize = lambda: None
+    cache.save()
+    assert not place.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a user's folders to that user")
+def test_nothing_is_written_where_another_can(place, caplog):
+    place.mkdir(parents=True)
+    place.chmod(0o770)
+    opened()[0].save()
+    assert not list(place.iterdir())
+    assert "nothing is kept in" in caplog.text

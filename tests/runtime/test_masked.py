@@ -656,7 +656,7 @@ def test_no_label_needs_no_guidance(movq_pipeline):
     known, calls = np.full((2, *movq_pipeline.grid), -1), []
     bind = movq_pipeline.session("step").bind
     plain = movq_pipeline.complete(known, None, **WHOLE).codes
-    movq_pipeline._sampler._bindings.clear()
+    movq_pipeline._sampler._bound.cache_clear()
     movq_pipeline.session("step").bind = lambda dims, *shared: calls.append(dims) or bind(dims, *shared)
     try:
         guided = movq_pipeline.complete(known, None, **WHOLE | {"guidance_scale": 3}).codes

@@ -1,5 +1,6 @@
 """Sessions on TensorRT: the loops, buffers, contexts and CUDA graphs, on a simulated GPU and with simulated engines."""
 
+import gc
 import sys
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import bundle, device, load
 from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.manifest import BatchRange
 from vqdeploy.verify import verify
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -173,18 +175,81 @@ def test_buffers_of_two_sizes_are_kept(small_engines, gpu):
     session, codes = pipeline.session("decode"), np.zeros((3, *pipeline.grid), np.int64)
     for count in (1, 2, 1, 2):
         pipeline.decode(codes[:count])
-    second = session._bindings[(("batch", 2),)]
+    kept = session._bound(("batch", 2))
     for count in (3, 2):
         pipeline.decode(codes[:count])
-    assert [dims for ((_, dims),) in session._bindings] == [3, 2]
-    assert session._bindings[(("batch", 2),)] is second
+    assert session._bound(("batch", 2)) is kept
+    assert session._bound.cache_info()[1:] == (3, 2, 2)
+
+
+def test_a_request_that_is_split_makes_nothing_anew(package, simulated, gpu):
+    """Three images in calls of two: two sizes of a batch."""
+    pipeline = load(simulated(package, batch=BatchRange(1, 1, 2)))
+    for seed in range(3):
+        pipeline.generate([0, 1, 2], seed=seed)
+    made = len(sys.modules["tensorrt_rtx"].contexts), gpu.made
+    pipeline.generate([0, 1, 2], seed=4)
+    assert (len(sys.modules["tensorrt_rtx"].contexts), gpu.made) == made
+
+
+def test_a_pipeline_gives_its_memory_back_at_once(small_engines, gpu):
+    pipeline = load(small_engines)
+    for seed in range(3):
+        pipeline.generate([0, 1], seed=seed)
+    gc.collect()
+    gc.disable()
+    try:
+        assert gpu.live
+        assert gpu.graphs
+        del pipeline
+        assert not gpu.live
+        assert not gpu.graphs
+        assert not gpu.pinned
+    finally:
+        gc.enable()
+
+
+def test_an_interrupted_wait_loses_nothing(small_engines, gpu, monkeypatch):
+    pipeline = load(small_engines)
+    expected = [pipeline.generate([0, 1], seed=seed).codes for seed in range(2)]
+    wait = Cuda.cudaEventSynchronize
+
+    def interrupted(cuda, event):
+        raise KeyboardInterrupt
+
+    for _ in range(4):
+        monkeypatch.setattr(Cuda, "cudaEventSynchronize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.generate([2, 2], seed=9)
+        monkeypatch.setattr(Cuda, "cudaEventSynchronize", wait)
+    for seed in range(2):
+        np.testing.assert_array_equal(pipeline.generate([0, 1], seed=seed).codes, expected[seed])
+
+
+@pytest.mark.parametrize("failing", ["create_execution_context", "execute_async_v3"])
+def test_a_second_call_that_failed_can_be_made_again(small_engines, gpu, monkeypatch, failing):
+    expected = load(small_engines).generate([0, 1], seed=3).codes
+    pipeline = load(small_engines)
+    engine = pipeline.session("step")._engine
+    owner = type(engine._engine) if failing.startswith("create") else type(engine.common_context())
+    working, calls = getattr(owner, failing), []
+
+    def once(*arguments):
+        calls.append(arguments)
+        return (None if failing.startswith("create") else False) if len(calls) == 2 else working(*arguments)
+
+    monkeypatch.setattr(owner, failing, once)
+    engine._common = None
+    with pytest.raises(ArtifactError):
+        pipeline.generate([0, 1], seed=3)
+    np.testing.assert_array_equal(pipeline.generate([0, 1], seed=3).codes, expected)
 
 
 def test_caches_that_an_engine_does_not_write_in_place_are_copied(engines, gpu, monkeypatch):
     expected = codes_of(load(engines))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", TensorRT(rtx, gpu, in_place=False))
     pipeline = load(engines)
-    assert not any(pipeline.session(stage).in_place for stage in pipeline.stages)
+    assert not any(pipeline.session(stage)._engine.in_place for stage in pipeline.stages)
     for a, b in zip(codes_of(pipeline), expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -194,11 +259,13 @@ def test_the_names_that_sessions_use_exist(gpu):
     used = {
         "Runtime": "engine_host_code_allowed deserialize_cuda_engine get_engine_validity",
         "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_shape"
-        " get_aliased_input_tensor create_runtime_config create_execution_context device_memory_size_v2",
+        " get_tensor_location get_aliased_input_tensor create_runtime_config create_execution_context"
+        " device_memory_size_v2",
         "IRuntimeConfig": "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy"
         " create_runtime_cache set_runtime_cache",
         "IRuntimeCache": "serialize deserialize",
-        "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3",
+        "IExecutionContext": "set_device_memory set_input_shape set_tensor_address execute_async_v3"
+        " is_stream_capturable",
     }
     for owner, names in used.items():
         assert set(names.split()) <= set(dir(getattr(rtx, owner)))
@@ -214,7 +281,7 @@ def test_a_benchmark_tells_of_the_gpu(small_engines, gpu):
 
 
 def test_engines_have_no_profile(small_engines, gpu):
-    with pytest.raises(VqdeployError, match="have no profiler here"):
+    with pytest.raises(VqdeployError, match="have no profile here"):
         bench.bench(small_engines, iterations=1, profile=True)
 
 
@@ -255,7 +322,9 @@ def test_another_version_of_the_library(small_engines, gpu):
 
 def test_a_library_that_is_not_there(small_engines, gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(VqdeployError, match=r"needs tensorrt-rtx \(from PyPI\)\. Fix: pip install tensorrt-rtx"):
+    with pytest.raises(
+        VqdeployError, match=r"needs tensorrt-rtx \(from PyPI\), which does not .*Fix: pip install tensorrt-rtx"
+    ):
         load(small_engines)
 
 
@@ -303,8 +372,8 @@ def test_an_engine_that_its_manifest_does_not_describe(small_engines, gpu, tmp_p
 
 def test_a_context_that_the_library_refuses(small_engines, gpu, monkeypatch):
     pipeline = load(small_engines)
-    session = pipeline.session("decode")
-    monkeypatch.setattr(type(session._engine), "create_execution_context", lambda self, config: None)
+    engine = type(pipeline.session("decode")._engine._engine)
+    monkeypatch.setattr(engine, "create_execution_context", lambda self, config: None)
     with pytest.raises(ArtifactError, match=r"stage decode cannot run on this GPU \(it gave no reason\)"):
         pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
 
@@ -312,15 +381,26 @@ def test_a_context_that_the_library_refuses(small_engines, gpu, monkeypatch):
 def test_a_call_that_fails(small_engines, gpu, monkeypatch):
     pipeline = load(small_engines)
     pipeline.generate([0])
-    session = pipeline.session("decode")
+    engine = pipeline.session("decode")._engine
 
     def fail(self, stream):
-        session._logger.log(rtx.ILogger.Severity.ERROR, "out of\n luck")
+        engine._logger.log(rtx.ILogger.Severity.ERROR, "out of\n luck")
         return False
 
-    monkeypatch.setattr(type(session.common_context()), "execute_async_v3", fail)
+    monkeypatch.setattr(type(engine.common_context()), "execute_async_v3", fail)
     with pytest.raises(ArtifactError, match=r"stage decode failed \(out of luck\)"):
         pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
+
+
+def test_an_engine_that_says_that_it_cannot_be_captured(small_engines, gpu, caplog):
+    expected = load(small_engines).generate([0, 1], seed=3).codes
+    sys.modules["tensorrt_rtx"].capturable = False
+    del gpu.log[:]
+    with caplog.at_level("INFO", "vqdeploy"):
+        codes = load(small_engines).generate([0, 1], seed=3).codes
+    np.testing.assert_array_equal(codes, expected)
+    assert "stage step runs without CUDA graphs: TensorRT-RTX cannot be captured in it" in caplog.text
+    assert "graph" not in gpu.log
 
 
 def test_an_engine_that_cannot_be_captured_runs_all_the_same(small_engines, gpu, monkeypatch, caplog):
@@ -341,10 +421,47 @@ def test_an_engine_that_cannot_be_captured_runs_all_the_same(small_engines, gpu,
 
 def test_a_shape_that_the_engine_refuses(small_engines, gpu, monkeypatch):
     pipeline = load(small_engines)
-    context = type(pipeline.session("decode").common_context())
+    context = type(pipeline.session("decode")._engine.common_context())
     monkeypatch.setattr(context, "set_input_shape", lambda self, name, shape: False)
-    with pytest.raises(ArtifactError, match=r"stage decode takes no codes of shape \[1, 4, 4, 4\]"):
+    with pytest.raises(
+        VqdeployError, match=r"takes no codes of shape \[1, 4, 4, 4\]; expected a batch of 1 to 64\. "
+    ) as e:
         pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
+    assert e.value.exit_code == 2
+
+
+def test_an_address_that_the_engine_refuses(small_engines, gpu, monkeypatch):
+    pipeline = load(small_engines)
+    context = type(pipeline.session("decode")._engine.common_context())
+    monkeypatch.setattr(context, "set_tensor_address", lambda self, name, address: False)
+    with pytest.raises(ArtifactError, match="stage decode takes no codes"):
+        pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
+
+
+def test_a_tensor_that_the_engine_wants_on_the_host(small_engines, gpu):
+    sys.modules["tensorrt_rtx"].on_host = ("position",)
+    with pytest.raises(ArtifactError, match=r"stage step of .* is not the engine that its manifest describes"):
+        load(small_engines)
+
+
+@pytest.mark.parametrize("error", [OSError("libnvinfer.so.11: cannot open"), RuntimeError("no"), ImportError("none")])
+def test_a_library_that_does_not_load(small_engines, gpu, monkeypatch, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("vqdeploy.runtime.tensorrt.importlib.import_module", fail)
+    with pytest.raises(VqdeployError, match=f"which does not load \\({error}\\)") as caught:
+        load(small_engines)
+    assert caught.value.exit_code == 2
+
+
+def test_a_library_that_does_not_start(small_engines, gpu, monkeypatch):
+    def fail(logger):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(sys.modules["tensorrt_rtx"], "Runtime", fail, raising=False)
+    with pytest.raises(VqdeployError, match=r"cannot run here \(tensorrt-rtx does not start: pybind11"):
+        load(small_engines)
 
 
 # The other library
@@ -396,4 +513,4 @@ def test_kernels_are_kept_for_the_next_process(small_engines, gpu, tmp_path):
     pipeline = load(small_engines)
     for a, b in zip(codes_of(pipeline), expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert pipeline.session("step").common_context().cache.loaded
+    assert pipeline.session("step")._engine.common_context().cache.loaded
