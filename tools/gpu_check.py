@@ -135,7 +135,8 @@ def check_tests(report: Report, folder: Path) -> None:
 def plan_of(report: Report, folder: Path, system: str, preset: str, dtype: str, backend: str) -> str | None:
     """Exports a system, unless that was done, and builds it; None when that is not possible."""
     package, plan = f"{system}-{preset}-{dtype}-onnx", f"{system}-{preset}-{dtype}-{backend}.plan"
-    steps = [("build", package, "--backend", backend, "--device", "cuda", "--max-batch", "8", "-o", plan)]
+    # Sixteen rows hold eight images with guidance.
+    steps = [("build", package, "--backend", backend, "--device", "cuda", "--max-batch", "16", "-o", plan)]
     if not (folder / package).exists():
         model = ("--model", system, "--preset", preset, "--dtype", dtype)
         steps.insert(0, ("export", *model, "--no-verify", "-o", package))
