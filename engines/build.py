@@ -105,7 +105,7 @@ def _build_stage(
         return onnxrt.build_stage(stage, folder, scratch, portable)
     height, width, *_ = (manifest.config["prior"] or {}).get("grid", (1, 1))
     sizes = {
-        "batch": (batch.min, batch.opt, batch.max),
+        "batch": (1, batch.opt, batch.max),  # the last call of a request may be as small
         "length": (1, 1, height * width),
         "conditions": (1, 1, 2),
     }

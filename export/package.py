@@ -60,7 +60,7 @@ def export(
         VqdeployError: The precision or opset is not supported, or the folder cannot be written.
     """
     if dtype not in DTYPES:
-        raise VqdeployError(f"precision {dtype} is not supported yet", expected=" or ".join(DTYPES), found=dtype)
+        raise VqdeployError("there is no such precision", expected=" or ".join(DTYPES), found=repr(dtype))
     if not OPSET <= opset <= _NEWEST_OPSET:
         raise VqdeployError("the opset will not do", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
     with replacing_folder(folder, (FILE, WEIGHTS, "*.onnx")) as new:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqdeploy.errors import VqdeployError
 from vqdeploy.export.stage import Stage
 from vqdeploy.models.quantizers import AveragedCodebook
 
@@ -24,6 +25,9 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     """A stage with weights and states of a precision, one of `DTYPES`; codebooks stay in fp32.
 
     Each layer takes its inputs in the type of its weights, so that no model has to know of precisions.
+
+    Raises:
+        VqdeployError: A weight is too large for the precision.
     """
     dtype = DTYPES[precision]
     if dtype == torch.float32:
@@ -32,11 +36,22 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     for part in module.modules():
         if not isinstance(part, AveragedCodebook):
             for weight in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                weight.data = _cast(weight.data, dtype)
+                weight.data = _fitting(weight.data, dtype)
         if hasattr(part, "weight"):
             part.register_forward_pre_hook(_in_type_of_weight)
     inputs = {name: x if name in _OF_THE_REQUEST else _cast(x, dtype) for name, x in stage.inputs.items()}
     return dataclasses.replace(stage, module=module, inputs=inputs)
+
+
+def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = _cast(weight, dtype)
+    if cast.is_floating_point() and (cast.isinf() & weight.isfinite()).any():
+        largest = torch.finfo(dtype).max
+        found = f"{float(weight.abs().max()):.4g}"
+        raise VqdeployError(
+            "a weight does not fit fp16", expected=f"at most {largest:.4g}", found=found, fix="--dtype fp32"
+        )
+    return cast
 
 
 def _in_type_of_weight(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

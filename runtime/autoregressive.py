@@ -9,7 +9,7 @@ import numpy as np
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, write_options
+from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, still_where_greedy, write_options
 
 
 class AutoregressiveSampler(Sampler):
@@ -59,6 +59,7 @@ class AutoregressiveSampler(Sampler):
                 for row in range(0, rows * batch, batch):
                     previous[row : row + batch, 0] = codes[:, position - 1]
             gumbel(request.seed, request.images, position, binding.inputs["noise"][:batch])
+            still_where_greedy(binding.inputs)
             self._call(binding, position)
             carry(binding, binding)
             codes[:, position] = drawn[:batch]

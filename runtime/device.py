@@ -22,7 +22,7 @@ except ImportError as error:
     raise VqdeployError("plans on a GPU need cuda-python", fix="pip install cuda-bindings") from error
 
 _AHEAD = 3  # engine calls that the host may prepare before the first of them has run
-_CPU = "vqdeploy build PACKAGE, for the CPU"
+_CPU = "vqdeploy build PACKAGE --backend onnxrt"
 _ALIGNMENT = 256  # bytes; what TensorRT asks of addresses
 
 

@@ -12,7 +12,7 @@ from vqdeploy.runtime.autoregressive import carry
 from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of
+from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, still_where_greedy
 
 _FROM_ROW = ("entry", "inner", "gates")
 _PIXEL_INPUTS = frozenset(("codes", "row", "column", "noise", "temperature", "top_k", "top_p", *_FROM_ROW)) | frozenset(
@@ -134,6 +134,7 @@ class HierarchicalSampler(Sampler):
         options = {name: values[index] for name, values in choices.items()}
         for row, column, binding in level.places(codes, request.labels, above, options):
             gumbel(request.seed, request.images, first + row * level.grid[1] + column, binding.inputs["noise"])
+            still_where_greedy(binding.inputs)
             level.run("pixel", binding)
             codes[:, row, column] = binding.outputs["next_codes"][:, 0]
             for image in np.flatnonzero(~unknown[:, row, column]):

@@ -12,6 +12,9 @@ FORMAT = 1
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
+PRECISIONS = ("fp32", "fp16")
+"""Precisions of packages and plans."""
+
 FILE = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -92,6 +95,16 @@ class Manifest(Config):
         manifest = super().from_dict(data)
         names: list[Any] = [manifest.system, *(stage.name for stage in manifest.stages)]
         names += [manifest.config.get("model"), manifest.config.get("preset")]
+        if manifest.precision not in PRECISIONS:
+            raise ArtifactError(
+                "the manifest's precision is not known here",
+                expected=" or ".join(PRECISIONS),
+                found=repr(manifest.precision),
+                fix="pip install -U vqdeploy",
+            )
+        texts: list[Any] = [manifest.producer, manifest.checkpoint, manifest.builder or "", *manifest.targets]
+        if bad := [text for text in texts if not isinstance(text, str) or not text.isprintable()]:
+            raise ArtifactError("the manifest has text that cannot be shown", found=repr(bad[0]))
         # Names become parts of paths and commands.
         if bad := [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]:
             raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])

@@ -12,7 +12,7 @@ import numpy as np
 
 from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, write_options
+from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, still_where_greedy, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 
 _CALL_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # more images at once are no faster on a CPU and need more memory
@@ -52,6 +52,7 @@ class MaskedSampler(Sampler):
         inputs["codes"][:] = inputs["given"][:] = np.where(request.known < 0, size, request.known)
         for step in range(steps):
             gumbel(request.seed, request.images, 2 * step, inputs["noise"])
+            still_where_greedy(inputs)
             _write_choice(inputs, request, step)
             inputs["masked"][:] = counts[step]
             start = time.perf_counter()

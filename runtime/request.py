@@ -66,6 +66,16 @@ def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.logical_or.reduce(pixels, (2, 4))
 
 
+def still_where_greedy(inputs: dict[str, np.ndarray]) -> None:
+    """No noise [B, ..., Q, K] where only the likeliest code may be drawn.
+
+    Logits in half precision often tie, and what ties is kept together: noise would draw one of them.
+    """
+    greedy = inputs["top_k"][0] == 1  # the same for all rows
+    if greedy.any():
+        inputs["noise"][..., greedy, :] = 0
+
+
 def write_options(options: dict[str, Any], inputs: dict[str, np.ndarray], size: int) -> None:
     """Writes the options of the sampler into the inputs [B, Q] of a graph; `size` is that of the codebook."""
     for name, values in for_graph(options, inputs["temperature"].shape[1], size).items():

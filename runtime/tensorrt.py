@@ -200,8 +200,8 @@ class Engine:
             if not context.set_input_shape(info.name, binding.shapes[info.name]):
                 raise VqdeployError(
                     f"stage {self.stage.name} takes no {info.name} of shape {list(binding.shapes[info.name])}",
-                    expected=f"a batch of {self._batch.min} to {self._batch.max}" if self._batch else None,
-                    fix="vqdeploy build PACKAGE --min-batch 1",
+                    expected=f"a batch of 1 to {self._batch.max}" if self._batch else None,
+                    fix="vqdeploy build PACKAGE --max-batch N",
                 )
         for name, address in binding.addresses.items():
             if not context.set_tensor_address(name, address):

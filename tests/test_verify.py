@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import asdict
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.manifest import FILE, WEIGHTS
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.verify import table, verify, verify_package
+from vqdeploy.verify.checks import at_most, tolerance_of
 
 
 @pytest.fixture
@@ -83,9 +85,18 @@ def test_a_good_package_passes(package, system):
     assert failures(verify_package(package, system)) == set()
 
 
+def test_what_is_no_number_fails_and_can_be_written():
+    for value in (float("nan"), float("inf")):
+        check = at_most("step", "logits", value, 1.0)
+        assert not check.passed
+        assert json.loads(json.dumps(asdict(check), allow_nan=False))["value"] > 1e300
+    assert tolerance_of([at_most("step", "largest difference of logits", float("nan"), 0.5)]) == 1.0
+
+
 def test_the_table_tells_what_failed():
     check = {"stage": "decode", "metric": "largest difference", "value": 7.0, "limit": 1.0, "passed": False}
-    text = table({"passed": False, "checks": [check, check | {"value": 0.5, "passed": True}]})
+    checks = [check, check | {"value": 0.5, "passed": True}]
+    text = table({"passed": False, "checks": checks, "precision": "fp16", "device": "cuda"})
     assert [line[:4] for line in text.splitlines()] == ["FAIL", "ok  ", "FAIL"]
 
 

@@ -94,7 +94,7 @@ def bench(
     start = time.perf_counter()
     pipeline = load(engine, device)
     if profile and pipeline.manifest.backend != "onnxrt":
-        raise VqdeployError("engines of TensorRT have no profile here", fix="vqdeploy inspect --extract, then trtexec")
+        raise VqdeployError("engines of TensorRT have no profile here", expected="a plan for onnxrt")
     load_seconds = time.perf_counter() - start
     tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.config["prior"]]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}

@@ -202,7 +202,6 @@ def build(
     package: Annotated[Path, typer.Argument(help="Folder that `vqdeploy export` wrote.")] = Path("rqvae-onnx"),
     backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
     device: Annotated[str, typer.Option(help="onnxrt: what the plan is for, cpu or cuda.")] = "cpu",
-    min_batch: Annotated[int, typer.Option(min=1, help="TensorRT: smallest batch of the engines.")] = 1,
     opt_batch: Annotated[int, typer.Option(min=1, help="TensorRT: batch that the engines are tuned for.")] = 1,
     max_batch: Annotated[
         int, typer.Option(min=1, max=4096, help="Largest batch of one call; larger requests are split.")
@@ -220,7 +219,7 @@ def build(
 
     plan = output or Path(f"{read_manifest(package).system}.plan")
     with _progress("building") as progress:
-        batch = BatchRange(min_batch, opt_batch, max_batch)
+        batch = BatchRange(1, opt_batch, max_batch)
         manifest = build_plan(package, plan, backend, batch, progress, plugin=plugin, device=device)
     size = plan.stat().st_size
     result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import SMALL, lively
 from safetensors.numpy import load_file
 
 from vqdeploy.checkpoint import digest
@@ -117,7 +118,16 @@ def test_rows_take_few_products(vqvae2_package, vqvae2_half_package):
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "FP16", ""])
 def test_another_precision_is_refused(system, tmp_path, dtype):
-    with pytest.raises(VqdeployError, match="not supported yet; expected fp32 or fp16") as caught:
+    with pytest.raises(VqdeployError, match="no such precision; expected fp32 or fp16") as caught:
         export(system, tmp_path / "onnx", dtype)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_does_not_fit_is_refused(tmp_path):
+    system = lively(SMALL)
+    with torch.no_grad():
+        system.tokenizer.encoder.conv_in.weight[0, 0, 0, 0] = 7e4
+    with pytest.raises(VqdeployError, match=r"a weight does not fit fp16; expected at most 6.55e\+04, found 7e\+04"):
+        export(system, tmp_path / "a-onnx", dtype="fp16")
     assert not list(tmp_path.iterdir())

@@ -362,6 +362,20 @@ def test_a_manifest_that_inflates(tmp_path):
     refused(tmp_path / "a.plan")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16\x1b[31mRED", ""])
+def test_a_precision_that_is_not_known(plan, tmp_path, precision):
+    path = edited(plan, tmp_path / "a.plan", lambda data: data.update(precision=precision))
+    error = refused(path, ArtifactError, r"precision is not known here; expected fp32 or fp16, found '")
+    assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("field", ["producer", "builder", "checkpoint", "targets"])
+def test_text_that_would_steer_a_terminal(plan, tmp_path, field):
+    text = "\x1b[31mRED"
+    path = edited(plan, tmp_path / "a.plan", lambda data: data.update({field: [text] if field == "targets" else text}))
+    assert str(refused(path, ArtifactError, "text that cannot be shown")).isprintable()
+
+
 def test_a_backend_that_is_not_known(plan, tmp_path):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update(backend="openvino"))
     refused(path, ArtifactError, r"a backend that is not known here; found openvino\. Fix: pip install -U vqdeploy")

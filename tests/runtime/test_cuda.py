@@ -311,14 +311,14 @@ class Driver(Cuda):
 @pytest.mark.parametrize(
     ("driver", "sentence"),
     [
-        (Driver(0), "there is no NVIDIA driver here, and so no GPU. Fix: vqdeploy build PACKAGE, for the CPU"),
+        (Driver(0), "there is no NVIDIA driver here, and so no GPU. Fix: vqdeploy build PACKAGE --backend onnxrt"),
         (
             Driver(12080, "cudaErrorInsufficientDriver", None),
             "the NVIDIA driver is too old; expected one for CUDA 13.5, found CUDA 12.8.",
         ),
         (
             Driver(status="cudaErrorNoDevice", count=None),
-            "no NVIDIA GPU answers (cudaErrorNoDevice). Fix: vqdeploy build PACKAGE, for the CPU",
+            "no NVIDIA GPU answers (cudaErrorNoDevice). Fix: vqdeploy build PACKAGE --backend onnxrt",
         ),
     ],
     ids=["none", "old", "idle"],

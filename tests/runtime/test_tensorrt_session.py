@@ -304,7 +304,7 @@ def test_every_system_agrees_with_pytorch_on_a_gpu(name, request, tmp_path, back
 def test_a_plan_for_a_gpu_without_one(small_engines, monkeypatch):
     monkeypatch.setattr(device, "cudart", Cuda())
     monkeypatch.setattr(Cuda, "cudaDriverGetVersion", lambda self: (Cuda.cudaError_t.cudaSuccess, 0))
-    with pytest.raises(VqdeployError, match=r"no GPU\. Fix: vqdeploy build PACKAGE, for the CPU") as caught:
+    with pytest.raises(VqdeployError, match=r"no GPU\. Fix: vqdeploy build PACKAGE --backend onnxrt") as caught:
         load(small_engines)
     assert caught.value.exit_code == 2
 

@@ -5,8 +5,10 @@ the two are nearly as good. Later decisions are judged given the plan's own earl
 not excuse what follows.
 """
 
+import contextlib
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from vqdeploy import checkpoint as checkpoints
 from vqdeploy.models import System
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.verify import autoregressive, hierarchical, masked
+from vqdeploy.verify.checks import Check, at_most, limits
 from vqdeploy.verify.tokenizer import check_tokenizer
 
 _PRIORS: dict[str, Any] = {
@@ -71,6 +74,21 @@ def verify_package(folder: Path, system: System, progress: Callable[[str], Any] 
 
 @torch.no_grad()
 def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) -> dict[str, Any]:
+    with _largest_number(system) as largest:
+        checks = _checks(pipeline, system, progress)
+    bound = limits(pipeline.manifest.precision).largest
+    if bound < math.inf:
+        # Libraries for the CPU compute in fp32 here and there, and get away with what a GPU would not.
+        checks.append(at_most("reference", "largest number that leaves a layer", largest[0], bound))
+    return {
+        "passed": all(check.passed for check in checks),
+        "checks": [asdict(check) for check in checks],
+        "precision": pipeline.manifest.precision,
+        "device": pipeline.device,
+    }
+
+
+def _checks(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) -> list[Check]:
     rng = np.random.default_rng(0)
     progress("encode and decode")
     checks = check_tokenizer(pipeline, system, rng)
@@ -84,7 +102,24 @@ def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
             checks += prior.check_features(pipeline, system, rng)
         progress("generation")
         checks += prior.check_generation(pipeline, system, logits)
-    return {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
+    return checks
+
+
+@contextlib.contextmanager
+def _largest_number(system: System) -> Iterator[list[float]]:
+    """The largest number that a layer of a system puts out, in a list of one."""
+    largest = [0.0]
+
+    def keep(layer: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            largest[0] = max(largest[0], float(output.abs().max()))
+
+    hooks = [layer.register_forward_hook(keep) for layer in system.modules()]
+    try:
+        yield largest
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def table(report: dict[str, Any]) -> str:
@@ -93,4 +128,6 @@ def table(report: dict[str, Any]) -> str:
         f"{'ok  ' if c['passed'] else 'FAIL'} {c['stage']:9} {c['metric']:58} {c['value']:<9.3g} limit {c['limit']:.4g}"
         for c in report["checks"]
     ]
-    return "\n".join([*lines, "PASSED" if report["passed"] else "FAILED"])
+    return "\n".join(
+        [*lines, f"{'PASSED' if report['passed'] else 'FAILED'} in {report['precision']} on {report['device']}"]
+    )

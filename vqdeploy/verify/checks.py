@@ -1,5 +1,7 @@
 """One measured value and its limit, what rounding may do in each precision, and how near a draw was to another."""
 
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +19,30 @@ _MASS = 1e-5  # by how much summing 16,384 probabilities in another order may mo
 
 @dataclass(frozen=True)
 class Limits:
-    """What rounding may do in one precision.
-
-    An image of given codes is held against the reference by `grey_levels`, and where those are None by `psnr`.
-    """
+    """What rounding may do in one precision."""
 
     codes: float  # share of codes of an image that differ
     distance: float  # by which a code may be farther than the nearest, of the largest distance
     logits: float  # largest difference of logits or hidden states, of the largest of them
     mean_logits: float  # mean difference, likewise
     likeliest: float  # share of positions whose likeliest code differs
-    grey_levels: int | None = None  # of any pixel
+    grey_levels: int  # of any pixel
     psnr: float = 0.0  # in dB, of any image
+    largest: float = math.inf  # number that the precision holds
 
 
 LIMITS = {
     "fp32": Limits(codes=0.01, distance=1e-4, logits=1e-4, mean_logits=1e-5, likeliest=0.01, grey_levels=1),
-    "fp16": Limits(codes=0.05, distance=2e-3, logits=1e-2, mean_logits=1e-3, likeliest=0.03, psnr=50.0),
+    "fp16": Limits(
+        codes=0.05,
+        distance=2e-3,
+        logits=1e-2,
+        mean_logits=1e-3,
+        likeliest=0.03,
+        grey_levels=8,
+        psnr=50.0,
+        largest=65504.0,
+    ),
 }
 """By precision; `docs/precision.md` has what was measured."""
 
@@ -61,8 +70,10 @@ class Check:
 
 
 def at_most(stage: str, metric: str, value: float, limit: float) -> Check:
-    """A check that passes when the value does not exceed the limit."""
-    return Check(stage, metric, float(value), float(limit), bool(value <= limit))
+    """A check that passes when the value does not exceed the limit; what is no number exceeds it."""
+    # JSON has no infinities, and nothing that is no number.
+    shown = float(value) if math.isfinite(value) else sys.float_info.max
+    return Check(stage, metric, shown, float(limit), bool(value <= limit))
 
 
 def at_least(stage: str, metric: str, value: float, limit: float) -> Check:
