@@ -309,15 +309,14 @@ class DeviceBinding:
     outputs: dict[str, DeviceArray]
 
     def __init__(self, stage: StageInfo, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
-        caches = [name for name in stage.aliases.values() if name not in shared]
-        held = buffers(stage, dims, caches, stream) | shared
+        places = {o.name: stage.aliases.get(o.name, o.name) for o in stage.outputs}  # whose buffer an output goes to
+        missing = [name for name in places.values() if name not in shared]
+        held = buffers(stage, dims, missing, stream) | shared
+        kept = {i.name: held[i.name] for i in stage.inputs if i.name in held}
         self._staged = _Staged(stream, [i for i in stage.inputs if i.name not in held], dims)
-        self.inputs = self._staged.arrays | {i.name: held[i.name] for i in stage.inputs if i.name in held}
-        names = [i.name for i in stage.outputs if i.name not in stage.aliases]
-        new = buffers(stage, dims, [name for name in names if name not in held], stream)
-        self.outputs = {name: (new | held)[name] for name in names}
-        results = self.outputs | {output: held[name] for output, name in stage.aliases.items()}
-        arrays = results | {i.name: held[i.name] for i in stage.inputs if i.name in held}
+        self.inputs = self._staged.arrays | kept
+        self.outputs = {name: held[name] for name in places.values() if name not in kept}
+        arrays = kept | {output: held[name] for output, name in places.items()}
         self.addresses = self._staged.addresses | {name: array.address for name, array in arrays.items()}
         self.shapes = {i.name: i.concrete(dims) for i in (*stage.inputs, *stage.outputs)}
 
