@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -106,11 +107,15 @@ def test_an_adaptive_prior_builds(adaptive_package, tmp_path):
 def test_every_stage_is_built_in_half(request, name, tmp_path):
     """The types of a network are those of its graph: a cast that is missing is refused."""
     package = request.getfixturevalue(f"{name}half_package")
-    manifest = build(package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
-    assert [stage.file for stage in manifest.stages] == [f"{stage.name}.engine" for stage in read(package).stages]
+    manifest = read(package)
     assert manifest.precision == "fp16"
-    sizes = Bundle(tmp_path / "a.plan").sizes()
-    assert min(sizes[stage.file] for stage in manifest.stages) > 10_000
+    sizes = {"batch": (1, 2, 4), "length": (1, 1, 16), "conditions": (1, 1, 2)}
+    with ThreadPoolExecutor(2) as pool:  # each is a process of its own
+        built = [
+            pool.submit(tensorrt.build_stage, "tensorrt-rtx", stage, package, tmp_path, sizes)
+            for stage in manifest.stages
+        ]
+    assert min(engine.result().stat().st_size for engine in built) > 10_000
 
 
 def crashing_graph():
