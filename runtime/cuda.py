@@ -15,7 +15,7 @@ import numpy as np
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import device
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.device import DeviceArray, DeviceBinding, Stream, buffers
+from vqdeploy.runtime.device import DeviceArray, DeviceBinding, DeviceSession, Stream
 from vqdeploy.runtime.manifest import StageInfo, TensorInfo
 from vqdeploy.runtime.onnxrt import OnnxrtSession, failure, ort
 
@@ -66,15 +66,13 @@ def _libraries(cuda: str) -> dict[str, str]:
     }
 
 
-class CudaSession(OnnxrtSession):
+class CudaSession(DeviceSession, OnnxrtSession):
     """One stage of a plan on ONNX Runtime's CUDA provider. All sessions of a plan share a stream.
 
     ONNX Runtime replays bindings as CUDA graphs where it can capture the stage: when it sees that it cannot, it refuses
     to open the session, which is then opened without. `host_inputs` are those that it takes on the CPU, as it does when
     no operator on the GPU takes them; nor can such a stage be captured.
     """
-
-    device = "cuda"
 
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream, profile: Path | None = None):
         # With TF32 the products would have ten bits of mantissa, and codes would differ from those of the CPU.
@@ -104,14 +102,6 @@ class CudaSession(OnnxrtSession):
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph if self.graphs else _NO_GRAPH))
         return options
-
-    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
-        """Empty buffers of inputs and outputs, for bindings to share."""
-        return buffers(self.stage, dims, names, self._stream)
-
-    def array(self, values: np.ndarray) -> DeviceArray:
-        """A copy of an array where the buffers lie."""
-        return self._stream.array(values)
 
     def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> "CudaBinding":
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""

@@ -335,6 +335,26 @@ class DeviceBinding:
             array[...] = 0
 
 
+class DeviceSession:
+    """What sessions on a GPU have in common: where their buffers lie."""
+
+    device = "cuda"
+    stage: StageInfo
+    _stream: Stream
+
+    def caches(self, dims: dict[str, int]) -> dict[str, DeviceArray]:
+        """Empty buffers of the inputs that are updated in place."""
+        return self.buffers(dims, *self.stage.aliases.values())
+
+    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, DeviceArray]:
+        """Empty buffers of inputs and outputs, for bindings to share."""
+        return buffers(self.stage, dims, names, self._stream)
+
+    def array(self, values: np.ndarray) -> DeviceArray:
+        """A copy of an array where the buffers lie."""
+        return self._stream.array(values)
+
+
 def buffers(stage: StageInfo, dims: dict[str, int], names: Collection[str], stream: Stream) -> dict[str, DeviceArray]:
     """Empty buffers of inputs and outputs of a stage, for bindings to share."""
     infos = [info for info in (*stage.inputs, *stage.outputs) if info.name in names]

@@ -13,7 +13,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import device
 from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.device import DeviceArray, DeviceBinding, Graph, Stream, buffers
+from vqdeploy.runtime.device import DeviceArray, DeviceBinding, DeviceSession, Graph, Stream, buffers
 from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.kernel_cache import KernelCache
 from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
@@ -48,27 +48,13 @@ def _library(backend: str) -> Any:
         raise VqdeployError(what, fix=f"pip install {backend}") from error
 
 
-class TensorrtSession:
+class TensorrtSession(DeviceSession):
     """One stage of a plan. All sessions of a plan share a stream and the memory that engines work in."""
-
-    device = "cuda"
 
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream):
         self.stage, self._stream = stage, stream
         self._engine = Engine(bundle, stage, stream)
         self._bound = kept(partial(_bound, self._engine, stream), self.device)  # the buffers of `run`
-
-    def caches(self, dims: dict[str, int]) -> dict[str, DeviceArray]:
-        """Empty buffers of the inputs that are updated in place."""
-        return self.buffers(dims, *self.stage.aliases.values())
-
-    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, DeviceArray]:
-        """Empty buffers of inputs and outputs, for bindings to share."""
-        return buffers(self.stage, dims, names, self._stream)
-
-    def array(self, values: np.ndarray) -> DeviceArray:
-        """A copy of an array where the buffers lie."""
-        return self._stream.array(values)
 
     def bind(self, dims: dict[str, int], shared: dict[str, DeviceArray] | None = None) -> "TensorrtBinding":
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""

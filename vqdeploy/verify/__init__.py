@@ -8,7 +8,7 @@ not excuse what follows.
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,11 @@ def verify_package(folder: Path, system: System, progress: Callable[[str], Any] 
 
 @torch.no_grad()
 def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) -> dict[str, Any]:
-    with _largest_number(system) as largest:
-        checks = _checks(pipeline, system, progress)
     bound = limits(pipeline.manifest.precision).largest
-    if bound < math.inf:
+    watched = system.modules() if bound < math.inf else ()
+    with _largest_number(watched) as largest:
+        checks = _checks(pipeline, system, progress)
+    if watched:
         # Libraries for the CPU compute in fp32 here and there, and get away with what a GPU would not.
         checks.append(at_most("reference", "largest number that leaves a layer", largest[0], bound))
     return {
@@ -106,15 +107,15 @@ def _checks(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
 
 
 @contextlib.contextmanager
-def _largest_number(system: System) -> Iterator[list[float]]:
-    """The largest number that a layer of a system puts out, in a list of one."""
+def _largest_number(layers: Iterable[torch.nn.Module]) -> Iterator[list[float]]:
+    """The largest number that one of the layers puts out, in a list of one."""
     largest = [0.0]
 
     def keep(layer: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             largest[0] = max(largest[0], float(output.abs().max()))
 
-    hooks = [layer.register_forward_hook(keep) for layer in system.modules()]
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         yield largest
     finally:
