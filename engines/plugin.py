@@ -38,7 +38,7 @@ def register() -> None:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    from vqdeploy.engines import kernels
+    from vqdeploy import kernels
 
     types = {trt.float32: ("FP32", "fp32"), trt.float16: ("FP16", "fp16"), trt.bfloat16: ("BF16", "bf16")}
 

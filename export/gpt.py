@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
-from vqdeploy.models import System
 from vqdeploy.models.gpt import GPT
+from vqdeploy.systems import System
 
 
 class Entries(nn.Module):

@@ -17,23 +17,23 @@ from safetensors.numpy import save_file
 
 from vqdeploy.checkpoint import digest
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export import gpt, movq, rqvae, vqvae2
+from vqdeploy.export import gpt, maskgit, pixelsnail, rqtransformer
 from vqdeploy.export.functions import OPSET
 from vqdeploy.export.precision import DTYPES, in_precision
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
-from vqdeploy.models import System
 from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, StageInfo, TensorInfo
+from vqdeploy.systems import System
 
 STAGES = {
-    "rqvae": rqvae.stages,
-    "movq": movq.stages,
+    "rqvae": rqtransformer.stages,
+    "movq": maskgit.stages,
     "vitvqgan": gpt.stages,
     "vqgan": gpt.stages,
-    "vqvae2": vqvae2.stages,
+    "vqvae2": pixelsnail.stages,
 }
-_STAGES_IN_HALF = STAGES | {"vqvae2": partial(vqvae2.stages, products=vqvae2.PRODUCTS_IN_HALF)}
+_STAGES_IN_HALF = STAGES | {"vqvae2": partial(pixelsnail.stages, products=pixelsnail.PRODUCTS_IN_HALF)}
 _NEWEST_OPSET = 25  # of those that the exporter writes
 _INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
 

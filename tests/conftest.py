@@ -14,7 +14,6 @@ from hypothesis import settings
 from vqdeploy import checkpoint
 from vqdeploy.engines.build import build
 from vqdeploy.export.package import export
-from vqdeploy.models import System, SystemConfig, create
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
@@ -23,11 +22,12 @@ from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2PriorConfig
 from vqdeploy.models.quantizers import AveragedCodebook
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
-from vqdeploy.models.system import GuidedSampling, MaskedSampling, Sampling
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
 from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.systems import System, SystemConfig, create
+from vqdeploy.systems.system import GuidedSampling, MaskedSampling, Sampling
 
 # Read when Triton is imported: the tests run its kernels on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -206,7 +206,7 @@ class Clock:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 4), (32, 32)])
 def test_the_public_sampler_is_extrapolated_row_by_row(monkeypatch, height, width):
     clock = Clock(lambda rows: float(rows))
-    monkeypatch.setattr("vqdeploy.baselines.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("vqdeploy.bench.baselines.time.perf_counter", lambda: clock.now)
     prior = SimpleNamespace(levels=[clock.network(height, width), clock.network(2 * height, 2 * width)])
     seconds = baselines.extrapolate(prior, 3, compiled=False)
     rows, finer = height * (height + 1) / 2, 2 * height * (2 * height + 1) / 2
@@ -219,7 +219,7 @@ def test_the_public_sampler_is_extrapolated_row_by_row(monkeypatch, height, widt
 def test_an_extrapolation_is_near_a_time_that_bends(monkeypatch):
     """Attention grows with the square of the rows."""
     clock = Clock(lambda rows: 20 + 3 * rows + 0.1 * rows**2)
-    monkeypatch.setattr("vqdeploy.baselines.time.perf_counter", lambda: clock.now)
+    monkeypatch.setattr("vqdeploy.bench.baselines.time.perf_counter", lambda: clock.now)
     seconds = baselines.extrapolate(SimpleNamespace(levels=[clock.network(32, 32)]), 1, compiled=False)
     assert seconds == pytest.approx(32 * sum(clock.cost(rows) for rows in range(1, 33)), rel=0.02)
 

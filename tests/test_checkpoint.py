@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import vqdeploy
 from vqdeploy import checkpoint
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.models import create
-from vqdeploy.models.system import ARCHITECTURES
-from vqdeploy.presets import preset
+from vqdeploy.systems import create
+from vqdeploy.systems.presets import preset
+from vqdeploy.systems.system import ARCHITECTURES
 
 FILE = "model.safetensors"
 

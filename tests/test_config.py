@@ -7,8 +7,8 @@ import pytest
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError
-from vqdeploy.models import SystemConfig
-from vqdeploy.presets import PRESETS
+from vqdeploy.systems import SystemConfig
+from vqdeploy.systems.presets import PRESETS
 
 ALL = [config for presets in PRESETS.values() for config in presets.values()]
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.models import System
 from vqdeploy.models.pixelsnail import CausalConv, CodeConv, PixelSNAIL
-from vqdeploy.presets import PRESETS, preset
+from vqdeploy.systems import System
+from vqdeploy.systems.presets import PRESETS, preset
 
 # Millions of parameters: tokenizer (codebook included, as published), prior.
 COUNTS = {

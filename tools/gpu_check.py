@@ -14,8 +14,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from vqdeploy.files import replacing_file
-from vqdeploy.presets import PRESETS
 from vqdeploy.runtime.backends import BACKENDS
+from vqdeploy.systems.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("fp32", "fp16")

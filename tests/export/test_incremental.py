@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from vqdeploy.engines.package import read
-from vqdeploy.export.vqvae2 import Condition, Pixel, Row
+from vqdeploy.export.pixelsnail import Condition, Pixel, Row
 from vqdeploy.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import WEIGHTS

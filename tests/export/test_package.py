@@ -15,10 +15,10 @@ from vqdeploy.checkpoint import digest
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.package import export
-from vqdeploy.export.rqvae import stages
-from vqdeploy.models import create
+from vqdeploy.export.rqtransformer import stages
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import WEIGHTS
+from vqdeploy.systems import create
 
 STAGES = ("encode", "decode", "step")
 

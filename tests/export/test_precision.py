@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from vqdeploy.checkpoint import digest
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export.movq import stages
+from vqdeploy.export.maskgit import stages
 from vqdeploy.export.package import export
 from vqdeploy.export.precision import in_precision
 from vqdeploy.export.stage import Stage

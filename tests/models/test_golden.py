@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from vqdeploy.convert.rosinality import prior_weights, tokenizer_weights
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 from vqdeploy.models.pixelsnail import PixelSNAIL, PixelSNAILConfig
-from vqdeploy.models.rosinality import prior_weights, tokenizer_weights
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig

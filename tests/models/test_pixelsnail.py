@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vqdeploy.convert.rosinality import fold, prior_weights
 from vqdeploy.models.ops import sample
 from vqdeploy.models.pixelsnail import (
     CausalConv,
@@ -17,7 +18,6 @@ from vqdeploy.models.pixelsnail import (
     VQVAE2PriorConfig,
     causal_offsets,
 )
-from vqdeploy.models.rosinality import fold, prior_weights
 
 SIZE, CLASSES = 12, 3
 TOP = PixelSNAILConfig((2, 3), 8, 5, 2, 2, 12, True, 2, 1, 6, 3, 1)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.maskgit import unmask
+from vqdeploy.reference import generate, guided_logits
 from vqdeploy.runtime import load
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.sampling import generate, guided_logits
 
 GRID, CELLS, SIZE, SIDE, NO_LABEL = (4, 4, 4), 64, 32, 16, 3
 LABELS = [0, 1, 2, 1, 0]

@@ -14,10 +14,10 @@ from torch.utils.data import Subset
 
 from vqdeploy.checkpoint import SHIPPED, load
 from vqdeploy.errors import VqdeployError
-from vqdeploy.models import create
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
-from vqdeploy.models.system import ARCHITECTURES
-from vqdeploy.presets import preset
+from vqdeploy.systems import create
+from vqdeploy.systems.presets import preset
+from vqdeploy.systems.system import ARCHITECTURES
 from vqdeploy.training import Recipe, train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import images_of, open_data, to_range, to_uint8

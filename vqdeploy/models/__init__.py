@@ -1,5 +1,1 @@
-"""Reference models in PyTorch, and the table of systems."""
-
-from vqdeploy.models.system import System, SystemConfig, create
-
-__all__ = ["System", "SystemConfig", "create"]
+"""Reference models in PyTorch, one architecture a file."""

@@ -2,7 +2,7 @@
 
 Each has a PyTorch implementation here, which is the reference, and an ONNX function in `vqdeploy.export.functions`.
 Distances and the arg-min are fp32 whatever the input type; ties go to the lowest index. On CUDA tensors the quantizers
-run the kernels of `vqdeploy.engines.kernels`, which keep no [N, K] matrix, where Triton is installed.
+run the kernels of `vqdeploy.kernels`, which keep no [N, K] matrix, where Triton is installed.
 """
 
 from importlib.util import find_spec
@@ -65,7 +65,7 @@ def _(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
 
 def nearest_on_cuda(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
     """`nearest` by our kernel."""
-    from vqdeploy.engines import kernels
+    from vqdeploy import kernels
 
     codes = z.new_empty((z.shape[0],), dtype=torch.int64)
     with torch.cuda.device_of(z):
@@ -75,7 +75,7 @@ def nearest_on_cuda(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 def residual_quantize_on_cuda(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """`residual_quantize` by our kernel."""
-    from vqdeploy.engines import kernels
+    from vqdeploy import kernels
 
     z = z.contiguous()
     codes, quantized = z.new_empty((z.shape[0], depth), dtype=torch.int64), torch.empty_like(z)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from vqdeploy.models import System
-from vqdeploy.sampling import Noise
-from vqdeploy.sampling import generate as sample_codes
+from vqdeploy.reference import Noise
+from vqdeploy.reference import generate as sample_codes
+from vqdeploy.systems import System
 from vqdeploy.training.data import to_range, to_uint8
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from vqdeploy.models import System
+from vqdeploy.systems import System
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import to_range
 from vqdeploy.training.metrics import generate

@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, seed_everything
 from vqdeploy.checkpoint import FILES, save
 from vqdeploy.errors import VqdeployError
 from vqdeploy.files import check_replaceable, read_json, replacing_folder, write_json
-from vqdeploy.models import System, SystemConfig, create
-from vqdeploy.presets import preset as find_preset
 from vqdeploy.runtime.images import write_grid
+from vqdeploy.systems import System, SystemConfig, create
+from vqdeploy.systems.presets import preset as find_preset
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import Data, images_of, open_data
 from vqdeploy.training.metrics import codebook_use, diversity, generate, psnr, reconstruct

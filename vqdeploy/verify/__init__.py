@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from vqdeploy import checkpoint as checkpoints
-from vqdeploy.models import System
 from vqdeploy.runtime import Pipeline, load
+from vqdeploy.systems import System
 from vqdeploy.verify import autoregressive, hierarchical, masked
 from vqdeploy.verify.checks import Check, at_most, limits
 from vqdeploy.verify.tokenizer import check_tokenizer

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqdeploy.models import System
-from vqdeploy.models.system import GuidedSampling
+from vqdeploy.reference import guided_logits
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.autoregressive import carry
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.sampling import guided_logits
+from vqdeploy.systems import System
+from vqdeploy.systems.system import GuidedSampling
 from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
 
 _SCALE = 3.0  # of guidance

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from vqdeploy.models import System
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
+from vqdeploy.systems import System
 from vqdeploy.verify.autoregressive import check_generation
 from vqdeploy.verify.checks import Check, compare_logits, limits
 

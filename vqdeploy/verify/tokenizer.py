@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqdeploy.export.layers import ImageInput, ImageOutput
-from vqdeploy.models import System
 from vqdeploy.runtime import Pipeline
+from vqdeploy.systems import System
 from vqdeploy.verify.checks import IMAGES, Check, Limits, at_least, at_most, limits
 
 _LEAST_ERROR = 1e-5  # squared grey levels: equal images have a PSNR of 98 dB, not of infinity, which JSON lacks

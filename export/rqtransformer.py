@@ -10,8 +10,8 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
-from vqdeploy.models import System
 from vqdeploy.models.rqtransformer import RQTransformer
+from vqdeploy.systems import System
 
 
 class Step(nn.Module):

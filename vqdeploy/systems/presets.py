@@ -8,9 +8,9 @@ from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2PriorConfig
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
-from vqdeploy.models.system import GuidedSampling, MaskedSampling, Sampling, SystemConfig, architecture
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
 from vqdeploy.models.vqvae2 import VQVAE2Config
+from vqdeploy.systems.system import GuidedSampling, MaskedSampling, Sampling, SystemConfig, architecture
 
 _F32 = ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(8,))
 _IMAGENET = RQVAEConfig(conv=_F32)

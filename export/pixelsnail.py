@@ -18,7 +18,6 @@ from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import Projection, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
-from vqdeploy.models import System
 from vqdeploy.models.pixelsnail import (
     AttentionExit,
     CodeCondition,
@@ -28,6 +27,7 @@ from vqdeploy.models.pixelsnail import (
     PlainExit,
 )
 from vqdeploy.runtime.hierarchical import level_names
+from vqdeploy.systems import System
 
 _PRODUCTS = 8  # for each tile of a row; more lose digits
 PRODUCTS_IN_HALF = 4  # made with the points 0, 1 and -1 alone: the next ones would cost fp16 two bits

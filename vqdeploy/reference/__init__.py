@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from vqdeploy.models.maskgit import MaskGITConfig, unmask
-from vqdeploy.models.system import GuidedSampling, MaskedSampling, SystemConfig
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
+from vqdeploy.systems.system import GuidedSampling, MaskedSampling, SystemConfig
 
 Noise = Callable[[int, tuple[int, ...]], Tensor]
 """Index of a draw and a shape [B, ...] -> standard Gumbel noise float32; the plan's loops count draws alike."""

@@ -110,7 +110,7 @@ def _system(model: str, preset: str, checkpoint: Path | None) -> Any:
 def models(as_json: Json = False) -> None:
     """List systems and presets, and which weights are shipped."""
     from vqdeploy.checkpoint import SHIPPED
-    from vqdeploy.presets import PRESETS
+    from vqdeploy.systems.presets import PRESETS
 
     listing = {
         model: {name: "trained" if (SHIPPED / model / name / "config.json").exists() else "random" for name in presets}

@@ -17,9 +17,9 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.export.precision import DTYPES
 from vqdeploy.models.conv import SpatialNorm
 from vqdeploy.models.pixelsnail import VQVAE2Prior
+from vqdeploy.reference import generate
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.sampling import generate
 
 _TIMED_ROWS = 5
 

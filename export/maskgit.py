@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all, widened
 from vqdeploy.export.stage import Dimension, Stage
-from vqdeploy.models import System
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.maskgit import MaskGIT, unmask
+from vqdeploy.systems import System
 
 
 class Logits(nn.Module):

@@ -18,7 +18,7 @@ from vqdeploy.models.quantizers import MultichannelQuantizer
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install vqdeploy[kernels])")
 
-from vqdeploy.engines import kernels  # noqa: E402
+from vqdeploy import kernels  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=0 was asked for, so the kernels need a GPU"
@@ -219,7 +219,7 @@ COMPILE = """
 import os, sys, json
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
-from vqdeploy.engines import kernels
+from vqdeploy import kernels
 found = {str(cc): kernels.compile_nearest(("fp32", "fp16"), 64, "l2", 16, cc) for cc in (80, 86, 89, 90, 120)}
 found["cosine"] = kernels.compile_nearest(("bf16", "bf16"), 4, "cosine", 64)
 found["residual"] = kernels.compile_residual(("fp16", "fp16"), 512, 2, 64)

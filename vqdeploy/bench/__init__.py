@@ -125,7 +125,7 @@ def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
 
 
 def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]) -> Any:
-    from vqdeploy.baselines import Reference
+    from vqdeploy.bench.baselines import Reference
 
     return Reference(pipeline, checkpoint, options)
 

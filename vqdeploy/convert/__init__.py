@@ -1,0 +1,1 @@
+"""Weights of public implementations in our layout, one file a code base."""
