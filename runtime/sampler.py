@@ -106,16 +106,18 @@ class Sampler(ABC):
         self._running.add(slot)
 
     def step(self) -> list[int]:
-        """One engine call for all slots, or none when an image is done already; the slots that are now done."""
-        if self._running and not self._done():
+        """One engine call for all images that are not done, if there are any; the slots that are now done."""
+        done = self._leave()  # those that had nothing to draw
+        if self._running:
             self._begun = True
             self._call()
-        done = self._done()
-        self._running.difference_update(done)
-        return done
+        return sorted(done | self._leave())
 
-    def _done(self) -> list[int]:
-        return sorted(slot for slot in self._running if self.left(slot) == 0)
+    def _leave(self) -> set[int]:
+        """Takes out of the running slots those that are done."""
+        done = {slot for slot in self._running if self.left(slot) == 0}
+        self._running -= done
+        return done
 
     def release(self, slot: int) -> None:
         """Frees a slot, whether its image is done or not."""

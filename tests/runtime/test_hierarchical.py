@@ -56,7 +56,7 @@ def noise_of(count, seed=0, first_image=0):
 
     def noise(position):
         out = np.empty((count, 1, SIZE), np.float32)
-        gumbel(seed, first_image + np.arange(count), position, out)
+        gumbel([(seed, first_image + image, position) for image in range(count)], out)
         return torch.from_numpy(out)
 
     return noise
@@ -145,7 +145,7 @@ def test_a_top_level_that_is_greedy_does_not_depend_on_the_seed(vqvae2_pipeline)
 
 def test_images_go_in_and_out_as_in_pytorch(any_pipeline):
     pipeline, system, _ = any_pipeline
-    pixels = np.random.default_rng(0).integers(0, 256, (3, pipeline.side, pipeline.side, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *pipeline.image_shape), np.uint8)
     with torch.no_grad():
         codes = system.tokenizer.encode(ImageInput((-1.0, 1.0))(torch.from_numpy(pixels)))
         decoded = ImageOutput((-1.0, 1.0))(system.tokenizer.decode(codes)).numpy()
@@ -170,7 +170,7 @@ def test_a_request_that_is_split_gives_the_same_codes(vqvae2_pipeline, vqvae2_sp
     sizes = []
     whole = vqvae2_pipeline.generate(LABELS, seed=2, first_image=3).codes
     split = vqvae2_splitting_pipeline.generate(
-        LABELS, seed=2, first_image=3, callback=lambda step, total, codes: sizes.append(len(codes))
+        LABELS, seed=2, first_image=3, callback=lambda step: sizes.append(len(step.codes))
     )
     np.testing.assert_array_equal(split.codes, whole)
     assert sizes == [2] * GRID + [1] * GRID
@@ -178,7 +178,7 @@ def test_a_request_that_is_split_gives_the_same_codes(vqvae2_pipeline, vqvae2_sp
 
 def test_no_call_takes_more_images_than_memory_allows(vqvae2_pipeline):
     sizes = set()
-    vqvae2_pipeline.generate([0] * 17, callback=lambda step, total, codes: sizes.add(len(codes)))
+    vqvae2_pipeline.generate([0] * 17, callback=lambda step: sizes.add(len(step.codes)))
     assert sizes == {16, 1}
 
 
@@ -305,16 +305,16 @@ def test_inpaint_begins_at_the_first_row_that_the_mask_touches(vqvae2_pipeline, 
 
 def test_the_callback_sees_every_place(vqvae2_pipeline):
     seen = []
-    result = vqvae2_pipeline.generate(LABELS, callback=lambda *args: seen.append((*args[:2], args[2].copy())))
-    assert [(step, total) for step, total, _ in seen] == [(i, GRID) for i in range(1, GRID + 1)]
-    for step, _, codes in seen:
-        np.testing.assert_array_equal(codes[:, :step], result.codes[:, :step])
-        assert (codes[:, step:] == -1).all()
+    result = vqvae2_pipeline.generate(LABELS, callback=seen.append)
+    assert [(each.step, each.steps, each.images) for each in seen] == [(i, GRID, range(3)) for i in range(1, GRID + 1)]
+    for each in seen:
+        np.testing.assert_array_equal(each.codes[:, : each.step], result.codes[:, : each.step])
+        assert (each.codes[:, each.step :] == -1).all()
 
 
 def test_a_level_that_is_known_is_not_run(vqvae2_pipeline, images):
     steps, codes = [], vqvae2_pipeline.encode(images)
-    vqvae2_pipeline.resample(images, LABELS, callback=lambda *args: steps.append(args[:2]))
+    vqvae2_pipeline.resample(images, LABELS, callback=lambda step: steps.append((step.step, step.steps)))
     assert steps == [(i, GRID - TOP) for i in range(1, GRID - TOP + 1)]
     known = np.where(np.arange(GRID) < TOP, -1, codes)
     _, seconds = vqvae2_pipeline.sample(known, LABELS)
