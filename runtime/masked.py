@@ -74,9 +74,9 @@ class MaskedSampler(Sampler):
         if self._progress[slot].done == 0:
             return self._items[slot].known.copy()
         if self.left(slot) == 0:
-            return self._read("step", self._result[slot])
-        drawn = self._read("step", self._binding.outputs["drawn"][slot])
-        remaining = self._read("step", self._binding.outputs["remaining"][slot])
+            return self._read("step", self._result)[slot].copy()
+        outputs = self._binding.outputs
+        drawn, remaining = (self._read("step", outputs[name])[slot] for name in ("drawn", "remaining"))
         return np.where(remaining == self._size, -1 - drawn, drawn)
 
     def _admit(self, slot: int, item: Item) -> None:

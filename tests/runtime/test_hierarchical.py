@@ -13,9 +13,10 @@ from vqdeploy.export.layers import ImageInput, ImageOutput
 from vqdeploy.models.ops import sample
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.hierarchical import HierarchicalSampler, level_names
+from vqdeploy.runtime.hierarchical import level_names
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.onnxrt import OnnxrtSession
+from vqdeploy.runtime.sampler import Item
 
 LABELS = [0, 2, 1]
 WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1}
@@ -110,15 +111,21 @@ def test_logits_are_those_of_the_full_pass(any_pipeline, batch):
     pipeline, system, labels = any_pipeline
     codes = np.random.default_rng(batch).integers(0, SIZE, (batch, *pipeline.grid))
     expected = system.prior.logits(torch.from_numpy(codes), torch.tensor(labels[:batch])).numpy()
-    sessions = {name: pipeline.session(name) for name in pipeline.stages}
-    levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
-    above, found = None, []
-    for level, forced in zip(levels, pipeline.maps(codes), strict=True):
-        options = dict.fromkeys(("temperature", "top_k", "top_p"), 1)
-        for _, _, binding in level.places(forced[..., 0], np.array(labels[:batch]), above, options):
-            level.run("pixel", binding)
-            found.append(binding.outputs["logits"][:, 0].copy())
-        above = forced[..., 0]
+
+    def forced(keys, rows):
+        for (_, image, place), row in zip(keys, rows, strict=True):
+            row[:] = 0
+            row[0, codes[image, place]] = 1e9  # beside which no logit counts
+
+    options, found = pipeline.options(**WHOLE), []
+    with pipeline.sampler(batch) as sampler:
+        sampler.draw = forced
+        for slot, label in enumerate(labels[:batch]):
+            sampler.admit(slot, Item(np.full(pipeline.grid, -1), label, 0, slot, options))
+        while sampler.left(0):
+            sampler.step()
+            found.append(sampler.last.outputs["logits"][:, 0].copy())
+        np.testing.assert_array_equal([sampler.codes(slot) for slot in range(batch)], codes)
     np.testing.assert_allclose(np.stack(found, 1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
@@ -193,12 +200,13 @@ def test_what_is_left_in_the_buffers_does_not_matter(any_pipeline):
     pipeline, _, labels = any_pipeline
     first = pipeline.generate(labels[:2], seed=4).codes
     poisoned = 0
-    for level in pipeline._sampler.levels:
-        condition, rows, pixel, _ = level._bound(2)
-        for binding in filter(None, (condition, *rows, pixel)):
-            for buffer in (*binding.inputs.values(), *binding.outputs.values()):
-                buffer[:] = np.nan if buffer.dtype == np.float32 else 0
-                poisoned += 1
+    with pipeline.sampler(2) as sampler:
+        for level in sampler._levels:
+            condition, rows, pixel, _ = level._buffers
+            for binding in filter(None, (condition, *rows, pixel)):
+                for buffer in (*binding.inputs.values(), *binding.outputs.values()):
+                    buffer[:] = np.nan if buffer.dtype == np.float32 else 0
+                    poisoned += 1
     assert poisoned > 50
     np.testing.assert_array_equal(pipeline.generate(labels[:2], seed=4).codes, first)
 
@@ -494,28 +502,32 @@ def setting(*path, value):
         *(without(f"{level}_{part}") for level in ("top", "bottom") for part in ("row", "pixel")),
         without("bottom_condition"),
         without("encode"),
-        lambda data: data["config"]["prior"].pop("levels"),
-        lambda data: data["config"]["prior"]["levels"].pop(),
-        lambda data: data["config"]["prior"]["levels"].reverse(),
-        setting("config", "prior", "levels", value=[]),
-        setting("config", "prior", "levels", value={}),
-        setting("config", "prior", "levels", 0, "grid", value=[6, 6]),
-        setting("config", "prior", "levels", 1, "grid", value=[6]),
-        setting("config", "prior", "levels", 1, "grid", value=None),
-        setting("config", "prior", "levels", 0, "grid", 0, value="x"),
-        setting("config", "tokenizer", "resolution", value=48),
-        setting("config", "tokenizer", "resolution", value=1e300),
-        setting("config", "tokenizer", "levels", value=3),
-        setting("config", "tokenizer", "levels", value=None),
-        setting("config", "tokenizer", "codebook_size", value=31),
-        setting("config", "model", value="rqvae"),
+        lambda data: data.pop("tokenizer"),
+        lambda data: data["tokenizer"].pop("maps"),
+        lambda data: data["tokenizer"]["maps"].pop(),
+        lambda data: data["tokenizer"]["maps"].reverse(),
+        lambda data: data["tokenizer"]["maps"].insert(0, [1, 1, 1]),
+        setting("tokenizer", "maps", value=[]),
+        setting("tokenizer", "maps", value={}),
+        setting("tokenizer", "maps", value=[[3, 3, 1], [4, 9, 1]]),
+        setting("tokenizer", "maps", value=[[3, 3, 1], [12, 3, 1]]),
+        setting("tokenizer", "maps", value=[[3, 3, 1], [3, 6, 2]]),
+        setting("tokenizer", "maps", 0, value=[6, 6, 1]),
+        setting("tokenizer", "maps", 1, value=[6]),
+        setting("tokenizer", "maps", 1, value=None),
+        setting("tokenizer", "maps", 0, 0, value="x"),
+        setting("tokenizer", "image", value=[48, 48, 3]),
+        setting("tokenizer", "image", 0, value=1e300),
+        setting("tokenizer", "codebook_size", value=31),
+        setting("sampling", "kind", value="autoregressive"),
+        setting("sampling", "kind", value="masked"),
         setting("stages", 3, "inputs", 10, "name", value="above"),
         setting("stages", 3, "inputs", 4, "shape", 1, value=True),
     ],
 )
 def test_a_plan_whose_parts_do_not_fit(vqvae2_plan, tmp_path, change):
     with pytest.raises(ArtifactError) as caught:
-        load(edited(vqvae2_plan, tmp_path / "a.plan", change), threads=1)
+        load(edited(vqvae2_plan, tmp_path / "a.plan", change), threads=1).generate([0])
     assert "\n" not in str(caught.value)
 
 
