@@ -732,10 +732,13 @@ def _check_sampler(bundle: Bundle) -> None:
     kind = SAMPLERS[sampling.kind]
     for name, wanted in kind.inputs(tokenizer, sampling).items():
         shapes = {info.name: info.shape for info in manifest.stage(name).inputs}
-        if missing := sorted(wanted - set(shapes)):
-            raise ArtifactError(f"stage {name} does not fit its sampler", expected=f"an input {missing[0]}")
-        if shapes.get("noise", (tokenizer.codebook_size,))[-1] != tokenizer.codebook_size:
-            raise ArtifactError(f"stage {name} has another codebook size", expected=tokenizer.codebook_size)
+        for tensor, end in wanted.items():
+            shape = shapes.get(tensor)
+            if shape is None or shape[len(shape) - len(end) :] != end:
+                expected = (
+                    f"an input {tensor} of shape [..., {', '.join(map(str, end))}]" if end else f"an input {tensor}"
+                )
+                raise ArtifactError(f"stage {name} does not fit its sampler", expected=expected, found=shape)
     try:
         options.choose({}, sampling.options, Layout(tokenizer.maps).depth, tokenizer.codebook_size)
     except VqdeployError as error:

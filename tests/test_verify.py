@@ -70,6 +70,17 @@ def replace_with(output, operator, *inputs):
     return lambda node: helper.make_node(operator, list(inputs), [output]) if node.output[0] == output else None
 
 
+def change_noise(monkeypatch, change):
+    """Loaded plans draw from other keys: `change` maps those of the images of a step."""
+    draw = lambda keys, rows: gumbel(change(keys), rows)  # noqa: E731
+    monkeypatch.setattr("vqdeploy.runtime.pipeline.ThreadedNoise", lambda threads: draw)
+
+
+def by_place(keys):
+    """Keyed by the place in the batch."""
+    return [(seed, place, step) for place, (seed, _, step) in enumerate(keys)]
+
+
 @pytest.mark.parametrize("kind", ["plan", "portable_plan"])
 def test_a_good_plan_passes(request, kind, system):
     names = []
@@ -227,26 +238,18 @@ def test_sampling_that_ignores_top_p(copy, system):
 
 
 def test_noise_keyed_by_the_place_in_the_batch(plan, system, monkeypatch):
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel",
-        lambda seed, images, step, out: gumbel(seed, np.arange(len(images)), step, out),
-    )
+    change_noise(monkeypatch, by_place)
     failed(failures(verify(plan, system)), "generate: image alone")
 
 
 def test_noise_that_is_the_same_at_each_step(plan, system, monkeypatch):
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel", lambda seed, images, step, out: gumbel(seed, images, 0, out)
-    )
+    change_noise(monkeypatch, lambda keys: [(seed, image, 0) for seed, image, _ in keys])
     failed(failures(verify(plan, system)), "generate: whole distribution: tokens outside")
 
 
 def test_noise_that_changes_from_run_to_run(plan, system, monkeypatch):
     runs = iter(range(10**6))
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel",
-        lambda seed, images, step, out: gumbel(next(runs), images, step, out),
-    )
+    change_noise(monkeypatch, lambda keys: [(next(runs), image, step) for _, image, step in keys])
     failed(failures(verify(plan, system)), "generate: codes that differ in a second run")
 
 

@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 from vqdeploy.checkpoint import SHIPPED, load
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
-from vqdeploy.systems import SYSTEMS, create, preset
-from vqdeploy.training import Recipe, train
+from vqdeploy.systems import SYSTEMS, Recipe, create, preset
+from vqdeploy.training import train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import images_of, open_data, to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, diversity, psnr, reconstruct
