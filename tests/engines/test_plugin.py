@@ -42,7 +42,7 @@ def rehearsal(tmp_path_factory):
     command = [compiler, "-shared", "-x", "c", "-", "-o", folder / "libnvinfer_plugin.so.11"]
     subprocess.run(command, input=b"int initLibNvInferPlugins(void) { return 1; }", check=True)  # noqa: S603
     process = subprocess.run(  # noqa: S603
-        [sys.executable, Path(__file__).with_name("plugin_rehearsal.py")],
+        [sys.executable, Path(__file__).parents[1] / "support" / "plugin_rehearsal.py"],
         env=os.environ
         | {"LD_LIBRARY_PATH": str(folder), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")},
         capture_output=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from late_cuda import Cuda, TensorRT
+from support.late_cuda import Cuda, TensorRT
 
 from vqdeploy import bench
 from vqdeploy.engines import tensorrt as builder
