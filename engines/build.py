@@ -13,7 +13,7 @@ from vqdeploy.engines.tensorrt import TensorrtBuilder
 from vqdeploy.errors import VqdeployError
 from vqdeploy.files import temporary_folder
 from vqdeploy.runtime import bundle
-from vqdeploy.runtime.manifest import WEIGHTS, BatchRange, Manifest
+from vqdeploy.runtime.manifest import WEIGHTS, Manifest, SizeRange
 
 BUILDERS: dict[str, Builder] = {
     "onnxrt": OnnxrtBuilder(),
@@ -31,7 +31,7 @@ def build(
     folder: Path,
     plan: Path,
     backend: str = "onnxrt",
-    batch: BatchRange = BatchRange(),
+    batch: SizeRange = SizeRange(),
     progress: Callable[[str], object] = log.info,
     portable: bool = False,
     plugin: str = "auto",
@@ -55,8 +55,8 @@ def build(
         VqdeployError: A library is missing, a size is wrong, or the file cannot be written.
         ArtifactError: The package is damaged, or the builder failed.
     """
-    if not 1 <= batch.min <= batch.opt <= batch.max:
-        sizes = f"{batch.min}, {batch.opt}, {batch.max}"
+    if not 1 <= batch.min <= batch.usual <= batch.max:
+        sizes = f"{batch.min}, {batch.usual}, {batch.max}"
         raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
     for kind, choice, choices in (
         ("backend", backend, BUILDERS),
@@ -66,12 +66,13 @@ def build(
         if choice not in choices:
             raise VqdeployError(f"there is no {kind} {choice!r}", expected=" or ".join(choices), found=choice)
     manifest = package.read(folder)
+    stages = [dataclasses.replace(stage, dims=_with_batch(stage.dims, batch)) for stage in manifest.stages]
     with temporary_folder(plan) as scratch:
-        options = Options(batch, portable, plugin, device)
-        built = BUILDERS[backend].build(manifest, folder, scratch, options, progress)
+        options = Options(portable, plugin, device)
+        built = BUILDERS[backend].build(stages, folder, scratch, options, progress)
         stages = [
             dataclasses.replace(stage, file=part.file.name, weights=part.weights, plugins=part.plugins)
-            for stage, part in zip(manifest.stages, built.stages, strict=True)
+            for stage, part in zip(stages, built.stages, strict=True)
         ]
         files = [part.file for part in built.stages]
         members = {file.name: bundle.sha256(file) for file in files}
@@ -85,7 +86,10 @@ def build(
             backend=backend,
             builder=built.builder,
             targets=built.targets,
-            batch=batch,
         )
         bundle.write(plan, manifest, files)
     return manifest
+
+
+def _with_batch(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeRange]:
+    return {name: batch if name == "batch" else size for name, size in dims.items()}

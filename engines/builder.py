@@ -1,12 +1,12 @@
 """What each backend has to bring to a build: a `Builder`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.runtime.manifest import BatchRange, Manifest
+from vqdeploy.runtime.manifest import StageInfo
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,12 @@ class Options:
     """What a plan is built for. A backend looks at those options that it knows.
 
     Attributes:
-        batch: Batch sizes that the plan accepts.
         portable: ONNX Runtime: whether to keep the package's own function bodies, to test those.
         plugin: TensorRT, one of `vqdeploy.engines.plugin.MODES`: whether our kernels run the nodes that they can. With
             `auto` they do where the libraries allow it, and a stage that fails with them is built without.
         device: ONNX Runtime: `cpu` or `cuda`.
     """
 
-    batch: BatchRange = BatchRange()
     portable: bool = False
     plugin: str = "auto"
     device: str = "cpu"
@@ -49,7 +47,7 @@ class Built:
     Attributes:
         builder: Name and version of what built it, such as `tensorrt-rtx 1.7.1.116`.
         targets: What the plan runs on: compute capabilities, or `cuda`; empty for the CPU.
-        stages: The stages, in the order of the manifest.
+        stages: The stages, in the order that was given.
     """
 
     builder: str
@@ -61,13 +59,18 @@ class Builder(Protocol):
     """One backend: turns the stages of a package into the members of a plan."""
 
     def build(
-        self, manifest: Manifest, package: Path, folder: Path, options: Options, progress: Callable[[str], object]
+        self,
+        stages: Sequence[StageInfo],
+        package: Path,
+        folder: Path,
+        options: Options,
+        progress: Callable[[str], object],
     ) -> Built:
         """Builds every stage.
 
         Args:
-            manifest: Of the package. Its files are as their digests say.
-            package: Folder of the package.
+            stages: The stages, with the sizes of the open dimensions that the plan is to accept.
+            package: Folder of their graphs and weights, which are as their digests say.
             folder: An empty folder to write to.
             options: What the plan is for.
             progress: Told the name of each stage as its build begins.

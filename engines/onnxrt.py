@@ -1,6 +1,6 @@
 """Builds plans for ONNX Runtime: the graphs with bodies of its own operators, and the weights as they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,24 +9,29 @@ import onnx
 from vqdeploy.engines.bodies_onnxrt import swap_in
 from vqdeploy.engines.builder import Built, BuiltStage, Options, refuse_plugin
 from vqdeploy.errors import ArtifactError
-from vqdeploy.runtime.manifest import Manifest, StageInfo
+from vqdeploy.runtime.manifest import StageInfo
 
 
 class OnnxrtBuilder:
     """A plan for the CPU, or one for CUDA with the package's own function bodies."""
 
     def build(
-        self, manifest: Manifest, package: Path, folder: Path, options: Options, progress: Callable[[str], object]
+        self,
+        stages: Sequence[StageInfo],
+        package: Path,
+        folder: Path,
+        options: Options,
+        progress: Callable[[str], object],
     ) -> Built:
         """See `Builder`."""
         if options.plugin == "on":
             raise refuse_plugin("onnxrt knows no plugins that are compiled ahead of time")
         cuda = options.device == "cuda"
-        stages = []
-        for stage in manifest.stages:
+        built = []
+        for stage in stages:
             progress(stage.name)
-            stages.append(_build_stage(stage, package, folder, portable=options.portable or cuda))
-        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), stages)
+            built.append(_build_stage(stage, package, folder, portable=options.portable or cuda))
+        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built)
 
 
 def _build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool) -> BuiltStage:

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from vqdeploy.engines.builder import Built, BuiltStage, Options, refuse_plugin
 from vqdeploy.engines.plugin import obstacle
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.backends import LIBRARIES, source
-from vqdeploy.runtime.manifest import Manifest, StageInfo
+from vqdeploy.runtime.manifest import StageInfo
 
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 """What a default TensorRT-RTX engine runs on, by its documentation."""
@@ -37,26 +37,26 @@ class TensorrtBuilder:
     backend: str
 
     def build(
-        self, manifest: Manifest, package: Path, folder: Path, options: Options, progress: Callable[[str], object]
+        self,
+        stages: Sequence[StageInfo],
+        package: Path,
+        folder: Path,
+        options: Options,
+        progress: Callable[[str], object],
     ) -> Built:
         """See `Builder`."""
         check(self.backend)
         targets = self._targets()
         with closing(Worker(self.backend, folder / "builder.log")) as worker:
             plugin = self._plugin(options.plugin, worker.version)
-            stages = []
-            for stage in manifest.stages:
+            built = []
+            for stage in stages:
                 progress(stage.name)
-                job = Job(
-                    stage.name,
-                    str(package / stage.file),
-                    str(folder / f"{stage.name}.engine"),
-                    _shapes(stage, _sizes(manifest, options)),
-                    plugin,
-                )
+                engine = folder / f"{stage.name}.engine"
+                job = Job(stage.name, str(package / stage.file), str(engine), _shapes(stage), plugin)
                 nodes = worker.build(job, fall_back=options.plugin == "auto")
-                stages.append(BuiltStage(Path(job.engine), plugins=nodes))
-            return Built(f"{self.backend} {worker.version}", targets, stages)
+                built.append(BuiltStage(engine, plugins=nodes))
+            return Built(f"{self.backend} {worker.version}", targets, built)
 
     def _targets(self) -> tuple[str, ...]:
         """Compute capabilities of the GPUs that engines are for; to TensorRT, that is the one of this machine."""
@@ -87,22 +87,12 @@ def check(backend: str) -> None:
         raise VqdeployError("Polygraphy is not installed", fix="pip install polygraphy")
 
 
-def _sizes(manifest: Manifest, options: Options) -> dict[str, tuple[int, int, int]]:
-    """Smallest, usual and largest size of each open dimension."""
-    height, width, *_ = (manifest.config.get("prior") or {}).get("grid", (1, 1))
-    return {
-        "batch": (1, options.batch.opt, options.batch.max),  # the last call of a request may be as small
-        "length": (1, 1, height * width),
-        "conditions": (1, 1, 2),
-    }
-
-
-def _shapes(stage: StageInfo, sizes: dict[str, tuple[int, int, int]]) -> dict[str, list[tuple[int, ...]]]:
+def _shapes(stage: StageInfo) -> dict[str, list[tuple[int, ...]]]:
     """Smallest, usual and largest shape of each input, for the optimization profile."""
-    return {
-        info.name: [info.concrete({name: size[kind] for name, size in sizes.items()}) for kind in range(3)]
-        for info in stage.inputs
-    }
+    smallest = {name: size.min for name, size in stage.dims.items()} | {"batch": 1}  # as in a request's last call
+    usual = {name: size.usual for name, size in stage.dims.items()}
+    largest = {name: size.max for name, size in stage.dims.items()}
+    return {info.name: [info.concrete(sizes) for sizes in (smallest, usual, largest)] for info in stage.inputs}
 
 
 @dataclass(frozen=True)

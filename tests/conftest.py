@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from support.artifacts import Artifacts, remove_old
 
-from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.manifest import SizeRange
 
 # Read when Triton is imported: the tests run its kernels on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -49,14 +49,14 @@ package = _artifact("package", "rqvae")
 plan = _artifact("plan", "rqvae")
 portable_plan = _artifact("plan", "rqvae", portable=True)
 pipeline = _artifact("pipeline", "rqvae")
-splitting_pipeline = _artifact("pipeline", "rqvae", batch=BatchRange(1, 1, 2))  # calls of at most two images
+splitting_pipeline = _artifact("pipeline", "rqvae", batch=SizeRange(1, 1, 2))  # calls of at most two images
 
 movq_system = _artifact("system", "movq")
 movq_package = _artifact("package", "movq")
 movq_plan = _artifact("plan", "movq")
 movq_portable_plan = _artifact("plan", "movq", portable=True)
 movq_pipeline = _artifact("pipeline", "movq")
-movq_splitting_pipeline = _artifact("pipeline", "movq", batch=BatchRange(1, 1, 2))
+movq_splitting_pipeline = _artifact("pipeline", "movq", batch=SizeRange(1, 1, 2))
 
 adaptive_system = _artifact("system", "adaptive")
 adaptive_package = _artifact("package", "adaptive")
@@ -78,7 +78,7 @@ vqvae2_package = _artifact("package", "vqvae2")
 vqvae2_plan = _artifact("plan", "vqvae2")
 vqvae2_portable_plan = _artifact("plan", "vqvae2", portable=True)
 vqvae2_pipeline = _artifact("pipeline", "vqvae2")
-vqvae2_splitting_pipeline = _artifact("pipeline", "vqvae2", batch=BatchRange(1, 1, 2))
+vqvae2_splitting_pipeline = _artifact("pipeline", "vqvae2", batch=SizeRange(1, 1, 2))
 
 three_system = _artifact("system", "three")
 three_package = _artifact("package", "three")

@@ -16,7 +16,7 @@ from vqdeploy.engines.package import read
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle, sha256
-from vqdeploy.runtime.manifest import FILE, BatchRange
+from vqdeploy.runtime.manifest import FILE, SizeRange
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (it is on PyPI)"
@@ -29,7 +29,7 @@ needs_no_tensorrt = pytest.mark.skipif(
 @needs_rtx
 def test_every_stage_of_tiny_builds(tiny, tmp_path):
     names = []
-    manifest = build(tiny.package, tmp_path / "tiny.plan", "tensorrt-rtx", BatchRange(1, 2, 4), names.append)
+    manifest = build(tiny.package, tmp_path / "tiny.plan", "tensorrt-rtx", SizeRange(1, 2, 4), names.append)
     assert names == ["encode", "decode", "step"]
     assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]
     assert (manifest.backend, manifest.targets[0]) == ("tensorrt-rtx", "sm_80")
@@ -85,7 +85,7 @@ print(*counts)
 
 @needs_rtx
 def test_every_stage_of_a_masked_system_builds(movq_package, tmp_path):
-    manifest = build(movq_package, tmp_path / "movq.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    manifest = build(movq_package, tmp_path / "movq.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]
     bundle = Bundle(tmp_path / "movq.plan")
     bundle.verify()
@@ -94,7 +94,7 @@ def test_every_stage_of_a_masked_system_builds(movq_package, tmp_path):
 
 @needs_rtx
 def test_an_adaptive_prior_builds(adaptive_package, tmp_path):
-    build(adaptive_package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    build(adaptive_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     assert Bundle(tmp_path / "a.plan").sizes()["step.engine"] > 50_000
 
 
@@ -104,7 +104,7 @@ def test_every_stage_is_built_in_half(request, name, tmp_path):
     """The types of a network are those of its graph: a cast that is missing is refused."""
     package = request.getfixturevalue(f"{name}half_package")
     assert read(package).precision == "fp16"
-    manifest = build(package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    manifest = build(package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     sizes = Bundle(tmp_path / "a.plan").sizes()
     assert min(sizes[stage.file] for stage in manifest.stages) > 10_000
 
@@ -153,23 +153,24 @@ def package_of(package, tmp_path):
         shutil.copy(package / "weights.safetensors", folder)
         data = json.loads((package / FILE).read_text())
         tensor = {"dtype": "float32", "shape": ["batch", 4]}
-        sides = {"inputs": [{"name": "x", **tensor}], "outputs": [{"name": "y", **tensor}]}
+        sides = {"inputs": [{"name": "x", **tensor}], "outputs": [{"name": "y", **tensor}], "dims": {"batch": {}}}
         stages = []
         for name, model in zip(("encode", "decode", "step", "features"), models, strict=False):
             onnx.save(model, folder / f"{name}.onnx")
             stages.append({"name": name, "file": f"{name}.onnx", "weights": [], "aliases": {}, **sides})
         members = {file.name: sha256(file) for file in folder.iterdir()}
-        (folder / FILE).write_text(json.dumps(data | {"stages": stages, "members": members}))
+        data |= {"stages": stages, "members": members, "tokenizer": None, "sampling": None}
+        (folder / FILE).write_text(json.dumps(data))
         return folder
 
     return make
 
 
-def test_a_package_without_a_prior_builds(package_of, tmp_path):
-    """Its manifest may name none."""
+def test_a_package_says_itself_what_to_build(package_of, tmp_path):
+    """No field of a training configuration is read, and there need be none."""
     folder = package_of(passing_graph())
     data = json.loads((folder / FILE).read_text())
-    del data["config"]["prior"]
+    data["provenance"] = {"producer": "another"}
     (folder / FILE).write_text(json.dumps(data))
     build(folder, tmp_path / "cpu.plan")
     assert set(Bundle(tmp_path / "cpu.plan").sizes()) == {FILE, "encode.onnx"}
@@ -246,7 +247,7 @@ def jobs(monkeypatch):
 @needs_rtx
 def test_the_profile_covers_the_batch_and_the_prefix(tiny, tmp_path, jobs):
     """The builder is told the smallest, usual and largest shape of every input."""
-    manifest = build(tiny.package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 3, 8))
+    manifest = build(tiny.package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 3, 8))
     shapes = jobs["step"].shapes
     assert shapes["codes"] == [(1, 1, 4), (3, 1, 4), (8, 64, 4)]
     assert shapes["past_key.0"] == [(1, 4, 64, 32), (3, 4, 64, 32), (8, 4, 64, 32)]
@@ -258,7 +259,7 @@ def test_the_profile_covers_the_batch_and_the_prefix(tiny, tmp_path, jobs):
 @needs_rtx
 def test_the_profile_covers_one_label_and_two(movq_package, tmp_path, jobs):
     """Guidance doubles the labels of every image."""
-    build(movq_package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    build(movq_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     shapes = jobs["step"].shapes
     assert shapes["label"] == shapes["guidance"] == [(1, 1), (2, 1), (4, 2)]
     assert shapes["noise"] == [(1, 4, 4, 4, 32), (2, 4, 4, 4, 32), (4, 4, 4, 4, 32)]
@@ -301,7 +302,7 @@ def test_every_stage_of_a_gpt_is_built(request, name, tmp_path):
 @needs_rtx
 def test_every_stage_of_a_hierarchy_is_built(vqvae2_package, tmp_path):
     """Two blocks with attention, and the rows beside their caches, are what the builder once died of."""
-    manifest = build(vqvae2_package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    manifest = build(vqvae2_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     names = ["encode", "decode", "top_row", "top_pixel", "bottom_condition", "bottom_row", "bottom_pixel"]
     assert [stage.file for stage in manifest.stages] == [f"{name}.engine" for name in names]
     sizes = Bundle(tmp_path / "a.plan").sizes()
