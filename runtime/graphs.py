@@ -78,7 +78,7 @@ def check(graph: bytes | memoryview, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def _refuse(reason: str) -> NoReturn:
-    raise ArtifactError(f"the graph may not be opened: {reason}")
+    raise ArtifactError(f"the graph is refused: {reason}")
 
 
 def _shown(name: object) -> str:
