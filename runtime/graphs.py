@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -25,12 +25,14 @@ FUNCTIONS = "vqdeploy"
 NODES = 20_000
 """Nodes of a graph, those within functions counted at each call."""
 
+BYTES = 1 << 26
+"""Bytes of a graph: weights lie in their own file."""
+
 _CALLS = 8  # of functions within one another
 _BRANCHES = 4  # of conditions within one another
 _RANK = 8
 _NAME = 1024  # characters
 _FEW = 64  # numbers that are worth knowing
-_BYTES = 1 << 26
 _IR_VERSIONS = range(10, 14)
 _ATTRIBUTES = {1: "FLOAT", 2: "INT", 3: "STRING", 4: "TENSOR", 5: "GRAPH", 6: "FLOATS", 7: "INTS"}
 _FIELDS = {"FLOAT": "f", "INT": "i", "STRING": "s", "TENSOR": "t", "GRAPH": "g", "FLOATS": "floats", "INTS": "ints"}
@@ -59,10 +61,25 @@ class Known:
 
 
 Values = dict[str, Known]
+
+
+class Shaped(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As numpy's."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As numpy's."""
+
+
+Weights = Mapping[str, Shaped]
 _ANYTHING = Known()
 
 
-def check(graph: bytes | memoryview, weights: Mapping[str, np.ndarray]) -> None:
+def check(graph: bytes | memoryview, weights: Weights) -> None:
     """Checks that an engine may open a graph.
 
     Args:
@@ -72,8 +89,8 @@ def check(graph: bytes | memoryview, weights: Mapping[str, np.ndarray]) -> None:
     Raises:
         ArtifactError: The graph has what is not in the table of operators, is too large, or is no graph.
     """
-    if len(graph) > _BYTES:
-        _refuse(f"it has more than {_BYTES} bytes, weights aside")
+    if len(graph) > BYTES:
+        _refuse(f"it has more than {BYTES} bytes, weights aside")
     _Checker(read(graph), weights).run()
 
 
@@ -96,7 +113,7 @@ def _parameters(text: str) -> tuple[list[str], int, bool]:
 @dataclass
 class _Checker:
     model: Message
-    weights: Mapping[str, np.ndarray]
+    weights: Weights
     functions: dict[str, Message] = field(default_factory=dict)
     memo: dict[Any, tuple[int, list[Known]]] = field(default_factory=dict)
 

@@ -108,7 +108,7 @@ class OnnxrtSession:
             # ONNX Runtime borrows this memory: the views must live as long as the session.
             self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
-            graph = bytes(bundle.member(stage.file))
+            graph = bundle.read(stage.file)
             graphs.check(graph, {name: weights[name] for name in stage.weights})
             self._session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
         except Exception as error:
