@@ -35,7 +35,8 @@ def read(folder: Path) -> Manifest:
 
     Raises:
         VqdeployError: The folder is not a package, or a file cannot be read.
-        ArtifactError: A file is missing, is a link, or was changed, or a graph is refused; see `vqdeploy.runtime.graphs`.
+        ArtifactError: A file is missing, is a link, or was changed, or a graph is refused, see
+            `vqdeploy.runtime.graphs`.
     """
     manifest = read_manifest(folder)
     if missing := {WEIGHTS, *(stage.file for stage in manifest.stages)} - set(manifest.members):

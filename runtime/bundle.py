@@ -31,7 +31,16 @@ _DIRECTORY_BYTES = 1 << 20  # of the ZIP: a member takes some hundred
 _HEADER_BYTES = 1 << 26  # of the manifest, and of the weights: as many tensors as no model has
 _CHUNK = 1 << 22
 _REBUILD = "vqdeploy build PACKAGE"
-_DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, TypeError, LookupError, EOFError, RuntimeError, ArithmeticError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    ArithmeticError,
+    EOFError,
+)
 """What parsers raise of bytes that somebody else wrote."""
 
 
@@ -281,7 +290,7 @@ _DTYPES: Mapping[str, Any] = {
 def _weight(dtype: str, shape: list[int], data_offsets: list[int]) -> Weight:
     start, stop = data_offsets
     kind = np.dtype(_DTYPES[dtype])
-    if not all(type(size) is int and 0 <= size for size in (*shape, start, stop)) or len(shape) > 32:
+    if not all(type(size) is int and size >= 0 for size in (*shape, start, stop)) or len(shape) > 32:
         raise ValueError(f"shape {shape} at {data_offsets}")
     if stop - start != math.prod(shape) * kind.itemsize or start % kind.itemsize:
         raise ValueError(f"{dtype} of shape {shape} at {data_offsets}")

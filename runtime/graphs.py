@@ -1,8 +1,8 @@
 """Which graphs may be opened: a check against a table of operators, before an engine's library sees the bytes.
 
-ONNX Runtime and TensorRT check much of a graph and not all of it: some nodes that no exporter writes end the process, or
-keep it busy for ever. So a graph may hold only what stands in `vqdeploy.runtime.operators`, in the forms that stand there.
-Functions that a graph brings are followed into, with the attributes of each call.
+ONNX Runtime and TensorRT check much of a graph and not all of it: some nodes that no exporter writes end the process,
+or keep it busy for ever. So a graph may hold only what stands in `vqdeploy.runtime.operators`, in the forms that stand
+there. Functions that a graph brings are followed into, with the attributes of each call.
 """
 
 import math
@@ -48,16 +48,21 @@ _DTYPES = {
 }
 _NUMPY = dict(_DTYPES.values())
 _NUMBERS = {name: number for name, (number, _) in _DTYPES.items()}
+_FLOAT = _NUMBERS["FLOAT"]
 _FLOATS = {_NUMBERS[name] for name in ("FLOAT", "FLOAT16", "DOUBLE")} | {16}  # 16 is bfloat16
 _EXTERNAL = 1
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a value before anything runs: its type as ONNX numbers it, and its numbers if they are few."""
+    """What is known of a value before anything runs: its type as ONNX numbers it, and its numbers if they are few.
+
+    A constant depends on no input of the graph, so that an engine may work it out while it opens the graph.
+    """
 
     dtype: int | None = None
     numbers: tuple[int, ...] | None = None
+    constant: bool = False
 
 
 Values = dict[str, Known]
@@ -181,7 +186,7 @@ class _Checker:
                 _refuse(f"{_shown(name)} lies in a file that is not its weights")
             if list(weight.shape) != dims or _NUMPY.get(dtype) != weight.dtype or len(tensor["raw_data"] or b""):
                 _refuse(f"{_shown(name)} is not the tensor in the file of weights")
-            return Known(dtype)
+            return Known(dtype, constant=True)
         if tensor["data_location"]:
             _refuse(f"{_shown(name)} lies where no tensor may")
         lists = [values for key in ("float_data", "int32_data", "int64_data", "double_data") if (values := tensor[key])]
@@ -191,14 +196,13 @@ class _Checker:
         if (len(lists[0]) if lists else len(raw or b"") / _NUMPY[dtype].itemsize) != size:
             _refuse(f"{_shown(name)} does not have as many numbers as its shape says")
         if dtype not in (_NUMBERS["INT32"], _NUMBERS["INT64"]) or size > _FEW:
-            return Known(dtype)
-        return Known(dtype, tuple(lists[0] if lists else np.frombuffer(raw or b"", _NUMPY[dtype]).tolist()))
+            return Known(dtype, constant=True)
+        numbers = lists[0] if lists else np.frombuffer(raw or b"", _NUMPY[dtype]).tolist()
+        return Known(dtype, tuple(numbers), constant=True)
 
     # Nodes
 
-    def _nodes(
-        self, nodes: list[Message], values: Values, bound: dict[str, Message], calls: int, branches: int
-    ) -> int:
+    def _nodes(self, nodes: list[Message], values: Values, bound: dict[str, Message], calls: int, branches: int) -> int:
         count = len(nodes)
         if count > NODES:
             _refuse(f"it has more than {NODES} nodes")
@@ -284,31 +288,33 @@ class _Checker:
         self, operator: Operator, node: Message, attributes: dict[str, Message], values: Values
     ) -> list[Known]:
         """What is known of a node's outputs."""
-        if node["op_type"] in ("Constant", "ConstantOfShape"):
-            return [self._constant(node["op_type"], attributes)]
+        if node["op_type"] == "Constant":
+            return [self._constant(attributes)]
+        constant = all(values.get(name, _ANYTHING).constant for name in node["input"] if name)
+        if node["op_type"] == "ConstantOfShape":
+            return [Known(self._constant(attributes).dtype if attributes else _FLOAT, None, constant)]
         if node["op_type"] == "Cast":
-            return [Known(attributes["to"]["i"])]
+            return [Known(attributes["to"]["i"], None, constant)]
         by_name = dict(zip((part.rstrip("?*") for part in operator.inputs.split()), node["input"], strict=False))
         results = []
         for part in operator.outputs.split():
             source = part.partition("=")[2]
             dtype = _NUMBERS.get(source) or values.get(by_name.get(source, ""), _ANYTHING).dtype
-            results.append(Known(dtype))
-        if operator.outputs.endswith("*=input") or "*" in operator.outputs:
+            results.append(Known(dtype, None, constant))
+        if "*" in operator.outputs:
             results *= len(node["output"])
         return results
 
-    def _constant(self, kind: str, attributes: dict[str, Message]) -> Known:
-        if kind == "Constant" and len(attributes) != 1:
+    def _constant(self, attributes: dict[str, Message]) -> Known:
+        if len(attributes) != 1:
             _refuse("Constant has no value, or several")
-        for attribute in attributes.values():
-            if attribute["t"] is not None:
-                known = self._tensor(attribute["t"], "a constant")
-                return known if kind == "Constant" else Known(known.dtype)
-            if attribute["type"] in (2, 7):
-                numbers = attribute["ints"] if attribute["i"] is None else [attribute["i"]]
-                return Known(_NUMBERS["INT64"], tuple(numbers) if len(numbers) <= _FEW else None)
-        return Known(_NUMBERS["FLOAT"])
+        (attribute,) = attributes.values()
+        if attribute["t"] is not None:
+            return self._tensor(attribute["t"], "a constant")
+        if _ATTRIBUTES[attribute["type"]] in ("INT", "INTS"):
+            numbers = attribute["ints"] if attribute["i"] is None else [attribute["i"]]
+            return Known(_NUMBERS["INT64"], tuple(numbers) if len(numbers) <= _FEW else None, constant=True)
+        return Known(_FLOAT, constant=True)
 
     # Functions
 
@@ -364,5 +370,14 @@ def _division(node: Message, attributes: dict[str, Message], values: Values) -> 
     return ""
 
 
-_PROBLEMS = {"Split": _split, "Div": _division, "Mod": _division}
+def _layer(node: Message, attributes: dict[str, Message], values: Values) -> str:
+    """What works on a request has no constant input; worked out while a graph opens, some of these end the process."""
+    first = next((name for name in node["input"] if name), "")
+    return "works on a constant" if values.get(first, _ANYTHING).constant else ""
+
+
+_LAYERS = """Attention AveragePool BatchNormalization Conv ConvInteger ConvTranspose GlobalAveragePool GlobalMaxPool
+GridSample GroupNormalization GroupQueryAttention InstanceNormalization LayerNormalization LpNormalization LRN
+MatMulInteger MatMulNBits MaxPool MultiHeadAttention RMSNormalization RotaryEmbedding"""
+_PROBLEMS = {"Split": _split, "Div": _division, "Mod": _division, **dict.fromkeys(_LAYERS.split(), _layer)}
 """What neither numbers of inputs nor ranges of attributes say of an operator."""

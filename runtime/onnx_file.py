@@ -16,8 +16,8 @@ Message = dict[str, Any]
 _DEPTH = 32  # of messages in one another: a graph in a branch is three deeper than its node
 _FIELDS = 2_000_000
 
-# What `onnx.proto` calls the messages and fields; `*` marks those that may be repeated. What no file of ours has is left
-# out: training, sparse tensors, sequences, names of devices, tensors of strings.
+# Messages and fields as in `onnx.proto`; `*` marks those that may be repeated. What no file of ours has is left out:
+# training, sparse tensors, sequences, names of devices, tensors of strings.
 _SCHEMA = """
 Model: 1 ir_version int, 2 producer_name text, 3 producer_version text, 4 domain text, 5 model_version int,
     6 doc_string text, 7 graph Graph, 8 opset_import Opset*, 14 metadata_props Entry*, 25 functions Function*
@@ -48,9 +48,7 @@ def _schema() -> dict[str, dict[int, tuple[str, str, bool]]]:
     for line in _SCHEMA.strip().replace("\n    ", " ").splitlines():
         message, _, text = line.partition(": ")
         parts = [part.split() for part in text.split(", ")]
-        messages[message] = {
-            int(number): (name, kind.rstrip("*"), kind.endswith("*")) for number, name, kind in parts
-        }
+        messages[message] = {int(number): (name, kind.rstrip("*"), kind.endswith("*")) for number, name, kind in parts}
     return messages
 
 

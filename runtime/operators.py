@@ -1,4 +1,4 @@
-"""The operators that a graph of a plan may have. Written by `tools/operators.py`; change that and run it."""
+"""The operators that a graph of a plan may have. `tools/operators.py` writes this file."""
 
 from vqdeploy.runtime.rules import (
     ANY,
@@ -319,16 +319,12 @@ ONNX = {
 
 MICROSOFT = {
     "GroupQueryAttention": Operator(
-        "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache? sin_cache? position_ids? attention_bias? head_sink? k_scale? v_scale? q_norm_weight? k_norm_weight? query_seqlens?",
+        "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache? sin_cache?",
         "output=query present_key? present_value? output_qk?=query",
         {
             "causal": Ints(-1, 1),
             "do_rotary": FLAG,
             "k_norm_epsilon": FLOAT,
-            "k_quant_type": Strings(
-                "NONE",
-            ),
-            "kv_cache_bit_width": Ints(0, 8),
             "kv_num_heads": Ints(1, 4096),
             "local_window_size": Ints(-1, 1048576),
             "num_heads": Ints(0, 4096),
@@ -340,9 +336,6 @@ MICROSOFT = {
             "sliding_window_cache": FLAG,
             "smooth_softmax": Ints(-1, 1),
             "softcap": FLOAT,
-            "v_quant_type": Strings(
-                "NONE",
-            ),
         },
         ("kv_num_heads", "num_heads"),
     ),
@@ -360,7 +353,7 @@ MICROSOFT = {
         ("K", "N", "block_size"),
     ),
     "MultiHeadAttention": Operator(
-        "query key? value? bias? key_padding_mask? attention_bias? past_key? past_value? past_sequence_length? cache_indirection?",
+        "query key? value? bias? key_padding_mask? attention_bias? past_key? past_value?",
         "output=query present_key?=query present_value?=query qk?",
         {"mask_filter_value": FLOAT, "num_heads": Ints(0, 4096), "scale": FLOAT, "unidirectional": FLAG},
         ("num_heads",),

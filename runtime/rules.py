@@ -1,4 +1,4 @@
-"""What an operator's inputs, outputs and attributes may be: the words that `vqdeploy.runtime.operators` is written in."""
+"""What inputs, outputs and attributes of an operator may be: the words of `vqdeploy.runtime.operators`."""
 
 import math
 import re
@@ -31,7 +31,7 @@ class OneOf:
         return value in self.values
 
 
-def Strings(*values: str) -> OneOf:  # noqa: N802 (a rule like the others)
+def Strings(*values: str) -> OneOf:
     """One of some strings."""
     return OneOf(tuple(value.encode() for value in values), "STRING")
 

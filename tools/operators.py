@@ -1,11 +1,11 @@
-"""Writes `runtime/operators.py`: the operators that a graph of a plan may have, from the schemas of ONNX and ONNX Runtime.
+"""Writes `runtime/operators.py`: the operators that a graph of a plan may have, from the schemas of their libraries.
 
-`python tools/operators.py` writes the file, `python tools/operators.py --check` fails when it is not what would be written.
+`python tools/operators.py` writes the file; with `--check` it fails when the file is not what would be written.
 
-Which operators stand in the table, and what an attribute may be, is said here; how many inputs and outputs there are and
-which may be left out comes from the schemas. Left out are operators that need not end (Loop, Scan), that have no one
-result (random numbers, dropout), that hold what is no tensor (sequences, optionals, strings), and those that nobody
-exports.
+Which operators stand in the table, and what an attribute may be, is said here; how many inputs and outputs there are
+and which may be left out comes from the schemas of ONNX and ONNX Runtime. Not in the table are operators that need not
+end (Loop, Scan), that have no one result (random numbers, dropout), that hold what is no tensor (sequences, optionals,
+strings), and those that nobody exports.
 """
 
 import argparse
@@ -24,76 +24,62 @@ ELEMENTWISE = """Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAn
 CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity
 IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu
 Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor"""
-REDUCTIONS = """ArgMax ArgMin CumSum LogSoftmax ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin
-ReduceProd ReduceSum ReduceSumSquare Softmax"""
-LAYERS = """Attention AveragePool BatchNormalization Conv ConvInteger ConvTranspose DequantizeLinear DynamicQuantizeLinear
-Einsum Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization InstanceNormalization LayerNormalization
-LpNormalization LRN MatMul MatMulInteger MaxPool QuantizeLinear Resize RMSNormalization RotaryEmbedding"""
-MOVES = """Compress Concat Constant ConstantOfShape DepthToSpace Expand EyeLike Flatten Gather GatherElements GatherND
-NonZero OneHot Pad Range Reshape ScatterElements ScatterND Shape Size Slice SpaceToDepth Split Squeeze Tile TensorScatter
-TopK Transpose Trilu Unsqueeze"""
+REDUCTIONS = """ArgMax ArgMin CumSum LogSoftmax ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
+ReduceMin ReduceProd ReduceSum ReduceSumSquare Softmax"""
+LAYERS = """Attention AveragePool BatchNormalization Conv ConvInteger ConvTranspose DequantizeLinear
+DynamicQuantizeLinear Einsum Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization
+InstanceNormalization LayerNormalization LpNormalization LRN MatMul MatMulInteger MaxPool QuantizeLinear Resize
+RMSNormalization RotaryEmbedding"""
+MOVES = """Compress Concat Constant ConstantOfShape DepthToSpace Expand EyeLike Flatten Gather GatherElements
+GatherND NonZero OneHot Pad Range Reshape ScatterElements ScatterND Shape Size Slice SpaceToDepth Split Squeeze Tile
+TensorScatter TopK Transpose Trilu Unsqueeze"""
 CONTROL = "If"
 OPERATORS = {
     "": f"{ELEMENTWISE} {REDUCTIONS} {LAYERS} {MOVES} {CONTROL}".split(),
     "com.microsoft": ["GroupQueryAttention", "MatMulNBits", "MultiHeadAttention"],
 }
 
-FLAG, AXIS, ANY = (0, 1), (-8, 7), (-(2**63), 2**63 - 1)
-DTYPES = (
-    1,
-    2,
-    3,
-    6,
-    7,
-    9,
-    10,
-    11,
-    16,
-    21,
-    22,
-)  # float, uint8, int8, int32, int64, bool, float16, double, bfloat16, (u)int4
-INTEGERS: dict[str, tuple[int, ...]] = {
-    # Attributes that are not named here are flags.
-    "axis": AXIS,
-    "axes": AXIS,
-    "perm": (0, 7),
-    "batch_dims": (0, 7),
-    "start": ANY,
-    "end": ANY,
-    "bits": (2, 8),
-    "block_size": (0, 2**16),
-    "blocksize": (1, 2**8),
-    "dilations": (1, 2**12),
-    "group": (1, 2**16),
-    "k": (-(2**16), 2**16),
-    "K": (1, 2**24),
-    "N": (1, 2**24),
-    "kernel_shape": (1, 2**12),
-    "kv_num_heads": (1, 2**12),
-    "left_window_size": (-1, 2**20),
-    "right_window_size": (-1, 2**20),
-    "local_window_size": (-1, 2**20),
-    "num_groups": (1, 2**16),
-    "num_heads": (0, 2**12),
-    "num_outputs": (1, 2**12),
-    "output_padding": (0, 2**12),
-    "output_shape": (1, 2**16),
-    "p": (1, 2),
-    "pads": (0, 2**12),
-    "q_num_heads": (1, 2**12),
-    "qk_matmul_output_mode": (0, 3),
-    "qk_output": (0, 2),
-    "rotary_embedding_dim": (0, 2**12),
-    "size": (1, 2**12),
-    "strides": (1, 2**12),
-    "accuracy_level": (0, 4),
-    "value_int": ANY,
-    "value_ints": ANY,
-    "smooth_softmax": (-1, 1),
-    "kv_cache_bit_width": (0, 8),
-    "causal": (-1, 1),
+INTEGERS: dict[str, str] = {
+    "axis": "AXIS",
+    "axes": "AXIS",
+    "perm": "Ints(0, 7)",
+    "batch_dims": "Ints(0, 7)",
+    "start": "ANY",
+    "end": "ANY",
+    "bits": "Ints(2, 8)",
+    "block_size": "Ints(0, 65536)",
+    "blocksize": "Ints(1, 256)",
+    "dilations": "Ints(1, 4096)",
+    "group": "Ints(1, 65536)",
+    "k": "Ints(-65536, 65536)",
+    "K": "Ints(1, 16777216)",
+    "N": "Ints(1, 16777216)",
+    "kernel_shape": "Ints(1, 4096)",
+    "kv_num_heads": "Ints(1, 4096)",
+    "left_window_size": "Ints(-1, 1048576)",
+    "right_window_size": "Ints(-1, 1048576)",
+    "local_window_size": "Ints(-1, 1048576)",
+    "num_groups": "Ints(1, 65536)",
+    "num_heads": "Ints(0, 4096)",
+    "num_outputs": "Ints(1, 4096)",
+    "output_padding": "Ints(0, 4096)",
+    "output_shape": "Ints(1, 65536)",
+    "p": "Ints(1, 2)",
+    "pads": "Ints(0, 4096)",
+    "q_num_heads": "Ints(1, 4096)",
+    "qk_matmul_output_mode": "Ints(0, 3)",
+    "qk_output": "Ints(0, 2)",
+    "rotary_embedding_dim": "Ints(0, 4096)",
+    "size": "Ints(1, 4096)",
+    "strides": "Ints(1, 4096)",
+    "accuracy_level": "Ints(0, 4)",
+    "value_int": "ANY",
+    "value_ints": "ANY",
+    "smooth_softmax": "Ints(-1, 1)",
+    "causal": "Ints(-1, 1)",
+    **dict.fromkeys(("to", "dtype", "output_dtype", "precision", "softmax_precision", "stash_type"), "DTYPES"),
 }
-TYPES = ("to", "dtype", "output_dtype", "precision", "softmax_precision", "stash_type")
+"""How whole numbers are bounded; those that are not named here are flags."""
 STRINGS: dict[str, tuple[str, ...]] = {
     "approximate": ("none", "tanh"),
     "auto_pad": ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"),
@@ -110,8 +96,6 @@ STRINGS: dict[str, tuple[str, ...]] = {
     "padding_mode": ("border", "reflection", "zeros"),
     "reduction": ("add", "max", "min", "mul", "none"),
     "round_mode": ("down", "nearest", "up"),
-    "k_quant_type": ("NONE",),
-    "v_quant_type": ("NONE",),
 }
 MODES = {
     "DepthToSpace": ("CRD", "DCR"),
@@ -120,7 +104,17 @@ MODES = {
     "Resize": ("cubic", "linear", "nearest"),
     "TensorScatter": ("circular", "linear"),
 }
-LEFT_OUT = {"sparse_value", "value_string", "value_strings", "training_mode"}
+INPUTS = {"GroupQueryAttention": 9, "MultiHeadAttention": 8}
+"""How many inputs of an operator are in use here; what else it takes is refused."""
+LEFT_OUT = {
+    "sparse_value",
+    "value_string",
+    "value_strings",
+    "training_mode",
+    "k_quant_type",
+    "v_quant_type",
+    "kv_cache_bit_width",
+}
 """Attributes that no graph of ours has."""
 
 
@@ -155,34 +149,28 @@ def results(schema: Any) -> str:
 def rule(operator: str, name: str, attribute: Any) -> str:
     """What an attribute may be, as source text."""
     kind = str(attribute.type).rpartition(".")[2]
-    if kind in ("INT", "INTS"):
-        values = DTYPES if name in TYPES else INTEGERS.get(name, FLAG)
-        text = (
-            "DTYPES"
-            if values is DTYPES
-            else "ANY"
-            if values is ANY
-            else "FLAG"
-            if values is FLAG
-            else "AXIS"
-            if values is AXIS
-            else f"Ints({values[0]}, {values[1]})"
-        )
+    if kind.startswith("INT"):
+        text = INTEGERS.get(name, "FLAG")
     elif kind == "STRING":
         text = "EQUATION" if name == "equation" else f"Strings{MODES[operator] if name == 'mode' else STRINGS[name]!r}"
     else:
-        text = {"FLOAT": "FLOAT", "FLOATS": "FLOAT", "GRAPH": "GRAPH", "TENSOR": "TENSOR"}[kind]
+        text = kind.removesuffix("S")
     return f"List({text})" if kind in ("INTS", "FLOATS") else text
 
 
 def entry(operator: str, schemas: list[Any]) -> str:
     """The row of an operator."""
     newest = schemas[-1]
-    assert len({(signature(s.inputs), results(s)) for s in schemas}) == 1, operator
+    if len({(signature(s.inputs), results(s)) for s in schemas}) > 1:
+        raise SystemExit(f"{operator} differs from opset to opset: the table has one row for all")
     attributes = {name: value for name, value in sorted(newest.attributes.items()) if name not in LEFT_OUT}
     rules = ", ".join(f"{name!r}: {rule(operator, name, value)}" for name, value in attributes.items())
     required = tuple(name for name, value in attributes.items() if value.required)
-    return f"{operator!r}: Operator({signature(newest.inputs)!r}, {results(newest)!r}, {{{rules}}}, {required})"
+    inputs = signature(newest.inputs[: INPUTS.get(operator)])
+    return f"{operator!r}: Operator({inputs!r}, {results(newest)!r}, {{{rules}}}, {required})"
+
+
+WORDS = "ANY, AXIS, DTYPES, EQUATION, FLAG, FLOAT, GRAPH, TENSOR, Ints, List, Operator, Strings"
 
 
 def table() -> str:
@@ -193,9 +181,9 @@ def table() -> str:
     }
     rows = [entry(name, [onnx.defs.get_schema(name, opset) for opset in OPSETS]) for name in sorted(OPERATORS[""])]
     own = [entry(name, [contrib["com.microsoft", name]]) for name in OPERATORS["com.microsoft"]]
-    return f'''"""The operators that a graph of a plan may have. Written by `tools/operators.py`; change that and run it."""
+    return f'''"""The operators that a graph of a plan may have. `tools/operators.py` writes this file."""
 
-from vqdeploy.runtime.rules import ANY, AXIS, DTYPES, EQUATION, FLAG, FLOAT, GRAPH, TENSOR, Ints, List, Operator, Strings
+from vqdeploy.runtime.rules import {WORDS}
 
 OPSETS = {{"": {OPSETS}, "com.microsoft": (1,)}}
 """The versions of each domain whose operators these are."""
