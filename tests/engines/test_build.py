@@ -7,7 +7,7 @@ import zipfile
 import onnx
 import pytest
 
-from vqdeploy.engines.build import BACKENDS, build
+from vqdeploy.engines.build import BUILDERS, build
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.bundle import Bundle
@@ -85,7 +85,7 @@ def test_an_unknown_backend(package, tmp_path):
     with pytest.raises(VqdeployError, match="expected onnxrt or tensorrt or tensorrt-rtx, found tflite") as caught:
         build(package, tmp_path / "a.plan", backend="tflite")
     assert caught.value.exit_code == 2
-    assert set(BACKENDS) == {"onnxrt", "tensorrt", "tensorrt-rtx"}
+    assert set(BUILDERS) == {"onnxrt", "tensorrt", "tensorrt-rtx"}
 
 
 @pytest.mark.parametrize("place", ["file/a.plan", "file/deep/a.plan"])
