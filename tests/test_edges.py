@@ -12,7 +12,7 @@ EVERYTHING_BUT_TRAINING = {
 }  # fmt: skip
 
 EDGES: dict[str, set[str]] = {
-    **{name: set() for name in BASE},
+    **{name: set() for name in sorted(BASE)},
     "kernels": set(),
     "models": set(),
     "systems": {"models"},
