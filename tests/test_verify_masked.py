@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from test_verify import change_function, change_weight, failed, failures, replace_with, reseal
+from support.mutations import change_function, change_weight, failed, failures, replace_with, reseal
 
 from vqdeploy.engines.build import build
 from vqdeploy.runtime import masked

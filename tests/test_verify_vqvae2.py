@@ -9,8 +9,7 @@ import pytest
 import torch
 from onnx import helper
 from safetensors.numpy import load_file
-from test_verify import change_function, change_weight, failed, failures, replace_with
-from test_verify_guided import change_graph
+from support.mutations import change_function, change_graph, change_weight, failed, failures, replace_with
 
 from vqdeploy.runtime import hierarchical
 from vqdeploy.runtime.hierarchical import Level
