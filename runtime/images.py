@@ -88,7 +88,8 @@ def veil(images: np.ndarray, unknown: np.ndarray, opacity: float = 1.0) -> np.nd
 def write_frames(path: Path, frames: np.ndarray, note: dict[str, Any]) -> None:
     """Writes frames uint8 [N, H, W, 3] as an animation when the name ends in `.gif`, else side by side as a PNG."""
     if path.suffix.lower() != ".gif":
-        return write_grid(path, frames, columns=len(frames), note=note)
+        write_grid(path, frames, columns=len(frames), note=note)
+        return
     first, *rest = (Image.fromarray(frame) for frame in frames)
     durations = [_FRAME_MS] * len(rest) + [_LAST_FRAME_MS]
     with replacing_file(path) as file:

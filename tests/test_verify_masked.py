@@ -6,7 +6,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from test_verify import by_place, change_function, change_noise, change_weight, failed, failures, replace_with, reseal
+from support.mutations import (
+    by_place,
+    change_function,
+    change_noise,
+    change_weight,
+    failed,
+    failures,
+    replace_with,
+    reseal,
+)
 
 from vqdeploy.engines.build import build
 from vqdeploy.runtime import masked

@@ -9,8 +9,16 @@ import pytest
 import torch
 from onnx import helper
 from safetensors.numpy import load_file
-from test_verify import by_place, change_function, change_noise, change_weight, failed, failures, replace_with
-from test_verify_guided import change_graph
+from support.mutations import (
+    by_place,
+    change_function,
+    change_graph,
+    change_noise,
+    change_weight,
+    failed,
+    failures,
+    replace_with,
+)
 
 from vqdeploy.runtime import hierarchical
 from vqdeploy.runtime.hierarchical import HierarchicalSampler, _Level

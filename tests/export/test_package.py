@@ -250,14 +250,9 @@ def test_a_place_that_cannot_be_written_is_named(system, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def tokenizer_plan(system, tmp_path_factory):
+def tokenizer_plan(system, artifacts):
     """Of a system without a prior."""
-    from vqdeploy.engines.build import build
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    export(create(replace(system.config, prior=None)), folder / "onnx")
-    build(folder / "onnx", folder / "tokenizer.plan")
-    return folder / "tokenizer.plan"
+    return artifacts.plan(create(replace(system.config, prior=None)))
 
 
 def test_without_a_prior_only_encode_and_decode_are_exported(tokenizer_plan):

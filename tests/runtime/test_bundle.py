@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
+from support.damage import edited, pack, unpack
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
@@ -42,19 +43,6 @@ def write_members(folder, contents, name="a.plan"):
         files[-1].write_bytes(content)
     write(folder / name, manifest(files), files)
     return folder / name
-
-
-def pack(path, members):
-    """A ZIP written by hand: `members` are pairs of name and bytes."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return path
-
-
-def unpack(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
 
 # What a good plan is
@@ -244,15 +232,6 @@ def test_a_package_is_no_plan(package, tmp_path):
 )
 def test_manifest_that_is_none(tmp_path, text):
     refused(pack(tmp_path / "a.plan", [(FILE, text)]))
-
-
-def edited(plan, target, edit):
-    """A copy of a plan whose manifest, as a dictionary, went through `edit`."""
-    members = unpack(plan)
-    data = json.loads(members[FILE])
-    edit(data)
-    members[FILE] = json.dumps(data).encode()
-    return pack(target, members.items())
 
 
 @pytest.mark.parametrize("version", [0, 2, 99, "1", None, True, 1.5])

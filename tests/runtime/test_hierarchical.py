@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bundle import edited
+from support.damage import edited
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.export.layers import ImageInput, ImageOutput

@@ -104,8 +104,10 @@ def bench(
     for task in sorted(tasks, key=TASKS.index):
         for batch in batch_sizes:
             runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch, chosen))]
-            for name in baselines:
-                runners.append(Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile"))))
+            runners += [
+                Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
+                for name in baselines
+            ]
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
     facts = environment() | {"load_s": load_seconds, "peak_memory_mb": peak_memory_mb(), "plan": _describe(pipeline)}
@@ -418,8 +420,10 @@ def table(report: dict[str, Any]) -> str:
         if "step_ms" in r:
             host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}"
             lines.append(host + _bound_line(r, report["environment"]))
-    for row in report.get("profile", [])[:12]:
-        lines.append(f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls")
+    lines += [
+        f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls"
+        for row in report.get("profile", [])[:12]
+    ]
     facts = report["environment"]
     if "gpu" in facts:
         lines.append(f"{facts['gpu']}, {facts['gpu_memory_mb']:.0f} MB of its memory in use at the end")

@@ -106,7 +106,7 @@ def _largest_number(layers: Iterable[torch.nn.Module]) -> Iterator[list[float]]:
     """The largest number that one of the layers puts out, in a list of one."""
     largest = [0.0]
 
-    def keep(layer: Any, inputs: Any, output: Any) -> None:
+    def keep(_layer: object, _inputs: object, output: object) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             largest[0] = max(largest[0], float(output.abs().max()))
 
