@@ -293,8 +293,8 @@ def run(
 
     Temperature, top-k and top-p take one number, or one for each depth or level: 0.9,0.95,1,1.
     """
-    from vqdeploy.run import Job
-    from vqdeploy.run import run as run_job
+    from vqdeploy.cli.tasks import Job
+    from vqdeploy.cli.tasks import run as run_job
 
     options = {
         "temperature": _numbers("--temperature", temperature, float),
