@@ -16,7 +16,7 @@ try:
     import onnxruntime as ort
 except ImportError as error:
     raise VqdeployError(
-        "this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime"
+        "this plan runs on ONNX Runtime, which is not installed", fix='pip install "vqdeploy[onnxrt]"'
     ) from error
 
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import vqdeploy
 from vqdeploy import checkpoint
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.systems import create
@@ -37,7 +36,7 @@ def refused(folder, message, error=ArtifactError):
 
 
 def test_what_is_saved_is_loaded(system, checkpoint_folder):
-    loaded = vqdeploy.load(str(checkpoint_folder))
+    loaded = checkpoint.load(str(checkpoint_folder))
     assert loaded.config == system.config
     assert loaded.state_dict().keys() == system.state_dict().keys()
     for name, weight in system.state_dict().items():

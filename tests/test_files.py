@@ -25,7 +25,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
-        with pytest.raises(VqdeployError, match="it is no regular file"), replacing_file(tmp_path / name):
+        with pytest.raises(VqdeployError, match="it is not a regular file"), replacing_file(tmp_path / name):
             pytest.fail("the block must not run")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import vqdeploy
+from vqdeploy.runtime import Pipeline
+
 ROOT = Path(__file__).parents[1]
 BLOCK = """
 import sys
@@ -70,8 +73,14 @@ def test_the_package_itself_loads_almost_nothing(python):
     assert not roots(modules) & {*HEAVY, "numpy", "onnxruntime"}
 
 
-def test_the_package_offers_load(python):
-    assert "torch" in roots(loaded(python, "import vqdeploy; vqdeploy.load"))
+def test_the_package_offers_load_of_plans(python):
+    modules = loaded(python, "import vqdeploy; vqdeploy.load")
+    assert "numpy" in roots(modules)
+    assert not roots(modules) & {*HEAVY, "onnxruntime"}
+
+
+def test_load_opens_a_plan(plan):
+    assert isinstance(vqdeploy.load(plan, threads=1), Pipeline)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["export", "--help"], ["--version"], []])

@@ -1,0 +1,80 @@
+"""`vqdeploy inspect`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vqdeploy.cli.options import Json
+from vqdeploy.cli.output import finish
+from vqdeploy.errors import shown
+
+_HEAD = ("format", "system", "precision", "opset", "checkpoint", "producer", "backend", "builder", "targets")
+_APART = ("stages", "members")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="The plan.")],
+    extract: Annotated[Path | None, typer.Option(help="Write the engines into this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show all that a plan says of itself, its stages, sizes and digests, without opening an engine."""
+    from vqdeploy.runtime.bundle import Bundle
+
+    bundle = Bundle(file)
+    extracted = [str(path) for path in bundle.extract(extract)] if extract else []
+    manifest, sizes = bundle.manifest.to_dict(), bundle.sizes()
+    lines = [shown(file) + ": " + " ".join(_head(manifest)), *_body(manifest, sizes), *map(shown, extracted)]
+    finish({**manifest, "sizes": sizes, "extracted": extracted}, as_json, "\n".join(lines))
+
+
+def _head(manifest: dict[str, Any]) -> Iterator[str]:
+    yield shown(manifest["system"])
+    yield shown(manifest["config"]["preset"])
+    yield f"{shown(manifest['precision'])} for {shown(manifest['backend'])}"
+    if manifest["targets"]:
+        yield f"on {shown(', '.join(manifest['targets']))}"
+
+
+def _body(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
+    builder, producer = shown(manifest["builder"]), shown(manifest["producer"])
+    yield f"built by {builder}, exported by {producer}, opset {shown(manifest['opset'])}"
+    yield f"checkpoint sha256 {shown(manifest['checkpoint'])}"
+    for stage in manifest["stages"]:
+        yield from _stage(stage)
+    for name, value in manifest.items():
+        if name not in (*_HEAD, *_APART):
+            yield from _tree(name, value)
+    for name, digest in manifest["members"].items():
+        yield f"{sizes[name]:>12} bytes  sha256 {shown(digest)}  {shown(name)}"
+
+
+def _stage(stage: dict[str, Any]) -> Iterator[str]:
+    """A stage: its file, the tensors that go in and out, and whatever else is said of it."""
+    yield f"stage {shown(stage['name'])} ({shown(stage['file'])})"
+    for kind, tensors in (("in ", stage["inputs"]), ("out", stage["outputs"])):
+        for info in tensors:
+            yield f"  {kind} {shown(info['name']):18} {shown(info['dtype']):8} {shown(list(info['shape']))}"
+    yield from (f"  our kernel runs {shown(node)}" for node in stage["plugins"])
+    for name, value in stage.items():
+        if name == "weights":
+            yield f"  weights {len(value)}"
+        elif name not in ("name", "file", "inputs", "outputs", "plugins") and value:
+            yield from _tree(name, value, 1)
+
+
+def _tree(name: object, value: Any, depth: int = 0) -> Iterator[str]:
+    """A part of the manifest, one line for each value in it."""
+    start = "  " * depth + shown(name)
+    if isinstance(value, dict):
+        yield start
+        for key, item in value.items():
+            yield from _tree(key, item, depth + 1)
+    elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from _tree(f"{name} {number}", item, depth)
+    elif isinstance(value, list | tuple):
+        yield f"{start:28} {shown(', '.join(map(shown, value)) or 'none')}"
+    else:
+        yield f"{start:28} {shown(value)}"
