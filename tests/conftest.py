@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from vqdeploy import checkpoint
+from vqdeploy import checkpoint, cli
 from vqdeploy.engines.build import build
 from vqdeploy.export.package import export
 from vqdeploy.models.conv import ConvConfig
@@ -426,5 +426,20 @@ def python():
         )
         assert process.returncode == 0, process.stderr
         return process.stdout
+
+    return run
+
+
+@pytest.fixture
+def vqdeploy(monkeypatch, capsys, tmp_path):
+    """Runs the entry point in process, in an empty folder; returns the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["vqdeploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
 
     return run

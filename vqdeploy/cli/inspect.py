@@ -46,8 +46,9 @@ def _body(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
     for name, value in manifest.items():
         if name not in (*_HEAD, *_APART):
             yield from _tree(name, value)
-    for name, digest in manifest["members"].items():
-        yield f"{sizes[name]:>12} bytes  sha256 {shown(digest)}  {shown(name)}"
+    for name, size in sizes.items():
+        digest = f"sha256 {shown(manifest['members'][name])}  " if name in manifest["members"] else ""
+        yield f"{size:>12} bytes  {digest}{shown(name)}"
 
 
 def _stage(stage: dict[str, Any]) -> Iterator[str]:

@@ -13,27 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqdeploy import cli
 from vqdeploy.runtime import load
 from vqdeploy.runtime.images import read, read_mask, veil
 from vqdeploy.verify.checks import LIMITS
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
-
-
-@pytest.fixture
-def vqdeploy(monkeypatch, capsys, tmp_path):
-    """Runs the entry point in process, in an empty folder; returns the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["vqdeploy", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -456,8 +440,14 @@ def test_wrong_requests_to_a_masked_prior(vqdeploy, movq_plan, picture, tmp_path
     [
         (["--task", "resample", "--input", "in.png"], ["needs labels", "0..2"]),
         (["--task", "resample", "--label", "cat"], ["needs images"]),
-        (["--task", "resample", "--input", "in.png", "--label", "cat", "--keep-levels", "2"], ["levels to keep", "0..1"]),
-        (["--task", "resample", "--input", "in.png", "--label", "cat", "--keep-levels", "-1"], ["levels to keep", "0..1"]),
+        (
+            ["--task", "resample", "--input", "in.png", "--label", "cat", "--keep-levels", "2"],
+            ["levels to keep", "0..1"],
+        ),
+        (
+            ["--task", "resample", "--input", "in.png", "--label", "cat", "--keep-levels", "-1"],
+            ["levels to keep", "0..1"],
+        ),
         (["--task", "resample", "--input", "in.png", "--label", "cat", "--film", "f.gif"], ["--film is no option"]),
         (["--task", "reconstruct", "--input", "in.png", "--depth", "1"], ["no depths to leave out"]),
         (["--task", "decode", "--input", "codes.npz"], ["codes", "[B, 45]"]),
