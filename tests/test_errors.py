@@ -1,5 +1,7 @@
 """Sentences of errors: one line, no control characters, no more than a screen."""
 
+import logging
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +70,10 @@ def test_a_short_text_starts_and_ends_as_the_long_one(text, longest):
 def test_a_package_without_an_extra_is_named_itself():
     assert str(missing("torch.nn")).endswith('torch.nn. Fix: pip install "vqdeploy[export,train]"')
     assert str(missing("seaborn")).endswith("Fix: pip install seaborn")
+
+
+def test_messages_to_the_logger_are_shown_as_errors_are(caplog):
+    logging.getLogger("vqdeploy").warning("stage %s: %s", HOSTILE, "x" * 10**6)
+    (message,) = caplog.messages
+    assert message.startswith(r"stage \x1b]0;pwn\x07")
+    assert len(message) == LONGEST

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -567,6 +568,18 @@ def test_damaged_codes(vqdeploy, plan, tmp_path, content):
 def test_codes_that_do_not_fit(vqdeploy, plan, tmp_path, array, code):
     np.savez(tmp_path / "codes.npz", codes=array)
     refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), code, "codes")
+
+
+def test_codes_that_unpack_to_more_than_any_memory(vqdeploy, plan, tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "codes.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("codes.npy", "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "<i8", "fortran_order": False, "shape": (2**30 // 8 // 64 + 1, 4, 4, 4)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(65):
+            member.write(bytes(2**24))
+    refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), 1, "not a file of codes")
 
 
 def test_codes_under_another_name(vqdeploy, plan, tmp_path):

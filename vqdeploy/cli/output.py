@@ -69,7 +69,7 @@ def progress(verb: str) -> Iterator[Callable[[str], None]]:
 
 
 class LineFormatter(logging.Formatter):
-    """Log records on one line, shortened: they name files, stages and what libraries say."""
+    """Log records on one line, shortened, of whichever library."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line without a traceback."""

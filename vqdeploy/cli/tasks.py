@@ -17,6 +17,7 @@ from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, w
 
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
 _COLUMNS = 8
+_LARGEST_CODES = 2**30  # bytes of an array of codes; an archive of a few kilobytes may unpack to any number
 _FILM_FRAMES = 256  # at most; a published prior takes thousands of steps
 _FILM_VEIL = 0.75  # lets what is drawn for now shine through
 
@@ -274,6 +275,8 @@ def _read_codes(file: Path) -> np.ndarray:
     check_regular(file)
     try:
         with np.load(file, allow_pickle=False) as archive:
+            if archive.zip.getinfo("codes.npy").file_size > _LARGEST_CODES:
+                raise ValueError("the archive is a bomb")
             return archive["codes"]
     except Exception as error:  # numpy raises what its parsers raise
         raise ArtifactError(f"{file} is not a file of codes", fix="vqdeploy run --task encode") from error
