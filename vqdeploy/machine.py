@@ -48,13 +48,6 @@ def cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def load() -> float | None:
     """Processes that ran or waited during the last minute, on average; None on Windows."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

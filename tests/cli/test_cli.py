@@ -160,7 +160,7 @@ def test_the_options_are_in_the_file(vqdeploy, plan, pipeline, tmp_path):
         pixels = np.asarray(image)
     assert note == {
         "system": "rqvae",
-        "checkpoint": pipeline.manifest.checkpoint,
+        "checkpoint": pipeline.manifest.provenance.checkpoint,
         "options": {"seed": 3, "labels": [2, 2, 0, 0], "temperature": 0.7, "top_k": [1, 2, 3, 4], "top_p": 0.5},
     }
     expected = pipeline.generate([2, 2, 0, 0], seed=3, temperature=0.7, top_k=[1, 2, 3, 4], top_p=0.5).images
@@ -299,7 +299,7 @@ def test_a_hierarchy_generates(vqdeploy, vqvae2_plan, vqvae2_pipeline, tmp_path)
     np.testing.assert_array_equal(found, expected.images)
     assert note == {
         "system": "vqvae2",
-        "checkpoint": vqvae2_pipeline.manifest.checkpoint,
+        "checkpoint": vqvae2_pipeline.manifest.provenance.checkpoint,
         "options": {"seed": 3, "labels": [1, 2], "temperature": [0, 0.8], "top_k": 9, "top_p": 1.0},
     }
     film = np.asarray(Image.open(tmp_path / "f.png"))

@@ -52,12 +52,16 @@ EDITS = {
     "backend": lambda manifest, text: manifest.update(backend=text),
     "builder": lambda manifest, text: manifest.update(builder=text),
     "target": lambda manifest, text: manifest.update(targets=[text]),
-    "system": lambda manifest, text: manifest.update(system=text),
+    "system": lambda manifest, text: manifest.update(name=text),
     "format": lambda manifest, text: manifest.update(format=text),
     "opset": lambda manifest, text: manifest.update(opset=text),
     "digest": lambda manifest, text: manifest["members"].update({"encode.onnx": text}),
     "member": lambda manifest, text: manifest["members"].update({text: "x"}),
-    "label": lambda manifest, text: manifest["config"].update(labels=[text, "a", "b"]),
+    "label": lambda manifest, text: manifest.update(labels=[text, "a", "b"]),
+    "producer": lambda manifest, text: manifest["provenance"].update(producer=text),
+    "configuration": lambda manifest, text: manifest["provenance"]["config"].update({text: text}),
+    "option": lambda manifest, text: manifest["sampling"]["options"].update({text: 1}),
+    "kind": lambda manifest, text: manifest["sampling"].update(kind=text),
     "key": lambda manifest, text: manifest.update({text: text}),
 }
 

@@ -60,7 +60,7 @@ def test_inspect_tells_all_that_the_manifest_holds(vqdeploy, plan):
     def scalars(value):
         if isinstance(value, dict):
             return [found for key, item in value.items() if key != "weights" for found in scalars(item)]
-        return [found for item in value for found in scalars(item)] if isinstance(value, list) else [str(value)]
+        return [found for item in value for found in scalars(item)] if isinstance(value, list) else [str(value or "")]
 
     words = {word.strip("(),'[]:") for line in shown for word in line}
     missing = [text for text in scalars(manifest) if text and not set(text.replace(",", " ").split()) <= words]

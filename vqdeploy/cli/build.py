@@ -26,11 +26,11 @@ def build(
     """Build an ONNX package into one plan."""
     from vqdeploy.engines.build import build as build_plan
     from vqdeploy.engines.package import read_manifest
-    from vqdeploy.runtime.manifest import BatchRange
+    from vqdeploy.runtime.manifest import SizeRange
 
-    plan = output or Path(f"{read_manifest(package).system}.plan")
+    plan = output or Path(f"{read_manifest(package).name}.plan")
     with progress("building") as tell:
-        batch = BatchRange(1, opt_batch, max_batch)
+        batch = SizeRange(1, opt_batch, max_batch)
         manifest = build_plan(package, plan, backend, batch, tell, plugin=plugin, device=device)
     size = plan.stat().st_size
     result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}

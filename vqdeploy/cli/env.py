@@ -23,13 +23,14 @@ def env(as_json: Json = False) -> None:
     import sys
 
     from vqdeploy import machine
+    from vqdeploy.runtime.threads import cores
 
     memory = machine.memory_mb()
     facts: dict[str, object] = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": machine.cpu(),
-        "cores": machine.cores(),
+        "cores": cores(),
         "memory_mb": None if memory is None else round(memory),
         "gpu": _gpu(),
         "stdout": getattr(sys.stdout, "encoding", None),

@@ -10,8 +10,21 @@ from vqdeploy.cli.options import Json
 from vqdeploy.cli.output import finish
 from vqdeploy.errors import shown
 
-_HEAD = ("format", "system", "precision", "opset", "checkpoint", "producer", "backend", "builder", "targets")
-_APART = ("stages", "members")
+_ELSEWHERE = (
+    "format",
+    "name",
+    "precision",
+    "opset",
+    "backend",
+    "builder",
+    "targets",
+    "stages",
+    "provenance",
+    "members",
+)
+"""Fields that the first lines tell, or that have lines of another form; all others are walked."""
+
+_SHARE = 4  # plain values of one line
 
 
 def inspect(
@@ -30,22 +43,21 @@ def inspect(
 
 
 def _head(manifest: dict[str, Any]) -> Iterator[str]:
-    yield shown(manifest["system"])
-    yield shown(manifest["config"]["preset"])
-    yield f"{shown(manifest['precision'])} for {shown(manifest['backend'])}"
+    preset = manifest["provenance"]["preset"]
+    yield from (shown(name) for name in (manifest["name"], preset, manifest["precision"]) if name)
+    yield f"for {shown(manifest['backend'])}"
     if manifest["targets"]:
         yield f"on {shown(', '.join(manifest['targets']))}"
 
 
 def _body(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
-    builder, producer = shown(manifest["builder"]), shown(manifest["producer"])
-    yield f"built by {builder}, exported by {producer}, opset {shown(manifest['opset'])}"
-    yield f"checkpoint sha256 {shown(manifest['checkpoint'])}"
+    yield f"built by {shown(manifest['builder'])}, opset {shown(manifest['opset'])}, format {shown(manifest['format'])}"
+    for name, value in manifest.items():
+        if name not in _ELSEWHERE:
+            yield from _tree(name, value)
     for stage in manifest["stages"]:
         yield from _stage(stage)
-    for name, value in manifest.items():
-        if name not in (*_HEAD, *_APART):
-            yield from _tree(name, value)
+    yield from _tree("provenance", manifest["provenance"])
     for name, size in sizes.items():
         digest = f"sha256 {shown(manifest['members'][name])}  " if name in manifest["members"] else ""
         yield f"{size:>12} bytes  {digest}{shown(name)}"
@@ -66,16 +78,27 @@ def _stage(stage: dict[str, Any]) -> Iterator[str]:
 
 
 def _tree(name: object, value: Any, depth: int = 0) -> Iterator[str]:
-    """A part of the manifest, one line for each value in it."""
+    """A part of the manifest, one line for each value in it; a few plain values share one."""
     start = "  " * depth + shown(name)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and (len(value) > _SHARE or any(map(_nests, value.values()))):
         yield start
         for key, item in value.items():
             yield from _tree(key, item, depth + 1)
     elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
         for number, item in enumerate(value):
             yield from _tree(f"{name} {number}", item, depth)
-    elif isinstance(value, list | tuple):
-        yield f"{start:28} {shown(', '.join(map(shown, value)) or 'none')}"
     else:
-        yield f"{start:28} {shown(value)}"
+        yield f"{start:28} {_listed(value)}"
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple)
+
+
+def _listed(value: Any) -> str:
+    """Values on one line; a map or a shape stands in brackets."""
+    if isinstance(value, dict):
+        return shown(", ".join(f"{key} {item}" for key, item in value.items()) or "none")
+    if isinstance(value, list | tuple):
+        return shown(", ".join(str(list(item)) if isinstance(item, tuple) else str(item) for item in value) or "none")
+    return "none" if value is None else shown(value)
