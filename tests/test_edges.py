@@ -3,7 +3,7 @@
 import pytest
 from support.imports import Import, imports, modules
 
-BASE = {"errors", "files", "config", "precision"}
+BASE = {"errors", "files", "config", "precision", "options", "machine"}
 """Standard library only: everyone may import them."""
 
 EVERYTHING_BUT_TRAINING = {
@@ -28,14 +28,14 @@ EDGES: dict[str, set[str]] = {
     "engines": {"manifest", "backends", "kernels"},
     "verify": EVERYTHING_BUT_TRAINING,
     "bench": EVERYTHING_BUT_TRAINING,
-    "run": {"runtime", "images"},
+    "tasks": {"runtime", "images"},
     "cli": set(),
     "vqdeploy": set(),
 }
 """What each part may import at import time, `BASE` and itself aside; `FILES` gives the parts smaller than a folder."""
 
 INSIDE_FUNCTIONS: dict[str, set[str]] = {
-    "cli": {*EVERYTHING_BUT_TRAINING, "training", "run"},  # each verb loads what it needs
+    "cli": {*EVERYTHING_BUT_TRAINING, "training", "tasks"},  # each verb loads what it needs
     "vqdeploy": {"checkpoint", "runtime"},  # `vqdeploy.load` loads nothing before it is called
     "models": {"kernels"},  # the operators that take CUDA tensors
     "systems": {"export"},  # a system names its stages, and trains without ONNX
@@ -46,6 +46,7 @@ INSIDE_FUNCTIONS: dict[str, set[str]] = {
 FILES = {
     "vqdeploy": "vqdeploy",
     "vqdeploy.__main__": "cli",
+    "vqdeploy.cli.tasks": "tasks",  # what `vqdeploy run` does
     "vqdeploy.runtime.manifest": "manifest",  # what stands between export, engines and runtime, and the file of a plan
     "vqdeploy.runtime.bundle": "manifest",
     "vqdeploy.runtime.backends": "backends",  # their names, and what each has to bring
