@@ -273,6 +273,7 @@ def _read_codes(file: Path) -> np.ndarray:
         with np.load(file, allow_pickle=False) as archive:
             if archive.zip.getinfo("codes.npy").file_size > _LARGEST_CODES:
                 raise ValueError("the archive is a bomb")
-            return archive["codes"]
+            codes: np.ndarray = archive["codes"]
+            return codes
     except Exception as error:  # numpy raises what its parsers raise
         raise ArtifactError(f"{file} is not a file of codes", fix="vqdeploy run --task encode") from error
