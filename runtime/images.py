@@ -1,6 +1,5 @@
 """Images in and out of files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import replacing_file
+from vqdeploy.files import replacing_file, to_json
 
 GREY = 128
 """What is shown in place of what is unknown."""
@@ -73,7 +72,7 @@ def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     text = PngInfo()
-    text.add_text("vqdeploy", json.dumps(note))
+    text.add_text("vqdeploy", to_json(note))
     with replacing_file(path) as file:
         Image.fromarray(sheet).save(file, format="PNG", pnginfo=text)
 

@@ -1,8 +1,11 @@
 """The two errors that users see, and text from outside as it may be shown.
 
 The command line prints an error as one sentence and exits with its code. What comes out of a file or was typed may hold
-escape sequences, lone surrogates or a megabyte of text: every sentence is escaped and shortened here.
+escape sequences, lone surrogates or a megabyte of text: every sentence, and every message to the logger `vqdeploy`, is
+escaped and shortened here.
 """
+
+import logging
 
 LONGEST = 480
 """Characters of an error's sentence, at most."""
@@ -65,6 +68,12 @@ def shown(value: object, longest: int = 120) -> str:
     if len(text) > 2 * longest:  # a megabyte need not be escaped to be left out
         text = text[:longest] + text[-longest:]
     return _shortened(escaped(text), longest)
+
+
+def show_record(record: logging.LogRecord) -> bool:
+    """A filter of log records that shows their messages as `shown` does; it lets all pass."""
+    record.msg, record.args = shown(record.getMessage(), LONGEST), None
+    return True
 
 
 def escaped(text: str) -> str:
