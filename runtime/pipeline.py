@@ -204,6 +204,16 @@ class Pipeline:
         self._check_prior()
         return self._config["prior"]["classes"]
 
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether `inpaint` draws what a mask covers and nothing else, so that the other pixels stay as they are.
+
+        Raises:
+            VqdeployError: The plan has no prior.
+        """
+        self._check_prior()
+        return bool(self._sampler.keeps_pixels)
+
     def maps(self, codes: np.ndarray) -> list[np.ndarray]:
         """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level.
 
@@ -240,20 +250,24 @@ class Pipeline:
         return self._sessions[stage]
 
     def label(self, name: str | int) -> int:
-        """The label of a class by its name or its number, which may be text too.
+        """The label of a class.
+
+        Args:
+            name: Its number, an int; or its name. Text that is no name but a number is the number of the class, unless
+                classes are named by numbers: "7" is then the class of this name or none.
 
         Raises:
             VqdeployError: There is no such class.
         """
-        names = self._config["labels"]
+        names = list(self._config["labels"])
         if isinstance(name, str) and name in names:
-            return list(names).index(name)
-        if isinstance(name, str) and name.isdecimal() and len(name) < 10:
+            return names.index(name)
+        if isinstance(name, str) and name.isdecimal() and len(name) < 10 and not any(map(str.isdecimal, names)):
             name = int(name)
         if is_whole(name) and 0 <= int(name) < self.classes:
             return int(name)
-        expected = f"0..{self.classes - 1}" + (f" or one of {', '.join(names)}" if names else "")
-        raise VqdeployError("no such label", expected=expected, found=name)
+        named = f" or one of {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "") if names else ""
+        raise VqdeployError("no such label", expected=f"0..{self.classes - 1}{named}", found=name)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [B, H, W, 3] -> codes int64 [B, *grid].

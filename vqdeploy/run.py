@@ -12,6 +12,7 @@ from PIL import Image
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
+from vqdeploy.runtime.folder import find_images
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
@@ -65,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    names = job.labels or [str(label) for label in range(min(pipeline.classes, _CLASSES_SHOWN))]
+    names = job.labels or range(min(pipeline.classes, _CLASSES_SHOWN))
     columns = job.num_images or _COLUMNS
     labels = [pipeline.label(name) for name in names for _ in range(columns)]
     result = pipeline.generate(labels, **job.options)
@@ -125,11 +126,11 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     labels = _labels(pipeline, job, len(images))
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
-    unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
+    unknown = _enlarged(pipeline, pipeline.unknown(len(images), **place, seed=job.options["seed"]))
     masked = (
-        veil(images, np.logical_or.reduce(_enlarged(pipeline, unknown)))
-        if mask is None
-        else np.where(mask[..., None], GREY, images)
+        np.where(mask[..., None], GREY, images)
+        if mask is not None and pipeline.keeps_pixels
+        else veil(images, np.logical_or.reduce(unknown))
     )
     shown = np.concatenate([masked, result.images, images])
     note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
@@ -249,9 +250,8 @@ def _check_film(job: Job) -> None:
 def _files(job: Job) -> list[Path]:
     """The images that the inputs name, and those in the folders that they name."""
     files: list[Path] = []
-    suffixes = Image.registered_extensions()
     for path in job.inputs:
-        files += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+        files += find_images(path) if path.is_dir() else [path]
     if not files:
         raise VqdeployError("this task needs images", expected="--input FILE or FOLDER", found="none")
     return files

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from vqdeploy.training.data import to_range
+from vqdeploy.models.pixels import to_range
 from vqdeploy.training.recipe import Recipe
 from vqdeploy.training.stage import schedule
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from vqdeploy.models.pixels import to_range
 from vqdeploy.systems import System
 from vqdeploy.training.classifier import ImageClassifier
-from vqdeploy.training.data import to_range
 from vqdeploy.training.metrics import generate
 from vqdeploy.training.recipe import Recipe
 from vqdeploy.training.stage import schedule
