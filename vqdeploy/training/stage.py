@@ -30,7 +30,8 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
 from vqdeploy.training.data import Data, Draws, Images, Item
 
-_CHECKS = 10  # validations and saved states in a stage, fewer when it is short
+_CHECKS = 10  # validations and saved states in a stage
+_FEWEST = 20  # steps between two of them
 
 Batch = list[Tensor] | str
 """Images and labels, or what is wrong with one of them."""
@@ -72,7 +73,7 @@ def run_stage(
         ArtifactError: An image or the state is damaged.
         KeyboardInterrupt: The user cut it; the state is written.
     """
-    every = min(steps, max(steps // _CHECKS, 20))
+    every = min(steps, max(steps // _CHECKS, _FEWEST))
     done, seconds = _restore(module, state, steps)
     if done == steps:
         return seconds
