@@ -143,24 +143,23 @@ def same_weights(first, second):
 
 
 @pytest.mark.parametrize(
-    ("model", "stage", "cut", "how", "steps"),
+    ("model", "stage", "cut", "how"),
     [
-        ("rqvae", TokenizerTraining, 2, "interrupt", 5),
-        ("rqvae", PriorTraining, 1, "error", 4),  # the state is that of the step before
-        ("movq", PriorTraining, 1, "interrupt", 4),
-        ("vitvqgan", ImageClassifier, 1, "interrupt", 4),
-        ("vqvae2", TokenizerTraining, 2, "error", 6),
-        ("vqvae2", PriorTraining, 3, "interrupt", 4),  # the last step is done
+        ("rqvae", TokenizerTraining, 2, "interrupt"),  # the last step is done
+        ("rqvae", PriorTraining, 1, "error"),  # the state is that of the step before
+        ("movq", PriorTraining, 1, "interrupt"),
+        ("vitvqgan", ImageClassifier, 1, "interrupt"),
+        ("vqvae2", TokenizerTraining, 1, "error"),
     ],
 )
 def test_a_training_that_was_cut_ends_with_the_weights_of_one_that_was_not(
-    tmp_path, folder, monkeypatch, model, stage, cut, how, steps
+    tmp_path, folder, monkeypatch, model, stage, cut, how
 ):
     monkeypatch.setattr("vqdeploy.training.stage._FEWEST", 1)
     monkeypatch.setattr("vqdeploy.training.prior._SAMPLES", 1)
     monkeypatch.setattr("vqdeploy.training.run.find_preset", lambda model, preset: SMALL_ONES[model])
     options = {"model": model, "data": str(folder), "batch_size": 4, "samples": 4, "adversarial_weight": 0.5}
-    options |= {"steps": 4, "prior_steps": 4, "classifier_steps": 4}
+    options |= {"steps": 3, "prior_steps": 3, "classifier_steps": 3}
     train(**options, output=tmp_path / "whole")
     options["output"] = tmp_path / "cut"
     handler = signal.getsignal(signal.SIGINT)
@@ -175,7 +174,7 @@ def test_a_training_that_was_cut_ends_with_the_weights_of_one_that_was_not(
         train(**options, seed=5, resume=True)
     torch.rand(3)
     train(**options, resume=True)
-    assert run.count == steps
+    assert run.count == (3 if how == "interrupt" else 4)
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     assert not list(tmp_path.glob("*.training"))
 

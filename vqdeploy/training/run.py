@@ -64,6 +64,7 @@ def train(
     recipe = dataclasses.replace(find_recipe(model, preset), **{k: v for k, v in options.items() if v is not None})
     source = open_data(data, config.tokenizer.resolution)
     system = create(_adapt(config, source), seed)
+    seed_everything(seed, verbose=False)  # for the discriminator
     first = TokenizerTraining(system.tokenizer, recipe)
     asked = {"model": model, "preset": preset, "data": data, "data_fingerprint": source.fingerprint}
     asked |= {"seed": seed, "recipe": recipe.to_dict()}
