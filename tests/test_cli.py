@@ -646,7 +646,7 @@ def test_a_folder_gives_its_images_alone(vqdeploy, plan, picture, tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "README.md").write_text("not an image")
     request = ("run", "--engine", plan, "--task", "encode", "--input", "folder", "--json")
-    refused(vqdeploy(*request), 2, "this task needs images")
+    refused(vqdeploy(*request), 2, "folder holds no images; expected files such as")
     (folder / "a.png").write_bytes(picture.read_bytes())
     assert json.loads(vqdeploy(*request)[1])["shape"][0] == 1
 
