@@ -10,8 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
-from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import replacing_file
+from vqdeploy.errors import ArtifactError, shown
+from vqdeploy.files import check_regular, replacing_file
 
 GREY = 128
 """What is shown in place of what is unknown."""
@@ -25,7 +25,6 @@ _FORMATS = (
 """What is read. Pillow knows more, but runs another program for EPS, and only names others, such as HDF5."""
 
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
-_LONGEST_REASON = 160  # characters
 _FRAME_MS, _LAST_FRAME_MS = 250, 1500
 
 
@@ -59,9 +58,8 @@ def read_mask(path: Path, side: int) -> np.ndarray:
 def open_image(path: Path, background: int = 255) -> Image.Image:
     """The image of `read` as RGB, before it is cut; what is transparent lies on a grey level, white by default."""
     path = Path(path)
+    check_regular(path)
     try:
-        if not path.is_file() and path.exists():
-            raise ValueError("it is no regular file")  # a pipe would never end
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=_formats()) as image:
@@ -69,8 +67,6 @@ def open_image(path: Path, background: int = 255) -> Image.Image:
                     raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)
                 return _on_background(upright if bits == 8 else _eight_bits(upright, bits), background)
-    except FileNotFoundError as error:
-        raise VqdeployError(f"{path} does not exist") from error
     except Exception as error:  # Pillow raises what its decoders raise
         raise ArtifactError(f"{path} is not an image that can be read ({_reason(error)})") from error
 
@@ -133,8 +129,7 @@ def _reason(error: Exception) -> str:
         return "its format is not known, or its first bytes are damaged"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has too many pixels, more than {MOST_PIXELS:,}"
-    text = " ".join((str(error) or type(error).__name__).split())
-    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
+    return shown(str(error) or type(error).__name__)
 
 
 def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any], gap: int = 2) -> None:

@@ -15,9 +15,7 @@ import vqdeploy
 from vqdeploy import checkpoint
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.systems import create
-from vqdeploy.systems.presets import preset
-from vqdeploy.systems.system import ARCHITECTURES
+from vqdeploy.systems import SYSTEMS, create, preset
 
 FILE = "model.safetensors"
 
@@ -317,7 +315,7 @@ def counts(part, path=()):
 UNUSED = ("heads", "condition_kernel", "condition_res_blocks")  # by a level without attention, and by the top one
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize("model", SYSTEMS)
 @pytest.mark.parametrize("number", [10**9, 2**63, 20_000])
 def test_a_count_beyond_what_the_weights_hold_is_refused_quickly(tmp_path, model, number):
     """20,000 is no more than there are weights, and would still be that many layers."""
@@ -384,7 +382,7 @@ def test_a_condition_without_blocks_of_its_own(three_system, tmp_path):
     assert checkpoint.load(tmp_path / "a").config == three_system.config
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize("model", SYSTEMS)
 def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
     folder = tmp_path / model
     checkpoint.save(create(preset(model, "tiny")), folder)

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, lively
+from support.systems import SMALL, lively
 
 from vqdeploy import checkpoint
 from vqdeploy.export import layers
 from vqdeploy.export.package import export
 from vqdeploy.models.pixels import channels_first, channels_last, to_range, to_uint8
-from vqdeploy.systems.system import ARCHITECTURES
+from vqdeploy.systems import SYSTEMS
 from vqdeploy.verify import verify_package
 from vqdeploy.verify.tokenizer import check_tokenizer
 
@@ -38,33 +38,33 @@ def test_an_export_that_swaps_colours_and_axes(tmp_path, monkeypatch):
     assert {"codes outside the margin rule", "largest difference in grey levels"} <= failed
 
 
-class Tokenizer:
+class TokenizerOfAPlan:
     """A plan's tokenizer in PyTorch, whose images go through `reads` on their way in, and through `writes` out."""
 
     def __init__(self, system, reads=np.asarray, writes=np.asarray):
-        self.tokenizer, self.reads, self.writes = system.tokenizer, reads, writes
+        self.model, self.reads, self.writes = system.tokenizer, reads, writes
+        self.tokenizer = SimpleNamespace(omits_depths=False)
         self.manifest, self.range = SimpleNamespace(precision="fp32"), system.tokenizer.config.pixel_range
-        self.codebook_size, self.side = system.config.tokenizer.codebook_size, 32
-        self.grid = tuple(self.encode(np.zeros((1, self.side, self.side, 3), np.uint8)).shape[1:])
+        self.codebook_size, self.image_shape = system.config.tokenizer.codebook_size, (32, 32, 3)
+        self.grid = tuple(self.encode(np.zeros((1, *self.image_shape), np.uint8)).shape[1:])
 
     def encode(self, images):
         images = torch.from_numpy(np.ascontiguousarray(self.reads(images)))
-        return self.tokenizer.encode(to_range(channels_first(images), self.range)).numpy()
+        return self.model.encode(to_range(channels_first(images), self.range)).numpy()
 
-    def decode(self, codes, depth=None):
-        codes = np.where(np.arange(codes.shape[-1]) < (depth or codes.shape[-1]), codes, -1)
-        images = to_uint8(self.tokenizer.decode(torch.from_numpy(codes)), self.range)
+    def decode(self, codes):
+        images = to_uint8(self.model.decode(torch.from_numpy(codes)), self.range)
         return np.ascontiguousarray(self.writes(channels_last(images).numpy()))
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=SYSTEMS)
 def shipped(request):
     return checkpoint.default(request.param)
 
 
 def failed(system, **change):
     with torch.no_grad():
-        checks = check_tokenizer(Tokenizer(system, **change), system, np.random.default_rng(0))
+        checks = check_tokenizer(TokenizerOfAPlan(system, **change), system, np.random.default_rng(0))
     return {check.stage for check in checks if not check.passed}
 
 

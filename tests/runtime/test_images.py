@@ -182,7 +182,7 @@ def test_a_large_photograph_is_read(tmp_path):
 def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("pipe.png", "."):
-        with pytest.raises(ArtifactError, match="it is no regular file"):
+        with pytest.raises(ArtifactError, match="it is not a regular file"):
             read(tmp_path / name)
     with pytest.raises(VqdeployError, match=r"none\.png does not exist") as caught:
         read(tmp_path / "none.png")

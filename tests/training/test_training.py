@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SMALL_MOVQ, SMALL_VIT, SMALL_VQVAE2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.systems import SMALL, SMALL_MOVQ, SMALL_VIT, SMALL_VQVAE2
 from torch import nn
 from torch.utils.data import Subset
 
@@ -19,9 +19,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.models.pixels import to_range
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
 from vqdeploy.runtime.images import read
-from vqdeploy.systems import create
-from vqdeploy.systems.presets import preset
-from vqdeploy.systems.system import ARCHITECTURES
+from vqdeploy.systems import SYSTEMS, create, preset
 from vqdeploy.training import Recipe, train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.classifier import ImageClassifier
@@ -31,7 +29,7 @@ from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import _loader, schedule
 from vqdeploy.training.tokenizer import TokenizerTraining, logit_laplace
 
-SYSTEMS = list(ARCHITECTURES)
+SYSTEMS = list(SYSTEMS)
 SHORT = {"steps": 3, "prior_steps": 2, "classifier_steps": 3, "batch_size": 8, "samples": 20}
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from vqdeploy.models.pixels import to_range
-from vqdeploy.training.recipe import Recipe
+from vqdeploy.systems import Recipe
 from vqdeploy.training.stage import schedule
 
 

@@ -18,13 +18,13 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
     tokenizer, shape, allowed = system.tokenizer, (IMAGES, *pipeline.grid), limits(pipeline.manifest.precision)
     drawn = rng.integers(0, pipeline.codebook_size, shape)
     decoded = pipeline.decode(drawn)
-    if "depth" in tokenizer.config.to_dict():
+    if pipeline.tokenizer.omits_depths:
         decoded[-1:] = pipeline.decode(drawn[-1:], depth=1)
         drawn[-1, ..., 1:] = -1
     pixel_range = tokenizer.config.pixel_range
     expected = channels_last(to_uint8(tokenizer.decode(torch.from_numpy(drawn)), pixel_range)).numpy()
 
-    images = np.concatenate([expected, _smooth_images(pipeline.side, rng)])
+    images = np.concatenate([expected, _smooth_images(pipeline.image_shape[0], rng)])
     codes = torch.from_numpy(pipeline.encode(images))
     x = to_range(channels_first(torch.from_numpy(images)), pixel_range)
     agreement = (codes == tokenizer.encode(x)).float().mean()

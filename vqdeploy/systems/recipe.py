@@ -1,6 +1,5 @@
-"""Recipes: how long and how fast each preset is trained."""
+"""How long and how fast a preset is trained."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -40,27 +39,3 @@ class Recipe(Config):
         for name, value in self.to_dict().items():
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise VqdeployError(f"{name} is out of range", expected="a finite number, 0 or more", found=value)
-
-
-_TINY = Recipe(
-    steps=800,
-    prior_steps=1500,
-    classifier_steps=500,
-    batch_size=64,
-    learning_rate=2e-3,
-    prior_learning_rate=2e-3,
-    soft_temperature=0.03,
-    stored_dtype="float16",
-)
-_RECIPES = {
-    ("rqvae", "tiny"): _TINY,
-    ("movq", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=1e-3),
-    ("vitvqgan", "tiny"): dataclasses.replace(_TINY, steps=1000, learning_rate=1e-3, prior_learning_rate=1e-3),
-    ("vqgan", "tiny"): dataclasses.replace(_TINY, prior_learning_rate=1e-3),
-    ("vqvae2", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=3e-3),
-}
-
-
-def recipe(model: str, preset: str) -> Recipe:
-    """The recipe of a preset of a model."""
-    return _RECIPES.get((model, preset), Recipe())
