@@ -88,7 +88,8 @@ def _identity(folder: Path) -> tuple[int, int]:
 def _images(files: Iterator[Path] | list[Path]) -> tuple[list[Path], list[Path]]:
     """Parts files into images and others, by their endings."""
     known = suffixes()
-    images, others = [], []
+    images: list[Path] = []
+    others: list[Path] = []
     for file in files:
         (images if file.suffix.lower() in known else others).append(file)
     return images, others

@@ -127,7 +127,7 @@ def test_a_failing_save_leaves_the_old_one(system, copy, monkeypatch):
 
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(VqdeployError, match="No space"):
         checkpoint.save(system, copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]

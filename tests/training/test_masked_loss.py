@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vqdeploy.models.maskgit import MaskGITConfig
-from vqdeploy.training import Recipe
-from vqdeploy.training.prior import PriorTraining, masked_loss
+from vqdeploy.systems import Recipe
+from vqdeploy.systems.losses import masked_loss
+from vqdeploy.training.prior import PriorTraining
 
 GRID, CELLS, SIZE, CLASSES = (4, 4, 4), 64, 8, 3
 

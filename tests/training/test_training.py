@@ -19,8 +19,8 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.models.pixels import to_range
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
 from vqdeploy.runtime.images import read
-from vqdeploy.systems import SYSTEMS, create, preset
-from vqdeploy.training import Recipe, train
+from vqdeploy.systems import SYSTEMS, Recipe, create, preset
+from vqdeploy.training import train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import Draws, Files, images_of, open_data

@@ -264,7 +264,7 @@ def _tensor(image: Image.Image) -> Tensor:
     return channels_first(torch.from_numpy(np.array(image.convert("RGB")))).contiguous()
 
 
-def images_of(dataset: Images) -> tuple[Tensor, Tensor]:
-    """All images [N, 3, R, R] of a dataset, and their labels [N]."""
-    items = [dataset[i] for i in range(len(dataset))]
+def images_of(dataset: Images, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """All images [N, 3, R, R] of a dataset, and their labels [N]; changed a little when there is an `rng`."""
+    items = [dataset.item(i, rng) if rng else dataset[i] for i in range(len(dataset))]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

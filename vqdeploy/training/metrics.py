@@ -32,7 +32,7 @@ def reconstruct(tokenizer: Any, images: Tensor, batch_size: int = 64) -> tuple[T
     """Images -> their reconstructions, and the codes between."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
     pixels, codes = [], []
-    for part in images.split(batch_size):
+    for part in torch.split(images, batch_size):
         codes.append(tokenizer.encode(to_range(part.to(device), pixel_range)))
         pixels.append(to_uint8(tokenizer.decode(codes[-1]), pixel_range))
     return torch.cat(pixels).cpu(), torch.cat(codes).cpu()
@@ -44,7 +44,7 @@ def generate(system: System, labels: Tensor, seed: int, batch_size: int = 100) -
     generator = torch.Generator().manual_seed(seed)
     device = next(system.prior.parameters()).device
     images = []
-    for part in labels.split(batch_size):
+    for part in torch.split(labels, batch_size):
         codes = sample_codes(system.prior, system.config, part.to(device), _gumbel_noise(generator))
         images.append(to_uint8(system.tokenizer.decode(codes), system.config.tokenizer.pixel_range).cpu())
     return torch.cat(images)
@@ -61,7 +61,7 @@ def diversity(samples: Tensor, labels: Tensor, originals: Tensor, original_label
     two originals that differ; None when there is no such class.
     """
     ratios = []
-    for label in labels.unique():
+    for label in torch.unique(labels):
         of_samples, of_originals = _spread(samples[labels == label]), _spread(originals[original_labels == label])
         if of_samples is not None and of_originals:
             ratios.append(of_samples / of_originals)

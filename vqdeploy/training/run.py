@@ -66,7 +66,7 @@ def train(
     system = create(_adapt(config, source), seed)
     seed_everything(seed, verbose=False)  # for the discriminator
     first = TokenizerTraining(system.tokenizer, recipe)
-    asked = {"model": model, "preset": preset, "data": data, "data_fingerprint": source.fingerprint}
+    asked: dict[str, Any] = {"model": model, "preset": preset, "data": data, "data_fingerprint": source.fingerprint}
     asked |= {"seed": seed, "recipe": recipe.to_dict()}
     state = _prepare(Path(output), asked, resume)
     seconds, classifier = _train(system, first, source, seed, state)

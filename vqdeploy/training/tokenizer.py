@@ -68,6 +68,7 @@ class TokenizerTraining(LightningModule):
 
     def _unit(self, pixels: Tensor) -> Tensor:
         """Pixels in the range of the model -> in 0..1."""
+        low: float
         low, high = self.tokenizer.config.pixel_range
         return (pixels - low) / (high - low)
 
