@@ -3,7 +3,7 @@
 import pytest
 from support.imports import Import, imports, modules
 
-BASE = {"errors", "files", "config", "precision"}
+BASE = {"errors", "files", "config", "precision", "threads"}
 """Standard library only: everyone may import them."""
 
 EVERYTHING_BUT_TRAINING = {
@@ -52,6 +52,7 @@ FILES = {
     "vqdeploy.runtime.session": "backends",
     "vqdeploy.runtime.images": "images",
     "vqdeploy.runtime.folder": "images",
+    "vqdeploy.runtime.threads": "threads",
 }
 """Modules that are no part of their folder's part."""
 

@@ -5,7 +5,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.models.pixels import channels_first
 from vqdeploy.runtime.folder import find_classes, shortened
 from vqdeploy.runtime.images import open_image, square
+from vqdeploy.runtime.threads import cores
 
 log = logging.getLogger("vqdeploy")
 
@@ -210,14 +211,15 @@ def _folder(folder: Path, resolution: int) -> Data:
     if not held_out:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more in one of its classes", found=1)
     labels = tuple(name for name in classes if name)
-    workers = min(os.cpu_count() or 1, 8) if resolution > 64 else 0
+    workers = min(cores(), 8) if resolution > 64 else 0
     return Data(Files(train, resolution), Files(held_out, resolution), labels, _fingerprint(files, folder), workers)
 
 
 def _check(files: list[Path], folder: Path) -> None:
     """Reads every image, so that a bad one among many is found before training and not hours into it."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        damaged = [text for text in pool.map(_damage, files) if text]
+    log.info("reading %d images in %s", len(files), folder)
+    with ThreadPool(cores()) as pool:
+        damaged = [text for text in pool.imap(_damage, files, chunksize=16) if text]
     for text in damaged:
         log.info("%s", text)
     if len(damaged) == 1:
