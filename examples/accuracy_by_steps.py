@@ -34,7 +34,8 @@ def train_judge(resolution: int) -> ImageClassifier:
     seed_everything(0, verbose=False)
     judge = ImageClassifier(len(data.labels), settings)
     with tempfile.TemporaryDirectory() as folder:
-        run_stage(judge, data, settings.classifier_steps, settings.batch_size, Path(folder) / "classifier.ckpt")
+        state = Path(folder) / "classifier.ckpt"
+        run_stage(judge, data, settings.classifier_steps, settings.batch_size, state, seed=0)
     return judge
 
 

@@ -3,7 +3,7 @@
 import pytest
 from support.imports import Import, imports, modules
 
-BASE = {"errors", "files", "config", "precision", "options", "machine"}
+BASE = {"errors", "files", "config", "precision", "options", "machine", "threads"}
 """Standard library only: everyone may import them."""
 
 EVERYTHING_BUT_TRAINING = {
@@ -60,7 +60,7 @@ FILES = {
     "vqdeploy.runtime.session": "backends",
     "vqdeploy.runtime.images": "images",
     "vqdeploy.runtime.folder": "images",
-    "vqdeploy.cli.tasks": "run",  # what a verb loads to do its work
+    "vqdeploy.runtime.threads": "threads",
 }
 """Modules that are no part of their folder's part."""
 

@@ -19,6 +19,7 @@ _EXTRAS = {
     "onnxruntime": "onnxrt",
     "onnxscript": "export",
     "polygraphy": "tensorrt-rtx",
+    "safetensors": "export,train",
     "skimage": "train",
     "sklearn": "train",
     "tensorrt_rtx": "tensorrt-rtx",

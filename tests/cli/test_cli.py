@@ -199,9 +199,23 @@ def test_a_folder_of_images(vqdeploy, plan, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(3):
         Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "images" / ".hidden").write_text("not an image")
-    result = parsed(vqdeploy("run", "--engine", plan, "--task", "reconstruct", "--input", "images", "--json"))
-    assert result["images"] == 6
+    (tmp_path / "images" / "._0.png").write_text("not an image")
+    (tmp_path / "images" / "paper.pdf").write_text("not an image")
+    run = ("run", "--engine", plan, "--task", "reconstruct", "--input", "images", "--json")
+    assert parsed(vqdeploy(*run))["images"] == 6
+    (tmp_path / "images" / "3.png").write_text("not an image")
+    refused(vqdeploy(*run), 1, "3.png is not an image that can be read (")
+
+
+def test_a_folder_of_folders(vqdeploy, plan, tmp_path):
+    for name in ("cat/images/0.png", "dog/1.png", ".cache/2.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "in" / name)
+    run = ("run", "--engine", plan, "--task", "encode", "--input", "in", "-o", "codes.npz", "--json")
+    assert parsed(vqdeploy(*run))["shape"] == [2, 4, 4, 4]
+    assert np.load(tmp_path / "codes.npz")["files"].tolist() == ["in/cat/images/0.png", "in/dog/1.png"]
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "loose.png")
+    refused(vqdeploy(*run), 2, "in holds images beside folders of images: loose.png beside cat, dog")
 
 
 def test_a_mask_of_its_own(vqdeploy, plan, picture, pipeline, tmp_path):
@@ -215,6 +229,23 @@ def test_a_mask_of_its_own(vqdeploy, plan, picture, pipeline, tmp_path):
     expected = pipeline.inpaint(original, [1], mask=mask > 127).images[0]
     np.testing.assert_array_equal(sheet[18:34], expected)
     np.testing.assert_array_equal(sheet[:16], np.where(mask[..., None] > 127, 128, original[0]))
+
+
+def test_the_sheet_shows_what_was_drawn_and_not_what_the_mask_covers(vqdeploy, plan, movq_plan, picture, tmp_path):
+    """One corner at the top: an autoregressive prior draws everything from its row on, a masked one nothing else."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[5:7, :4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = ["--task", "inpaint", "--input", picture, "--mask", "mask.png", "--label", "1", "-o", "i.png"]
+    for file, unknown in ((plan, np.arange(16)[:, None] >= 4), (movq_plan, mask > 127)):
+        assert vqdeploy("run", "--engine", file, *arguments)[0] == 0
+        sheet = np.asarray(Image.open(tmp_path / "i.png"))
+        shown, drawn, original = sheet[:16], sheet[18:34], sheet[36:]
+        np.testing.assert_array_equal(shown, np.where(unknown[..., None], 128, original))
+        if file is movq_plan:
+            np.testing.assert_array_equal(
+                np.where(unknown[..., None], 0, drawn), np.where(unknown[..., None], 0, original)
+            )
 
 
 def test_a_masked_prior_completes_one_image_several_times(vqdeploy, movq_plan, movq_pipeline, picture, tmp_path):
@@ -618,7 +649,7 @@ def test_a_folder_gives_its_images_alone(vqdeploy, plan, picture, tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "README.md").write_text("not an image")
     request = ("run", "--engine", plan, "--task", "encode", "--input", "folder", "--json")
-    refused(vqdeploy(*request), 2, "this task needs images")
+    refused(vqdeploy(*request), 2, "folder holds no images; expected files such as")
     (folder / "a.png").write_bytes(picture.read_bytes())
     assert json.loads(vqdeploy(*request)[1])["shape"][0] == 1
 

@@ -13,6 +13,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import check_regular, replacing_file
 from vqdeploy.options import SAMPLING_OPTIONS
 from vqdeploy.runtime import Pipeline, Step, load
+from vqdeploy.runtime.folder import find_images
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
@@ -129,9 +130,9 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
     masked = (
-        veil(images, np.logical_or.reduce(pipeline.layout.enlarged(unknown)))
-        if mask is None
-        else np.where(mask[..., None], GREY, images)
+        np.where(mask[..., None], GREY, images)
+        if mask is not None and pipeline.keeps_pixels
+        else veil(images, np.logical_or.reduce(pipeline.layout.enlarged(unknown)))
     )
     shown = np.concatenate([masked, result.images, images])
     note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
@@ -253,9 +254,8 @@ def _check_film(job: Job) -> None:
 def _files(job: Job) -> list[Path]:
     """The images that the inputs name, and those in the folders that they name."""
     files: list[Path] = []
-    suffixes = Image.registered_extensions()
     for path in job.inputs:
-        files += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+        files += find_images(path) if path.is_dir() else [path]
     if not files:
         raise VqdeployError("this task needs images", expected="--input FILE or FOLDER", found="none")
     for file in files:
