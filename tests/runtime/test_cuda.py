@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from late_cuda import Cuda
+from support.late_cuda import Cuda
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError

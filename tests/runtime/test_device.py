@@ -9,7 +9,7 @@ import pytest
 from cuda.bindings import runtime as real
 from hypothesis import given
 from hypothesis import strategies as st
-from late_cuda import Cuda
+from support.late_cuda import Cuda
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import device
