@@ -140,6 +140,148 @@ ArgMaxByBlocks (scores) => (codes)
     codes = Squeeze (code_column, first)
 }}"""
 
+# A codebook laid out for the search of a block of vectors: products with `directions`, plus `offsets`, are the larger the
+# nearer a code is. What fills the last block of codes is farther than every code.
+_LAID_OUT = {
+    "l2": """
+    squares{book} = Mul (table{book}, table{book})
+    norms{book} = ReduceSum <keepdims = 0> (squares{book}, columns)
+    offset{book} = Neg (norms{book})
+    transposed{book} = Transpose <perm = [1, 0]> (table{book})
+    direction{book} = Mul (transposed{book}, two)""",
+    "cosine": """
+    lengths{book} = ReduceL2 <keepdims = 1> (table{book}, columns)
+    divisors{book} = Max (lengths{book}, smallest)
+    units{book} = Div (table{book}, divisors{book})
+    direction{book} = Transpose <perm = [1, 0]> (units{book})
+    offset{book} = ConstantOfShape <value = float[1] {{0.0}}> (size)""",
+    "dot": """
+    direction{book} = Transpose <perm = [1, 0]> (table{book})
+    offset{book} = ConstantOfShape <value = float[1] {{0.0}}> (size)""",
+}
+_FILLED = """
+    directions{book} = Pad (direction{book}, missing_columns)
+    offsets{book} = Pad (offset{book}, missing, farthest)"""
+
+_SHARED_BOOK = """
+    table = Cast <to = 1> (codebook)
+    size = Shape <start = 0, end = 1> (codebook)"""
+
+
+def _split_books(depth: int) -> str:
+    """The codebooks of [Q, K, D] apart."""
+    parts = ", ".join(f"part_{d}" for d in range(depth))
+    apart = "".join(f"    table_{d} = Squeeze (part_{d}, rows_axis)\n" for d in range(depth))
+    return f"""
+    size = Shape <start = 1, end = 2> (codebook)
+    books = Cast <to = 1> (codebook)
+    {parts} = Split <axis = 0, num_outputs = {depth}> (books)
+{apart}"""
+
+
+# Scores of a block of vectors stay in a core's cache, and no N x K matrix is ever held.
+_SCORES = 2**18
+
+
+def _by_rows(name: str, metric: str, depth: int, shared: bool, outputs: dict[str, str]) -> str:
+    """A search in blocks of vectors, for each depth what the one before it left.
+
+    Args:
+        name: Of the operator.
+        metric: `l2`, `cosine` or `dot`.
+        depth: Number of codes a vector.
+        shared: Whether all depths have one codebook.
+        outputs: Of the operator: name -> of what the loop leaves, as ONNX text.
+    """
+    books = [""] if shared else [f"_{d}" for d in range(depth)]
+    steps = "".join(
+        f"""
+        scores_{d} = Gemm (residual_{d}, directions{book}, offsets{book})
+        found_{d} = vqdeploy.ArgMaxByBlocks (scores_{d})
+        code_{d} = Min (found_{d}, last)
+        column_{d} = Unsqueeze (code_{d}, columns)
+        vector_{d} = Gather <axis = 0> (table{book}, code_{d})
+        residual_{d + 1} = Sub (residual_{d}, vector_{d})"""
+        for d, book in enumerate(books * depth if shared else books)
+    )
+    codes = ", ".join(f"column_{d}" for d in range(depth))
+    vectors = ", ".join(f"vector_{d}" for d in range(depth))
+    return f"""
+<opset_import: ["" : 24, "vqdeploy" : 1], domain: "vqdeploy">
+{name} (z, codebook) => ({", ".join(outputs)})
+{{
+    rows_axis = Constant <value_ints = [0]> ()
+    columns = Constant <value_ints = [1]> ()
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    three_zeros = Constant <value_ints = [0, 0, 0]> ()
+    block_size = Constant <value_ints = [{_BLOCK}]> ()
+    most_scores = Constant <value_ints = [{_SCORES}]> ()
+    two = Constant <value = float {{2.0}}> ()
+    smallest = Constant <value = float {{1e-12}}> ()
+    farthest = Constant <value = float {{-3e38}}> ()
+    yes = Constant <value = bool {{1}}> ()
+{_SHARED_BOOK if shared else _split_books(depth)}
+    negative = Neg (size)
+    short = Mod (negative, block_size)
+    missing = Concat <axis = 0> (zero, short)
+    missing_columns = Concat <axis = 0> (three_zeros, short)
+    last = Sub (size, one)
+{"".join((_LAID_OUT[metric] + _FILLED).format(book=book) for book in books)}
+
+    padded_size = Add (size, short)
+    most_any = Div (most_scores, padded_size)
+    most = Max (most_any, block_size)
+    number = Shape <start = 0, end = 1> (z)
+    width = Shape <start = 1, end = 2> (z)
+    reached = Add (number, most)
+    reached_less = Sub (reached, one)
+    count_any = Div (reached_less, most)
+    count = Max (count_any, one)
+    shared_out = Add (number, count)
+    shared_out_less = Sub (shared_out, one)
+    rows_any = Div (shared_out_less, count)
+    rows = Max (rows_any, one)
+    padded = Mul (count, rows)
+    lacking = Sub (padded, number)
+    zeros_shape = Concat <axis = 0> (lacking, width)
+    zeros = ConstantOfShape <value = float[1] {{0.0}}> (zeros_shape)
+    vectors = Cast <to = 1> (z)
+    all_vectors = Concat <axis = 0> (vectors, zeros)
+    blocks_shape = Concat <axis = 0> (count, rows, width)
+    blocks = Reshape <allowzero = 1> (all_vectors, blocks_shape)
+    trips = Squeeze (count, rows_axis)
+    block_codes, block_sums = Loop (trips, yes) <
+        body = search (int64 i, bool go) => (bool goes, codes_of_block, sums_of_block) {{
+            goes = Identity (go)
+            residual_0 = Gather <axis = 0> (blocks, i)
+{steps}
+            codes_of_block = Concat <axis = 1> ({codes})
+            sums_of_block = Sum ({vectors})
+        }}
+    >
+    depth_shape = Constant <value_ints = [{depth}]> ()
+    codes_shape = Concat <axis = 0> (padded, depth_shape)
+    sums_shape = Concat <axis = 0> (padded, width)
+    codes_padded = Reshape <allowzero = 1> (block_codes, codes_shape)
+    sums_padded = Reshape <allowzero = 1> (block_sums, sums_shape)
+    codes_of_all = Slice (codes_padded, zero, number, rows_axis)
+    sums_of_all = Slice (sums_padded, zero, number, rows_axis)
+{"".join(f"    {output} = {text}" + chr(10) for output, text in outputs.items())}}}"""
+
+
+def _search(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
+    """The body of a quantizer's node."""
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    metric = attributes["metric"].decode()
+    if node.op_type.startswith("VQNearest"):
+        text = _by_rows(node.op_type, metric, 1, True, {"codes": "Squeeze (codes_of_all, columns)"})
+    else:
+        outputs = {"codes": "Identity (codes_of_all)", "quantized": "CastLike (sums_of_all, z)"}
+        text = _by_rows(node.op_type, metric, attributes["depth"], shared, outputs)
+    return onnx.parser.parse_function(text)
+
+
 # ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map. Its
 # InstanceNormalization is fp32; what casts there are in fp32 vanish.
 _GROUP_NORM = """
@@ -184,10 +326,11 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
             bodies[node.op_type] = onnx.parser.parse_function(_PACKED_ATTENTION.format(heads=own_heads))
         if node.op_type == "GroupNormalization":
             node.domain, node.op_type = "vqdeploy", "GroupNorm"
+    ranks = _ranks(graph)
+    for node in graph.node:
+        if node.op_type.startswith(("VQNearest", "VQResidual")):
+            bodies[node.op_type] = _search(node, shared=ranks.get(node.input[1], 2) == 2)
     functions = [bodies.get(function.name, function) for function in model.functions]
-    if _whole_blocks(graph):
-        for function in functions:
-            _search_by_blocks(function)
     own = (_GROUP_NORM, _CACHE_EXTENTS, _ARG_MAX_BY_BLOCKS)
     del model.functions[:]
     model.functions.extend([*functions, *map(onnx.parser.parse_function, own)])
@@ -196,20 +339,10 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
         _use_prefix_attention(graph, heads)
 
 
-def _whole_blocks(graph: onnx.GraphProto) -> bool:
-    """Whether all codebooks of a graph fall into whole blocks of codes."""
-    used = {node.input[1] for node in graph.node if node.op_type in ("VQNearest", "VQResidual")}
-    sizes = {initializer.name: initializer.dims[0] for initializer in graph.initializer if initializer.dims}
-    return all(sizes.get(name, 1) % _BLOCK == 0 for name in used)
-
-
-def _search_by_blocks(function: onnx.FunctionProto) -> None:
-    """Replaces the ArgMax of a quantizer over all codes."""
-    if function.name in ("VQNearest", "VQResidual"):
-        function.opset_import.append(onnx.helper.make_opsetid("vqdeploy", 1))
-        for node in function.node:
-            if node.op_type == "ArgMax":
-                node.CopyFrom(onnx.helper.make_node("ArgMaxByBlocks", node.input, node.output, domain="vqdeploy"))
+def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
+    """Number of dimensions of what is known of a graph's tensors."""
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
+    return ranks | {initializer.name: len(initializer.dims) for initializer in graph.initializer}
 
 
 def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:
