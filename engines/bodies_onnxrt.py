@@ -140,8 +140,8 @@ ArgMaxByBlocks (scores) => (codes)
     codes = Squeeze (code_column, first)
 }}"""
 
-# A codebook laid out for the search of a block of vectors: products with `directions`, plus `offsets`, are the larger the
-# nearer a code is. What fills the last block of codes is farther than every code.
+# A codebook laid out for a search: products with `directions`, plus `offsets`, are the larger the nearer a code is. What
+# fills the last block of codes is farther than every code.
 _LAID_OUT = {
     "l2": """
     squares{book} = Mul (table{book}, table{book})
