@@ -140,7 +140,7 @@ ArgMaxByBlocks (scores) => (codes)
     codes = Squeeze (code_column, first)
 }}"""
 
-# A codebook laid out for a search: products with `directions`, plus `offsets`, are the larger the nearer a code is. What
+# A codebook laid out for a search: products with `directions` plus `offsets` are the larger the nearer a code is. What
 # fills the last block of codes is farther than every code.
 _LAID_OUT = {
     "l2": """

@@ -288,7 +288,7 @@ def example_sizes(name: str, inputs: Mapping[str, Tensor], axes: Axes) -> dict[s
 def resized(
     inputs: Mapping[str, Tensor], axes: Axes, sizes: Mapping[str, int], noise: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Examples repeated or cut to other sizes; with `noise` no two parts are alike: integers are drawn from the example.
+    """Examples repeated or cut to other sizes; with `noise` no two parts are alike, and integers are drawn from them.
 
     Args:
         inputs: Examples.

@@ -54,7 +54,8 @@ class Replacement(nn.Module):
         raise NotImplementedError
 
     def _refuse(self, options: dict[str, Any]) -> None:
-        asked = [name for name, value in options.items() if value not in (None, False) and name not in _TRAINING_ONLY]
+        given = [name for name, value in options.items() if value is not None and value is not False]
+        asked = [name for name in given if name not in _TRAINING_ONLY]
         if asked:
             raise VqdeployError(f"{type(self).__name__} is called with {asked[0]}, which an exported one does not have")
 
@@ -319,10 +320,12 @@ class Grouped(Replacement):
         self.rvqs = nn.ModuleList(map(_serve, original.rvqs))
         self.along = 1 if original.accept_image_fmap else -1
 
-    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, return_all_codes: bool = False, **options: Any) -> tuple[Any, ...]:
+        options["return_all_codes"] = return_all_codes
         parts = [rvq(part, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, self.along), strict=True)]
         quantized, *rest = zip(*parts, strict=True)
-        return torch.cat(quantized, self.along), *map(torch.stack, rest)
+        every = rest[-1:] if return_all_codes else []  # those the library leaves apart
+        return torch.cat(quantized, self.along), *map(torch.stack, rest[: len(rest) - len(every)]), *every
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         return torch.stack([rvq.get_codes_from_indices(own) for rvq, own in zip(self.rvqs, indices, strict=True)])
@@ -434,7 +437,7 @@ class Scalar(Replacement):
         return self.original.indices_to_codes(indices, **options)
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
-        """A code is near if a shift of the input by the slack makes it of each of its digits."""
+        """Which codes have a digit that no shift of the input by the slack, of its largest number, makes."""
         return _far_digits(self.original, _inner(self.original, x), codes, slack)
 
 
@@ -452,13 +455,10 @@ def _inner(quantizer: Any, x: Tensor) -> Tensor:
 
 
 def _far_digits(quantizer: Any, z: Tensor, codes: Tensor, slack: float) -> Tensor:
-    codes = codes.view(z.shape[:-1])
     shift = slack * z.abs().max()
-    digits = _digits(quantizer, codes)
-    near = torch.zeros_like(digits, dtype=torch.bool)
-    for moved in (z - shift, z, z + shift):
-        near |= digits == _digits(quantizer, _code_of(quantizer, moved))
-    return ~near.all(-1)
+    digits = _digits(quantizer, codes.reshape(z.shape[:-1]))
+    reached = torch.stack([_digits(quantizer, _code_of(quantizer, moved)) for moved in (z - shift, z, z + shift)])
+    return ((digits < reached.amin(0)) | (digits > reached.amax(0))).any(-1).view(codes.shape)
 
 
 def _code_of(quantizer: Any, z: Tensor) -> Tensor:
@@ -472,7 +472,7 @@ def _digits(quantizer: Any, codes: Tensor) -> Tensor:
     """The level of each dimension [..., d]."""
     codes = codes[..., None].long()
     if hasattr(quantizer, "mask"):
-        return (codes & quantizer.mask) != 0
+        return ((codes & quantizer.mask) != 0).long()
     return (codes // quantizer._basis) % quantizer._levels
 
 
@@ -506,17 +506,16 @@ class ResidualScalar(_Residual):
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
         original = self.original
         first = getattr(original, "is_channel_first", False)
-        residual = original.project_in(_channels_last(x, first).float())
-        if hasattr(original, "scales") and original.soft_clamp_input_value is not None:
-            residual = (residual / original.soft_clamp_input_value).tanh() * original.soft_clamp_input_value
+        residual = original.project_in(_channels_last(x, first).float()).flatten(0, -2)[None]
+        if (clamp := getattr(original, "soft_clamp_input_value", None)) is not None:
+            residual = (residual / clamp).tanh() * clamp
+        own = _channels_last(codes, first)
         scales = getattr(original, "scales", [1.0] * len(self.sizes))
         far = []
-        for depth, (layer, scale) in enumerate(zip(original.layers, scales, strict=True)):
-            code = _channels_last(codes, first)[..., depth]
-            inner = _inner(layer, residual / scale)
-            far.append(_far_digits(layer, inner, code, slack).view(code.shape))
-            residual = residual - _rows(code, self._tables()[depth])
-        return _channels_first(torch.stack(far, -1), first)
+        for layer, scale, code in zip(original.layers, scales, own.flatten(0, -2).unbind(-1), strict=True):
+            far.append(_far_digits(layer, _inner(layer, residual / scale), code[None], slack))
+            residual = residual - layer.indices_to_codes(code[None]) * scale
+        return _channels_first(torch.cat(far).T.view(own.shape), first)
 
 
 class RandomProjectionQuantizer(Replacement):
