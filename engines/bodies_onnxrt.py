@@ -334,7 +334,8 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     own = (_GROUP_NORM, _CACHE_EXTENTS, _ARG_MAX_BY_BLOCKS)
     del model.functions[:]
     model.functions.extend([*functions, *map(onnx.parser.parse_function, own)])
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    used = {opset.domain for opset in model.opset_import}
+    model.opset_import.extend(onnx.helper.make_opsetid(d, 1) for d in ("com.microsoft", "vqdeploy") if d not in used)
     if heads:
         _use_prefix_attention(graph, heads)
 

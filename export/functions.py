@@ -21,20 +21,41 @@ OPSET = 24
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _INT64 = "tensor(int64)"
 
-_LOOKUP = """
+_SHARED_ROWS = """
+    rows = Gather <axis = 0> (codebook, safe)"""
+_OWN_ROWS = """
+    one = Constant <value_int = 1> ()
+    first = Constant <value_ints = [0]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    width = Shape <start = 2, end = 3> (codebook)
+    flat_shape = Concat <axis = 0> (minus_one, width)
+    flat = Reshape (codebook, flat_shape)
+    count_shape = Shape <start = 1, end = 2> (codes)
+    count = Squeeze (count_shape, first)
+    numbers = Range (zero, count, one)
+    size = Shape <start = 1, end = 2> (codebook)
+    starts = Mul (numbers, size)
+    places = Add (safe, starts)
+    rows = Gather <axis = 0> (flat, places)"""
+
+
+def _lookup(shared: bool) -> str:
+    """`VQLookup`, of one codebook or one a depth."""
+    return f"""
 VQLookup (codes, codebook) => (vectors)
-{
+{{
     zero = Constant <value_int = 0> ()
     last = Constant <value_ints = [-1]> ()
     depths = Constant <value_ints = [1]> ()
     safe = Max (codes, zero)
-    rows = Gather <axis = 0> (codebook, safe)
+    {_SHARED_ROWS if shared else _OWN_ROWS}
     used = GreaterOrEqual (codes, zero)
     used_float = CastLike (used, codebook)
     used_column = Unsqueeze (used_float, last)
     masked = Mul (rows, used_column)
     vectors = ReduceSum <keepdims = 0> (masked, depths)
-}"""
+}}"""
+
 
 # A mask of -30000 is finite in fp16 too: a row that sees nothing must not become NaN.
 _CACHED_ATTENTION = """
@@ -290,7 +311,7 @@ def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProt
 _FUNCTIONS: dict[str, Callable[..., str]] = {
     "VQNearest": _nearest,
     "VQResidual": _residual,
-    "VQLookup": lambda: _LOOKUP,
+    "VQLookup": _lookup,
     "PackedAttention": _packed_attention,
     "CachedAttention": lambda: _CACHED_ATTENTION,
     "WriteCache": lambda: _WRITE_CACHE,
@@ -362,7 +383,7 @@ def attach(model: onnx_ir.Model) -> None:
     bodies: dict[str, list[dict[str, Any]]] = {}
     for node in (node for node in model.graph if node.domain == DOMAIN):
         varying = {key: node.attributes[key].value for key in _VARYING if key in node.attributes}
-        if node.op_type == "VQResidual":
+        if node.op_type in ("VQResidual", "VQLookup"):
             varying["shared"] = len(node.inputs[1].shape) == 2
         variants = bodies.setdefault(node.op_type, [])
         if varying not in variants:

@@ -5,6 +5,7 @@ Numbers cross the border of a stage as float32, int64 or uint8, whatever the mod
 """
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import re
@@ -92,7 +93,7 @@ def export_module(
         name=re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name),
         precision=dtype,
         opset=OPSET,
-        provenance=Provenance(producer=f"vqdeploy {version('vqdeploy')}"),
+        provenance=Provenance(producer=f"vqdeploy {version('vqdeploy')}", checkpoint=weights_digest(reference)),
         stages=(),
         members={},
     )
@@ -109,6 +110,15 @@ def export_module(
             file.rename(new / file.name)
         package.rmdir()
     return manifest
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Sha256 of the names and values of all parameters and buffers of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def quantizer_stages(quantizer: nn.Module, vectors: Tensor) -> dict[str, Stage]:
@@ -190,8 +200,26 @@ class _Part(graphs.Stage):
         except Exception as error:  # PyTorch's have no common base class
             raise _refusal(error, self.name, self.module) from error
         attach(program.model)
+        _free_names(program.model, self.name)
         _name_dimensions(program.model, self.axes)
         return program.model
+
+
+def _free_names(model: onnx_ir.Model, stage: str) -> None:
+    """Renames what has the name of an input or output without being it: users do not know PyTorch's names.
+
+    Constants that are no parameters get a name that no value of another stage has, since stages share their weights.
+    """
+    graph = model.graph
+    border = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    constants = list(graph.initializers.values())
+    for value in itertools.chain(*(node.outputs for node in graph)):
+        if value.name in taken and id(value) not in border:
+            value.name = f"{value.name}.inner"
+    for value in constants:
+        if "." not in str(value.name):
+            value.name = f"{stage}.{value.name}"
 
 
 def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
@@ -288,30 +316,38 @@ def example_sizes(name: str, inputs: Mapping[str, Tensor], axes: Axes) -> dict[s
 def resized(
     inputs: Mapping[str, Tensor], axes: Axes, sizes: Mapping[str, int], noise: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Examples repeated or cut to other sizes; with `noise` no two parts are alike, and integers are drawn from them.
+    """Examples repeated or cut to other sizes; with `noise` no two places along the open dimensions are alike.
 
     Args:
         inputs: Examples.
         axes: Their open dimensions.
         sizes: Of each open dimension.
-        noise: Where random numbers come from.
+        noise: Where random numbers come from. Floats get noise of half their spread; whole numbers are drawn from the
+            example, slices along its other dimensions in one piece.
     """
     result = {}
     for name, example in inputs.items():
-        x = example.detach().cpu()
-        for axis, dim in axes.get(name, {}).items():
+        x, own = example.detach().cpu(), axes.get(name, {})
+        if noise is not None and own and not x.is_floating_point():
+            shape = [sizes[own[axis]] if axis in own else size for axis, size in enumerate(x.shape)]
+            result[name] = _drawn(x, sorted(own), shape, noise)
+            continue
+        for axis, dim in own.items():
             x = x.index_select(axis, torch.arange(sizes[dim]) % example.shape[axis])
-        if noise is not None and x.numel():
-            x = _varied(x, example.detach().cpu(), noise)
+        if noise is not None and x.is_floating_point():
+            spread = float(x.float().std()) if x.numel() > 1 else 0.0
+            x = x + 0.5 * (spread or 1.0) * torch.randn(x.shape, generator=noise).to(x.dtype)
         result[name] = x
     return result
 
 
-def _varied(x: Tensor, example: Tensor, noise: torch.Generator) -> Tensor:
-    if not x.is_floating_point():
-        return example.flatten()[torch.randint(example.numel(), x.shape, generator=noise)]
-    scale = example.float().std() if example.numel() > 1 else example.float().abs().max()
-    return x + (scale if scale > 0 else 1.0) * 0.5 * torch.randn(x.shape, generator=noise).to(x.dtype)
+def _drawn(example: Tensor, axes: list[int], shape: list[int], noise: torch.Generator) -> Tensor:
+    """Slices of an example, drawn for every place along the axes of the new shape."""
+    front = list(range(len(axes)))
+    slices = example.movedim(axes, front).flatten(0, len(axes) - 1)
+    sizes = [shape[axis] for axis in axes]
+    places = torch.randint(len(slices), sizes, generator=noise)
+    return slices[places].movedim(front, axes)
 
 
 def _accepts(shapes: Callable[..., list[tuple[int, ...]]], **changed: int) -> bool:

@@ -203,33 +203,26 @@ def _masked(mask: Tensor, quantized: Tensor, codes: Tensor, given: Tensor, zeros
 class _Residual(Replacement):
     """Codes [..., Q] that add up; what the residual quantizers share. -1 and missing codes add nothing."""
 
-    rows: Tensor  # the tables of all depths, one after the other, or the only one
-    starts: Tensor  # [Q], of each depth in it
+    books: Tensor  # [Q, K, D], smaller ones filled up with zeros, or one for all depths [K, D]
 
     def _keep(self, tables: Sequence[Tensor], shared: bool = False) -> None:
-        sizes = [len(table) for table in tables]
-        starts = [0] * len(sizes) if shared else [sum(sizes[:d]) for d in range(len(sizes))]
-        self.register_buffer("rows", tables[0].clone() if shared else torch.cat(list(tables)))
-        self.register_buffer("starts", torch.tensor(starts))
-        self.uniform = len(set(sizes)) == 1
-        self.sizes = sizes
+        self.sizes = [len(table) for table in tables]
+        filled = [F.pad(table, (0, 0, 0, max(self.sizes) - len(table))) for table in tables]
+        self.register_buffer("books", filled[0].clone() if shared else torch.stack(filled))
 
     def _tables(self) -> list[Tensor]:
-        return [self.rows[start : start + size] for start, size in zip(self.starts.tolist(), self.sizes, strict=True)]
-
-    def _places(self, codes: Tensor) -> Tensor:
-        codes = codes.long()
-        return torch.where(codes < 0, -1, codes + self.starts[: codes.shape[-1]])
+        books = self.books.expand(len(self.sizes), -1, -1)
+        return [book[:size] for book, size in zip(books, self.sizes, strict=True)]
 
     def _sum(self, codes: Tensor) -> Tensor:
         """Sums of the vectors of codes [..., q], q at most Q."""
-        return lookup(self._places(codes).flatten(0, -2), self.rows).view(*codes.shape[:-1], -1)
+        return lookup(codes.long().flatten(0, -2), self.books).view(*codes.shape[:-1], -1)
 
     def _each(self, codes: Tensor) -> Tensor:
         """The vector of each code, [Q, ..., D]; zeros for those that are missing."""
-        codes = F.pad(codes, (0, len(self.sizes) - codes.shape[-1]), value=-1)
-        vectors = lookup(self._places(codes).reshape(-1, 1), self.rows)
-        return vectors.view(*codes.shape, -1).movedim(-2, 0)
+        codes = F.pad(codes.long(), (0, len(self.sizes) - codes.shape[-1]), value=-1)
+        parts = zip(codes.unbind(-1), self._tables(), strict=True)
+        return torch.stack([lookup(code.reshape(-1, 1), table).view(*code.shape, -1) for code, table in parts])
 
     def _far_by_depth(self, z: Tensor, codes: Tensor, metric: str, slack: float) -> Tensor:
         """`far` of vectors [..., D]."""
@@ -271,15 +264,12 @@ class ResidualVQ(_Residual):
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """All tables [Q, K, D], or a tuple of tables of several sizes."""
         tables = self._tables()
-        return torch.stack(tables) if self.uniform else tuple(tables)
+        return torch.stack(tables) if len(set(self.sizes)) == 1 else tuple(tables)
 
     def _quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [N, D] -> codes [N, Q] and sums [N, D]."""
-        depth = len(self.sizes)
-        if self.shared_codebook or depth == 1:
-            return residual_quantize(z, self.rows, depth, self.metric)
-        if self.uniform:
-            return residual_quantize(z, self.rows.view(depth, self.sizes[0], -1), depth, self.metric)
+        if len(set(self.sizes)) == 1:
+            return residual_quantize(z, self.books, len(self.sizes), self.metric)
         residual, total, codes = z, torch.zeros_like(z), []
         for table in self._tables():
             code = nearest(residual, table, self.metric)
@@ -385,13 +375,13 @@ class ResidualSimVQ(_Residual):
         with torch.no_grad():
             self._keep([layer.codebook.detach().float() for layer in original.layers])
         self.rotates = original.layers[0].rotation_trick
-        zero = torch.zeros(1, self.rows.shape[1])
+        zero = torch.zeros(1, self.books.shape[-1])
         self.register_buffer("of_zero", torch.cat([nearest(zero, table, "l2") for table in self._tables()]))
 
     @property
     def codebooks(self) -> Tensor:
         """All tables [Q, K, D]."""
-        return torch.stack(self._tables())
+        return self.books
 
     def forward(self, x: Tensor, return_all_codes: bool = False, **options: Any) -> tuple[Tensor, ...]:
         self._refuse(options)

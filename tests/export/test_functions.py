@@ -51,7 +51,7 @@ def values(tensors: dict) -> list[onnx.ValueInfoProto]:
 def single_node(
     name: str, depth: int = 4, metric: str = "l2", half: bool = False, shared: bool = True
 ) -> onnx.ModelProto:
-    """A model of one node and its function; without `shared`, `VQResidual` has a codebook a depth."""
+    """A model of one node and its function; without `shared` there is a codebook a depth."""
     inputs, outputs = SIGNATURES[name]
     if not shared:
         inputs = inputs | {"codebook": (FLOAT, 3)}
@@ -66,7 +66,7 @@ def single_node(
     return helper.make_model(
         helper.make_graph([node], name, values(inputs), values(outputs)),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        functions=[function(name, **own, **({"shared": shared} if name == "VQResidual" else {}))],
+        functions=[function(name, **own, **({"shared": shared} if name in ("VQResidual", "VQLookup") else {}))],
         ir_version=10,
     )
 
@@ -502,7 +502,8 @@ FUNCTIONS = [
     function("VQResidual", depth=1, metric="l2", shared=True),
     *(function("VQNearest", metric=metric) for metric in ("l2", "cosine", "dot")),
     function("PackedAttention", heads=4),
-    *(function(name) for name in ("VQLookup", "CachedAttention", "WriteCache", "GumbelSample")),
+    *(function("VQLookup", shared=shared) for shared in (True, False)),
+    *(function(name) for name in ("CachedAttention", "WriteCache", "GumbelSample")),
 ]
 
 

@@ -224,7 +224,7 @@ def test_a_close_call_is_not_far():
 
 def test_later_codes_are_judged_by_the_earlier_ones():
     own = replace_quantizers(library.ResidualVQ(dim=1, codebook_size=4, num_quantizers=2).eval())[0]
-    own.rows.copy_(torch.tensor([[0.0], [4.0], [8.0], [12.0], [0.0], [1.0], [2.0], [-2.0]]))
+    own.books.copy_(torch.tensor([[0.0, 4.0, 8.0, 12.0], [0.0, 1.0, 2.0, -2.0]])[..., None])
     x = torch.tensor([[[2.0]]])  # halfway between the first two codes
     far = {codes: own.far(x, torch.tensor([[list(codes)]]), 1e-3)[0, 0].tolist() for codes in ((0, 2), (1, 3), (1, 2))}
     assert far == {(0, 2): [False, False], (1, 3): [False, False], (1, 2): [False, True]}

@@ -101,18 +101,22 @@ def lookup(codes: Tensor, codebook: Tensor) -> Tensor:
     """Sums the vectors of the codes of each row; the code -1 adds nothing.
 
     Args:
-        codes: Codes [N, Q] int64, each in -1..K-1.
-        codebook: Codebook [K, D].
+        codes: Codes [N, q] int64, each in -1..K-1.
+        codebook: Codebook [K, D], or one for each column of codes [Q, K, D], of which there may be fewer than Q.
 
     Returns:
         Vectors [N, D].
     """
-    return (codebook[codes.clamp(min=0)] * (codes >= 0).unsqueeze(-1).to(codebook.dtype)).sum(1)
+    used = (codes >= 0).unsqueeze(-1).to(codebook.dtype)
+    safe = codes.clamp(min=0)
+    if codebook.ndim == 2:
+        return (codebook[safe] * used).sum(1)
+    return (codebook[torch.arange(codes.shape[1], device=codes.device), safe] * used).sum(1)
 
 
 @lookup.register_fake
 def _(codes: Tensor, codebook: Tensor) -> Tensor:
-    return codebook.new_empty((codes.shape[0], codebook.shape[1]))
+    return codebook.new_empty((codes.shape[0], codebook.shape[-1]))
 
 
 @torch.library.custom_op("vqdeploy::packed_attention", mutates_args=())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export.modules import BATCH, Call, Stage, at_border, resized
+from vqdeploy.export.modules import BATCH, Call, Stage, at_border, resized, weights_digest
 from vqdeploy.export.quantizers import Replacement, copied, quantizers, replace_quantizers
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.manifest import SizeRange, StageInfo
@@ -51,6 +51,8 @@ def verify(
     """
     with load(plan, device) as pipeline:
         reference = copied(model)
+        if weights_digest(reference) != pipeline.manifest.provenance.checkpoint:
+            raise VqdeployError(f"{plan} was made of other weights", fix="export the module again")
         _, served = replace_quantizers(reference)
         checks: list[Check] = []
         for name, stage in stages.items():
@@ -109,7 +111,9 @@ def _check_stage(pipeline: Pipeline, call: Call, stage: Stage, served: dict[str,
             raise
         except Exception as error:  # whatever the module raises
             shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise VqdeployError(f"the module itself fails at {shown} ({error})", fix="sizes={...}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            fix = "tell export_module the sizes that there are"
+            raise VqdeployError(f"the module itself fails at {shown} ({reason})", fix=fix) from error
     return [check for output in info.outputs for check in _checks(call.name, output, worst[output.name], allowed)]
 
 
