@@ -115,29 +115,66 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 }"""
 
 
-# ArgMax of ONNX Runtime looks at one number at a time; ReduceMax does not, and leaves one block to look at.
+# The largest score of each vector, in blocks of vectors whose scores stay in the cache of a core: no N x K matrix
+# is ever held. ArgMax of ONNX Runtime looks at one number at a time; ReduceMax does not, and leaves 64 numbers to look
+# at. `vqdeploy.runtime.graphs` knows this function by its content: no other one may loop, and this one ends.
 _BLOCK = 64
-_ARG_MAX_BY_BLOCKS = f"""
+_SEARCH_BY_ROWS = f"""
 <opset_import: ["" : 24], domain: "vqdeploy">
-ArgMaxByBlocks (scores) => (codes)
+SearchByRows (vectors, directions, offsets) => (codes)
 {{
-    within = Constant <value_ints = [2]> ()
-    first = Constant <value_ints = [1]> ()
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    third = Constant <value_ints = [2]> ()
+    one = Constant <value_ints = [1]> ()
     ones = Constant <value_ints = [1, 1]> ()
-    size = Constant <value_int = {_BLOCK}> ()
+    block = Constant <value_ints = [{_BLOCK}]> ()
+    most_scores = Constant <value_ints = [{2**18}]> ()
+    most_trips = Constant <value_ints = [{2**20}]> ()
     split = Constant <value_ints = [0, -1, {_BLOCK}]> ()
-    blocks = Reshape (scores, split)
-    highest = ReduceMax <keepdims = 0> (blocks, within)
-    block = ArgMax <axis = 1, keepdims = 1> (highest)
-    block_column = Unsqueeze (block, within)
-    width = Shape <start = 2> (blocks)
-    picks_shape = Concat <axis = 0> (ones, width)
-    picks = Expand (block_column, picks_shape)
-    winners = GatherElements <axis = 1> (blocks, picks)
-    place = ArgMax <axis = 2, keepdims = 0> (winners)
-    start = Mul (block, size)
-    code_column = Add (start, place)
-    codes = Squeeze (code_column, first)
+    yes = Constant <value = bool {{1}}> ()
+    number = Shape <start = 0, end = 1> (vectors)
+    width = Shape <start = 1, end = 2> (vectors)
+    size = Shape <start = 0, end = 1> (offsets)
+    at_most = Div (most_scores, size)
+    most = Max (at_most, block)
+    number_less = Sub (number, one)
+    full = Div (number_less, most)
+    needed = Add (full, one)
+    count_low = Max (needed, one)
+    count = Min (count_low, most_trips)
+    share = Div (number_less, count)
+    share_more = Add (share, one)
+    rows = Max (share_more, one)
+    filled = Mul (count, rows)
+    lacking = Sub (filled, number)
+    zeros_shape = Concat <axis = 0> (lacking, width)
+    zeros = ConstantOfShape <value = float[1] {{0.0}}> (zeros_shape)
+    all_vectors = Concat <axis = 0> (vectors, zeros)
+    blocks_shape = Concat <axis = 0> (count, rows, width)
+    blocks = Reshape <allowzero = 1> (all_vectors, blocks_shape)
+    trips = Squeeze (count, first)
+    found = Loop (trips, yes) <
+        body = search (int64 i, bool go) => (bool goes, codes_of_block) {{
+            goes = Identity (go)
+            part = Gather <axis = 0> (blocks, i)
+            scores = Gemm (part, directions, offsets)
+            by_block = Reshape (scores, split)
+            highest = ReduceMax <keepdims = 0> (by_block, third)
+            best = ArgMax <axis = 1, keepdims = 1> (highest)
+            best_column = Unsqueeze (best, third)
+            picks_width = Shape <start = 2> (by_block)
+            picks_shape = Concat <axis = 0> (ones, picks_width)
+            picks = Expand (best_column, picks_shape)
+            winners = GatherElements <axis = 1> (by_block, picks)
+            place = ArgMax <axis = 2, keepdims = 0> (winners)
+            start = Mul (best, block)
+            code_column = Add (start, place)
+            codes_of_block = Squeeze (code_column, second)
+        }}
+    >
+    every = Reshape <allowzero = 1> (found, filled)
+    codes = Slice (every, first, number, first)
 }}"""
 
 # A codebook laid out for a search: products with `directions` plus `offsets` are the larger the nearer a code is. What
@@ -171,7 +208,7 @@ _SHARED_BOOK = """
 def _split_books(depth: int) -> str:
     """The codebooks of [Q, K, D] apart."""
     parts = ", ".join(f"part_{d}" for d in range(depth))
-    apart = "".join(f"    table_{d} = Squeeze (part_{d}, rows_axis)\n" for d in range(depth))
+    apart = "".join(f"    table_{d} = Squeeze (part_{d}, first)\n" for d in range(depth))
     return f"""
     size = Shape <start = 1, end = 2> (codebook)
     books = Cast <to = 1> (codebook)
@@ -179,107 +216,66 @@ def _split_books(depth: int) -> str:
 {apart}"""
 
 
-# Scores of a block of vectors stay in a core's cache, and no N x K matrix is ever held.
-_SCORES = 2**18
-
-
-def _by_rows(name: str, metric: str, depth: int, shared: bool, outputs: dict[str, str]) -> str:
-    """A search in blocks of vectors, for each depth what the one before it left.
+def _search(head: str, metric: str, books: list[str], shared: bool, end: str) -> str:
+    """A search at each depth for what the one before it left.
 
     Args:
-        name: Of the operator.
+        head: Name, inputs and outputs of the function.
         metric: `l2`, `cosine` or `dot`.
-        depth: Number of codes a vector.
+        books: What ends the names of the codebook of each depth.
         shared: Whether all depths have one codebook.
-        outputs: Of the operator: name -> of what the loop leaves, as ONNX text.
+        end: What makes the outputs of it.
     """
-    books = [""] if shared else [f"_{d}" for d in range(depth)]
     steps = "".join(
         f"""
-        scores_{d} = Gemm (residual_{d}, directions{book}, offsets{book})
-        found_{d} = vqdeploy.ArgMaxByBlocks (scores_{d})
-        code_{d} = Min (found_{d}, last)
-        column_{d} = Unsqueeze (code_{d}, columns)
-        vector_{d} = Gather <axis = 0> (table{book}, code_{d})
-        residual_{d + 1} = Sub (residual_{d}, vector_{d})"""
-        for d, book in enumerate(books * depth if shared else books)
+    found_{d} = vqdeploy.SearchByRows (residual_{d}, directions{book}, offsets{book})
+    code_{d} = Min (found_{d}, last)
+    column_{d} = Unsqueeze (code_{d}, columns)
+    vector_{d} = Gather <axis = 0> (table{book}, code_{d})
+    residual_{d + 1} = Sub (residual_{d}, vector_{d})"""
+        for d, book in enumerate(books)
     )
-    codes = ", ".join(f"column_{d}" for d in range(depth))
-    vectors = ", ".join(f"vector_{d}" for d in range(depth))
     return f"""
 <opset_import: ["" : 24, "vqdeploy" : 1], domain: "vqdeploy">
-{name} (z, codebook) => ({", ".join(outputs)})
+{head}
 {{
-    rows_axis = Constant <value_ints = [0]> ()
+    first = Constant <value_ints = [0]> ()
     columns = Constant <value_ints = [1]> ()
-    zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
     three_zeros = Constant <value_ints = [0, 0, 0]> ()
-    block_size = Constant <value_ints = [{_BLOCK}]> ()
-    most_scores = Constant <value_ints = [{_SCORES}]> ()
+    block = Constant <value_ints = [{_BLOCK}]> ()
+    one = Constant <value_ints = [1]> ()
     two = Constant <value = float {{2.0}}> ()
     smallest = Constant <value = float {{1e-12}}> ()
     farthest = Constant <value = float {{-3e38}}> ()
-    yes = Constant <value = bool {{1}}> ()
-{_SHARED_BOOK if shared else _split_books(depth)}
+    residual_0 = Cast <to = 1> (z)
+{_SHARED_BOOK if shared else _split_books(len(books))}
     negative = Neg (size)
-    short = Mod (negative, block_size)
-    missing = Concat <axis = 0> (zero, short)
+    short = Mod (negative, block)
+    missing = Concat <axis = 0> (first, short)
     missing_columns = Concat <axis = 0> (three_zeros, short)
     last = Sub (size, one)
-{"".join((_LAID_OUT[metric] + _FILLED).format(book=book) for book in books)}
-
-    padded_size = Add (size, short)
-    most_any = Div (most_scores, padded_size)
-    most = Max (most_any, block_size)
-    number = Shape <start = 0, end = 1> (z)
-    width = Shape <start = 1, end = 2> (z)
-    reached = Add (number, most)
-    reached_less = Sub (reached, one)
-    count_any = Div (reached_less, most)
-    count = Max (count_any, one)
-    shared_out = Add (number, count)
-    shared_out_less = Sub (shared_out, one)
-    rows_any = Div (shared_out_less, count)
-    rows = Max (rows_any, one)
-    padded = Mul (count, rows)
-    lacking = Sub (padded, number)
-    zeros_shape = Concat <axis = 0> (lacking, width)
-    zeros = ConstantOfShape <value = float[1] {{0.0}}> (zeros_shape)
-    vectors = Cast <to = 1> (z)
-    all_vectors = Concat <axis = 0> (vectors, zeros)
-    blocks_shape = Concat <axis = 0> (count, rows, width)
-    blocks = Reshape <allowzero = 1> (all_vectors, blocks_shape)
-    trips = Squeeze (count, rows_axis)
-    block_codes, block_sums = Loop (trips, yes) <
-        body = search (int64 i, bool go) => (bool goes, codes_of_block, sums_of_block) {{
-            goes = Identity (go)
-            residual_0 = Gather <axis = 0> (blocks, i)
+{"".join((_LAID_OUT[metric] + _FILLED).format(book=book) for book in dict.fromkeys(books))}
 {steps}
-            codes_of_block = Concat <axis = 1> ({codes})
-            sums_of_block = Sum ({vectors})
-        }}
-    >
-    depth_shape = Constant <value_ints = [{depth}]> ()
-    codes_shape = Concat <axis = 0> (padded, depth_shape)
-    sums_shape = Concat <axis = 0> (padded, width)
-    codes_padded = Reshape <allowzero = 1> (block_codes, codes_shape)
-    sums_padded = Reshape <allowzero = 1> (block_sums, sums_shape)
-    codes_of_all = Slice (codes_padded, zero, number, rows_axis)
-    sums_of_all = Slice (sums_padded, zero, number, rows_axis)
-{"".join(f"    {output} = {text}" + chr(10) for output, text in outputs.items())}}}"""
+{end}
+}}"""
 
 
-def _search(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
+def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
     """The body of a quantizer's node."""
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     metric = attributes["metric"].decode()
     if node.op_type.startswith("VQNearest"):
-        text = _by_rows(node.op_type, metric, 1, True, {"codes": "Squeeze (codes_of_all, columns)"})
-    else:
-        outputs = {"codes": "Identity (codes_of_all)", "quantized": "CastLike (sums_of_all, z)"}
-        text = _by_rows(node.op_type, metric, attributes["depth"], shared, outputs)
-    return onnx.parser.parse_function(text)
+        head = f"{node.op_type} (z, codebook) => (codes)"
+        return onnx.parser.parse_function(_search(head, metric, [""], True, "    codes = Identity (code_0)"))
+    depth = attributes["depth"]
+    columns, vectors = (", ".join(f"{name}_{d}" for d in range(depth)) for name in ("column", "vector"))
+    end = f"""
+    codes = Concat <axis = 1> ({columns})
+    total = Sum ({vectors})
+    quantized = CastLike (total, z)"""
+    books = [""] * depth if shared else [f"_{d}" for d in range(depth)]
+    head = f"{node.op_type} (z, codebook) => (codes, quantized)"
+    return onnx.parser.parse_function(_search(head, metric, books, shared, end))
 
 
 # ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map. Its
@@ -329,9 +325,9 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     ranks = _ranks(graph)
     for node in graph.node:
         if node.op_type.startswith(("VQNearest", "VQResidual")):
-            bodies[node.op_type] = _search(node, shared=ranks.get(node.input[1], 2) == 2)
+            bodies[node.op_type] = _quantizer(node, shared=ranks.get(node.input[1], 2) == 2)
     functions = [bodies.get(function.name, function) for function in model.functions]
-    own = (_GROUP_NORM, _CACHE_EXTENTS, _ARG_MAX_BY_BLOCKS)
+    own = (_GROUP_NORM, _CACHE_EXTENTS, _SEARCH_BY_ROWS)
     del model.functions[:]
     model.functions.extend([*functions, *map(onnx.parser.parse_function, own)])
     used = {opset.domain for opset in model.opset_import}
