@@ -39,7 +39,7 @@ class HierarchicalSampler(Sampler):
         guided: bool,
         draw: Draw,
     ):
-        super().__init__(info, tokenizer, slots, guided, draw)
+        super().__init__(sessions, info, tokenizer, slots, guided, draw)
         self._layout, self._size = Layout(tokenizer.maps), tokenizer.codebook_size
         names = level_names(len(tokenizer.maps))
         grids = [each[:2] for each in tokenizer.maps]

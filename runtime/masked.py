@@ -44,7 +44,7 @@ class MaskedSampler(Sampler):
         guided: bool,
         draw: Draw,
     ):
-        super().__init__(info, tokenizer, slots, guided, draw)
+        super().__init__(sessions, info, tokenizer, slots, guided, draw)
         session = sessions["step"]
         self._shape, self._size = Layout(tokenizer.maps).shape, tokenizer.codebook_size
         dims = {"batch": slots, "conditions": 2 if guided else 1}
