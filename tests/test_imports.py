@@ -130,7 +130,7 @@ def test_building_needs_no_torch_and_no_triton(python, package, tmp_path):
 
 
 def test_the_models_need_no_export_engines_or_runtime(python):
-    modules = loaded(python, "import vqdeploy.models, vqdeploy.systems.presets, vqdeploy.checkpoint")
+    modules = loaded(python, "import vqdeploy.models, vqdeploy.systems, vqdeploy.checkpoint")
     parts = ("vqdeploy.export", "vqdeploy.engines", "vqdeploy.runtime")
     assert not [name for name in modules if name.startswith(parts)]
     assert not roots(modules) & {"onnx", "onnxscript", "onnxruntime"}
