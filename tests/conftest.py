@@ -13,6 +13,7 @@ from filelock import FileLock
 from hypothesis import settings
 from support.artifacts import Artifacts, remove_old
 
+from vqdeploy import cli
 from vqdeploy.runtime.manifest import SizeRange
 
 # Read when Triton is imported: the tests run its kernels on the CPU.
@@ -149,5 +150,20 @@ def python():
         )
         assert process.returncode == 0, process.stderr
         return process.stdout
+
+    return run
+
+
+@pytest.fixture
+def vqdeploy(monkeypatch, capsys, tmp_path):
+    """Runs the entry point in process, in an empty folder; returns the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["vqdeploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
 
     return run

@@ -3,7 +3,7 @@
 import pytest
 from support.imports import Import, imports, modules
 
-BASE = {"errors", "files", "config", "options", "precision"}
+BASE = {"errors", "files", "config", "precision", "options", "machine", "threads"}
 """Standard library only: everyone may import them."""
 
 EVERYTHING_BUT_TRAINING = {
@@ -30,14 +30,14 @@ EDGES: dict[str, set[str]] = {
     "engines": {"manifest", "graphs", "backends", "kernels"},
     "verify": EVERYTHING_BUT_TRAINING,
     "bench": EVERYTHING_BUT_TRAINING,
-    "run": {"runtime", "images"},
+    "tasks": {"runtime", "images"},
     "cli": set(),
     "vqdeploy": set(),
 }
 """What each part may import at import time, `BASE` and itself aside; `FILES` gives the parts smaller than a folder."""
 
 INSIDE_FUNCTIONS: dict[str, set[str]] = {
-    "cli": {*EVERYTHING_BUT_TRAINING, "training", "run"},  # each verb loads what it needs
+    "cli": {*EVERYTHING_BUT_TRAINING, "training", "tasks"},  # each verb loads what it needs
     "vqdeploy": {"checkpoint", "runtime"},  # `vqdeploy.load` loads nothing before it is called
     "models": {"kernels"},  # the operators that take CUDA tensors
     "export": {"verify"},  # a module of the user's is compared with its export at once
@@ -49,6 +49,7 @@ INSIDE_FUNCTIONS: dict[str, set[str]] = {
 FILES = {
     "vqdeploy": "vqdeploy",
     "vqdeploy.__main__": "cli",
+    "vqdeploy.cli.tasks": "tasks",  # what `vqdeploy run` does
     "vqdeploy.runtime.manifest": "manifest",  # what stands between export, engines and runtime, and the file of a plan
     "vqdeploy.runtime.bundle": "manifest",
     "vqdeploy.runtime.graphs": "graphs",  # which graphs are let through
@@ -59,7 +60,7 @@ FILES = {
     "vqdeploy.runtime.session": "backends",
     "vqdeploy.runtime.images": "images",
     "vqdeploy.runtime.folder": "images",
-    "vqdeploy.cli.tasks": "run",  # what a verb loads to do its work
+    "vqdeploy.runtime.threads": "threads",
 }
 """Modules that are no part of their folder's part."""
 

@@ -8,12 +8,20 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from support.mutations import change_function, change_weight, failed, failures, replace_with, reseal
+from support.mutations import (
+    by_place,
+    change_function,
+    change_noise,
+    change_weight,
+    failed,
+    failures,
+    replace_with,
+    reseal,
+)
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.functions import parse
 from vqdeploy.runtime.manifest import FILE
-from vqdeploy.runtime.noise import gumbel
 from vqdeploy.verify import table, verify, verify_package
 from vqdeploy.verify.checks import at_most, tolerance_of
 
@@ -180,26 +188,18 @@ def test_sampling_that_ignores_top_p(copy, system):
 
 
 def test_noise_keyed_by_the_place_in_the_batch(plan, system, monkeypatch):
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel",
-        lambda seed, images, step, out: gumbel(seed, np.arange(len(images)), step, out),
-    )
+    change_noise(monkeypatch, by_place)
     failed(failures(verify(plan, system)), "generate: image alone")
 
 
 def test_noise_that_is_the_same_at_each_step(plan, system, monkeypatch):
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel", lambda seed, images, step, out: gumbel(seed, images, 0, out)
-    )
+    change_noise(monkeypatch, lambda keys: [(seed, image, 0) for seed, image, _ in keys])
     failed(failures(verify(plan, system)), "generate: whole distribution: tokens outside")
 
 
 def test_noise_that_changes_from_run_to_run(plan, system, monkeypatch):
     runs = iter(range(10**6))
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel",
-        lambda seed, images, step, out: gumbel(next(runs), images, step, out),
-    )
+    change_noise(monkeypatch, lambda keys: [(next(runs), image, step) for _, image, step in keys])
     failed(failures(verify(plan, system)), "generate: codes that differ in a second run")
 
 

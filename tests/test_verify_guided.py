@@ -10,6 +10,7 @@ from support.mutations import change_graph, change_weight, failed, failures
 from support.systems import SMALL_VIT, lively
 
 from vqdeploy.runtime import autoregressive
+from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.verify import verify, verify_package
 
 
@@ -85,19 +86,18 @@ def test_guidance_that_is_ignored(copy, vit_system):
 
 
 def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
-    write = autoregressive.GuidedSampler._write_options
+    admit = AutoregressiveSampler._admit
 
-    def swapped(sampler, binding, request):
-        write(sampler, binding, request)
-        binding.inputs["partner"][:] = 0
+    def swapped(sampler, slot, item):
+        admit(sampler, slot, item)
+        sampler._binding.inputs["partner"][:] = 0
 
-    monkeypatch.setattr(autoregressive.GuidedSampler, "_write_options", swapped)
+    monkeypatch.setattr(AutoregressiveSampler, "_admit", swapped)
     failed(failures(verify(vit_plan, vit_system)), "generate: whole distribution: tokens")
 
 
 def test_a_token_shift_that_is_forgotten(vqgan_plan, vqgan_system, monkeypatch):
     """What the public sampler does."""
-    monkeypatch.setattr(autoregressive, "carry", lambda source, target: None)
-    monkeypatch.setattr("vqdeploy.verify.autoregressive.carry", lambda source, target: None)
+    monkeypatch.setattr(autoregressive, "carried", lambda binding: {})
     found = failures(verify(vqgan_plan, vqgan_system))
     failed(found, "step: cached step: largest", "generate: whole distribution: tokens")

@@ -19,22 +19,19 @@ from support.damage import edited, pack, unpack
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import ALIGNMENT, Bundle, sha256, tensors, write
-from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest, SizeRange
+from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest, Provenance
 
 
 def manifest(files=()) -> Manifest:
     return Manifest(
         format=1,
-        system="rqvae",
+        name="rqvae",
         precision="fp32",
         opset=24,
-        config={"model": "rqvae", "preset": "tiny"},
-        checkpoint="0" * 64,
+        provenance=Provenance("vqdeploy", "rqvae", "tiny", {"model": "rqvae", "preset": "tiny"}, "0" * 64),
         stages=(),
         members={file.name: sha256(file) for file in files},
-        producer="vqdeploy",
         backend="onnxrt",
-        batch=SizeRange(),
     )
 
 
@@ -267,11 +264,18 @@ def test_version_is_compared_before_keys(plan, tmp_path):
         ("stages", {}),
         ("stages", [5]),
         ("stages", [{"name": "encode"}]),
-        ("config", None),
-        ("config", {}),
-        ("config", {"tokenizer": 5}),
-        ("batch", 5),
-        ("batch", {"min": 1, "opt": 1, "max": 0}),
+        ("provenance", None),
+        ("provenance", {}),
+        ("provenance", {"producer": 5}),
+        ("tokenizer", 5),
+        ("tokenizer", {}),
+        ("tokenizer", {"image": [16, 16, 3], "maps": [[4, 4, 4]], "codebook_size": 0}),
+        ("sampling", 5),
+        ("sampling", {}),
+        ("sampling", {"kind": "diffusion", "classes": 3}),
+        ("sampling", {"kind": "autoregressive", "classes": 0}),
+        ("labels", 5),
+        ("labels", ["cat", "dog"]),
         ("backend", 5),
         ("backend", "tensorflow"),
         ("opset", "24"),
@@ -281,6 +285,22 @@ def test_manifest_with_wrong_values(plan, tmp_path, key, value):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update({key: value}))
     with pytest.raises(VqdeployError):
         load(path).generate([0])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        5,
+        {"min": 1, "usual": 1, "max": 0},
+        {"min": 0, "usual": 1, "max": 4},
+        {"min": 3, "usual": 2, "max": 4},
+        {"min": 1, "usual": 5, "max": 4},
+        {"min": 1, "opt": 1, "max": 4},
+    ],
+)
+def test_manifest_with_wrong_sizes(plan, tmp_path, sizes):
+    path = edited(plan, tmp_path / "a.plan", lambda data: data["stages"][0]["dims"].update(batch=sizes))
+    refused(path, message=r"dims\.batch of the manifest|SizeRange")
 
 
 def places(data, path=()):
@@ -348,16 +368,21 @@ def test_a_precision_that_is_not_known(plan, tmp_path, precision):
     assert str(error).isprintable()
 
 
-@pytest.mark.parametrize("field", ["producer", "builder", "checkpoint", "targets"])
+@pytest.mark.parametrize("field", ["producer", "builder", "checkpoint", "source", "targets"])
 def test_text_that_would_steer_a_terminal(plan, tmp_path, field):
     text = "\x1b[31mRED"
-    path = edited(plan, tmp_path / "a.plan", lambda data: data.update({field: [text] if field == "targets" else text}))
+
+    def edit(data):
+        of = data if field in data else data["provenance"]
+        of[field] = [text] if field == "targets" else text
+
+    path = edited(plan, tmp_path / "a.plan", edit)
     assert str(refused(path, ArtifactError, "text that cannot be shown")).isprintable()
 
 
 def test_a_backend_that_is_not_known(plan, tmp_path):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update(backend="openvino"))
-    refused(path, ArtifactError, r"a backend that is not known here; found openvino\. Fix: pip install -U vqdeploy")
+    refused(path, ArtifactError, r"is for an unknown backend; found openvino\. Fix: pip install -U vqdeploy")
 
 
 def test_a_device_that_is_not_supported(plan):
@@ -373,7 +398,7 @@ def test_a_graph_that_is_none(plan, tmp_path):
     data["members"]["step.onnx"] = sha256(tmp_path / "junk")
     members |= {FILE: json.dumps(data).encode(), "step.onnx": b"junk"}
     with pytest.raises(ArtifactError, match=r"stage step of .* cannot be opened"):
-        load(pack(tmp_path / "a.plan", members.items()))
+        load(pack(tmp_path / "a.plan", members.items())).session("step")
 
 
 # safetensors

@@ -9,6 +9,7 @@ from onnx import helper
 
 from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.manifest import FILE, WEIGHTS
+from vqdeploy.runtime.noise import gumbel
 
 
 def reseal(folder):
@@ -66,3 +67,14 @@ def failed(found, *expected):
 def replace_with(output, operator, *inputs):
     """Replaces the node that makes `output`."""
     return lambda node: helper.make_node(operator, list(inputs), [output]) if node.output[0] == output else None
+
+
+def change_noise(monkeypatch, change):
+    """Loaded plans draw from other keys: `change` maps those of the images of a step."""
+    draw = lambda keys, rows: gumbel(change(keys), rows)  # noqa: E731
+    monkeypatch.setattr("vqdeploy.runtime.pipeline.ThreadedNoise", lambda threads: draw)
+
+
+def by_place(keys):
+    """Keyed by the place in the batch."""
+    return [(seed, place, step) for place, (seed, _, step) in enumerate(keys)]
