@@ -101,7 +101,8 @@ def export_module(
         package = new / "package"
         manifest = write_package(parts, package, described, progress)
         if verify:
-            from vqdeploy.verify.modules import table, verify_package  # which imports this module
+            from vqdeploy.verify import table
+            from vqdeploy.verify.modules import verify_package  # which imports this module
 
             report = verify_package(package, model, stages, progress)
             if not report["passed"]:

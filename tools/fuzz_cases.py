@@ -1,7 +1,7 @@
 """Damaged and hostile files and arguments, of every kind that vqdeploy reads; `tools/fuzz.py` runs them.
 
-A case is a kind and a number: the same pair makes the same files. Digests are computed anew after a change, so that what
-lies behind them is reached.
+A case is a kind and a number: the same pair makes the same files. Digests are computed anew after a change, so that
+what lies behind them is reached.
 """
 
 import contextlib
