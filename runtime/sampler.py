@@ -13,7 +13,10 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw, Key
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.session import Binding
+from vqdeploy.runtime.session import Binding, Session
+
+Inputs = Mapping[str, tuple[int, ...]]
+"""Inputs of a graph by name, and what the shape of each must end with."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,26 @@ class Sampler(ABC):
     raster: ClassVar[bool] = True
     last: Binding
 
-    def __init__(self, info: SamplingInfo, tokenizer: TokenizerInfo, slots: int, guided: bool, draw: Draw):
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        info: SamplingInfo,
+        tokenizer: TokenizerInfo,
+        slots: int,
+        guided: bool,
+        draw: Draw,
+    ):
         """Makes a sampler of a number of slots.
 
         Args:
+            sessions: The stages of the plan.
             info: Of the plan.
             tokenizer: Of the plan.
             slots: How many images it holds.
             guided: Whether it takes images with guidance, at twice the work for every slot.
             draw: Fills the noise.
         """
+        self._sessions, self._tokenizer = sessions, tokenizer
         self.slots, self.guided, self.no_label = slots, guided, info.no_label
         self.seconds: dict[str, float] = defaultdict(float)
         self.draw = draw
@@ -73,7 +86,7 @@ class Sampler(ABC):
 
     @classmethod
     @abstractmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, frozenset[str]]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
         """What the sampler writes to, stage by stage."""
 
     @classmethod
@@ -196,10 +209,11 @@ def write_options(options: dict[str, Any], inputs: Mapping[str, Any], row: int, 
     Returns:
         At which depths [Q] only the likeliest code may be drawn.
     """
-    values = for_graph(options, depth, size)
+    values: dict[str, np.ndarray] = for_graph(options, depth, size)
     for name, value in values.items():
         inputs[name][row] = value
-    return values["top_k"] == 1
+    greedy: np.ndarray = values["top_k"] == 1
+    return greedy
 
 
 def carried(binding: Binding) -> dict[str, Any]:

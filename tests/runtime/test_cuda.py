@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.late_cuda import Cuda
+from support.trials import trial
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -102,7 +103,8 @@ def codes_of(file, device):
     first = pipeline.generate(labels, seed=4)
     pipeline.generate(labels[:2], seed=5)
     again = pipeline.generate(labels, seed=4)
-    masks = np.arange(pipeline.side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * pipeline.side
+    side = pipeline.image_shape[0]
+    masks = np.arange(side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * side
     rest = pipeline.inpaint(first.images, labels, mask=np.broadcast_to(masks, first.images.shape[:-1]), seed=6)
     return [first.codes, again.codes, rest.codes]
 
@@ -115,6 +117,11 @@ def test_loops_on_a_gpu_draw_what_they_draw_on_the_cpu(cuda_plan, gpu):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
+@pytest.mark.parametrize("seed", range(2))
+def test_images_that_come_and_go_are_the_images_alone(cuda_plan, seed, gpu):
+    trial(load(cuda_plan, "cuda"), seed, requests=4)
+
+
 def test_checks_pass_on_a_gpu(small_plan, system, gpu):
     report = verify(small_plan, system, device="cuda")
     assert report["passed"], report
@@ -129,7 +136,7 @@ def step(portable_plan, gpu):
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
 def test_caches_are_written_in_place_and_nothing_else_is_kept_from_the_host(step):
     dims = {"batch": 2, "length": 1}
-    caches = step.caches(dims)
+    caches = step.buffers(dims, *step.stage.aliases.values())
     binding = step.bind(dims, caches)
     arrays = {name for name, array in binding.inputs.items() if isinstance(array, device.DeviceArray)}
     assert arrays == set(caches)
@@ -241,7 +248,7 @@ def test_cuda_is_not_taken_for_a_plan_of_the_cpu(plan, gpu_build):
 
 def test_where_a_plan_for_cuda_runs(small_plan, gpu_build, monkeypatch):
     opened = []
-    monkeypatch.setattr("vqdeploy.runtime.pipeline.Pipeline", lambda *args, device: opened.append(device))
+    monkeypatch.setattr("vqdeploy.runtime.pipeline.Pipeline", lambda bundle, device, *rest: opened.append(device))
     for wanted in ("auto", "cuda", "cpu"):
         load(small_plan, wanted)
     assert opened == ["cuda", "cuda", "cpu"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from trials import alone, random_item, trial
+from support.trials import alone, random_item, trial
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
