@@ -250,8 +250,8 @@ _RESIDUAL_STEP = {
 def _search(name: str, start: str, measure: str, target: str) -> str:
     """Largest threshold from `start` up whose survivors weigh `target`: three rounds of 64 candidates each."""
     rounds = [f"    {name}_width_0 = Sub (top, {start})\n    {name}_low_0 = Identity ({start})"]
-    for r in range(3):
-        rounds.append(f"""
+    rounds += [
+        f"""
     {name}_step_{r} = Mul ({name}_width_{r}, fractions)
     {name}_grid_{r} = Add ({name}_low_{r}, {name}_step_{r})
     {name}_column_{r} = Unsqueeze ({name}_grid_{r}, last)
@@ -262,7 +262,9 @@ def _search(name: str, start: str, measure: str, target: str) -> str:
     {name}_enough_{r} = GreaterOrEqual ({name}_sum_{r}, {target})
     {name}_passing_{r} = Where ({name}_enough_{r}, {name}_grid_{r}, {start})
     {name}_low_{r + 1} = ReduceMax <keepdims = 1> ({name}_passing_{r}, axis)
-    {name}_width_{r + 1} = Div ({name}_width_{r}, ways)""")
+    {name}_width_{r + 1} = Div ({name}_width_{r}, ways)"""
+        for r in range(3)
+    ]
     return "\n".join(rounds)
 
 
