@@ -16,7 +16,7 @@ from vqdeploy.files import read_json, replacing_folder, write_json
 from vqdeploy.systems import System, SystemConfig, create
 from vqdeploy.systems.presets import preset
 
-FILES = ("config.json", "model.safetensors", "training.json", "reconstructions.png", "samples.png")
+FILES = ("config.json", "model.safetensors", "training.json", "import.json", "reconstructions.png", "samples.png")
 """What a checkpoint folder holds; the pictures are for people."""
 
 _SHARES = ("decay", "dropout")

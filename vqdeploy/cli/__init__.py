@@ -454,3 +454,6 @@ def _gpu() -> str:
         return device.compute_capability()
     except VqdeployError as error:
         return str(error).partition(". Fix")[0]
+
+
+from vqdeploy.cli import import_ as import_  # noqa: E402  (it needs the app)
