@@ -12,7 +12,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import temporary_folder
 from vqdeploy.runtime import bundle
 from vqdeploy.runtime.backends import BACKENDS
-from vqdeploy.runtime.manifest import WEIGHTS, BatchRange, Manifest, StageInfo
+from vqdeploy.runtime.manifest import WEIGHTS, Manifest, SizeRange, StageInfo
 
 DEVICES = ("cpu", "cuda")
 
@@ -23,7 +23,7 @@ def build(
     folder: Path,
     plan: Path,
     backend: str = "onnxrt",
-    batch: BatchRange = BatchRange(),
+    batch: SizeRange = SizeRange(),
     progress: Callable[[str], object] = log.info,
     portable: bool = False,
     plugin: str = "auto",
@@ -49,8 +49,8 @@ def build(
     """
     if backend not in BACKENDS:
         raise VqdeployError(f"there is no backend {backend!r}", expected=" or ".join(BACKENDS), found=backend)
-    if not 1 <= batch.min <= batch.opt <= batch.max:
-        sizes = f"{batch.min}, {batch.opt}, {batch.max}"
+    if not 1 <= batch.min <= batch.usual <= batch.max:
+        sizes = f"{batch.min}, {batch.usual}, {batch.max}"
         raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
     if plugin not in MODES:
         raise VqdeployError(f"there is no plugin mode {plugin!r}", expected=" or ".join(MODES), found=plugin)
@@ -73,7 +73,8 @@ def build(
             )
             kept = stage.weights if backend == "onnxrt" else ()
             nodes = tensorrt.plugin_nodes(files[-1])
-            stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept, plugins=nodes))
+            dims = stage.dims | {"batch": batch}
+            stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept, plugins=nodes, dims=dims))
         members = {file.name: bundle.sha256(file) for file in files}
         if backend == "onnxrt":
             files.append(folder / WEIGHTS)
@@ -85,7 +86,6 @@ def build(
             backend=backend,
             builder=builder,
             targets=targets,
-            batch=batch,
         )
         bundle.write(plan, manifest, files)
     return manifest
@@ -97,18 +97,14 @@ def _build_stage(
     stage: StageInfo,
     folder: Path,
     scratch: Path,
-    batch: BatchRange,
+    batch: SizeRange,
     portable: bool,
     plugin: str,
 ) -> Path:
     if backend == "onnxrt":
         return onnxrt.build_stage(stage, folder, scratch, portable)
-    height, width, *_ = (manifest.config["prior"] or {}).get("grid", (1, 1))
-    sizes = {
-        "batch": (1, batch.opt, batch.max),  # the last call of a request may be as small
-        "length": (1, 1, height * width),
-        "conditions": (1, 1, 2),
-    }
+    dims = stage.dims | {"batch": SizeRange(1, batch.usual, batch.max)}  # the last call of a request may be as small
+    sizes = {name: (size.min, size.usual, size.max) for name, size in dims.items()}
     if plugin == "auto":
         try:
             return tensorrt.build_stage(backend, stage, folder, scratch, sizes, plugin=True)

@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch import seed_everything
 
 from vqdeploy.runtime import Pipeline, load
+from vqdeploy.systems import definition
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import images_of, open_data
 from vqdeploy.training.metrics import diversity
-from vqdeploy.training.recipe import recipe
 from vqdeploy.training.stage import run_stage
 
 SAMPLES = 1000
@@ -30,7 +30,7 @@ RATIOS = (0.5, 0.75, 0.9, 0.95, 1.0)
 
 def train_judge(resolution: int) -> ImageClassifier:
     """A classifier of the digits."""
-    data, settings = open_data("digits", resolution), recipe("movq", "tiny")
+    data, settings = open_data("digits", resolution), definition("movq").recipe("tiny")
     seed_everything(0, verbose=False)
     judge = ImageClassifier(len(data.labels), settings)
     with tempfile.TemporaryDirectory() as folder:

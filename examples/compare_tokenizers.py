@@ -25,9 +25,9 @@ from vqdeploy.files import write_json
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 from vqdeploy.runtime.images import write_grid
+from vqdeploy.systems import Recipe
 from vqdeploy.training.data import Data, images_of, open_data
 from vqdeploy.training.metrics import codebook_use, psnr, reconstruct
-from vqdeploy.training.recipe import Recipe
 from vqdeploy.training.stage import run_stage
 from vqdeploy.training.tokenizer import TokenizerTraining
 

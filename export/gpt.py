@@ -1,4 +1,4 @@
-"""The stages of systems whose prior is a GPT: `encode`, `decode`, `step` and `features`."""
+"""The stages of a GPT: `step` and `features`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models.gpt import GPT
-from vqdeploy.systems import System
 
 
 class Entries(nn.Module):
@@ -98,10 +96,9 @@ class Features(nn.Module):
         return torch.stack(means, 1)
 
 
-def stages(system: System) -> list[Stage]:
-    """The graphs of a system; without a prior, those of the tokenizer alone."""
-    graphs = tokenizer.stages(system.tokenizer)
-    return graphs if system.prior is None else [*graphs, _step(system.prior), _features(system.prior)]
+def stages(prior: GPT) -> list[Stage]:
+    """The graphs of a prior."""
+    return [_step(prior), _features(prior)]
 
 
 def _step(prior: GPT) -> Stage:
@@ -131,7 +128,8 @@ def _step(prior: GPT) -> Stage:
         Step(prior),
         inputs,
         ["next_codes", "logits", *(f"present_{name}" for name in [*caches, *entries])],
-        dynamic={"codes": {1: Dimension.LENGTH}},
+        dynamic={"codes": {1: Dimension("length", config.positions)}},
+        states=("past_key", "past_value", "past_entry"),
         aliases={f"present_{name}": f"past_{name}" for name in caches},
     )
 

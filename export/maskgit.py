@@ -1,4 +1,4 @@
-"""The stages of MoVQ with MaskGIT: `encode`, `decode` and `step`."""
+"""The stage of MaskGIT: `step`."""
 
 import copy
 from typing import Any
@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.maskgit import MaskGIT, unmask
-from vqdeploy.systems import System
 
 
 class Logits(nn.Module):
@@ -89,12 +87,8 @@ class Step(nn.Module):
         return *unmask(guided, given, noise, choice_noise, masked, *options), guided
 
 
-def stages(system: System) -> list[Stage]:
-    """The graphs of a system; without a prior, those of the tokenizer alone."""
-    return tokenizer.stages(system.tokenizer) + ([] if system.prior is None else [_step(system.prior)])
-
-
-def _step(prior: MaskGIT | AdaptiveMaskGIT) -> Stage:
+def stages(prior: MaskGIT | AdaptiveMaskGIT) -> list[Stage]:
+    """The graph of a prior."""
     grid, size = prior.config.grid, prior.config.codebook_size
     per_code = (2, grid[-1])
     inputs: dict[str, Tensor | list[Tensor]] = {
@@ -110,11 +104,12 @@ def _step(prior: MaskGIT | AdaptiveMaskGIT) -> Stage:
         "top_p": torch.ones(per_code),
         "choice_temperature": torch.ones(2),
     }
-    conditions = {1: Dimension.CONDITIONS}
-    return Stage(
+    conditions = {1: Dimension("conditions", 2)}
+    step = Stage(
         "step",
         Step(prior),
         inputs,
         ["drawn", "remaining", "logits"],
         dynamic={"label": conditions, "guidance": conditions},
     )
+    return [step]

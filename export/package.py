@@ -1,11 +1,11 @@
 """The ONNX package: a folder with one graph for each stage, all weights in one file, and a manifest."""
 
+import dataclasses
 import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,26 @@ from safetensors.numpy import save_file
 
 from vqdeploy.checkpoint import digest
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export import gpt, maskgit, pixelsnail, rqtransformer
+from vqdeploy.export import tokenizer
 from vqdeploy.export.functions import OPSET
 from vqdeploy.export.precision import DTYPES, in_precision
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
 from vqdeploy.runtime.bundle import sha256
-from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, StageInfo, TensorInfo
-from vqdeploy.systems import System
+from vqdeploy.runtime.manifest import (
+    FILE,
+    FORMAT,
+    WEIGHTS,
+    Manifest,
+    Provenance,
+    SamplingInfo,
+    SizeRange,
+    StageInfo,
+    TensorInfo,
+    TokenizerInfo,
+)
+from vqdeploy.systems import SYSTEMS, System
 
-STAGES = {
-    "rqvae": rqtransformer.stages,
-    "movq": maskgit.stages,
-    "vitvqgan": gpt.stages,
-    "vqgan": gpt.stages,
-    "vqvae2": pixelsnail.stages,
-}
-_STAGES_IN_HALF = STAGES | {"vqvae2": partial(pixelsnail.stages, products=pixelsnail.PRODUCTS_IN_HALF)}
 _NEWEST_OPSET = 25  # of those that the exporter writes
 _INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
 
@@ -62,36 +65,82 @@ def export(
     if dtype not in DTYPES:
         raise VqdeployError("there is no such precision", expected=" or ".join(DTYPES), found=repr(dtype))
     if not OPSET <= opset <= _NEWEST_OPSET:
-        raise VqdeployError("the opset will not do", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
+        raise VqdeployError("unsupported opset", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
+    config = system.config
+    provenance = Provenance(
+        producer=f"vqdeploy {version('vqdeploy')}",
+        system=config.model,
+        preset=config.preset,
+        config=config.to_dict(),
+        checkpoint=digest(system),
+    )
+    described = Manifest(
+        format=FORMAT,
+        name=config.model,
+        precision=dtype,
+        opset=opset,
+        provenance=provenance,
+        stages=(),
+        members={},
+        tokenizer=_describe_tokenizer(system),
+        sampling=_describe_sampling(system),
+        labels=config.labels,
+    )
+    return write_package(stages_of(system, dtype), folder, described, progress)
+
+
+def stages_of(system: System, precision: str = "fp32") -> list[Stage]:
+    """The stages of a system: the tokenizer's, and those of the prior if it has one."""
+    stages = tokenizer.stages(system.tokenizer)
+    if system.prior is not None:
+        stages += SYSTEMS[system.config.model].stages(system.prior, precision)
+    return stages
+
+
+def _describe_tokenizer(system: System) -> TokenizerInfo:
+    of = system.tokenizer
+    side = of.config.resolution
+    return TokenizerInfo((side, side, 3), of.maps, of.config.codebook_size, of.omits_depths)
+
+
+def _describe_sampling(system: System) -> SamplingInfo | None:
+    if system.prior is None:
+        return None
+    classes, options = system.config.prior.classes, system.config.sampling.to_dict()
+    kind = SYSTEMS[system.config.model].kind
+    return SamplingInfo(kind, classes, classes if "guidance_scale" in options else None, options)
+
+
+def write_package(
+    stages: Sequence[Stage], folder: Path, described: Manifest, progress: Callable[[str], object] = log.info
+) -> Manifest:
+    """Writes the graphs of stages, their weights and a manifest, whole or not at all.
+
+    Args:
+        stages: What to export.
+        folder: Where. A package that is there is replaced.
+        described: The manifest, but for `stages` and `members`.
+        progress: Told the name of each stage as its export begins.
+    """
     with replacing_folder(folder, (FILE, WEIGHTS, "*.onnx")) as new:
         graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
-        stages = STAGES if dtype == "fp32" else _STAGES_IN_HALF
-        for stage in stages[system.config.model](system):
+        for stage in stages:
             progress(stage.name)
-            graphs[stage.name] = stage, _export_stage(in_precision(stage, dtype), opset)
+            model = _export_stage(in_precision(stage, described.precision), described.opset)
+            graphs[stage.name] = stage, model
         weights = _share_weights({name: model for name, (_, model) in graphs.items()})
         save_file(weights, new / WEIGHTS)
         _point_to_file((model for _, model in graphs.values()), new / WEIGHTS)
-        provenance: dict[str, Any] = {
-            "producer": f"vqdeploy {version('vqdeploy')}",
-            "system": system.config.model,
-            "checkpoint": digest(system),
-        }
         infos = []
         for stage, model in graphs.values():
             common.ClearMetadataAndDocStringPass()(model)  # the exporter leaves stack traces
-            model.metadata_props.update(provenance | {"stage": stage.name, "precision": dtype})
+            origin = described.provenance
+            notes = {"producer": origin.producer, "system": described.name, "checkpoint": origin.checkpoint}
+            model.metadata_props.update(notes | {"stage": stage.name, "precision": described.precision})
             onnx_ir.save(model, new / f"{stage.name}.onnx")
             infos.append(_describe(stage, model))
-        manifest = Manifest(
-            format=FORMAT,
-            precision=dtype,
-            opset=opset,
-            config=system.config.to_dict(),
-            stages=tuple(infos),
-            members={file.name: sha256(file) for file in sorted(new.iterdir())},
-            **provenance,
-        )
+        members = {file.name: sha256(file) for file in sorted(new.iterdir())}
+        manifest = dataclasses.replace(described, stages=tuple(infos), members=members)
         write_json(new / FILE, manifest.to_dict())
     return manifest
 
@@ -154,6 +203,7 @@ def _describe(stage: Stage, model: onnx_ir.Model) -> StageInfo:
         tuple(map(_tensor, model.graph.outputs)),
         tuple(value.name for value in _large(model)),
         stage.aliases,
+        {d.name: SizeRange(d.smallest, d.usual, d.largest) for d in sorted(stage.dimensions, key=lambda d: d.name)},
     )
 
 

@@ -1,4 +1,4 @@
-"""The stages of VQ-VAE-2: the tokenizer's, and for each level of the prior `LEVEL_row` and `LEVEL_pixel`.
+"""The stages of a hierarchy of PixelSNAILs: for each level `LEVEL_row` and `LEVEL_pixel`.
 
 A causal convolution without its centre sees the rows above and a few places to the left. What comes from the rows above
 is computed for a whole row at once, by one call of `row`. The places to the left are what is left for each place, one
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import Projection, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
@@ -25,12 +24,12 @@ from vqdeploy.models.pixelsnail import (
     GatedResBlock,
     PixelSNAIL,
     PlainExit,
+    VQVAE2Prior,
 )
 from vqdeploy.runtime.hierarchical import level_names
-from vqdeploy.systems import System
 
 _PRODUCTS = 8  # for each tile of a row; more lose digits
-PRODUCTS_IN_HALF = 4  # made with the points 0, 1 and -1 alone: the next ones would cost fp16 two bits
+_PRODUCTS_IN_HALF = 4  # made with the points 0, 1 and -1 alone: the next ones would cost fp16 two bits
 
 
 class CodeTable(nn.Module):
@@ -406,16 +405,12 @@ class Condition(nn.Module):
         return self.condition.refine(x).permute(0, 2, 3, 1)
 
 
-def stages(system: System, products: int = _PRODUCTS) -> list[Stage]:
-    """The graphs of a system; without a prior, those of the tokenizer alone.
-
-    `products` are those of minimal filtering, for each tile of a row.
-    """
-    graphs = tokenizer.stages(system.tokenizer)
-    if system.prior is not None:
-        levels = system.prior.levels
-        for name, network in zip(level_names(len(levels)), levels, strict=True):
-            graphs += _level(name, network, system.prior.config.codebook_size, products)
+def stages(prior: VQVAE2Prior, precision: str) -> list[Stage]:
+    """The graphs of a prior at a precision."""
+    products = _PRODUCTS if precision == "fp32" else _PRODUCTS_IN_HALF
+    graphs = []
+    for name, network in zip(level_names(len(prior.levels)), prior.levels, strict=True):
+        graphs += _level(name, network, prior.config.codebook_size, products)
     return graphs
 
 
@@ -447,7 +442,9 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int, products: int) ->
         rows["condition"] = torch.zeros(2, height, width, config.condition_channels)
         codes = torch.zeros(2, height // 2, width // 2, dtype=torch.int64)
         graphs.append(Stage(f"{name}_condition", Condition(network.above), {"codes": codes}, ["condition"]))
-    graphs.append(Stage(f"{name}_row", stage, rows, ["entry", "inner", "gates", "spread_x", "spread_y"]))
+    made = ["entry", "inner", "gates", "spread_x", "spread_y"]
+    states = ("row_x", "row_y", "above_x", "above_y", "condition")
+    graphs.append(Stage(f"{name}_row", stage, rows, made, states=states))
 
     pixels: dict[str, Any] = {
         "codes": torch.zeros(2, side, dtype=torch.int64),
@@ -471,13 +468,14 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int, products: int) ->
         pixels["past_last"] = [torch.zeros(2, channels // 2 * 2) for _ in attention]
     caches = [f"{kind}.{i}" for kind in ("key", "value") for i in attention]
     in_place = ["row_x", "row_y", *caches]
-    states = ["left_x", "left_y", *in_place, *(f"last.{i}" for i in attention)]
+    carried = ["left_x", "left_y", *in_place, *(f"last.{i}" for i in attention)]
     graphs.append(
         Stage(
             f"{name}_pixel",
             Pixel(network),
             pixels,
-            ["next_codes", "logits", *(f"present_{state}" for state in states)],
+            ["next_codes", "logits", *(f"present_{state}" for state in carried)],
+            states=("entry", "inner", "gates", *(name for name in pixels if name.startswith("past_"))),
             aliases={f"present_{state}": f"past_{state}" for state in in_place},
         )
     )

@@ -18,8 +18,6 @@ from vqdeploy.models.quantizers import AveragedCodebook
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 """Name of a precision -> type of the weights."""
 
-_OF_THE_REQUEST = {"noise", "choice_noise", "guidance", "temperature", "top_p", "choice_temperature"}
-
 
 def in_precision(stage: Stage, precision: str) -> Stage:
     """A stage with weights and states of a precision, one of `DTYPES`; codebooks stay in fp32.
@@ -39,7 +37,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
                 weight.data = _fitting(weight.data, dtype)
         if hasattr(part, "weight"):
             part.register_forward_pre_hook(_in_type_of_weight)
-    inputs = {name: x if name in _OF_THE_REQUEST else _cast(x, dtype) for name, x in stage.inputs.items()}
+    inputs = {name: _cast(x, dtype) if name in stage.states else x for name, x in stage.inputs.items()}
     return dataclasses.replace(stage, module=module, inputs=inputs)
 
 

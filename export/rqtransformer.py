@@ -1,4 +1,4 @@
-"""The stages of RQ-VAE with RQ-Transformer: `encode`, `decode` and `step`."""
+"""The stage of the RQ-Transformer: `step`."""
 
 from typing import Any
 
@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export import tokenizer
 from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models.rqtransformer import RQTransformer
-from vqdeploy.systems import System
 
 
 class Step(nn.Module):
@@ -83,16 +81,12 @@ class Step(nn.Module):
         return torch.stack(codes, 1), torch.stack(logits, 1)
 
 
-def stages(system: System) -> list[Stage]:
-    """The graphs of a system; without a prior, those of the tokenizer alone.
+def stages(prior: RQTransformer) -> list[Stage]:
+    """The graph of a prior.
 
     Raises:
         VqdeployError: The prior is conditioned on text.
     """
-    return tokenizer.stages(system.tokenizer) + ([] if system.prior is None else [_step(system.prior)])
-
-
-def _step(prior: RQTransformer) -> Stage:
     config = prior.config
     if config.condition_length > 1:
         raise VqdeployError(
@@ -112,11 +106,13 @@ def _step(prior: RQTransformer) -> Stage:
         "past_value": [torch.zeros(cache) for _ in layers],
     }
     caches = [f"{kind}.{i}" for kind in ("key", "value") for i in layers]
-    return Stage(
+    step = Stage(
         "step",
         Step(prior),
         inputs,
         ["next_codes", "logits", *(f"present_{name}" for name in caches)],
-        dynamic={"codes": {1: Dimension.LENGTH}},
+        dynamic={"codes": {1: Dimension("length", config.positions)}},
+        states=("past_key", "past_value"),
         aliases={f"present_{name}": f"past_{name}" for name in caches},
     )
+    return [step]

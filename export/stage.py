@@ -1,7 +1,6 @@
 """One graph of a system, before export."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import onnx_ir
@@ -11,20 +10,29 @@ from torch import Tensor, nn
 from vqdeploy.export.functions import OPSET, attach, translations
 
 
-class Dimension(StrEnum):
-    """Names of the dimensions that stay open."""
+@dataclass(frozen=True)
+class Dimension:
+    """A dimension that stays open: its name, and its largest, usual and smallest size."""
 
-    BATCH = "batch"
-    LENGTH = "length"
-    CONDITIONS = "conditions"
+    name: str
+    largest: int
+    usual: int = 1
+    smallest: int = 1
+
+
+_LARGEST = 4096  # that the exporter is told of any dimension; a tighter bound could enter the graph
+
+BATCH = Dimension("batch", _LARGEST)
+"""The first dimension of every input and output of the stages of a system."""
 
 
 @dataclass
 class Stage:
     """A module with example inputs (batch first, batch size 2) and the names of its outputs.
 
-    A list of tensors is spread over inputs `NAME.0`, `NAME.1` and so on. `dynamic` names open dimensions other than
-    the batch, `aliases` the output that a backend may write over an input.
+    A list of tensors is spread over inputs `NAME.0`, `NAME.1` and so on. `dynamic` tells the open dimensions other than
+    the batch, `aliases` the output that a backend may write over an input. `states` names the inputs that hold what
+    earlier calls left and so follow the precision; whatever a request gives, noise too, keeps its type.
     """
 
     name: str
@@ -33,6 +41,7 @@ class Stage:
     outputs: list[str]
     dynamic: dict[str, dict[int, Dimension]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    states: tuple[str, ...] = ()
 
     @property
     def input_names(self) -> list[str]:
@@ -43,12 +52,17 @@ class Stage:
         )
         return [name for names in spread for name in names]
 
+    @property
+    def dimensions(self) -> set[Dimension]:
+        """All open dimensions."""
+        return {BATCH, *(dimension for axes in self.dynamic.values() for dimension in axes.values())}
+
     def to_onnx(self, opset: int = OPSET) -> onnx_ir.Model:
         """Exports the module."""
-        dims = {name: torch.export.Dim(name, min=1, max=4096) for name in Dimension}
+        dims = {d.name: torch.export.Dim(d.name, min=1, max=_LARGEST) for d in self.dimensions}
 
-        def shape(name: str) -> dict[int, torch.export.Dim]:
-            return {0: dims[Dimension.BATCH]} | {axis: dims[d] for axis, d in self.dynamic.get(name, {}).items()}
+        def shape(name: str) -> dict[int, Any]:
+            return {0: dims[BATCH.name]} | {axis: dims[d.name] for axis, d in self.dynamic.get(name, {}).items()}
 
         program: Any = torch.onnx.export(
             self.module.eval(),

@@ -1,5 +1,5 @@
 """Runs plans, with numpy and one engine library, and never PyTorch."""
 
-from vqdeploy.runtime.pipeline import Output, Pipeline, load
+from vqdeploy.runtime.pipeline import Output, Pipeline, Step, load
 
-__all__ = ["Output", "Pipeline", "load"]
+__all__ = ["Output", "Pipeline", "Step", "load"]

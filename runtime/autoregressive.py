@@ -1,137 +1,153 @@
 """Key-value cached sampling: one engine call a position."""
 
-import time
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.runtime.kept import kept
-from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, still_where_greedy, write_options
+from vqdeploy.runtime.layout import Layout
+from vqdeploy.runtime.manifest import SamplingInfo, TokenizerInfo
+from vqdeploy.runtime.noise import Draw
+from vqdeploy.runtime.sampler import Item, Sampler, carried, write_options
+from vqdeploy.runtime.session import Binding, Session
+
+_OF_A_REQUEST = frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))
 
 
 class AutoregressiveSampler(Sampler):
-    """Runs the `step` stage of an autoregressive prior."""
+    """Runs the stage `step` of an autoregressive prior.
 
-    def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
-        super().__init__()
-        self._session = session = sessions["step"]
-        self._bound = kept(partial(_bound, session), session.device)
-
-    @staticmethod
-    def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
-        """What the sampler writes to, stage by stage."""
-        return {"step": frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))}
-
-    def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
-        """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere.
-
-        Raises:
-            VqdeployError: A position is known in part.
-        """
-        self.seconds.clear()
-        known = request.known.reshape(len(request.known), -1, request.known.shape[-1])
-        unknown = known[..., 0] < 0
-        if np.any((known < 0) != unknown[..., None]):
-            raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
-        batch, positions = known.shape[:2]
-        rows = self.rows(request.labels, request.options)
-        needed = np.flatnonzero(unknown.any(0))
-        if needed.size == 0:
-            return request.known
-        first = int(needed[0])
-        held, binding = self._bound(rows * batch)
-        if first > 0:
-            caches = {name: held[name] for name in self._session.stage.aliases.values()}
-            prefill = self._session.bind({"batch": rows * batch, "length": first}, caches)
-            prefill.inputs["codes"][:, 1:] = np.tile(known[:, : first - 1], (rows, 1, 1))
-            self._write_options(prefill, request)
-            self._call(prefill, position=0)
-            carry(prefill, binding)
-        self._write_options(binding, request)
-        # On a GPU these stay there: nothing in the loop waits for a code.
-        given, codes = self._session.array(known), self._session.array(known)
-        previous, drawn = held["codes"], held["next_codes"]
-        for position in range(first, positions):
-            if position > 0:
-                for row in range(0, rows * batch, batch):
-                    previous[row : row + batch, 0] = codes[:, position - 1]
-            gumbel(request.seed, request.images, position, binding.inputs["noise"][:batch])
-            still_where_greedy(binding.inputs)
-            self._call(binding, position)
-            carry(binding, binding)
-            codes[:, position] = drawn[:batch]
-            for image in np.flatnonzero(~unknown[:, position]):
-                codes[image, position] = given[image, position]
-            if callback:
-                callback(position - first + 1, positions - first, np.array(codes).reshape(request.known.shape))
-        return self.read("step", codes).reshape(request.known.shape)
-
-    def _call(self, binding: Any, position: int) -> None:
-        binding.inputs["position"][:] = position
-        start = time.perf_counter()
-        binding.run()
-        self.seconds["step"] += time.perf_counter() - start
-
-    def _write_options(self, binding: Any, request: Request) -> None:
-        binding.inputs["label"][: len(request.labels)] = request.labels
-        write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
-
-    def unknown(self, mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-        """The codes to draw [B, h, w, Q], where pixels are unknown [B, H, W].
-
-        The prior goes from the top left to the bottom right: everything from the first such row on.
-        """
-        rows = np.maximum.accumulate(cells_of(mask, *grid[:2]).any(2), axis=1)
-        return np.broadcast_to(rows[:, :, None, None], (len(mask), *grid))
-
-    def unknown_share(self, ratio: float, grid: tuple[int, ...], images: np.ndarray, seed: int) -> np.ndarray:
-        """A share of the codes of each image [B, h, w, Q], the rows at the bottom."""
-        rows = np.arange(grid[0]) >= int(grid[0] * (1 - ratio) + 1e-9)
-        return np.broadcast_to(rows[:, None, None], (len(images), *grid))
-
-
-class GuidedSampler(AutoregressiveSampler):
-    """An autoregressive prior that was trained without labels too: label number `classes` stands for none.
-
-    For guidance the batch is doubled: the rows of its second half have no label, and go along with those of the first.
+    With guidance a slot has two rows of the batch: its own, and `slots` further on one without a label, which gets the
+    codes of the first. `partner` names for each row the one from whose logits its own are moved.
     """
 
-    options = (*Sampler.options, "guidance_scale")
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        info: SamplingInfo,
+        tokenizer: TokenizerInfo,
+        slots: int,
+        guided: bool,
+        draw: Draw,
+    ):
+        super().__init__(info, tokenizer, slots, guided, draw)
+        self._session = session = sessions["step"]
+        self._shape = Layout(tokenizer.maps).shape
+        rows = slots * self.rows(guided)
+        dims = {"batch": rows, "length": 1}
+        self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
+        self._held = session.buffers(dims, "codes", "next_codes", *self._past)
+        self._binding = session.bind(dims, self._held)
+        height, width, self._depth = self._shape
+        self._positions = height * width
+        # By engine call, so that one copy keeps what all slots drew, wherever each of them is.
+        self._drawn = session.array(np.zeros((self._positions, slots, self._depth), np.int64))
+        self._known = session.array(np.zeros((slots, self._positions, self._depth), np.int64))
+        self._calls = 0
+        self._first = np.zeros(slots, np.int64)  # position that is drawn first
+        self._next = np.full(slots, self._positions)  # that is drawn next
+        self._since = np.zeros(slots, np.int64)  # calls before that of the first position
+        self._fixed: dict[int, frozenset[int]] = {}  # positions behind the first that are known
+        self._greedy: dict[int, np.ndarray] = {}
+        self._used: set[int] = set()
 
-    def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
-        super().__init__(sessions, prior)
-        self.no_label = prior["classes"]
+    @classmethod
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, frozenset[str]]:
+        """What the sampler writes to, stage by stage."""
+        guidance = frozenset() if sampling.no_label is None else frozenset(("partner", "guidance"))
+        return {"step": _OF_A_REQUEST | guidance}
 
-    @staticmethod
-    def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
-        """As for `AutoregressiveSampler`."""
-        return {"step": AutoregressiveSampler.inputs(prior)["step"] | {"partner", "guidance"}}
+    @classmethod
+    def rows(cls, guided: bool) -> int:
+        """Rows of the engine's batch that a slot takes."""
+        return 2 if guided else 1
 
-    def rows(self, labels: np.ndarray, options: dict[str, Any]) -> int:
-        """Two with guidance, unless there is nothing to guide to."""
-        return 1 if options["guidance_scale"] == 1 or (labels == self.no_label).all() else 2
+    def left(self, slot: int) -> int:
+        """Engine calls until the image of a slot is done."""
+        return int(self._positions - self._next[slot])
 
-    def _write_options(self, binding: Any, request: Request) -> None:
-        super()._write_options(binding, request)
-        batch, rows = len(request.labels), np.arange(len(binding.inputs["label"]))
-        binding.inputs["label"][batch:] = self.no_label
-        binding.inputs["partner"][:] = np.where(rows < batch, (rows + batch) % len(rows), rows)
-        binding.inputs["guidance"][:] = request.options["guidance_scale"]  # of no effect on its own partner
+    def codes(self, slot: int) -> np.ndarray:
+        """Codes int64 [h, w, Q] so far, -1 where nothing is drawn yet.
 
+        What was drawn is kept for as many calls as there are positions: who goes on without reading loses it.
+        """
+        codes = self._items[slot].known.reshape(self._positions, -1).copy()
+        first, until = self._first[slot], self._next[slot]
+        if first < until:
+            calls = (self._since[slot] + np.arange(until - first)) % self._positions
+            drawn = self._read("step", self._drawn)[calls, slot]
+            codes[first:until] = np.where(codes[first:until] < 0, drawn, codes[first:until])
+        return codes.reshape(self._shape)
 
-def _bound(session: Any, batch: int) -> tuple[dict[str, Any], Any]:
-    """What calls leave for the next ones, and a binding for one position."""
-    dims = {"batch": batch, "length": 1}
-    past = (info.name for info in session.stage.inputs if info.name.startswith("past_"))
-    held = session.buffers(dims, "codes", "next_codes", *past)
-    return held, session.bind(dims, held)
+    def _admit(self, slot: int, item: Item) -> None:
+        known = item.known.reshape(self._positions, -1)
+        unknown = known[:, 0] < 0
+        if np.any((known < 0) != unknown[:, None]):
+            raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
+        first = int(unknown.argmax()) if unknown.any() else self._positions
+        self._first[slot] = self._next[slot] = first
+        if first == self._positions:
+            return
+        self._since[slot] = self._calls
+        self._known[slot] = known
+        self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
+        rows = {slot: item.label} | ({slot + self.slots: self.no_label} if self.guided else {})
+        for row, label in rows.items():
+            self._greedy[slot] = self._write(self._binding, row, item, label)
+            self._clear(row)
+        if self.guides(item):
+            self._binding.inputs["partner"][slot] = slot + self.slots
+            self._binding.inputs["guidance"][slot] = item.options["guidance_scale"]
+        if first > 0:
+            for row, label in rows.items():
+                self._prefill(row, item, label, known[:first])
 
+    def _write(self, binding: Binding, row: int, item: Item, label: int | None) -> np.ndarray:
+        """Writes what an image keeps for all of its steps into a row, which is its own partner."""
+        inputs = binding.inputs
+        inputs["label"][row] = label
+        if "partner" in inputs:
+            inputs["partner"][row], inputs["guidance"][row] = row, 1
+        return write_options(item.options, inputs, row, self._depth, inputs["noise"].shape[-1])
 
-def carry(source: Any, target: Any) -> None:
-    """Takes what an engine call leaves for the next, apart from caches that are updated in place, to its inputs."""
-    for name in source.outputs:
-        if name.startswith("present_"):
-            target.inputs[name.replace("present_", "past_", 1)][:] = source.outputs[name]
+    def _clear(self, row: int) -> None:
+        """Zeros into the caches of a row: 0 times the NaN that another image may have left is NaN."""
+        if row in self._used:
+            for name in self._past:
+                self._held[name][row] = 0
+        self._used.add(row)
+
+    def _prefill(self, row: int, item: Item, label: int | None, known: np.ndarray) -> None:
+        """One call for a known prefix [S, Q], on the row's own part of the caches."""
+        in_place = self._session.stage.aliases.values()
+        caches = {name: self._held[name][row : row + 1] for name in in_place}
+        binding = self._session.bind({"batch": 1, "length": len(known)}, caches)
+        self._write(binding, 0, item, label)
+        binding.inputs["codes"][0, 1:] = known[:-1]
+        binding.inputs["position"][:] = 0
+        self._run("step", binding)
+        for name, state in carried(binding).items():
+            self._held[name][row : row + 1] = state
+        self._held["codes"][row, 0] = known[-1]
+
+    def _call(self) -> None:
+        binding, slots = self._binding, self.slots
+        running = sorted(self._running)
+        binding.inputs["position"][:slots] = np.where(self._next < self._positions, self._next, 0)
+        if self.guided:
+            binding.inputs["position"][slots:] = binding.inputs["position"][:slots]
+        self._fill_noise(binding.inputs["noise"], {slot: int(self._next[slot]) for slot in running}, self._greedy)
+        self._run("step", binding)
+        for name, state in carried(binding).items():
+            binding.inputs[name][:] = state
+        # On a GPU the codes stay there: nothing here waits for one.
+        drawn, codes = self._held["next_codes"], self._held["codes"]
+        self._drawn[self._calls % self._positions] = drawn[:slots]
+        for row in range(0, len(codes), slots):
+            codes[row : row + slots, 0] = drawn[:slots]
+        for slot in running:
+            if (position := int(self._next[slot])) in self._fixed[slot]:
+                for row in range(slot, len(codes), slots):
+                    codes[row, 0] = self._known[slot, position]
+            self._next[slot] += 1
+        self._calls += 1

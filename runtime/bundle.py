@@ -1,5 +1,6 @@
 """Plans on disk: an uncompressed ZIP whose members are aligned, so that they can be memory-mapped."""
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -90,6 +91,11 @@ class Bundle:
         if any(stop > end for _, stop in spans.values()):
             raise ArtifactError(f"{self.path} is truncated", fix="vqdeploy build PACKAGE")
         return manifest, spans
+
+    def close(self) -> None:
+        """Gives the file back, once nothing views it any more."""
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def member(self, name: str) -> memoryview:
         """The bytes of a member, not copied."""

@@ -174,8 +174,13 @@ class DeviceArray:
         return len(self._view)
 
     def __getitem__(self, index: Any) -> "DeviceArray":
-        # With an ellipsis numpy gives a view of a single value too, and does not read it.
         index = index if isinstance(index, tuple) else (index,)
+        for each in index:
+            if not isinstance(each, int | np.integer | slice | type(Ellipsis)) or isinstance(each, bool):
+                raise TypeError(
+                    f"an array on a GPU is indexed by whole numbers and slices, not by {type(each).__name__}"
+                )
+        # With an ellipsis numpy gives a view of a single value too, and does not read it.
         view = self._view[index if Ellipsis in index else (*index, ...)]
         return DeviceArray(self._stream, self._memory, view)
 
@@ -341,10 +346,6 @@ class DeviceSession:
     device = "cuda"
     stage: StageInfo
     _stream: Stream
-
-    def caches(self, dims: dict[str, int]) -> dict[str, DeviceArray]:
-        """Empty buffers of the inputs that are updated in place."""
-        return self.buffers(dims, *self.stage.aliases.values())
 
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, DeviceArray]:
         """Empty buffers of inputs and outputs, for bindings to share."""

@@ -1,5 +1,9 @@
-"""The manifest of an ONNX package and of a plan: what is inside, for whom it was built, and how to check it."""
+"""The manifest of an ONNX package and of a plan: what is inside, how to drive it, and how to check it.
 
+A plan describes itself: whoever runs it needs no knowledge of the system or the module that it was made of.
+"""
+
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -11,6 +15,7 @@ FORMAT = 1
 """Version of the manifest. A reader refuses every other one."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_MOST_LEVELS, _LARGEST = 64, 2**31  # beyond what any graph has
 
 PRECISIONS = ("fp32", "fp16")
 """Precisions of packages and plans."""
@@ -25,7 +30,7 @@ class TensorInfo(Config):
 
     name: str
     dtype: str
-    shape: tuple[Any, ...]
+    shape: tuple[int | str, ...]
 
     def concrete(self, dims: dict[str, int]) -> tuple[int, ...]:
         """The shape with every open dimension replaced by its size."""
@@ -33,11 +38,20 @@ class TensorInfo(Config):
 
 
 @dataclass(frozen=True)
+class SizeRange(Config):
+    """Smallest, usual and largest size of an open dimension; a plan is tuned for the usual one."""
+
+    min: int = 1
+    usual: int = 1
+    max: int = 64
+
+
+@dataclass(frozen=True)
 class StageInfo(Config):
     """One graph or engine.
 
-    `aliases` pairs each output that may be written over an input with that input. `plugins` names the nodes that our
-    kernels run in an engine; it is empty in a package.
+    `dims` gives the sizes of its open dimensions, `aliases` pairs each output that may be written over an input with
+    that input. `plugins` names the nodes that our kernels run in an engine; it is empty in a package.
     """
 
     name: str
@@ -45,47 +59,86 @@ class StageInfo(Config):
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     weights: tuple[str, ...] = ()
-    aliases: dict = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    dims: dict[str, SizeRange] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class BatchRange(Config):
-    """Batch sizes that a plan accepts, and the one that it is tuned for."""
+class TokenizerInfo(Config):
+    """What goes into the stage `encode` and comes out of `decode`, and the codes between.
 
-    min: int = 1
-    opt: int = 1
-    max: int = 64
+    `image` is height, width and channels. `maps` are the code maps of an image, height, width and depth Q of each, from
+    coarse to fine: one map is an array [B, h, w, Q] of codes, several lie in a row [B, N], see
+    `vqdeploy.runtime.layout`. Where `omits_depths`, `decode` takes -1 for a code of a position to be left out.
+    """
+
+    image: tuple[int, ...]
+    maps: tuple[tuple[int, ...], ...]
+    codebook_size: int
+    omits_depths: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingInfo(Config):
+    """How codes are drawn.
+
+    `kind` chooses the sampler, see `vqdeploy.runtime.pipeline.SAMPLERS`. `classes` is the number of labels, 1 for an
+    unconditional prior; `no_label` stands for none of them, if the prior was trained without labels too. `options` are
+    the sampling options that it has, with their defaults.
+    """
+
+    kind: str
+    classes: int
+    no_label: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provenance(Config):
+    """Where it comes from; nothing is read of this to run it.
+
+    `producer` is the exporter and its version. For a system there are its name, preset and configuration and the digest
+    of its checkpoint; `source` is the format of a public checkpoint that it was imported from.
+    """
+
+    producer: str
+    system: str | None = None
+    preset: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str = ""
+    source: str | None = None
 
 
 @dataclass(frozen=True)
 class Manifest(Config):
     """Everything that is known of a package or a plan without opening a graph.
 
-    `config` is the checkpoint's `config.json`, `checkpoint` its digest, `members` the sha256 of every other file.
-    The last three fields are set in plans only.
+    `name` is the default name of files that are made of it. Without a `tokenizer` its stages are about arrays and not
+    images, without `sampling` nothing is drawn. `labels` names the classes, in order. `members` are the sha256 of every
+    other file. `backend`, `builder` and `targets` are set in plans only.
     """
 
     format: int
-    system: str
+    name: str
     precision: str
     opset: int
-    config: dict
-    checkpoint: str
+    provenance: Provenance
     stages: tuple[StageInfo, ...]
-    members: dict
-    producer: str
+    members: dict[str, str]
+    tokenizer: TokenizerInfo | None = None
+    sampling: SamplingInfo | None = None
+    labels: tuple[str, ...] = ()
     backend: str | None = None
     builder: str | None = None
     targets: tuple[str, ...] = ()
-    batch: BatchRange | None = None
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Checks the format version before anything else.
+        """Checks the format version before anything else, and that the parts fit each other.
 
         Raises:
-            ArtifactError: The manifest is malformed or of another version.
+            ArtifactError: The manifest is malformed or of another version; the field is named.
         """
         found = data.get("format") if isinstance(data, dict) else data
         if found != FORMAT:
@@ -93,8 +146,6 @@ class Manifest(Config):
                 "the manifest's format is not known here", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
         manifest = super().from_dict(data)
-        names: list[Any] = [manifest.system, *(stage.name for stage in manifest.stages)]
-        names += [manifest.config.get("model"), manifest.config.get("preset")]
         if manifest.precision not in PRECISIONS:
             raise ArtifactError(
                 "the manifest's precision is not known here",
@@ -102,12 +153,12 @@ class Manifest(Config):
                 found=repr(manifest.precision),
                 fix="pip install -U vqdeploy",
             )
-        texts: list[Any] = [manifest.producer, manifest.checkpoint, manifest.builder or "", *manifest.targets]
-        if bad := [text for text in texts if not isinstance(text, str) or not text.isprintable()]:
-            raise ArtifactError("the manifest has text that cannot be shown", found=repr(bad[0]))
-        # Names become parts of paths and commands.
-        if bad := [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]:
-            raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])
+        _check_names(manifest)
+        _check_stages(manifest)
+        if manifest.tokenizer:
+            _check_tokenizer(manifest.tokenizer, manifest)
+        if manifest.sampling:
+            _check_sampling(manifest.sampling, manifest)
         return manifest
 
     def stage(self, name: str) -> StageInfo:
@@ -120,4 +171,84 @@ class Manifest(Config):
             if stage.name == name:
                 return stage
         names = ", ".join(stage.name for stage in self.stages)
-        raise ArtifactError(f"this {self.system} has no stage {name!r}", expected=names, found="none of that name")
+        raise ArtifactError(f"this {self.name} has no stage {name!r}", expected=names, found="none of that name")
+
+    @property
+    def batch(self) -> SizeRange:
+        """Sizes of a batch that every stage takes."""
+        ranges = [stage.dims["batch"] for stage in self.stages if "batch" in stage.dims] or [SizeRange()]
+        return SizeRange(max(r.min for r in ranges), min(r.usual for r in ranges), min(r.max for r in ranges))
+
+
+def _require(held: bool, field: str, expected: object, found: object) -> None:
+    if not held:
+        raise ArtifactError(f"{field} of the manifest is wrong", expected=expected, found=found)
+
+
+def _check_names(manifest: Manifest) -> None:
+    origin = manifest.provenance
+    texts = [origin.producer, origin.checkpoint, origin.source or "", manifest.builder or "", *manifest.targets]
+    if bad := [text for text in texts if not text.isprintable()]:
+        raise ArtifactError("the manifest has text that cannot be shown", found=repr(bad[0]))
+    # Names become parts of paths and commands.
+    names = [manifest.name, *(stage.name for stage in manifest.stages)]
+    names += [name for name in (origin.system, origin.preset) if name is not None]
+    if bad := [name for name in names if not _NAME.fullmatch(name)]:
+        raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])
+
+
+def _check_stages(manifest: Manifest) -> None:
+    names = [stage.name for stage in manifest.stages]
+    _require(len(set(names)) == len(names), "stages", "one of each name", names)
+    for stage in manifest.stages:
+        inputs, outputs = {info.name: info for info in stage.inputs}, {info.name: info for info in stage.outputs}
+        for infos, named in ((stage.inputs, inputs), (stage.outputs, outputs)):
+            _require(len(named) == len(infos), f"stages.{stage.name}", "one tensor of each name", len(infos))
+            for info in infos:
+                _check_tensor(info, f"stages.{stage.name}.{info.name}")
+                unknown = [d for d in info.shape if isinstance(d, str) and d not in stage.dims]
+                _require(not unknown, f"stages.{stage.name}.dims", "a size for each open dimension", unknown)
+        for name, sizes in stage.dims.items():
+            held = 1 <= sizes.min <= sizes.usual <= sizes.max <= _LARGEST
+            _require(held, f"stages.{stage.name}.dims.{name}", "1 <= min <= usual <= max", sizes.to_dict())
+        for output, name in stage.aliases.items():
+            held = output in outputs and name in inputs and inputs[name].shape == outputs[output].shape
+            _require(held, f"stages.{stage.name}.aliases", "an output and an input of its shape", f"{output}: {name}")
+
+
+def _check_tensor(info: TensorInfo, where: str) -> None:
+    known = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
+    _require(info.dtype in known, f"{where}.dtype", " or ".join(known), info.dtype)
+    sizes = [size for size in info.shape if not isinstance(size, str)]
+    held = len(info.shape) <= 32 and all(0 <= size <= _LARGEST for size in sizes)
+    _require(held and math.prod(sizes) <= 2**40, f"{where}.shape", "sizes of an array", list(info.shape)[:8])
+
+
+def _check_tokenizer(tokenizer: TokenizerInfo, manifest: Manifest) -> None:
+    image, maps = tokenizer.image, tokenizer.maps
+    _require(len(image) == 3 and all(size >= 1 for size in image), "tokenizer.image", "height, width, channels", image)
+    held = 1 <= len(maps) <= _MOST_LEVELS and all(len(m) == 3 and min(m) >= 1 for m in maps)
+    _require(held, "tokenizer.maps", "height, width and depth of each map", maps[:8])
+    _require(len(maps) == 1 or all(m[2] == 1 for m in maps), "tokenizer.maps", "one code a position", maps)
+    fits = all(image[0] % m[0] == 0 and image[1] % m[1] == 0 for m in maps)
+    _require(fits, "tokenizer.maps", f"maps whose cells divide an image of {image[0]}x{image[1]}", maps)
+    _require(1 <= tokenizer.codebook_size < 2**31, "tokenizer.codebook_size", "1 or more", tokenizer.codebook_size)
+    codes = maps[0] if len(maps) == 1 else (sum(math.prod(m) for m in maps),)
+    wanted = {
+        "encode": (("image", "uint8", image), ("codes", "int64", codes)),
+        "decode": (("codes", "int64", codes), ("image", "uint8", image)),
+    }
+    for name, tensors in wanted.items():
+        stage = manifest.stage(name)
+        for infos, (tensor, dtype, shape) in zip((stage.inputs, stage.outputs), tensors, strict=True):
+            held = [(i.name, i.dtype, i.shape) for i in infos] == [(tensor, dtype, ("batch", *shape))]
+            found = ", ".join(f"{i.name} {i.dtype} {list(i.shape)}" for i in infos)
+            _require(held, f"stages.{name}", f"{tensor} {dtype} {['batch', *shape]}", found)
+
+
+def _check_sampling(sampling: SamplingInfo, manifest: Manifest) -> None:
+    _require(manifest.tokenizer is not None, "sampling", "a tokenizer beside it", "none")
+    _require(1 <= sampling.classes < 2**31, "sampling.classes", "1 or more", sampling.classes)
+    _require(sampling.no_label in (None, sampling.classes), "sampling.no_label", sampling.classes, sampling.no_label)
+    labels = len(manifest.labels)
+    _require(labels in (0, sampling.classes), "labels", f"{sampling.classes} names, or none", labels)

@@ -4,106 +4,125 @@ Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), sectio
 """
 
 import math
-import time
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from vqdeploy.runtime.kept import kept
-from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.request import Callback, Request, Sampler, cells_of, still_where_greedy, write_options
+from vqdeploy.runtime.layout import Layout
+from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
+from vqdeploy.runtime.noise import Draw
+from vqdeploy.runtime.sampler import Item, Sampler, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
+from vqdeploy.runtime.session import Session
 
 _CALL_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # more images at once are no faster on a CPU and need more memory
-_MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
+_INPUTS = "codes given label guidance noise choice_noise masked temperature top_k top_p choice_temperature"
+
+
+@dataclass
+class _Progress:
+    """Where an image is: the number of steps done, and how many codes each step masks again [T]."""
+
+    done: int
+    counts: np.ndarray
+    by_order: bool
+    greedy: np.ndarray
 
 
 class MaskedSampler(Sampler):
-    """Runs the `step` stage of a masked prior."""
+    """Runs the stage `step` of a masked prior, with two labels an image when it takes guidance."""
 
-    options = (*Sampler.options, "steps", "schedule", "guidance_scale", "choice_temperature")
-    keeps_pixels = True
+    raster = False
 
-    def __init__(self, sessions: dict[str, Any], prior: dict[str, Any]):
-        super().__init__()
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        info: SamplingInfo,
+        tokenizer: TokenizerInfo,
+        slots: int,
+        guided: bool,
+        draw: Draw,
+    ):
+        super().__init__(info, tokenizer, slots, guided, draw)
         session = sessions["step"]
-        self.no_label = prior["classes"]
-        logits = next(info for info in session.stage.inputs if info.name == "noise")
-        self.call_images = max(1, _CALL_LOGITS[session.device] // math.prod(logits.shape[1:]))
-        self._bound = kept(partial(_bound, session), session.device)
+        self._shape, self._size = Layout(tokenizer.maps).shape, tokenizer.codebook_size
+        dims = {"batch": slots, "conditions": 2 if guided else 1}
+        # The codes that one step leaves for the next stay with the engine.
+        self._binding = session.bind(dims, session.buffers(dims, "codes", "given"))
+        self._result = session.array(np.zeros((slots, *self._shape), np.int64))
+        self._progress: dict[int, _Progress] = {}
 
-    @staticmethod
-    def inputs(prior: dict[str, Any]) -> dict[str, frozenset[str]]:
+    @classmethod
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, frozenset[str]]:
         """What the sampler writes to, stage by stage."""
-        names = "codes given label guidance noise choice_noise masked temperature choice_temperature"
-        return {"step": frozenset(names.split())}
+        return {"step": frozenset(_INPUTS.split())}
 
-    def __call__(self, request: Request, callback: Callback | None = None) -> np.ndarray:
-        """Codes int64 [B, h, w, Q]: the known ones, and samples elsewhere."""
-        self.seconds.clear()
-        batch, steps, schedule = len(request.known), request.options["steps"], request.options["schedule"]
-        unknown = (request.known < 0).reshape(batch, -1).sum(1)
-        if not unknown.any():
-            return request.known
-        binding = self._binding(request)
-        inputs, size = binding.inputs, binding.inputs["noise"].shape[-1]
-        counts = np.stack([masked_counts(schedule, int(n), steps) for n in unknown], 1)  # [T, B]
-        inputs["codes"][:] = inputs["given"][:] = np.where(request.known < 0, size, request.known)
-        for step in range(steps):
-            gumbel(request.seed, request.images, 2 * step, inputs["noise"])
-            still_where_greedy(inputs)
-            _write_choice(inputs, request, step)
-            inputs["masked"][:] = counts[step]
-            start = time.perf_counter()
-            binding.run()
-            self.seconds["step"] += time.perf_counter() - start
-            drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
-            inputs["codes"][:] = remaining
-            if schedule != "halton":  # by order, codes found earlier are drawn again
-                inputs["given"][:] = remaining
-            if callback:
-                found, left = np.array(drawn), np.array(remaining)
-                open_codes = (left == size) & (step + 1 < steps)
-                callback(step + 1, steps, np.where(open_codes, -1 - found, found))
-        return self.read("step", drawn)
+    @classmethod
+    def most_slots(cls, stages: Mapping[str, StageInfo], device: str) -> int:
+        """How many slots are worth having."""
+        logits = next(info for info in stages["step"].inputs if info.name == "noise")
+        return max(1, _CALL_LOGITS[device] // math.prod(size for size in logits.shape if isinstance(size, int)))
 
-    def _binding(self, request: Request) -> Any:
-        """Buffers with the label and the options of a request written into them."""
-        batch, scale = len(request.known), request.options["guidance_scale"]
-        conditions = 1 if scale == 1 or (request.labels == self.no_label).all() else 2
-        binding = self._bound(batch, conditions)
-        binding.inputs["label"][:] = self.no_label
-        binding.inputs["label"][:, 0] = request.labels
-        binding.inputs["guidance"][:] = 1 - scale
-        binding.inputs["guidance"][:, 0] = scale if conditions == 2 else 1
-        write_options(request.options, binding.inputs, size=binding.inputs["noise"].shape[-1])
-        return binding
+    def left(self, slot: int) -> int:
+        """Engine calls until the image of a slot is done."""
+        progress = self._progress[slot]
+        return len(progress.counts) - progress.done
 
-    def unknown(self, mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-        """The codes to draw [B, h, w, Q], where pixels are unknown [B, H, W]."""
-        return np.repeat(cells_of(mask, *grid[:2])[..., None], grid[2], -1)
+    def codes(self, slot: int) -> np.ndarray:
+        """Codes int64 [h, w, Q] so far; -1 - c where c would be put for now, -1 before the first step."""
+        if self.left(slot) == 0:
+            return self._read("step", self._result[slot])
+        if self._progress[slot].done == 0:
+            return self._items[slot].known.copy()
+        drawn = self._read("step", self._binding.outputs["drawn"][slot])
+        remaining = self._read("step", self._binding.outputs["remaining"][slot])
+        return np.where(remaining == self._size, -1 - drawn, drawn)
 
-    def unknown_share(self, ratio: float, grid: tuple[int, ...], images: np.ndarray, seed: int) -> np.ndarray:
-        """A share of the codes of each image [B, h, w, Q], each position and channel chosen by itself."""
-        noise = np.empty((len(images), *grid), np.float32)
-        gumbel(seed, images, _MASK_DRAW, noise)
-        ranks = noise.reshape(len(images), -1).argsort(1).argsort(1)
-        return (ranks < round(ratio * ranks.shape[1])).reshape(noise.shape)
+    def _admit(self, slot: int, item: Item) -> None:
+        inputs, options = self._binding.inputs, item.options
+        unknown = int((item.known < 0).sum())
+        by_order = options["schedule"] == "halton"
+        counts = masked_counts(options["schedule"], unknown, options["steps"] if unknown else 0)
+        greedy = write_options(options, inputs, slot, self._shape[-1], self._size)
+        self._progress[slot] = _Progress(0, counts, by_order, greedy)
+        self._result[slot] = item.known
+        inputs["codes"][slot] = inputs["given"][slot] = np.where(item.known < 0, self._size, item.known)
+        # A label that weighs nothing: what is multiplied by 0 and added changes no logit.
+        scale = options["guidance_scale"] if self.guides(item) else 1
+        inputs["label"][slot], inputs["guidance"][slot] = self.no_label, 1 - scale
+        inputs["label"][slot, 0], inputs["guidance"][slot, 0] = item.label, scale
+        if by_order:
+            inputs["choice_noise"][slot], inputs["choice_temperature"][slot] = order_noise(self._shape), BY_ORDER
 
+    def _call(self) -> None:
+        binding, inputs = self._binding, self._binding.inputs
+        running = {slot: self._progress[slot] for slot in sorted(self._running)}
+        greedy = {slot: progress.greedy for slot, progress in running.items()}
+        self._fill_noise(inputs["noise"], {slot: 2 * progress.done for slot, progress in running.items()}, greedy)
+        self._fill_choice({slot: progress for slot, progress in running.items() if not progress.by_order})
+        for slot, progress in running.items():
+            inputs["masked"][slot] = progress.counts[progress.done]
+        self._run("step", binding)
+        drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
+        inputs["codes"][:] = remaining
+        # By order, codes found earlier are drawn again.
+        if any(progress.by_order for progress in running.values()):
+            for slot in (slot for slot, progress in running.items() if not progress.by_order):
+                inputs["given"][slot] = remaining[slot]
+        else:
+            inputs["given"][:] = remaining
+        for slot, progress in running.items():
+            progress.done += 1
+            if progress.done == len(progress.counts):
+                self._result[slot] = drawn[slot]
 
-def _bound(session: Any, batch: int, conditions: int) -> Any:
-    """Buffers for a batch; the codes that one step leaves for the next stay with the engine."""
-    dims = {"batch": batch, "conditions": conditions}
-    return session.bind(dims, session.buffers(dims, "codes", "given"))
-
-
-def _write_choice(inputs: dict[str, np.ndarray], request: Request, step: int) -> None:
-    """What is added to the confidence: noise that fades out, or the order."""
-    if request.options["schedule"] == "halton":
-        inputs["choice_noise"][:] = order_noise(request.known.shape[1:])
-        inputs["choice_temperature"][:] = BY_ORDER
-    else:
-        gumbel(request.seed, request.images, 2 * step + 1, inputs["choice_noise"])
-        start, steps = request.options["choice_temperature"], request.options["steps"]
-        inputs["choice_temperature"][:] = choice_temperature(start, step, steps)
+    def _fill_choice(self, running: Mapping[int, _Progress]) -> None:
+        """The noise on the confidence, which fades out."""
+        noise, heat = self._binding.inputs["choice_noise"], self._binding.inputs["choice_temperature"]
+        items = {slot: self._items[slot] for slot in running}
+        keys = [(item.seed, item.image, 2 * running[slot].done + 1) for slot, item in items.items()]
+        self.draw(keys, [noise[slot] for slot in items])
+        for slot, item in items.items():
+            start, steps = item.options["choice_temperature"], item.options["steps"]
+            heat[slot] = choice_temperature(start, running[slot].done, steps)

@@ -2,55 +2,87 @@
 
 import os
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from vqdeploy.runtime.threads import cores
+
+Key = tuple[int, int, int]
+"""Seed, index of the image and index of the draw, each at least 0."""
+
+Draw = Callable[[Sequence[Key], Sequence[np.ndarray]], None]
+"""Fills arrays float32 with noise, each by its key."""
+
 _SMALLEST = np.float32(2**-25)  # stands for u = 0, whose logarithm is infinite
-_WORTH_A_THREAD = 2**14  # draws per image
-_pool = ThreadPoolExecutor(os.cpu_count(), "noise")  # numpy releases the interpreter while it draws
+_STEP = np.float32(2**-24)
+_WORTH_A_THREAD = 2**14  # draws
 
 
-def gumbel(seed: int, images: np.ndarray, step: int, out: np.ndarray) -> None:
-    """Fills `out` [B, ...] float32 with standard Gumbel noise, -log(-log(u)).
+def gumbel(keys: Sequence[Key], rows: Sequence[np.ndarray]) -> None:
+    """Fills each row float32 with standard Gumbel noise, -log(-log(u)).
 
-    Philox is keyed by (seed, image index) and its counter starts at the step, so that image i gets the same noise
-    alone, in any batch, and on any backend.
+    Philox is keyed by (seed, image) and its counter starts at the index of the draw, so that an image gets the same
+    noise alone, in any batch, and on any backend. Only its raw bits are taken: their stream is what numpy promises.
 
     Args:
-        seed: At least 0.
-        images: Index of each image [B].
-        step: Index of the engine call.
-        out: Where the noise goes, contiguous.
+        keys: One for each row.
+        rows: Where the noise goes, contiguous.
     """
-    keys = [(seed, int(image), step) for image in images]
-    rows = out.reshape(len(keys), -1)
-    threaded = len(rows) > 1 and rows.shape[1] >= _WORTH_A_THREAD
-    list((_pool.map if threaded else map)(_fill, keys, rows))
+    for key, row in zip(keys, rows, strict=True):
+        _fill(key, row)
+
+
+class ThreadedNoise:
+    """`gumbel` on several threads, 0 for as many as there are cores; numpy releases the interpreter while it draws.
+
+    The threads start when they are first needed, and again in a process that was forked.
+    """
+
+    def __init__(self, threads: int = 0):
+        self._threads = threads or cores()
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
+
+    def __call__(self, keys: Sequence[Key], rows: Sequence[np.ndarray]) -> None:
+        if self._threads == 1 or len(rows) < 2 or rows[0].size < _WORTH_A_THREAD:
+            gumbel(keys, rows)
+        else:
+            list(self._running_pool().map(_fill, keys, rows))
+
+    def _running_pool(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._process != os.getpid():
+            self._pool, self._process = ThreadPoolExecutor(self._threads, "noise"), os.getpid()
+        return self._pool
 
 
 class _Philox(threading.local):
     """A generator of each thread; to set its state takes a third of the time that a new one takes."""
 
     def __init__(self) -> None:
-        self.generator = np.random.Generator(np.random.Philox(key=0))
-        self._state: Any = self.generator.bit_generator.state
+        self._bits = np.random.Philox(key=0)
+        self._state: Any = self._bits.state
 
-    def at(self, seed: int, image: int, step: int) -> np.random.Generator:
-        """As made with `Philox(key=[seed, image], counter=[0, 0, 0, step])`."""
+    def raw(self, key: Key, count: int) -> np.ndarray:
+        """The first 32-bit numbers of `Philox(key=[seed, image], counter=[0, 0, 0, draw])`."""
+        seed, image, draw = key
         self._state["state"]["key"][:] = seed, image
-        self._state["state"]["counter"][:] = 0, 0, 0, step
-        self.generator.bit_generator.state = self._state
-        return self.generator
+        self._state["state"]["counter"][:] = 0, 0, 0, draw
+        self._bits.state = self._state
+        return self._bits.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
 
 
 _philox = _Philox()
 
 
-def _fill(key: tuple[int, int, int], row: np.ndarray) -> None:
-    _philox.at(*key).random(dtype=np.float32, out=row)
-    np.maximum(row, _SMALLEST, out=row)
+def _fill(key: Key, row: np.ndarray) -> None:
+    flat = row.reshape(-1)
+    bits = _philox.raw(key, flat.size)
+    bits >>= 8
+    np.multiply(bits, _STEP, out=flat, dtype=np.float32, casting="unsafe")
+    np.maximum(flat, _SMALLEST, out=flat)
     for _ in range(2):
-        np.log(row, out=row)
-        np.negative(row, out=row)
+        np.log(flat, out=flat)
+        np.negative(flat, out=flat)

@@ -1,6 +1,7 @@
 """Sessions on ONNX Runtime: buffers that are bound once and reused, caches that are updated in place."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.bundle import Bundle, tensors
-from vqdeploy.runtime.manifest import WEIGHTS, StageInfo, TensorInfo
+from vqdeploy.runtime.manifest import WEIGHTS, Manifest, StageInfo, TensorInfo
+from vqdeploy.runtime.session import Opener
+from vqdeploy.runtime.threads import cores
 
 try:
     import onnxruntime as ort
@@ -18,6 +21,8 @@ except ImportError as error:
     raise VqdeployError(
         "this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime"
     ) from error
+
+log = logging.getLogger("vqdeploy")
 
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
 
@@ -89,7 +94,7 @@ class OnnxrtSession:
         options = ort.SessionOptions()
         options.enable_profiling = profile is not None
         options.profile_file_prefix = str(profile)
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or cores()
         options.log_severity_level = 4  # failures come back as exceptions
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the host works between calls
         # All weights come from the plan: a graph that names a file must find none.
@@ -124,10 +129,6 @@ class OnnxrtSession:
         """The events of the trace so far, in the Chrome trace format."""
         return json.loads(Path(self._session.end_profiling()).read_text())
 
-    def caches(self, dims: dict[str, int]) -> dict[str, Any]:
-        """Empty buffers of the inputs that are updated in place."""
-        return self.buffers(dims, *self.stage.aliases.values())
-
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
         """Empty buffers of inputs and outputs, for bindings to share."""
         infos = [info for info in (*self.stage.inputs, *self.stage.outputs) if info.name in names]
@@ -148,3 +149,39 @@ class OnnxrtSession:
             return dict(zip(names, self._session.run(names, inputs, self._options), strict=True))
         except Exception as error:
             raise failure(f"stage {self.stage.name} failed", error) from error
+
+
+class OnnxrtBackend:
+    """Plans for ONNX Runtime, on the CPU or on CUDA."""
+
+    def place(self, manifest: Manifest, device: str) -> str:
+        """`cuda` for a plan that was built for it where that runs and nothing else is wanted, else `cpu`."""
+        if device == "cpu" or (device == "auto" and "cuda" not in manifest.targets):
+            return "cpu"
+        if "cuda" not in manifest.targets:
+            raise VqdeployError("this plan was built for the CPU", fix="vqdeploy build PACKAGE --device cuda")
+        try:
+            from vqdeploy.runtime import cuda
+
+            cuda.check()
+        except VqdeployError as error:
+            if device == "cuda":
+                raise
+            # A GPU that lies idle is worth a warning.
+            idle = "CUDAExecutionProvider" in ort.get_available_providers()
+            log.log(logging.WARNING if idle else logging.INFO, "running on the CPU: %s", error)
+            return "cpu"
+        return "cuda"
+
+    def opener(self, bundle: Bundle, device: str, threads: int, profile: Path | None) -> Opener:
+        """Opens the stages of a plan; those on CUDA share a stream."""
+        if device == "cpu":
+            return lambda stage: OnnxrtSession(bundle, stage, threads, profile and profile / stage.name)
+        from vqdeploy.runtime.cuda import CudaSession
+        from vqdeploy.runtime.device import Stream
+
+        stream = Stream()
+        return lambda stage: CudaSession(bundle, stage, stream, profile and profile / stage.name)
+
+
+backend = OnnxrtBackend

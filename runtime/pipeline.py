@@ -1,41 +1,78 @@
 """A loaded plan, ready for requests."""
 
-import logging
+import contextlib
+import os
+import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import options
 from vqdeploy.runtime.arguments import as_array, as_numbers, check_whole, is_whole
-from vqdeploy.runtime.autoregressive import AutoregressiveSampler, GuidedSampler
+from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
-from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.layout import Layout
+from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.masked import MaskedSampler
-from vqdeploy.runtime.request import Callback, Request
+from vqdeploy.runtime.noise import ThreadedNoise
+from vqdeploy.runtime.sampler import Item, Sampler, needs_guidance
+from vqdeploy.runtime.session import Opener, Session
 
-log = logging.getLogger("vqdeploy")
-
-_SAMPLERS: dict[str, Any] = {
-    "rqvae": AutoregressiveSampler,
-    "movq": MaskedSampler,
-    "vitvqgan": GuidedSampler,
-    "vqgan": GuidedSampler,
-    "vqvae2": HierarchicalSampler,
+SAMPLERS: dict[str, type[Sampler]] = {
+    "autoregressive": AutoregressiveSampler,
+    "masked": MaskedSampler,
+    "hierarchical": HierarchicalSampler,
 }
+"""Kind of sampling in a manifest -> sampler. To add a kind, add it here."""
+
 _CALL_PIXELS = {"cpu": 256 * 256, "cuda": 16 * 256 * 256}
 _FEATURE_IMAGES = 8  # of one call
+# Samplers that outlive a request; on a GPU as many as the calls of one request have, since buffers, contexts and graphs
+# take long to make there.
+_KEPT_SAMPLERS = {"cpu": 1, "cuda": 2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback is told after each step of a generation.
+
+    Attributes:
+        step: Its number, from 1.
+        steps: How many there are, for these images.
+        images: Which images of the request these are: a large request is split, and each part takes its own steps.
+        codes: Theirs so far, int64 [B, *grid]. A code that is not settled is negative: -1 - c where a masked prior
+            would put c for now, -1 where nothing is drawn yet.
+    """
+
+    step: int
+    steps: int
+    images: range
+    codes: np.ndarray
+
+
+Callback = Callable[[Step], object]
 
 
 @dataclass
 class Output:
-    """Result of a request: images uint8 [B, H, W, 3], codes int64 [B, *grid], the options in force, seconds."""
+    """Result of a request.
+
+    Attributes:
+        images: uint8 [B, H, W, 3].
+        codes: int64 [B, *grid].
+        options: Those in force.
+        timings: Seconds, by wall clock: `steps_s` of engine calls of the prior, waits for a GPU included, `host_s` of
+            what is done between them, `decode_s` of the decoder, `total_s`.
+    """
 
     images: np.ndarray
     codes: np.ndarray
@@ -43,156 +80,124 @@ class Output:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-def load(path: str | Path, device: str = "auto", threads: int = 0) -> "Pipeline":
-    """Opens a plan: reads its manifest, checks the device and all digests, then opens the engines.
+def load(path: str | Path, device: str = "auto", threads: int = 0, *, verify: bool = True) -> "Pipeline":
+    """Opens a plan: reads its manifest, checks the device and all digests. Stages open when they are first used.
 
     Args:
         path: The plan.
         device: `auto`, `cpu` or `cuda`. `auto` is CUDA for a plan of ONNX Runtime that was built for it, where that
             runs. Plans for TensorRT have no other device.
-        threads: Threads of the engine; 0 for as many as there are cores.
+        threads: Threads of the engine and of the noise; 0 for as many as there are cores.
+        verify: Whether to compare the digests; False for a file that was just checked.
 
     Raises:
         VqdeployError: The file does not exist, its library is not installed, or its device is not here.
         ArtifactError: The file is damaged, tampered with or of another version.
     """
     bundle = Bundle(path)
-    backend = bundle.manifest.backend
-    if backend is None:
+    name = bundle.manifest.backend
+    if name is None:
         raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
     if device not in ("auto", "cpu", "cuda"):
         raise VqdeployError(f"device {device!r} is not supported", expected="auto, cpu or cuda", found=device)
-    if backend not in BACKENDS:
-        raise ArtifactError(
-            f"{path} is for a backend that is not known here", found=backend, fix="pip install -U vqdeploy"
-        )
-    device = _device(device, bundle)
-    bundle.verify()
-    return Pipeline(bundle, threads, device=device)
-
-
-def _device(wanted: str, bundle: Bundle) -> str:
-    """Where to run a plan, `cpu` or `cuda`, when that is possible."""
-    manifest = bundle.manifest
-    if manifest.backend != "onnxrt":
-        if wanted == "cpu":
-            raise VqdeployError(
-                f"{bundle.path} was built for {manifest.backend}, which runs on a GPU",
-                fix="vqdeploy build PACKAGE --backend onnxrt",
-            )
-        from vqdeploy.runtime import tensorrt
-
-        tensorrt.check(manifest)
-        return "cuda"
-    if wanted == "cpu" or (wanted == "auto" and "cuda" not in manifest.targets):
-        return "cpu"
-    if "cuda" not in manifest.targets:
-        raise VqdeployError(f"{bundle.path} was built for the CPU", fix="vqdeploy build PACKAGE --device cuda")
-    try:
-        from vqdeploy.runtime import cuda
-
-        cuda.check()
-    except VqdeployError as error:
-        if wanted == "cuda":
-            raise
-        log.log(_idle_gpu(), "running on the CPU: %s", error)
-        return "cpu"
-    return "cuda"
-
-
-def _idle_gpu() -> int:
-    """How loud to be when a plan for CUDA runs on the CPU: a GPU that lies idle is worth a warning."""
-    from vqdeploy.runtime.onnxrt import ort
-
-    return logging.WARNING if "CUDAExecutionProvider" in ort.get_available_providers() else logging.INFO
-
-
-def _sessions(bundle: Bundle, threads: int, profile: Path | None, stream: Any) -> dict[str, Any]:
-    """The session of each stage; on a GPU they share a stream."""
-    stages = bundle.manifest.stages
-    if stream is None:
-        from vqdeploy.runtime.onnxrt import OnnxrtSession
-
-        return {s.name: OnnxrtSession(bundle, s, threads, profile and profile / s.name) for s in stages}
-    if bundle.manifest.backend == "onnxrt":
-        from vqdeploy.runtime.cuda import CudaSession
-
-        return {s.name: CudaSession(bundle, s, stream, profile and profile / s.name) for s in stages}
-    from vqdeploy.runtime.tensorrt import TensorrtSession
-
-    return {s.name: TensorrtSession(bundle, s, stream) for s in stages}
-
-
-def _stream(device: str) -> Any:
-    """The queue of a GPU; None for the CPU."""
-    if device == "cpu":
-        return None
-    from vqdeploy.runtime.device import Stream
-
-    return Stream()
+    check_whole(threads=threads)
+    if name not in BACKENDS:
+        raise ArtifactError(f"{path} is for an unknown backend", found=name, fix="pip install -U vqdeploy")
+    backend = BACKENDS[name]()
+    device = backend.place(bundle.manifest, device)
+    if verify:
+        bundle.verify()
+    return Pipeline(bundle, device, lambda: backend.opener(bundle, device, threads, None), threads)
 
 
 class Pipeline:
-    """The tasks of a plan. Not for use by several threads at once.
+    """The tasks of a plan. Several threads may use one at once: their engine calls take turns.
 
-    With `profile`, ONNX Runtime writes a trace of each stage into that folder; see `OnnxrtSession.end_profile`.
+    It is a context manager; `close` gives memory and engines back. After a fork the child opens the stages anew, where
+    they are on the CPU.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0, profile: Path | None = None, device: str = "cpu"):
-        self.bundle, self.device = bundle, device
-        self.manifest = bundle.manifest
-        self._config, self._batch = bundle.manifest.config, bundle.manifest.batch or BatchRange()
-        self.stream = _stream(device)  # of a GPU; None on the CPU
-        self._sessions = _sessions(bundle, threads, profile, self.stream)
-        if not self._configured():
-            raise ArtifactError(f"the configuration in {bundle.path} is damaged", fix="vqdeploy export, vqdeploy build")
-        self._sampler: Any = None
-        if self._config["prior"]:
-            self._sampler = _SAMPLERS[self.manifest.system](self._sessions, self._config["prior"])
+    def __init__(self, bundle: Bundle, device: str, open_stages: Callable[[], Opener], threads: int = 0):
+        """Makes a pipeline that opens stages when they are used.
 
-    def _configured(self) -> bool:
-        """Whether the manifest holds what this class reads of it."""
-        config = self._config
-        try:
-            size, texts = config["tokenizer"]["codebook_size"], list(config["labels"])
-            return (
-                {"encode", "decode"} <= set(self._sessions)
-                and config["model"] == self.manifest.system
-                and 1 <= self._batch.min <= self._batch.opt <= self._batch.max
-                and type(size) is int
-                and size > 0
-                and all(isinstance(text, str) for text in texts)
-                and (len(self.grid) == 3 or sum(side**2 for side in self._sides()) == self.grid[0])
-                and (not config["prior"] or self._prior_configured(config["prior"], size))
+        Args:
+            bundle: The plan.
+            device: Where its stages run, `cpu` or `cuda`.
+            open_stages: Makes what opens the stages; see `vqdeploy.runtime.session.Backend`.
+            threads: As for `load`.
+
+        Raises:
+            ArtifactError: The manifest does not fit its sampler.
+        """
+        self.bundle, self.manifest, self.device = bundle, bundle.manifest, device
+        self._sessions = _Sessions(bundle, device, open_stages)
+        self._batch = bundle.manifest.batch
+        self._noise = ThreadedNoise(threads)
+        self._lock = threading.RLock()  # an engine call at a time
+        self._samplers: dict[tuple[int, bool], Sampler] = {}
+        if self.manifest.sampling:
+            _check_sampler(bundle)
+        _PIPELINES.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the stages and the file; whatever is asked for afterwards is refused. To close twice is fine."""
+        with self._lock:
+            self._samplers.clear()
+            self._sessions.close()
+            self.bundle.close()
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """What images and codes are.
+
+        Raises:
+            VqdeployError: The plan is about arrays and not images.
+        """
+        if self.manifest.tokenizer is None:
+            names = ", ".join(self.stages)
+            raise VqdeployError(
+                "this plan has no images and codes", expected="run(STAGE, ...)", found=f"stages {names}"
             )
-        except (KeyError, TypeError, IndexError, VqdeployError):
-            return False
+        return self.manifest.tokenizer
 
-    def _prior_configured(self, prior: dict[str, Any], codebook_size: int) -> bool:
-        classes, sampler = prior["classes"], _SAMPLERS[self.manifest.system]
-        for stage, names in sampler.inputs(prior).items():
-            shapes = {info.name: info.shape for info in self.manifest.stage(stage).inputs}
-            if not names <= set(shapes) or shapes.get("noise", [codebook_size])[-1] != codebook_size:
-                return False
-        if len(self.grid) < 3 and [list(level["grid"]) for level in prior["levels"]] != [[n, n] for n in self._sides()]:
-            return False
-        self.options()
-        return type(classes) is int and classes > 0 and len(self._config["labels"]) in (0, classes)
+    @property
+    def sampling(self) -> SamplingInfo:
+        """How codes are drawn.
+
+        Raises:
+            VqdeployError: The plan has no prior.
+        """
+        if self.manifest.sampling is None:
+            raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train")
+        return self.manifest.sampling
+
+    @property
+    def layout(self) -> Layout:
+        """How the codes of an image lie in arrays."""
+        return Layout(self.tokenizer.maps)
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Shape of the codes of one image: rows, columns, depth; or the number of codes of all levels, see `maps`."""
-        return self.manifest.stage("encode").outputs[0].shape[1:]
+        return self.layout.shape
 
     @property
-    def side(self) -> int:
-        """Height and width of an image in pixels."""
-        return self.manifest.stage("encode").inputs[0].shape[1]
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width and channels of an image."""
+        return self.tokenizer.image
 
     @property
     def codebook_size(self) -> int:
         """Number of codes."""
-        return self._config["tokenizer"]["codebook_size"]
+        return self.tokenizer.codebook_size
 
     @property
     def classes(self) -> int:
@@ -201,8 +206,41 @@ class Pipeline:
         Raises:
             VqdeployError: The plan has no prior.
         """
-        self._check_prior()
-        return self._config["prior"]["classes"]
+        return self.sampling.classes
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages that the plan has."""
+        return tuple(stage.name for stage in self.manifest.stages)
+
+    def session(self, stage: str) -> Session:
+        """The session of one stage, to drive it call by call.
+
+        Raises:
+            ArtifactError: There is no such stage, or it cannot be opened.
+        """
+        self.manifest.stage(stage)
+        return self._sessions[stage]
+
+    def run(self, stage: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """One call of a stage, whatever it is about.
+
+        Args:
+            stage: Its name.
+            **arrays: One for each input, of the shape and type that the manifest says.
+
+        Returns:
+            The outputs by name.
+
+        Raises:
+            VqdeployError: An input is missing, unknown, or of another shape or type.
+            ArtifactError: There is no such stage, or it failed.
+        """
+        info = self.manifest.stage(stage)
+        given = {name: as_array(name, array) for name, array in arrays.items()}
+        _check_arrays(info, given)
+        with self._lock:
+            return self._sessions[stage].run(**given)
 
     def maps(self, codes: np.ndarray) -> list[np.ndarray]:
         """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level.
@@ -213,31 +251,7 @@ class Pipeline:
         codes = as_array("codes", codes)
         if codes.shape[1:] != self.grid:
             raise VqdeployError("codes have the wrong shape", expected=["B", *self.grid], found=list(codes.shape))
-        if len(self.grid) == 3:
-            return [codes]
-        sides = self._sides()
-        parts = np.split(codes, np.cumsum(np.square(sides))[:-1], 1)
-        return [part.reshape(-1, side, side, 1) for part, side in zip(parts, sides, strict=True)]
-
-    def _sides(self) -> list[int]:
-        """Height and width of the map of each level, where codes have levels."""
-        tokenizer = self._config["tokenizer"]
-        levels = range(min(tokenizer["levels"], 64))  # more never fit
-        return [tokenizer["resolution"] // 4 >> level for level in reversed(levels)]
-
-    def _check_prior(self) -> None:
-        if self._sampler is None:
-            raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train")
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the stages that the plan has."""
-        return tuple(self._sessions)
-
-    def session(self, stage: str) -> Any:
-        """The session of one stage, to drive it call by call."""
-        self.manifest.stage(stage)
-        return self._sessions[stage]
+        return self.layout.split(codes)
 
     def label(self, name: str | int) -> int:
         """The label of a class by its name or its number, which may be text too.
@@ -245,7 +259,7 @@ class Pipeline:
         Raises:
             VqdeployError: There is no such class.
         """
-        names = self._config["labels"]
+        names = self.manifest.labels
         if isinstance(name, str) and name in names:
             return list(names).index(name)
         if isinstance(name, str) and name.isdecimal() and len(name) < 10:
@@ -261,7 +275,7 @@ class Pipeline:
         Raises:
             VqdeployError: The images have the wrong shape or type.
         """
-        expected = (self.side, self.side, 3)
+        expected = self.image_shape
         images = as_array("images", images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
             raise VqdeployError(
@@ -269,8 +283,8 @@ class Pipeline:
                 expected=f"uint8 [B, {', '.join(map(str, expected))}]",
                 found=f"{images.dtype} {list(images.shape)}",
             )
-        run = self._sessions["encode"].run
-        return np.concatenate([run(image=images[part])["codes"] for part in self._image_batches(len(images))])
+        parts = self._image_batches(len(images))
+        return np.concatenate([self._run("encode", image=images[part])["codes"] for part in parts])
 
     def decode(self, codes: np.ndarray, depth: int | None = None) -> np.ndarray:
         """Codes int64 [B, *grid] -> images uint8 [B, H, W, 3].
@@ -284,13 +298,17 @@ class Pipeline:
         """
         codes = self._check_codes(codes)
         if depth is not None:
-            if "depth" not in self._config["tokenizer"]:
-                raise VqdeployError("this system's codes have no depths to leave out", expected="no depth", found=depth)
+            if not self.tokenizer.omits_depths:
+                raise VqdeployError("this plan's codes have no depths to leave out", expected="no depth", found=depth)
             if not is_whole(depth) or not 1 <= depth <= self.grid[-1]:
                 raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
             codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
-        run = self._sessions["decode"].run
-        return np.concatenate([run(codes=codes[part])["image"] for part in self._image_batches(len(codes))])
+        parts = self._image_batches(len(codes))
+        return np.concatenate([self._run("decode", codes=codes[part])["image"] for part in parts])
+
+    def _run(self, stage: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        with self._lock:
+            return self._sessions[stage].run(**arrays)
 
     def features(self, images: np.ndarray, labels: Sequence[int] | None = None) -> np.ndarray:
         """Hidden states of the prior before its first layer and behind each, averaged over the positions.
@@ -305,14 +323,16 @@ class Pipeline:
         Raises:
             VqdeployError: The plan has no features, or an argument is malformed.
         """
-        if "features" not in self._sessions:
+        if "features" not in self.stages:
             raise VqdeployError(
                 "this plan has no features", expected="a stage `features`", found=", ".join(self.stages)
             )
         codes = self.encode(images)
-        classes, run = self._check_labels(labels, len(codes)), self._sessions["features"].run
+        classes = self._check_labels(labels, len(codes))
         parts = self._batches(len(codes), min(self._batch.max, _FEATURE_IMAGES))
-        return np.concatenate([run(codes=codes[part], label=classes[part])["features"] for part in parts])
+        return np.concatenate(
+            [self._run("features", codes=codes[part], label=classes[part])["features"] for part in parts]
+        )
 
     def reconstruct(self, images: np.ndarray, depth: int | None = None) -> np.ndarray:
         """Images -> their codes -> images, as `encode` and `decode`."""
@@ -383,7 +403,7 @@ class Pipeline:
         known = np.concatenate([np.where(unknown, -1, codes)] * completions)
         labels = self._repeated(labels, len(images), completions)
         output = self.complete(known, labels, seed=seed, first_image=first_image, **options)
-        if mask is not None and self._sampler.keeps_pixels:
+        if mask is not None and not self._sampler_class.raster:
             drawn = output.images.reshape(completions, *images.shape)
             output.images = np.where(np.asarray(mask, bool)[..., None], drawn, images).reshape(output.images.shape)
         return output
@@ -443,16 +463,16 @@ class Pipeline:
         if (mask is None) == (mask_ratio is None):
             raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
         check_whole(seed=seed, first_image=first_image)
-        self._check_prior()
+        raster, layout = self._sampler_class.raster, self.layout
         if mask_ratio is not None:
             ratio = as_numbers("the mask ratio", mask_ratio)
             if ratio.shape or not 0 <= ratio <= 1:
                 raise VqdeployError("the mask ratio is out of range", expected="one number in 0..1", found=mask_ratio)
-            return self._sampler.unknown_share(float(ratio), self.grid, first_image + np.arange(count), seed)
-        mask, square = as_array("the mask", mask).astype(bool), (self.side, self.side)
+            return layout.share(float(ratio), raster, first_image + np.arange(count), seed)
+        mask, square = as_array("the mask", mask).astype(bool), self.image_shape[:2]
         if mask.shape not in (square, (count, *square)):
             raise VqdeployError("the mask does not fit", expected=list(square), found=list(mask.shape))
-        return self._sampler.unknown(np.broadcast_to(mask, (count, *square)), self.grid)
+        return layout.masked(np.broadcast_to(mask, (count, *square)), raster)
 
     def complete(
         self,
@@ -511,9 +531,7 @@ class Pipeline:
         Raises:
             VqdeployError: An option is malformed or out of range, or the system does not have it.
         """
-        defaults = {name: self._config["sampling"][name] for name in _SAMPLERS[self.manifest.system].options}
-        depth = self.grid[-1] if len(self.grid) == 3 else self._config["tokenizer"]["levels"]
-        return options.choose(given, defaults, depth, self.codebook_size)
+        return options.choose(given, self.sampling.options, self.layout.depth, self.codebook_size)
 
     def sample(
         self,
@@ -529,16 +547,73 @@ class Pipeline:
         classes = self._check_labels(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
         chosen = chosen or self.options()
+        guided = any(needs_guidance(chosen, label, self.sampling.no_label) for label in classes)
         codes, seconds = [], dict.fromkeys(self.stages, 0.0)
-        for part in self._batches(len(known), min(self._call_images(classes, chosen), self._sampler.call_images)):
-            images = first_image + np.arange(len(known))[part]
-            codes.append(self._sampler(Request(known[part], classes[part], images, seed, chosen), callback))
-            seconds |= {stage: seconds[stage] + spent for stage, spent in self._sampler.seconds.items()}
-        return np.concatenate(codes), {stage: spent for stage, spent in seconds.items() if spent}
+        for part in self._batches(len(known), self._call_images(guided)):
+            images = range(*part.indices(len(known)))
+            items = [Item(known[i], int(classes[i]), seed, first_image + i, chosen) for i in images]
+            with self.sampler(len(items), guided) as sampler:
+                sampler.seconds.clear()
+                codes += self._all_codes(sampler, items, images, callback)
+                for stage, spent in sampler.seconds.items():
+                    seconds[stage] += spent
+        return np.stack(codes), {stage: spent for stage, spent in seconds.items() if spent}
 
-    def _call_images(self, labels: np.ndarray, chosen: dict[str, Any]) -> int:
-        """How many images the plan's largest batch holds."""
-        rows = self._sampler.rows(labels, chosen)
+    def _all_codes(
+        self, sampler: Sampler, items: Sequence[Item], images: range, callback: Callback | None
+    ) -> list[np.ndarray]:
+        """The codes of items, each of which is admitted to a slot of its own."""
+        with self._lock:
+            for slot, item in enumerate(items):
+                sampler.admit(slot, item)
+        slots = range(len(items))
+        steps = max(sampler.left(slot) for slot in slots)
+        for step in range(1, steps + 1):
+            with self._lock:
+                sampler.step()
+            if callback:
+                callback(Step(step, steps, images, np.stack([sampler.codes(slot) for slot in slots])))
+        return [sampler.codes(slot) for slot in slots]
+
+    @contextlib.contextmanager
+    def sampler(self, slots: int, guided: bool = False) -> Iterator[Sampler]:
+        """A sampler of this plan with empty slots, to step by hand; afterwards it is kept for the next request.
+
+        Args:
+            slots: How many images it holds.
+            guided: Whether it takes images with guidance.
+
+        Raises:
+            VqdeployError: The plan has no prior.
+        """
+        kind, key = self._sampler_class, (slots, guided)
+        with self._lock:
+            sampler = self._samplers.pop(key, None)
+            if sampler is None:
+                sampler = kind(self._sessions, self.sampling, self.tokenizer, slots, guided, self._noise)
+        yield sampler
+        # One that an error left in the middle of a call is not worth keeping.
+        sampler.draw = self._noise
+        for slot in range(slots):
+            sampler.release(slot)
+        with self._lock:
+            self._samplers[key] = sampler
+            while len(self._samplers) > _KEPT_SAMPLERS[self.device]:
+                del self._samplers[next(iter(self._samplers))]
+
+    def _start_again(self) -> None:
+        """In a forked child: what the parent opened stays open, but nobody runs it here."""
+        self._lost = self._samplers, self._lock  # closed here, sessions would wait for threads that only the parent has
+        self._samplers, self._lock = {}, threading.RLock()
+        self._sessions.start_again()
+
+    @property
+    def _sampler_class(self) -> type[Sampler]:
+        return SAMPLERS[self.sampling.kind]
+
+    def _call_images(self, guided: bool) -> int:
+        """How many images one call takes: what the plan's largest batch holds, or fewer where more are no faster."""
+        rows = self._sampler_class.rows(guided)
         if rows > self._batch.max:
             raise VqdeployError(
                 f"an image with guidance takes {rows} rows of a call",
@@ -546,12 +621,13 @@ class Pipeline:
                 found=self._batch.max,
                 fix=f"vqdeploy build PACKAGE --max-batch {rows}",
             )
-        return self._batch.max // rows
+        stages = {stage.name: stage for stage in self.manifest.stages}
+        return min(self._batch.max // rows, self._sampler_class.most_slots(stages, self.device))
 
     def _check_labels(self, labels: Sequence[int] | None, count: int) -> np.ndarray:
         classes = self.classes
-        if labels is None and self._sampler.no_label is not None:
-            return np.full(count, self._sampler.no_label)
+        if labels is None and self.sampling.no_label is not None:
+            return np.full(count, self.sampling.no_label)
         if labels is None:
             raise VqdeployError("this prior needs labels", expected=f"labels in 0..{classes - 1}", found="none")
         array = as_numbers("the list of labels", labels, whole=True)
@@ -581,9 +657,109 @@ class Pipeline:
 
     def _image_batches(self, count: int) -> list[slice]:
         """Batches for the tokenizer, small enough for the feature maps to stay in a CPU's caches or a GPU's memory."""
-        return self._batches(count, min(self._batch.max, max(1, _CALL_PIXELS[self.device] // self.side**2)))
+        return self._batches(
+            count,
+            min(self._batch.max, max(1, _CALL_PIXELS[self.device] // (self.image_shape[0] * self.image_shape[1]))),
+        )
 
     def _batches(self, count: int, size: int) -> list[slice]:
         if count == 0:
             raise VqdeployError("nothing was asked for", expected="at least one image", found=0)
         return [slice(start, start + size) for start in range(0, count, size)]
+
+
+class _Sessions(Mapping[str, Session]):
+    """The sessions of a plan by stage, each opened when it is first asked for."""
+
+    def __init__(self, bundle: Bundle, device: str, open_stages: Callable[[], Opener]):
+        self._bundle, self._device, self._open_stages = bundle, device, open_stages
+        self._names = tuple(stage.name for stage in bundle.manifest.stages)
+        self._opened: dict[str, Session] = {}
+        self._opener: Opener | None = None
+        self._lost: list[object] = []
+        self._unusable: VqdeployError | None = None
+
+    def __getitem__(self, name: str) -> Session:
+        if self._unusable:
+            raise self._unusable
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._opened:
+            self._opener = self._opener or self._open_stages()
+            self._opened[name] = self._opener(self._bundle.manifest.stage(name))
+        return self._opened[name]
+
+    def start_again(self) -> None:
+        """In a forked child: forgets what is open, and does not close it."""
+        self._lost += [self._opened, self._opener]
+        if self._device != "cpu" and self._opener:
+            fix = "load the plan in the process that uses it"
+            self._unusable = VqdeployError("a GPU cannot be used after a fork", fix=fix)
+        self._opened, self._opener = {}, None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def close(self) -> None:
+        """Closes all sessions."""
+        self._opened.clear()
+        self._opener, self._unusable = None, VqdeployError("this pipeline is closed", fix="load the plan again")
+
+
+_PIPELINES: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
+
+
+def _start_again_after_a_fork() -> None:
+    for pipeline in list(_PIPELINES):
+        pipeline._start_again()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_again_after_a_fork)
+
+
+def _check_sampler(bundle: Bundle) -> None:
+    """Refuses a plan whose stages do not fit its sampler."""
+    manifest = bundle.manifest
+    tokenizer, sampling = manifest.tokenizer, manifest.sampling
+    if sampling is None or tokenizer is None or sampling.kind not in SAMPLERS:
+        found = sampling and sampling.kind
+        expected = " or ".join(SAMPLERS)
+        raise ArtifactError("unknown kind of sampling", expected=expected, found=found, fix="pip install -U vqdeploy")
+    kind = SAMPLERS[sampling.kind]
+    for name, wanted in kind.inputs(tokenizer, sampling).items():
+        shapes = {info.name: info.shape for info in manifest.stage(name).inputs}
+        if missing := sorted(wanted - set(shapes)):
+            raise ArtifactError(f"stage {name} does not fit its sampler", expected=f"an input {missing[0]}")
+        if shapes.get("noise", (tokenizer.codebook_size,))[-1] != tokenizer.codebook_size:
+            raise ArtifactError(f"stage {name} has another codebook size", expected=tokenizer.codebook_size)
+    try:
+        options.choose({}, sampling.options, Layout(tokenizer.maps).depth, tokenizer.codebook_size)
+    except VqdeployError as error:
+        raise ArtifactError(f"sampling.options of the manifest is wrong: {error}") from error
+
+
+def _check_arrays(stage: StageInfo, given: dict[str, np.ndarray]) -> None:
+    """Refuses arrays that are not what a stage takes."""
+    names = [info.name for info in stage.inputs]
+    if set(names) != set(given):
+        found = ", ".join(given) or "none"
+        raise VqdeployError(f"stage {stage.name} takes other inputs", expected=", ".join(names), found=found)
+    sizes: dict[str, int] = {}
+    for info in stage.inputs:
+        array = given[info.name]
+        expected = f"{info.dtype} [{', '.join(map(str, info.shape))}]"
+        fits = array.dtype == np.dtype(info.dtype) and array.ndim == len(info.shape)
+        for wanted, found in zip(info.shape, array.shape, strict=False):
+            if isinstance(wanted, str):
+                size = stage.dims[wanted]
+                fits = fits and sizes.setdefault(wanted, found) == found and size.min <= found <= size.max
+                expected += f", {wanted} of {size.min} to {size.max}"
+            else:
+                fits = fits and wanted == found
+        if not fits:
+            shown = f"{array.dtype} {list(array.shape)}"
+            raise VqdeployError(f"{info.name} has the wrong shape or type", expected=expected, found=shown)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,34 @@ from vqdeploy.runtime.device import DeviceArray, DeviceBinding, DeviceSession, G
 from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.kernel_cache import KernelCache
 from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
+from vqdeploy.runtime.session import Opener
 
 log = logging.getLogger("vqdeploy")
+
+
+class TensorrtBackend:
+    """Plans for TensorRT or TensorRT-RTX, which run on a GPU alone."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def place(self, manifest: Manifest, device: str) -> str:
+        """`cuda`, when everything is there."""
+        if device == "cpu":
+            what = f"this plan was built for {self.name}, which runs on a GPU"
+            raise VqdeployError(what, fix="vqdeploy build PACKAGE --backend onnxrt")
+        check(manifest)
+        return "cuda"
+
+    def opener(self, bundle: Bundle, device: str, threads: int, profile: Path | None) -> Opener:
+        """Opens the stages of a plan, which share a stream."""
+        if profile is not None:
+            raise VqdeployError("engines of TensorRT have no profile here", expected="a plan for onnxrt")
+        stream = Stream()
+        return lambda stage: TensorrtSession(bundle, stage, stream)
+
+
+backend = TensorrtBackend
 
 
 def check(manifest: Manifest) -> None:
@@ -83,7 +110,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream):
         self.stage, self._stream = stage, stream
-        self._backend, self._batch = str(bundle.manifest.backend), bundle.manifest.batch
+        self._backend = str(bundle.manifest.backend)
         self._trt = trt = _library(self._backend)
         self._logger = _logger(trt)
         self._logger.reason = "it gave no reason"
@@ -184,9 +211,10 @@ class Engine:
         """
         for info in self.stage.inputs:
             if not context.set_input_shape(info.name, binding.shapes[info.name]):
+                sizes = (f"{name} of {size.min} to {size.max}" for name, size in self.stage.dims.items())
                 raise VqdeployError(
                     f"stage {self.stage.name} takes no {info.name} of shape {list(binding.shapes[info.name])}",
-                    expected=f"a batch of 1 to {self._batch.max}" if self._batch else None,
+                    expected=", ".join(sizes) or None,
                     fix="vqdeploy build PACKAGE --max-batch N",
                 )
         for name, address in binding.addresses.items():

@@ -25,7 +25,7 @@ from vqdeploy.models.rqvae import RQVAEConfig
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
 from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.runtime import load
-from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.systems import System, SystemConfig, create
 from vqdeploy.systems.system import GuidedSampling, MaskedSampling, Sampling
 
@@ -184,7 +184,7 @@ def pipeline(plan):
 @pytest.fixture(scope="session")
 def splitting_pipeline(package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
-    return load(built(package, tmp_path_factory, batch=BatchRange(1, 1, 2)), threads=1)
+    return load(built(package, tmp_path_factory, batch=SizeRange(1, 1, 2)), threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -216,7 +216,7 @@ def movq_pipeline(movq_plan):
 @pytest.fixture(scope="session")
 def movq_splitting_pipeline(movq_package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
-    return load(built(movq_package, tmp_path_factory, batch=BatchRange(1, 1, 2)), threads=1)
+    return load(built(movq_package, tmp_path_factory, batch=SizeRange(1, 1, 2)), threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -295,7 +295,7 @@ def vqvae2_pipeline(vqvae2_plan):
 @pytest.fixture(scope="session")
 def vqvae2_splitting_pipeline(vqvae2_package, tmp_path_factory):
     """Splits every request into calls of at most two images."""
-    return load(built(vqvae2_package, tmp_path_factory, batch=BatchRange(1, 1, 2)), threads=1)
+    return load(built(vqvae2_package, tmp_path_factory, batch=SizeRange(1, 1, 2)), threads=1)
 
 
 @pytest.fixture(scope="session")

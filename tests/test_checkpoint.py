@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 import vqdeploy
 from vqdeploy import checkpoint
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.systems import create
-from vqdeploy.systems.presets import preset
-from vqdeploy.systems.system import ARCHITECTURES
+from vqdeploy.systems import SYSTEMS, create, preset
 
 FILE = "model.safetensors"
 
@@ -246,7 +244,7 @@ def test_a_condition_without_blocks_of_its_own(three_system, tmp_path):
     assert checkpoint.load(tmp_path / "a").config == three_system.config
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize("model", SYSTEMS)
 def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
     folder = tmp_path / model
     checkpoint.save(create(preset(model, "tiny")), folder)

@@ -7,9 +7,9 @@ import pytest
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError
-from vqdeploy.systems import SystemConfig
-from vqdeploy.systems.presets import PRESETS
+from vqdeploy.systems import SYSTEMS, SystemConfig
 
+PRESETS = {name: definition.presets for name, definition in SYSTEMS.items()}
 ALL = [config for presets in PRESETS.values() for config in presets.values()]
 
 

@@ -15,9 +15,9 @@ from vqdeploy.engines.build import build
 from vqdeploy.export.package import export
 from vqdeploy.files import read_json
 from vqdeploy.runtime.images import read
+from vqdeploy.systems import definition
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import open_data
-from vqdeploy.training.recipe import recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -54,7 +54,7 @@ def test_accuracy_by_steps(tiny_movq, monkeypatch, capsys):
     script = load_script("accuracy_by_steps")
     for name, value in {"SAMPLES": 20, "STEPS": (1, 8), "RATIOS": (0.5,)}.items():
         monkeypatch.setattr(script, name, value)
-    judge = ImageClassifier(10, recipe("movq", "tiny"))
+    judge = ImageClassifier(10, definition("movq").recipe("tiny"))
     monkeypatch.setattr(script, "train_judge", lambda resolution: judge)
     held_out = open_data("digits", 32).held_out
     monkeypatch.setattr(script, "open_data", lambda *_: SimpleNamespace(held_out=Subset(held_out, range(20))))

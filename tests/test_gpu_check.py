@@ -160,4 +160,4 @@ def test_verbs_end_with_their_code_and_their_last_line(tool, tmp_path):
 
 
 def test_every_system_has_a_published_preset(tool):
-    assert all(tool.PUBLISHED[system] in presets for system, presets in tool.PRESETS.items())
+    assert all(tool.PUBLISHED[system] in d.presets for system, d in tool.SYSTEMS.items())

@@ -8,8 +8,9 @@ from torch import nn
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.pixelsnail import CausalConv, CodeConv, PixelSNAIL
-from vqdeploy.systems import System
-from vqdeploy.systems.presets import PRESETS, preset
+from vqdeploy.systems import SYSTEMS, System, preset
+
+PRESETS = {name: definition.presets for name, definition in SYSTEMS.items()}
 
 # Millions of parameters: tokenizer (codebook included, as published), prior.
 COUNTS = {
@@ -132,10 +133,10 @@ def test_parameter_count_of_vqvae2(name):
     assert [size / 1e6 for size in sizes] == pytest.approx(VQVAE2_COUNTS[name], abs=6e-4)
 
 
-SYSTEMS = [(model, name) for model in ("movq", "vitvqgan", "vqgan", "vqvae2") for name in PRESETS[model]]
+ALL = [(model, name) for model in ("movq", "vitvqgan", "vqgan", "vqvae2") for name in PRESETS[model]]
 
 
-@pytest.mark.parametrize(("model", "name"), SYSTEMS)
+@pytest.mark.parametrize(("model", "name"), ALL)
 def test_tokenizer_and_prior_fit(model, name):
     config = preset(model, name)
     if config.prior:

@@ -10,7 +10,7 @@ from test_verify import change_function, change_weight, failed, failures, replac
 
 from vqdeploy.engines.build import build
 from vqdeploy.runtime import masked
-from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.verify import verify, verify_package
 
@@ -43,7 +43,7 @@ def test_an_adaptive_prior_passes(adaptive_package, adaptive_system):
 
 def test_a_plan_that_splits_requests_passes(movq_package, movq_system, tmp_path):
     """At published sizes each image is a call of its own."""
-    build(movq_package, tmp_path / "a.plan", batch=BatchRange(1, 1, 3))
+    build(movq_package, tmp_path / "a.plan", batch=SizeRange(1, 1, 3))
     assert failures(verify(tmp_path / "a.plan", movq_system)) == set()
 
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime.backends import BACKENDS
-from vqdeploy.systems.presets import PRESETS
+from vqdeploy.systems import SYSTEMS
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("fp32", "fp16")
@@ -150,7 +150,7 @@ def plan_of(report: Report, folder: Path, system: str, preset: str, dtype: str, 
 
 def check_parity(report: Report, folder: Path) -> list[str]:
     """The tiny system of each architecture against PyTorch; returns the backends that ran."""
-    for backend, system, dtype in itertools.product(BACKENDS, PRESETS, DTYPES):
+    for backend, system, dtype in itertools.product(BACKENDS, SYSTEMS, DTYPES):
         if plan := plan_of(report, folder, system, "tiny", dtype, backend):
             code, result, reason = vqdeploy(folder, "verify", "--engine", plan, "--device", "cuda")
             broken = [f"{c['stage']}: {c['metric']}" for c in result.get("checks", []) if not c["passed"]]
@@ -163,9 +163,9 @@ def check_parity(report: Report, folder: Path) -> list[str]:
 
 def check_speed(report: Report, folder: Path, backends: list[str]) -> None:
     """The presets `bench` and the published ones against PyTorch."""
-    for system, presets in PRESETS.items():
+    for system, definition in SYSTEMS.items():
         for preset in ("bench", PUBLISHED[system]):
-            for backend in backends if preset in presets else ():
+            for backend in backends if preset in definition.presets else ():
                 if plan := plan_of(report, folder, system, preset, TIMED, backend):
                     _time(report, folder, system, preset, backend, plan)
                     (folder / plan).unlink()  # of gigabytes

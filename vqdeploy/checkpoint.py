@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json, replacing_folder, write_json
-from vqdeploy.systems import System, SystemConfig, create
-from vqdeploy.systems.presets import preset
+from vqdeploy.systems import System, SystemConfig, create, preset
 
 FILES = ("config.json", "model.safetensors", "training.json", "import.json", "reconstructions.png", "samples.png")
 """What a checkpoint folder holds; the pictures are for people."""

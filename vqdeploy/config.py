@@ -39,15 +39,22 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None:
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
             return None
-        (hint,) = [option for option in typing.get_args(hint) if option is not type(None)]
+        # bool is an int, and float takes one too: the first option of the value's own type, else the first.
+        options = tuple(option for option in options if option is not type(None))
+        hint = next((option for option in options if option is type(value)), options[0])
     if isinstance(hint, type) and issubclass(hint, Config):
         return hint.from_dict(value)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ArtifactError(f"{where} is malformed", expected="a list", found=repr(value))
         return tuple(_parse(typing.get_args(hint)[0], item, where) for item in value)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ArtifactError(f"{where} is malformed", expected="an object", found=repr(value))
+        return {key: _parse(typing.get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ArtifactError(f"{where} is malformed", expected=f"a value of type {hint.__name__}", found=repr(value))

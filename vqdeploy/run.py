@@ -11,7 +11,7 @@ from PIL import Image
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
-from vqdeploy.runtime import Pipeline, load
+from vqdeploy.runtime import Pipeline, Step, load
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
@@ -57,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
     _check_output(job, task.suffix)
     _check_film(job)
     pipeline = load(job.engine, job.device)
-    output = job.output or Path(f"{pipeline.manifest.system}-{job.task}{task.suffix}")
+    output = job.output or Path(f"{pipeline.manifest.name}-{job.task}{task.suffix}")
     start = time.perf_counter()
     result = task.run(pipeline, job, output)
     seconds = time.perf_counter() - start
@@ -68,34 +68,30 @@ def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     names = job.labels or [str(label) for label in range(min(pipeline.classes, _CLASSES_SHOWN))]
     columns = job.num_images or _COLUMNS
     labels = [pipeline.label(name) for name in names for _ in range(columns)]
-    result = pipeline.generate(labels, **job.options)
+    seen: list[np.ndarray] = []
+
+    def watch(step: Step) -> None:
+        if 0 in step.images:
+            seen.append(step.codes[:1])
+
+    result = pipeline.generate(labels, callback=watch if job.film else None, **job.options)
     note = {"options": result.options, "timings": result.timings}
     written = _write(output, pipeline, result.images, columns, note)
     if job.film is None:
         return written
-    frames = _frames(pipeline, labels[0], job.options)
-    write_frames(job.film, frames, {**_source(pipeline), "options": result.options})
+    write_frames(job.film, _frames(pipeline, seen), {**_source(pipeline), "options": result.options})
     return {**written, "film": str(job.film)}
 
 
-def _frames(pipeline: Pipeline, label: int, options: dict[str, Any]) -> np.ndarray:
-    """The first image once more, step by step, under a veil where it is not settled."""
-    seen: list[np.ndarray] = []
-    pipeline.generate([label], callback=lambda step, total, codes: seen.append(codes.copy()), **options)
+def _frames(pipeline: Pipeline, seen: Sequence[np.ndarray]) -> np.ndarray:
+    """An image by its codes [1, *grid] after each step, under a veil where it is not settled."""
     shown = np.linspace(0, len(seen) - 1, min(len(seen), _FILM_FRAMES)).astype(int)
     codes = np.concatenate([seen[step] for step in shown])
     images = pipeline.decode(np.where(codes < 0, -1 - codes, codes))
-    *coarser, open_codes = _enlarged(pipeline, codes < 0)
+    *coarser, open_codes = pipeline.layout.enlarged(codes < 0)
     for level in reversed(coarser):  # nothing of a level is drawn while one above it is open
         open_codes = np.where(level.any((1, 2, 3), keepdims=True), level, open_codes)
     return veil(images, open_codes, opacity=_FILM_VEIL)
-
-
-def _enlarged(pipeline: Pipeline, codes: np.ndarray) -> list[np.ndarray]:
-    """The map of each level, all as large as the last."""
-    maps = pipeline.maps(codes)
-    side = maps[-1].shape[1]
-    return [level.repeat(side // level.shape[1], 1).repeat(side // level.shape[2], 2) for level in maps]
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -120,14 +116,14 @@ def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, _files(job))
-    mask = None if job.mask is None else read_mask(job.mask, pipeline.side)
+    mask = None if job.mask is None else read_mask(job.mask, pipeline.image_shape[0])
     ratio = 0.5 if mask is None and job.mask_ratio is None else job.mask_ratio
     labels = _labels(pipeline, job, len(images))
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
     masked = (
-        veil(images, np.logical_or.reduce(_enlarged(pipeline, unknown)))
+        veil(images, np.logical_or.reduce(pipeline.layout.enlarged(unknown)))
         if mask is None
         else np.where(mask[..., None], GREY, images)
     )
@@ -233,7 +229,7 @@ def _write(output: Path, pipeline: Pipeline, images: np.ndarray, columns: int, n
 
 
 def _source(pipeline: Pipeline) -> dict[str, Any]:
-    return {"system": pipeline.manifest.system, "checkpoint": pipeline.manifest.checkpoint}
+    return {"system": pipeline.manifest.name, "checkpoint": pipeline.manifest.provenance.checkpoint}
 
 
 def _check_film(job: Job) -> None:
@@ -258,7 +254,7 @@ def _files(job: Job) -> list[Path]:
 
 
 def _read_images(pipeline: Pipeline, files: Sequence[Path]) -> np.ndarray:
-    return np.stack([read(file, pipeline.side) for file in files])
+    return np.stack([read(file, pipeline.image_shape[0]) for file in files])
 
 
 def _read_codes(file: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ from vqdeploy.engines.build import BACKENDS, build
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.manifest import SizeRange
 
 
 def graph(plan, stage):
@@ -26,7 +26,7 @@ def test_building_twice_gives_equal_bytes(package, plan, tmp_path):
 def test_the_manifest_of_a_plan(package, plan):
     source, built = read(package), Bundle(plan).manifest
     assert (built.backend, built.builder) == ("onnxrt", f"onnx {onnx.__version__}")
-    assert built.batch == BatchRange(1, 1, 64)
+    assert built.batch == SizeRange(1, 1, 64)
     assert (built.config, built.checkpoint, built.producer) == (source.config, source.checkpoint, source.producer)
     with zipfile.ZipFile(plan) as archive:
         assert json.loads(archive.read("manifest.json")) == json.loads(json.dumps(built.to_dict()))
@@ -75,7 +75,7 @@ def test_folders_are_made_and_only_the_plan_stays(package, tmp_path):
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (2, 1, 4), (1, 4, 2), (-1, -1, -1), (1, 0, 1)])
 def test_batch_sizes_out_of_order(package, tmp_path, sizes):
     with pytest.raises(VqdeployError, match="1 <= min <= opt <= max"):
-        build(package, tmp_path / "a.plan", batch=BatchRange(*sizes))
+        build(package, tmp_path / "a.plan", batch=SizeRange(*sizes))
     assert not list(tmp_path.iterdir())
 
 

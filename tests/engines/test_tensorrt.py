@@ -18,7 +18,7 @@ from vqdeploy.engines.package import read
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle, sha256
-from vqdeploy.runtime.manifest import FILE, BatchRange
+from vqdeploy.runtime.manifest import FILE, SizeRange
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (it is on PyPI)"
@@ -31,7 +31,7 @@ needs_no_tensorrt = pytest.mark.skipif(
 @needs_rtx
 def test_every_stage_of_tiny_builds(tiny, tmp_path):
     names = []
-    manifest = build(tiny.package, tmp_path / "tiny.plan", "tensorrt-rtx", BatchRange(1, 2, 4), names.append)
+    manifest = build(tiny.package, tmp_path / "tiny.plan", "tensorrt-rtx", SizeRange(1, 2, 4), names.append)
     assert names == ["encode", "decode", "step"]
     assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]
     assert (manifest.backend, manifest.targets[0]) == ("tensorrt-rtx", "sm_80")
@@ -87,7 +87,7 @@ print(*counts)
 
 @needs_rtx
 def test_every_stage_of_a_masked_system_builds(movq_package, tmp_path):
-    manifest = build(movq_package, tmp_path / "movq.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    manifest = build(movq_package, tmp_path / "movq.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     assert [stage.file for stage in manifest.stages] == ["encode.engine", "decode.engine", "step.engine"]
     bundle = Bundle(tmp_path / "movq.plan")
     bundle.verify()
@@ -241,7 +241,7 @@ def test_the_profile_covers_one_label_and_two(movq_package, tmp_path, monkeypatc
         return subprocess.CompletedProcess(arguments, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", spy)
-    build(movq_package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    build(movq_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     shapes = jobs["step"]["shapes"]
     assert shapes["label"] == shapes["guidance"] == [[1, 1], [2, 1], [4, 2]]
     assert shapes["noise"] == [[1, 4, 4, 4, 32], [2, 4, 4, 4, 32], [4, 4, 4, 4, 32]]
@@ -257,7 +257,7 @@ def test_every_stage_of_a_gpt_is_built(request, name, tmp_path):
 @needs_rtx
 def test_every_stage_of_a_hierarchy_is_built(vqvae2_package, tmp_path):
     """Two blocks with attention, and the rows beside their caches, are what the builder once died of."""
-    manifest = build(vqvae2_package, tmp_path / "a.plan", "tensorrt-rtx", BatchRange(1, 2, 4))
+    manifest = build(vqvae2_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
     names = ["encode", "decode", "top_row", "top_pixel", "bottom_condition", "bottom_row", "bottom_pixel"]
     assert [stage.file for stage in manifest.stages] == [f"{name}.engine" for name in names]
     sizes = Bundle(tmp_path / "a.plan").sizes()

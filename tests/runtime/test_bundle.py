@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import ALIGNMENT, Bundle, sha256, tensors, write
-from vqdeploy.runtime.manifest import FILE, WEIGHTS, BatchRange, Manifest
+from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest, SizeRange
 
 
 def manifest(files=()) -> Manifest:
@@ -33,7 +33,7 @@ def manifest(files=()) -> Manifest:
         members={file.name: sha256(file) for file in files},
         producer="vqdeploy",
         backend="onnxrt",
-        batch=BatchRange(),
+        batch=SizeRange(),
     )
 
 

@@ -14,7 +14,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import ImageInput
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.onnxrt import OnnxrtSession
 
@@ -82,7 +82,7 @@ def test_completion_goes_on_from_the_first_rows(either, rows, scale):
 @pytest.fixture(params=[1, 2, 5])
 def narrow(request, vit_package, tmp_path):
     """A pipeline whose calls take few rows, and how many."""
-    build(vit_package, tmp_path / "narrow.plan", batch=BatchRange(1, 1, request.param))
+    build(vit_package, tmp_path / "narrow.plan", batch=SizeRange(1, 1, request.param))
     return load(tmp_path / "narrow.plan", threads=1), request.param
 
 

@@ -15,7 +15,7 @@ from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import bundle, device, load
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.manifest import BatchRange
+from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.verify import verify
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -184,7 +184,7 @@ def test_buffers_of_two_sizes_are_kept(small_engines, gpu):
 
 def test_a_request_that_is_split_makes_nothing_anew(package, simulated, gpu):
     """Three images in calls of two: two sizes of a batch."""
-    pipeline = load(simulated(package, batch=BatchRange(1, 1, 2)))
+    pipeline = load(simulated(package, batch=SizeRange(1, 1, 2)))
     for seed in range(3):
         pipeline.generate([0, 1, 2], seed=seed)
     made = len(sys.modules["tensorrt_rtx"].contexts), gpu.made

@@ -15,9 +15,7 @@ from torch.utils.data import Subset
 from vqdeploy.checkpoint import SHIPPED, load
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
-from vqdeploy.systems import create
-from vqdeploy.systems.presets import preset
-from vqdeploy.systems.system import ARCHITECTURES
+from vqdeploy.systems import SYSTEMS, create, preset
 from vqdeploy.training import Recipe, train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import images_of, open_data, to_range, to_uint8
@@ -26,7 +24,7 @@ from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import schedule
 from vqdeploy.training.tokenizer import TokenizerTraining, logit_laplace
 
-SYSTEMS = list(ARCHITECTURES)
+SYSTEMS = list(SYSTEMS)
 SHORT = {"steps": 3, "prior_steps": 2, "classifier_steps": 3, "batch_size": 8, "samples": 20}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from vqdeploy.errors import VqdeployError
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
+from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import tensors
 from vqdeploy.runtime.hierarchical import level_names
 from vqdeploy.runtime.manifest import WEIGHTS
@@ -93,10 +94,8 @@ def bench(
     _check(baselines, BASELINES, "baseline")
     start = time.perf_counter()
     pipeline = load(engine, device)
-    if profile and pipeline.manifest.backend != "onnxrt":
-        raise VqdeployError("engines of TensorRT have no profile here", expected="a plan for onnxrt")
     load_seconds = time.perf_counter() - start
-    tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.config["prior"]]
+    tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.sampling]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
     reference: Any = _reference(pipeline, checkpoint, chosen) if baselines else None
     # Measured just before the steps, because the speed of shared machines drifts.
@@ -133,7 +132,7 @@ def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, A
 def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any]) -> Callable[[], Phases]:
     rng = np.random.default_rng(0)
     if task == "encode":
-        images = rng.integers(0, 256, (batch, pipeline.side, pipeline.side, 3), np.uint8)
+        images = rng.integers(0, 256, (batch, *pipeline.image_shape), np.uint8)
         return _timed(lambda: pipeline.encode(images))
     if task == "decode":
         codes = rng.integers(0, pipeline.codebook_size, (batch, *pipeline.grid))
@@ -201,20 +200,18 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def _bound(pipeline: Pipeline) -> dict[str, float]:
     """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
-    if pipeline.manifest.system == "vqvae2":
-        return {name: _measure_apart(function) for name, function in _RATES.items()}
-    if pipeline.manifest.config["prior"].get("adaptive"):
+    names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"]}
+    prior = pipeline.manifest.provenance.config.get("prior") or {}
+    if pipeline.sampling.kind == "masked" and (prior.get("adaptive") or not {"width", "layers"} <= set(prior)):
         return {}  # its arithmetic is not counted
-    if pipeline.manifest.system == "movq":
-        return {"matmul_gflop_s": _measure_apart("matmul_rate")}
-    return {"read_bandwidth_gb_s": _measure_apart("read_bandwidth")}
+    return {name: _measure_apart(_RATES[name]) for name in names.get(pipeline.sampling.kind, ["read_bandwidth_gb_s"])}
 
 
 def _step_figures(
     pipeline: Pipeline, options: dict[str, Any], result: dict[str, Any], bound: dict[str, float]
 ) -> dict[str, Any]:
     """Time of a step, and how near it is to what bounds it."""
-    if pipeline.manifest.system == "vqvae2":
+    if pipeline.sampling.kind == "hierarchical":
         return {"parts": _parts(pipeline, result)} if bound else {}
     steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
     time_ms = result["steps_ms"] / steps
@@ -244,9 +241,8 @@ def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, fl
     a kernel of the rows once for each tile of places.
     """
     parts = {}
-    levels = pipeline.manifest.config["prior"]["levels"]
-    for name, level in zip(level_names(len(levels)), levels, strict=True):
-        height, width = level["grid"]
+    maps = pipeline.layout.maps
+    for name, (height, width, _) in zip(level_names(len(maps)), maps, strict=True):
         for part, calls, places in (
             ("condition", 1, height * width // 4),
             ("row", height, width),
@@ -278,9 +274,10 @@ def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> lis
     The profiler itself costs a few microseconds an operator, which the small ones show.
     """
     with tempfile.TemporaryDirectory() as folder:
-        profiled = Pipeline(pipeline.bundle, profile=Path(folder), device=pipeline.device)
+        backend, bundle, device = BACKENDS[str(pipeline.manifest.backend)](), pipeline.bundle, pipeline.device
+        profiled = Pipeline(bundle, device, lambda: backend.opener(bundle, device, 0, Path(folder)))
         _plan_call(profiled, "generate", batch, options)()
-        sessions = [profiled.session(stage) for stage in profiled.stages if stage not in _NOT_OF_THE_PRIOR]
+        sessions: list[Any] = [profiled.session(s) for s in profiled.stages if s not in _NOT_OF_THE_PRIOR]
         traces = [event for session in sessions for event in session.end_profile()]
         events = [e for e in traces if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
     spent, calls = Counter[str](), Counter[str]()
@@ -313,7 +310,7 @@ def step_weight_bytes(pipeline: Pipeline) -> int:
 
 def step_gflop(pipeline: Pipeline) -> float:
     """Arithmetic of one step of a masked prior for one image and label, in 1e9 multiplications and additions."""
-    prior = pipeline.manifest.config["prior"]
+    prior = pipeline.manifest.provenance.config["prior"]
     entries = 1 + pipeline.grid[0] * pipeline.grid[1]
     attention = 2 * entries**2 * prior["width"] * prior["layers"]
     return 2 * (entries * sum(weight.size for weight in _matrices(pipeline, "step").values()) + attention) / 1e9
@@ -402,7 +399,7 @@ def _gpu_facts() -> dict[str, Any]:
 def _describe(pipeline: Pipeline) -> str:
     manifest = pipeline.manifest
     device = "" if pipeline.device == "cpu" else f" on {pipeline.device}"
-    return f"{manifest.system} {manifest.config['preset']} {manifest.precision} {manifest.backend}{device}"
+    return f"{manifest.name} {manifest.provenance.preset} {manifest.precision} {manifest.backend}{device}"
 
 
 def table(report: dict[str, Any]) -> str:

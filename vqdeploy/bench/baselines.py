@@ -29,11 +29,12 @@ class Reference:
 
     def __init__(self, pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]):
         manifest, self.options, self.device = pipeline.manifest, options, pipeline.device
+        origin, self._kind = manifest.provenance, manifest.sampling and manifest.sampling.kind
         if self.device == "cuda":
             if not torch.cuda.is_available():
                 raise VqdeployError("this PyTorch has no CUDA", fix="pip install torch")
             torch.backends.cudnn.allow_tf32 = False  # a plan of fp32 has none either
-        self.system = checkpoints.source(manifest.config, manifest.checkpoint, checkpoint, pipeline.bundle.path)
+        self.system = checkpoints.source(origin.config, origin.checkpoint, checkpoint, pipeline.bundle.path)
         self.dtype = DTYPES[manifest.precision]
         self.system.to(self.device, self.dtype)
 
@@ -45,7 +46,7 @@ class Reference:
         return torch.inference_mode()(run if self.device == "cpu" else partial(_finished, run))
 
     def _encode(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
-        images = torch.rand(batch, 3, pipeline.side, pipeline.side, device=self.device, dtype=self.dtype) * 2 - 1
+        images = torch.rand(batch, 3, *pipeline.image_shape[:2], device=self.device, dtype=self.dtype) * 2 - 1
         encode = _compile(self.system.tokenizer.encode, compiled)
         return lambda: encode(images)
 
@@ -58,7 +59,7 @@ class Reference:
         return lambda: decode(codes)
 
     def _generate(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
-        if isinstance(self.system.prior, VQVAE2Prior):
+        if self._kind == "hierarchical":
             return partial(extrapolate, self.system.prior, batch, compiled, self.device)
         prior, config = self.system.prior, self.system.config
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **self.options))
@@ -113,7 +114,7 @@ def enlarge_first(norm: SpatialNorm, x: torch.Tensor, condition: torch.Tensor) -
 def _noise(index: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The plan's own noise."""
     out = np.empty(shape, np.float32)
-    gumbel(0, np.arange(shape[0]), index, out)
+    gumbel([(0, image, index) for image in range(shape[0])], out)
     return torch.from_numpy(out)
 
 

@@ -110,11 +110,14 @@ def _system(model: str, preset: str, checkpoint: Path | None) -> Any:
 def models(as_json: Json = False) -> None:
     """List systems and presets, and which weights are shipped."""
     from vqdeploy.checkpoint import SHIPPED
-    from vqdeploy.systems.presets import PRESETS
+    from vqdeploy.systems import SYSTEMS
 
     listing = {
-        model: {name: "trained" if (SHIPPED / model / name / "config.json").exists() else "random" for name in presets}
-        for model, presets in PRESETS.items()
+        model: {
+            name: "trained" if (SHIPPED / model / name / "config.json").exists() else "random"
+            for name in system.presets
+        }
+        for model, system in SYSTEMS.items()
     }
     lines = [
         f"{model:8} {name:16} {weights} weights" for model, named in listing.items() for name, weights in named.items()
@@ -215,11 +218,11 @@ def build(
     """Build an ONNX package into one plan."""
     from vqdeploy.engines.build import build as build_plan
     from vqdeploy.engines.package import read_manifest
-    from vqdeploy.runtime.manifest import BatchRange
+    from vqdeploy.runtime.manifest import SizeRange
 
-    plan = output or Path(f"{read_manifest(package).system}.plan")
+    plan = output or Path(f"{read_manifest(package).name}.plan")
     with _progress("building") as progress:
-        batch = BatchRange(1, opt_batch, max_batch)
+        batch = SizeRange(1, opt_batch, max_batch)
         manifest = build_plan(package, plan, backend, batch, progress, plugin=plugin, device=device)
     size = plan.stat().st_size
     result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}
@@ -399,9 +402,9 @@ def inspect(
     manifest = bundle.manifest
     on = f" on {', '.join(manifest.targets)}" if manifest.targets else ""
     lines = [
-        f"{file}: {manifest.system} {manifest.config['preset']} {manifest.precision} for {manifest.backend}{on}",
-        f"built by {manifest.builder}, exported by {manifest.producer}, opset {manifest.opset}",
-        f"checkpoint sha256 {manifest.checkpoint}",
+        f"{file}: {manifest.name} {manifest.provenance.preset or ''} {manifest.precision} for {manifest.backend}{on}",
+        f"built by {manifest.builder}, exported by {manifest.provenance.producer}, opset {manifest.opset}",
+        f"checkpoint sha256 {manifest.provenance.checkpoint}",
     ]
     for stage in manifest.stages:
         lines.append(f"stage {stage.name} ({stage.file})")

@@ -40,6 +40,8 @@ class RQVAEConfig(Config):
 class RQVAE(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
+    omits_depths = True
+
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config

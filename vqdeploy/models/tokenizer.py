@@ -14,9 +14,17 @@ class Tokenizer(nn.Module):
     quantizer between, and `last_weight`, against which an adversarial loss is balanced.
     """
 
+    config: Any
     latents: Any
     reconstruct: Any
     quantizer: Any
+    omits_depths = False
+    """Whether -1 leaves a depth of a position out, as residual quantization allows."""
+
+    @property
+    def maps(self) -> tuple[tuple[int, ...], ...]:
+        """Height, width and depth of each code map of an image, coarse to fine."""
+        return (self.config.grid,)
 
     def encode(self, x: Tensor) -> Tensor:
         """Image -> codes."""

@@ -112,6 +112,12 @@ class VQVAE2(nn.Module):
     quantizers: Any
     upsamplers: Any
     decoders: Any
+    omits_depths = False
+
+    @property
+    def maps(self) -> tuple[tuple[int, ...], ...]:
+        """Height, width and depth of each level, top first."""
+        return tuple((*grid, 1) for grid in self.config.level_grids)
 
     def __init__(self, config: VQVAE2Config):
         super().__init__()

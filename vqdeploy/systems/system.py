@@ -1,23 +1,15 @@
-"""A system: a tokenizer and, once it is trained, a prior."""
+"""What a system is: the description behind one value of `--model`, its configurations, and the network."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
-from vqdeploy.models.gpt import GPT, GPTConfig
-from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
-from vqdeploy.models.movq import MoVQ, MoVQConfig
-from vqdeploy.models.pixelsnail import VQVAE2Prior, VQVAE2PriorConfig
-from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
-from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
-from vqdeploy.models.vitvqgan import ViTVQGAN, ViTVQGANConfig
-from vqdeploy.models.vqvae2 import VQVAE2, VQVAE2Config
+from vqdeploy.systems.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -45,41 +37,6 @@ class MaskedSampling(GuidedSampling):
     choice_temperature: float = 4.5
 
 
-class Architecture(NamedTuple):
-    """What is behind one value of `--model`. `prior` makes a prior of its configuration and the tokenizer."""
-
-    tokenizer: type[nn.Module]
-    tokenizer_config: type[Config]
-    prior: Callable[[Any, Any], nn.Module]
-    prior_config: type[Config]
-    sampling: type[Sampling]
-
-
-def _rqtransformer(config: RQTransformerConfig, tokenizer: RQVAE) -> nn.Module:
-    return RQTransformer(config, tokenizer.quantizer.codebook)
-
-
-def _maskgit(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
-    return AdaptiveMaskGIT(config) if config.adaptive else MaskGIT(config)
-
-
-def _gpt(config: GPTConfig, tokenizer: nn.Module) -> nn.Module:
-    return GPT(config)
-
-
-def _vqvae2(config: VQVAE2PriorConfig, tokenizer: nn.Module) -> nn.Module:
-    return VQVAE2Prior(config)
-
-
-ARCHITECTURES = {
-    "rqvae": Architecture(RQVAE, RQVAEConfig, _rqtransformer, RQTransformerConfig, Sampling),
-    "movq": Architecture(MoVQ, MoVQConfig, _maskgit, MaskGITConfig, MaskedSampling),
-    "vitvqgan": Architecture(ViTVQGAN, ViTVQGANConfig, _gpt, GPTConfig, GuidedSampling),
-    "vqgan": Architecture(MoVQ, MoVQConfig, _gpt, GPTConfig, GuidedSampling),
-    "vqvae2": Architecture(VQVAE2, VQVAE2Config, _vqvae2, VQVAE2PriorConfig, Sampling),
-}
-
-
 @dataclass(frozen=True)
 class SystemConfig(Config):
     """Everything that `config.json` holds. `prior` is None for a tokenizer alone."""
@@ -93,13 +50,13 @@ class SystemConfig(Config):
 
     @classmethod
     def from_dict(cls, data: Any) -> "SystemConfig":
-        if not isinstance(data, dict) or data.get("model") not in list(ARCHITECTURES):
+        if not isinstance(data, dict) or data.get("model") not in list(SYSTEMS):
             found = data.get("model") if isinstance(data, dict) else data
-            raise ArtifactError("the configuration names no known model", expected=sorted(ARCHITECTURES), found=found)
-        parts, prior = ARCHITECTURES[data["model"]], data.get("prior")
-        tokenizer = parts.tokenizer_config.from_dict(data.get("tokenizer"))
-        prior = prior if prior is None else parts.prior_config.from_dict(prior)
-        sampling = parts.sampling.from_dict(data.get("sampling", {}))
+            raise ArtifactError("the configuration names no known model", expected=sorted(SYSTEMS), found=found)
+        definition, prior = SYSTEMS[data["model"]], data.get("prior")
+        tokenizer = definition.tokenizer_config.from_dict(data.get("tokenizer"))
+        prior = None if prior is None else definition.prior_config.from_dict(prior)
+        sampling = definition.sampling.from_dict(data.get("sampling", {}))
         return super().from_dict({**data, "tokenizer": tokenizer, "prior": prior, "sampling": sampling})
 
 
@@ -111,10 +68,79 @@ class System(nn.Module):
 
     def __init__(self, config: SystemConfig):
         super().__init__()
-        parts = ARCHITECTURES[config.model]
+        definition = SYSTEMS[config.model]
         self.config = config
-        self.tokenizer = parts.tokenizer(config.tokenizer)
-        self.prior = parts.prior(config.prior, self.tokenizer) if config.prior else None
+        self.tokenizer = definition.tokenizer(config.tokenizer)
+        self.prior = definition.prior(config.prior, self.tokenizer) if config.prior else None
+
+
+Loss = Callable[[System, Tensor, Tensor, Recipe, bool], Tensor]
+"""System, images float [B, 3, H, W] in its pixel range, labels [B], recipe, whether it trains -> loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Everything that belongs to one system and to no other.
+
+    Attributes:
+        name: The value of `--model`.
+        kind: Of its sampling: a key of `vqdeploy.runtime.pipeline.SAMPLERS`.
+        tokenizer: Makes the tokenizer of its configuration.
+        tokenizer_config: That configuration's class.
+        prior: Makes the prior of its configuration and the tokenizer.
+        prior_config: That configuration's class.
+        sampling: Names the sampling options, with their defaults.
+        loss: What the prior is trained by.
+        stages: The stages of a prior at a precision, as `vqdeploy.export.stage.Stage`s; the tokenizer's are common to
+            all systems. It imports the exporter when it is called.
+        presets: Named configurations: `tiny`, `bench` and the published ones.
+        recipes: How presets are trained, where the defaults of `Recipe` will not do.
+    """
+
+    name: str
+    kind: str
+    tokenizer: Callable[[Any], nn.Module]
+    tokenizer_config: type[Config]
+    prior: Callable[[Any, Any], nn.Module]
+    prior_config: type[Config]
+    sampling: type[Sampling]
+    loss: Loss
+    stages: Callable[[Any, str], list[Any]]
+    presets: dict[str, SystemConfig] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+
+    def recipe(self, preset: str) -> Recipe:
+        """How a preset is trained."""
+        return self.recipes.get(preset, Recipe())
+
+
+SYSTEMS: dict[str, Definition] = {}
+"""Value of `--model` -> what is behind it. To add a system, add its definition."""
+
+
+def definition(model: str) -> Definition:
+    """The definition of a system.
+
+    Raises:
+        VqdeployError: There is no such system.
+    """
+    if model not in SYSTEMS:
+        raise VqdeployError(
+            f"no model is called {model!r}", expected=" or ".join(sorted(SYSTEMS)), fix="vqdeploy models"
+        )
+    return SYSTEMS[model]
+
+
+def preset(model: str, name: str) -> SystemConfig:
+    """The configuration of a preset.
+
+    Raises:
+        VqdeployError: There is no such model or preset.
+    """
+    presets = definition(model).presets
+    if name not in presets:
+        raise VqdeployError(f"{model} has no preset {name!r}", expected=" or ".join(presets), fix="vqdeploy models")
+    return presets[name]
 
 
 def create(config: SystemConfig, seed: int = 0) -> System:
@@ -122,16 +148,3 @@ def create(config: SystemConfig, seed: int = 0) -> System:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return System(config).eval()
-
-
-def architecture(model: str) -> Architecture:
-    """The classes of a model name.
-
-    Raises:
-        VqdeployError: There is no such model.
-    """
-    if model not in ARCHITECTURES:
-        raise VqdeployError(
-            f"no model is called {model!r}", expected=" or ".join(sorted(ARCHITECTURES)), fix="vqdeploy models"
-        )
-    return ARCHITECTURES[model]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from vqdeploy.systems import Recipe
 from vqdeploy.training.data import to_range
-from vqdeploy.training.recipe import Recipe
 from vqdeploy.training.stage import schedule
 
 

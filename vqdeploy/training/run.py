@@ -13,13 +13,12 @@ from vqdeploy.checkpoint import FILES, save
 from vqdeploy.errors import VqdeployError
 from vqdeploy.files import check_replaceable, read_json, replacing_folder, write_json
 from vqdeploy.runtime.images import write_grid
-from vqdeploy.systems import System, SystemConfig, create
-from vqdeploy.systems.presets import preset as find_preset
+from vqdeploy.systems import System, SystemConfig, create, definition
+from vqdeploy.systems import preset as find_preset
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import Data, images_of, open_data
 from vqdeploy.training.metrics import codebook_use, diversity, generate, psnr, reconstruct
 from vqdeploy.training.prior import PriorTraining
-from vqdeploy.training.recipe import recipe as find_recipe
 from vqdeploy.training.stage import run_stage
 from vqdeploy.training.tokenizer import TokenizerTraining
 
@@ -59,7 +58,8 @@ def train(
         KeyboardInterrupt: The user cut it; `resume` continues from there.
     """
     config = find_preset(model, preset)
-    recipe = dataclasses.replace(find_recipe(model, preset), **{k: v for k, v in options.items() if v is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    recipe = dataclasses.replace(definition(model).recipe(preset), **given)
     source = open_data(data, config.tokenizer.resolution)
     system = create(_adapt(config, source), seed)
     first = TokenizerTraining(system.tokenizer, recipe)

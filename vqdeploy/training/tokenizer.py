@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from vqdeploy.systems import Recipe
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.data import to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, psnr
 from vqdeploy.training.perceptual import perceptual_network
-from vqdeploy.training.recipe import Recipe
 from vqdeploy.training.stage import schedule
 
 logger = logging.getLogger("vqdeploy")

@@ -23,13 +23,8 @@ from vqdeploy.verify import autoregressive, hierarchical, masked
 from vqdeploy.verify.checks import Check, at_most, limits
 from vqdeploy.verify.tokenizer import check_tokenizer
 
-_PRIORS: dict[str, Any] = {
-    "rqvae": autoregressive,
-    "movq": masked,
-    "vitvqgan": autoregressive,
-    "vqgan": autoregressive,
-    "vqvae2": hierarchical,
-}
+PRIORS: dict[str, Any] = {"autoregressive": autoregressive, "masked": masked, "hierarchical": hierarchical}
+"""Kind of sampling in a manifest -> its checks."""
 
 
 def verify(
@@ -54,11 +49,11 @@ def verify(
         ArtifactError: The plan is damaged.
     """
     pipeline = load(plan, device)
-    manifest = pipeline.manifest
+    origin = pipeline.manifest.provenance
     if system is None:
-        system = checkpoints.source(manifest.config, manifest.checkpoint, None, plan)
+        system = checkpoints.source(origin.config, origin.checkpoint, None, plan)
     else:
-        checkpoints.check_digest(system, manifest.checkpoint, plan)
+        checkpoints.check_digest(system, origin.checkpoint, plan)
     return _report(pipeline, system, progress)
 
 
@@ -94,7 +89,7 @@ def _checks(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
     progress("encode and decode")
     checks = check_tokenizer(pipeline, system, rng)
     if system.prior is not None:
-        prior = _PRIORS[system.config.model]
+        prior = PRIORS[pipeline.sampling.kind]
         progress("step")
         logits = prior.check_logits(pipeline, system, rng)
         checks += logits

@@ -8,14 +8,12 @@ from torch import Tensor
 
 from vqdeploy.reference import guided_logits
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.autoregressive import carry
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.systems import System
-from vqdeploy.systems.system import GuidedSampling
 from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
+from vqdeploy.verify.forcing import forced_logits
 
 _SCALE = 3.0  # of guidance
-_FORCE = 1e9  # noise that makes the sampler choose a given code
 
 
 def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
@@ -27,37 +25,11 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     reference = reference.view(batch, config.positions, config.depth, -1)
     checks = []
     for name, prefix in (("cached step", 0), ("prefix", config.positions // 2)):
-        logits = torch.from_numpy(_forced_logits(pipeline, codes, labels, prefix))
+        known = np.where(np.arange(config.positions)[:, None] < prefix, codes, -1)
+        forced = forced_logits(pipeline, codes, known.reshape(batch, *config.grid), labels)
+        logits = torch.from_numpy(forced)
         checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest.precision))
     return checks
-
-
-def _forced_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, prefix: int) -> np.ndarray:
-    """Logits [B, h * w - prefix, Q, K] while noise forces the sampler to the given codes."""
-    session, (batch, positions, depth) = pipeline.session("step"), codes.shape
-    caches = session.caches({"batch": batch, "length": 1})
-    binding = session.bind({"batch": batch, "length": 1}, caches)
-    options = {"label": labels, "temperature": 1, "top_k": pipeline.codebook_size, "top_p": 1}
-    if "guidance" in binding.inputs:
-        options |= {"partner": np.arange(batch), "guidance": 1}
-    if prefix:
-        first = session.bind({"batch": batch, "length": prefix}, caches)
-        _write(first.inputs, position=0, codes=np.pad(codes[:, : prefix - 1], ((0, 0), (1, 0), (0, 0))), **options)
-        first.run()
-        carry(first, binding)
-    rows, collected = np.indices((batch, depth)), []
-    for position in range(prefix, positions):
-        _write(binding.inputs, position=position, codes=codes[:, [max(position - 1, 0)]], noise=0, **options)
-        binding.inputs["noise"][rows[0], rows[1], codes[:, position]] = _FORCE
-        binding.run()
-        carry(binding, binding)
-        collected.append(np.array(binding.outputs["logits"]))
-    return np.stack(collected, 1)
-
-
-def _write(buffers: dict[str, np.ndarray], **values: Any) -> None:
-    for name, value in values.items():
-        buffers[name][:] = value.reshape(-1, *[1] * (buffers[name].ndim - 1)) if name == "label" else value
 
 
 def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
@@ -84,7 +56,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
         "whole distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
         "truncated": {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9},
     }
-    if isinstance(system.config.sampling, GuidedSampling):
+    if "guidance_scale" in pipeline.sampling.options:
         for options, scale in zip(distributions.values(), (_SCALE, 1.0), strict=True):
             options["guidance_scale"] = scale
     for name, options in distributions.items():
@@ -118,7 +90,7 @@ def _judge(
 
 def _noise(batch: int, config: Any, first: int) -> Tensor:
     """The noise behind the codes of images from `first` on [B * positions * Q, K]."""
-    noise = np.empty((config.positions, batch, config.depth, config.codebook_size), np.float32)
-    for position in range(config.positions):
-        gumbel(SEED, np.arange(first, first + batch), position, noise[position])
-    return torch.from_numpy(noise).transpose(0, 1).flatten(0, 2)
+    noise = np.empty((batch, config.positions, config.depth, config.codebook_size), np.float32)
+    for image, rows in enumerate(noise, first):
+        gumbel([(SEED, image, position) for position in range(config.positions)], rows)
+    return torch.from_numpy(noise).flatten(0, 2)

@@ -1,13 +1,16 @@
 """Checks of priors of several levels: the incremental sampler against the full forward pass, and whole generations."""
 
+import math
+
 import numpy as np
 import torch
 
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.hierarchical import HierarchicalSampler
+from vqdeploy.runtime.hierarchical import level_names
 from vqdeploy.systems import System
 from vqdeploy.verify.autoregressive import check_generation
 from vqdeploy.verify.checks import Check, compare_logits, limits
+from vqdeploy.verify.forcing import forced_logits
 
 _LABELS = 10  # that are tried at most
 
@@ -19,19 +22,13 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     config = system.prior.config
     batch = max(2, min(config.classes, _LABELS))
     codes = rng.integers(0, config.codebook_size, (batch, *config.grid))
-    labels, above = np.arange(batch) % config.classes, None
+    labels = np.arange(batch) % config.classes
     reference = system.prior.logits(torch.from_numpy(codes), torch.from_numpy(labels))
-    sessions = {name: pipeline.session(name) for name in pipeline.stages}
-    levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
-    options = {"temperature": 1, "top_k": config.codebook_size, "top_p": 1}
-    checks, first = [], 0
-    for level, given in zip(levels, pipeline.maps(codes), strict=True):
-        given, found = given[..., 0], []
-        for _, _, binding in level.places(given, labels, above, options):
-            level.run("pixel", binding)
-            found.append(np.array(binding.outputs["logits"][:, 0]))
-        logits = torch.from_numpy(np.stack(found, 1))
-        expected = reference[:, first : first + logits.shape[1]]
-        checks += compare_logits(level.name, logits, expected, limits(pipeline.manifest.precision))
-        above, first = given, first + logits.shape[1]
+    logits = torch.from_numpy(forced_logits(pipeline, codes[..., None], np.full_like(codes, -1), labels))[:, :, 0]
+    sizes = [math.prod(each) for each in pipeline.layout.maps]
+    checks = []
+    for name, found, expected in zip(
+        level_names(len(sizes)), logits.split(sizes, 1), reference.split(sizes, 1), strict=True
+    ):
+        checks += compare_logits(name, found, expected, limits(pipeline.manifest.precision))
     return checks

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from vqdeploy.reference import guided_logits
-from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime import Pipeline, Step
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.options import for_graph
+from vqdeploy.runtime.sampler import Item
 from vqdeploy.runtime.schedules import choice_temperature, masked_counts, order_noise
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
+from vqdeploy.verify.forcing import untouched_options
 
 _SCALE = 3.0  # of guidance
 _STEPS = 6
@@ -34,22 +35,14 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
 
 
 def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
-    options = for_graph({"temperature": 1, "top_k": 0, "top_p": 1}, codes.shape[-1], pipeline.codebook_size)
-    repeated = {name: np.repeat(value[None], len(codes), 0) for name, value in options.items()}
-    pairs = np.stack([labels, np.full_like(labels, pipeline.classes)], 1)
-    weights = np.array([[scale, 1 - scale]] * len(codes), np.float32)
-    conditions = 1 if scale == 1 else 2
-    return pipeline.session("step").run(
-        codes=codes,
-        given=codes,
-        label=np.ascontiguousarray(pairs[:, :conditions]),
-        guidance=np.ascontiguousarray(weights[:, :conditions]),
-        noise=np.zeros((*codes.shape, pipeline.codebook_size), np.float32),
-        choice_noise=np.zeros(codes.shape, np.float32),
-        masked=np.zeros(len(codes), np.int64),
-        choice_temperature=np.zeros(len(codes), np.float32),
-        **repeated,
-    )["logits"]
+    """Logits [B, h, w, Q, K] of one step; codes are the codebook's size where masked."""
+    options = untouched_options(pipeline) | {"steps": 1, "schedule": "linear", "guidance_scale": scale}
+    with pipeline.sampler(len(codes), guided=scale != 1) as sampler:
+        for slot, (known, label) in enumerate(zip(codes, labels, strict=True)):
+            open_codes = np.where(known < pipeline.codebook_size, known, -1)
+            sampler.admit(slot, Item(open_codes, int(label), 0, slot, options))
+        sampler.step()
+        return np.array(sampler.last.outputs["logits"])
 
 
 class _Step(NamedTuple):
@@ -96,20 +89,19 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
 
 def _trace(pipeline: Pipeline, labels: list[int], first: int, options: dict[str, Any]) -> list[_Step]:
     size = pipeline.codebook_size
-    calls: list[list[_Step]] = []  # a large request is split
+    calls: dict[range, list[_Step]] = {}  # a large request is split
 
-    def record(step: int, total: int, seen: np.ndarray) -> None:
-        if not calls or len(calls[-1]) == total:
-            calls.append([])
+    def record(step: Step) -> None:
+        steps, seen = calls.setdefault(step.images, []), step.codes
         open_codes = codes = torch.full(seen.shape, size)
-        if steps := calls[-1]:
+        if steps:
             codes = torch.where(steps[-1].masked, size, steps[-1].drawn)
         given = open_codes if options["schedule"] == "halton" else codes
         drawn, masked = torch.from_numpy(np.where(seen < 0, -1 - seen, seen)), torch.from_numpy(seen < 0)
         steps.append(_Step(codes, given, drawn, masked))
 
     pipeline.generate(labels, seed=SEED, first_image=first, callback=record, **options)
-    return [_Step(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*calls, strict=True)]
+    return [_Step(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*calls.values(), strict=True)]
 
 
 def _judge(
@@ -158,7 +150,7 @@ def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: di
 
 def _noise(shape: tuple[int, ...], first: int, index: int) -> Tensor:
     noise = np.empty(shape, np.float32)
-    gumbel(SEED, np.arange(first, first + shape[0]), index, noise)
+    gumbel([(SEED, image, index) for image in range(first, first + shape[0])], noise)
     return torch.from_numpy(noise)
 
 

@@ -18,12 +18,12 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
     tokenizer, shape, allowed = system.tokenizer, (IMAGES, *pipeline.grid), limits(pipeline.manifest.precision)
     drawn = rng.integers(0, pipeline.codebook_size, shape)
     decoded = pipeline.decode(drawn)
-    if "depth" in tokenizer.config.to_dict():
+    if pipeline.tokenizer.omits_depths:
         decoded[-1:] = pipeline.decode(drawn[-1:], depth=1)
         drawn[-1, ..., 1:] = -1
     expected = ImageOutput(tokenizer.config.pixel_range)(tokenizer.decode(torch.from_numpy(drawn))).numpy()
 
-    images = np.concatenate([expected, _smooth_images(pipeline.side, rng)])
+    images = np.concatenate([expected, _smooth_images(pipeline.image_shape[0], rng)])
     codes = torch.from_numpy(pipeline.encode(images))
     x = ImageInput(tokenizer.config.pixel_range)(torch.from_numpy(images))
     agreement = (codes == tokenizer.encode(x)).float().mean()

@@ -1,6 +1,5 @@
-"""Recipes: how long and how fast each preset is trained."""
+"""How long and how fast a preset is trained."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from vqdeploy.config import Config
@@ -36,27 +35,3 @@ class Recipe(Config):
         for name in ("steps", "prior_steps", "classifier_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise VqdeployError(f"{name} is too small", expected="1 or more", found=getattr(self, name))
-
-
-_TINY = Recipe(
-    steps=800,
-    prior_steps=1500,
-    classifier_steps=500,
-    batch_size=64,
-    learning_rate=2e-3,
-    prior_learning_rate=2e-3,
-    soft_temperature=0.03,
-    stored_dtype="float16",
-)
-_RECIPES = {
-    ("rqvae", "tiny"): _TINY,
-    ("movq", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=1e-3),
-    ("vitvqgan", "tiny"): dataclasses.replace(_TINY, steps=1000, learning_rate=1e-3, prior_learning_rate=1e-3),
-    ("vqgan", "tiny"): dataclasses.replace(_TINY, prior_learning_rate=1e-3),
-    ("vqvae2", "tiny"): dataclasses.replace(_TINY, prior_steps=3000, prior_learning_rate=3e-3),
-}
-
-
-def recipe(model: str, preset: str) -> Recipe:
-    """The recipe of a preset of a model."""
-    return _RECIPES.get((model, preset), Recipe())

@@ -1,0 +1,81 @@
+"""Codes of an image as arrays: one map [h, w, Q], or the maps of several levels in a row [N]."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vqdeploy.runtime.noise import gumbel
+
+_MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`maps` are height, width and depth Q of each code map, coarse to fine."""
+
+    maps: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the codes of one image: rows, columns and depth; or the number of codes of all maps."""
+        return self.maps[0] if len(self.maps) == 1 else (sum(map(math.prod, self.maps)),)
+
+    @property
+    def depth(self) -> int:
+        """Number of sampling options that may differ: one for each depth of a single map, or for each of several."""
+        return self.maps[0][2] if len(self.maps) == 1 else len(self.maps)
+
+    def split(self, codes: np.ndarray) -> list[np.ndarray]:
+        """Codes [B, *shape] -> each map [B, h, w, Q]."""
+        ends = np.cumsum([math.prod(each) for each in self.maps])
+        parts = np.split(codes.reshape(len(codes), -1), ends[:-1], 1)
+        return [part.reshape(-1, *each) for part, each in zip(parts, self.maps, strict=True)]
+
+    def join(self, maps: Iterable[np.ndarray]) -> np.ndarray:
+        """Each map [B, h, w, Q] -> codes [B, *shape]."""
+        joined = np.concatenate([part.reshape(len(part), -1) for part in maps], 1)
+        return joined.reshape(-1, *self.shape)
+
+    def enlarged(self, codes: np.ndarray) -> list[np.ndarray]:
+        """Codes [B, *shape] -> each map, all as large as the last."""
+        maps = self.split(codes)
+        height, width = maps[-1].shape[1:3]
+        return [part.repeat(height // part.shape[1], 1).repeat(width // part.shape[2], 2) for part in maps]
+
+    def masked(self, mask: np.ndarray, raster: bool) -> np.ndarray:
+        """The codes to draw [B, *shape], where pixels are unknown [B, H, W].
+
+        With `raster`, as a prior draws that goes from the top left to the bottom right: in each map everything from the
+        first row on that the mask touches.
+        """
+        cells = [cells_of(mask, *each[:2]) for each in self.maps]
+        if raster:
+            cells = [_from_first_row(part) for part in cells]
+        return self.join(np.repeat(part[..., None], each[2], -1) for part, each in zip(cells, self.maps, strict=True))
+
+    def share(self, ratio: float, raster: bool, images: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
+        """A share of the codes of each image [B, *shape], chosen at random by the seed.
+
+        With `raster` the rows at the bottom of each map instead.
+        """
+        if raster:
+            rows = (np.arange(each[0]) >= int(each[0] * (1 - ratio) + 1e-9) for each in self.maps)
+            maps = (np.broadcast_to(r[None, :, None, None], (1, *m)) for r, m in zip(rows, self.maps, strict=True))
+            return np.repeat(self.join(maps), len(images), 0)
+        noise = np.empty((len(images), math.prod(self.shape)), np.float32)
+        gumbel([(seed, int(image), _MASK_DRAW) for image in images], noise)
+        ranks = noise.argsort(1).argsort(1)
+        return (ranks < round(ratio * ranks.shape[1])).reshape(-1, *self.shape)
+
+
+def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Which cells of a grid [B, height, width] a mask of pixels [B, H, W] touches."""
+    pixels = mask.reshape(len(mask), height, mask.shape[1] // height, width, -1)
+    return np.logical_or.reduce(pixels, (2, 4))
+
+
+def _from_first_row(cells: np.ndarray) -> np.ndarray:
+    rows = np.maximum.accumulate(cells.any(2), axis=1)
+    return np.broadcast_to(rows[:, :, None], cells.shape)

@@ -1,0 +1,54 @@
+"""Losses of priors: a system, images in its pixel range and labels -> a scalar; see `vqdeploy.systems.Loss`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqdeploy.systems.recipe import Recipe
+from vqdeploy.systems.system import System
+
+
+def soft_target_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy with soft targets on drawn codes (RQ-VAE, section 3.3)."""
+    codes, targets = system.tokenizer.soft_codes(x, recipe.soft_temperature)
+    return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), targets.flatten(0, -2))
+
+
+def masked_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy with smoothed labels on masked codes (MaskGIT, section 3.1).
+
+    The masked share of each image follows the cosine schedule at a random place. In training some labels are dropped,
+    so that the prior can guide itself (Ho and Salimans, 2022).
+    """
+    config = system.config.prior
+    with torch.no_grad():
+        codes = system.tokenizer.encode(x)
+    cells = codes[0].numel()
+    shares = torch.cos(torch.pi / 2 * torch.rand(len(codes), device=codes.device))
+    ranks = torch.rand(len(codes), cells, device=codes.device).argsort(1).argsort(1)
+    masked = (ranks < (shares * cells).ceil()[:, None]).view_as(codes)
+    if training:
+        labels = _drop_some(labels, recipe.label_dropout, none=config.classes)
+    logits = system.prior.logits(codes.masked_fill(masked, config.codebook_size), labels)
+    return F.cross_entropy(logits[masked], codes[masked], label_smoothing=recipe.label_smoothing)
+
+
+def next_code_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy of each code given those before it; in training some labels are dropped, as in `masked_loss`."""
+    with torch.no_grad():
+        codes = system.tokenizer.encode(x)
+    if training:
+        labels = _drop_some(labels, recipe.label_dropout, none=system.config.prior.classes)
+    return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), codes.flatten())
+
+
+def level_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Cross entropy of each code given those before it, averaged over each level and summed over the levels."""
+    with torch.no_grad():
+        codes = system.tokenizer.encode(x)
+    losses = F.cross_entropy(system.prior.logits(codes, labels).transpose(1, 2), codes, reduction="none")  # [B, N]
+    return torch.stack([level.mean() for level in system.tokenizer.depths(losses)]).sum()
+
+
+def _drop_some(labels: Tensor, share: float, none: int) -> Tensor:
+    return labels.masked_fill(torch.rand(len(labels), device=labels.device) < share, none)

@@ -1,0 +1,79 @@
+"""MoVQ with MaskGIT."""
+
+import dataclasses
+from typing import Any
+
+from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
+from vqdeploy.models.conv import ConvConfig
+from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
+from vqdeploy.models.movq import MoVQ, MoVQConfig
+from vqdeploy.systems import tiny
+from vqdeploy.systems.losses import masked_loss
+from vqdeploy.systems.system import Definition, MaskedSampling, SystemConfig
+from vqdeploy.systems.vqgan import published_vqgan
+
+
+def _preset(
+    preset: str,
+    tokenizer: MoVQConfig,
+    prior: MaskGITConfig | None = None,
+    sampling: MaskedSampling = MaskedSampling(),
+    labels: tuple[str, ...] = (),
+) -> SystemConfig:
+    return SystemConfig("movq", preset, tokenizer, prior, labels, sampling)
+
+
+def _published(channels: int = 128, res_blocks: int = 2) -> MoVQConfig:
+    conv = ConvConfig(256, channels, (1, 2, 2, 4), res_blocks, attention_resolutions=(32,), latent_channels=4)
+    return MoVQConfig(conv, codebook_size=16384, code_dim=4, groups=1)
+
+
+_HALTON = MaskGITConfig((24, 24, 1), 16384, width=1024, layers=24, heads=16, adaptive=True)
+_LLAMAGEN = MoVQConfig(
+    ConvConfig(384, attention_resolutions=(24,)), 16384, 8, groups=1, modulation=False, metric="cosine"
+)
+
+# Sizes of ai-forever/MoVQGAN, CompVis/taming-transformers, valeoai/Halton-MaskGIT with the tokenizer of
+# FoundationVision/LlamaGen, and of the MoVQ paper as far as it gives them.
+_PRESETS = [
+    _preset(
+        "tiny",
+        MoVQConfig(tiny.CONV, codebook_size=128, code_dim=32),
+        MaskGITConfig((8, 8, 4), 128, width=128, layers=6, heads=4, classes=10),
+        MaskedSampling(steps=8, guidance_scale=2.0),
+        labels=tiny.LABELS,
+    ),
+    _preset("bench", MoVQConfig(), MaskGITConfig()),
+    _preset("paper", MoVQConfig(), MaskGITConfig(width=1024, layers=24, heads=16)),
+    _preset("67m", _published()),
+    _preset("102m", _published(res_blocks=4)),
+    _preset("270m", _published(channels=256)),
+    _preset("vqgan-f16-1024", published_vqgan(1024)),
+    _preset("vqgan-f16-16384", published_vqgan(16384)),
+    _preset("halton-large", _LLAMAGEN, _HALTON, MaskedSampling(steps=32, schedule="halton", guidance_scale=3.0)),
+]
+
+
+def _make_prior(config: MaskGITConfig, tokenizer: MoVQ) -> MaskGIT | AdaptiveMaskGIT:
+    return AdaptiveMaskGIT(config) if config.adaptive else MaskGIT(config)
+
+
+def _stages(prior: Any, precision: str) -> list[Any]:
+    from vqdeploy.export import maskgit
+
+    return maskgit.stages(prior)
+
+
+SYSTEM = Definition(
+    name="movq",
+    kind="masked",
+    tokenizer=MoVQ,
+    tokenizer_config=MoVQConfig,
+    prior=_make_prior,
+    prior_config=MaskGITConfig,
+    sampling=MaskedSampling,
+    loss=masked_loss,
+    stages=_stages,
+    presets={config.preset: config for config in _PRESETS},
+    recipes={"tiny": dataclasses.replace(tiny.RECIPE, prior_steps=3000, prior_learning_rate=1e-3)},
+)
