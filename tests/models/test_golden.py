@@ -137,7 +137,7 @@ def test_adaptive_maskgit():
             layers=config["depth"],
             heads=config["heads"],
             classes=config["nclass"],
-            adaptive=True,
+            network="adaptive",
         )
     ).eval()
     model.load_state_dict(state)

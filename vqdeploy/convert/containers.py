@@ -302,7 +302,7 @@ def _msgpack(file: Path) -> Weights:
         raise VqdeployError(f"{file} is msgpack", fix="pip install msgpack") from error
     try:
         data = file.read_bytes()
-        tree = msgpack.unpackb(data, ext_hook=_flax_array, raw=False, strict_map_key=False, max_buffer_size=len(data))
+        tree = msgpack.unpackb(data, ext_hook=_flax_array, raw=False, strict_map_key=False)
     except (ValueError, TypeError, RecursionError, MemoryError, msgpack.exceptions.UnpackException) as error:
         raise ArtifactError(f"{file} is damaged ({error})") from error
     weights: Weights = {}

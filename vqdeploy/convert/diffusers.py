@@ -6,7 +6,7 @@ from typing import Any
 
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import read_conv
-from vqdeploy.convert.parts import Part, check, fit, learned, shape, whole
+from vqdeploy.convert.parts import Part, check, fit, learned, shape, take, whole
 from vqdeploy.errors import ArtifactError
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 
@@ -77,7 +77,7 @@ def tokenizer(source: Source) -> Part:
     # The pipelines of the models that look codes up (aMUSEd, Meissonic) take pixels in [0, 1].
     pixels = (0.0, 1.0) if declared.get("lookup_from_codebook") else (-1.0, 1.0)
     config = MoVQConfig(conv, codes, dim, groups=1, modulation=modulation, pixel_range=pixels)
-    given = learned(source.weights.pop("quantize.embedding.weight"))
+    given = learned(take(source, "quantize.embedding.weight"))
     weights = fit(source, lambda: MoVQ(config), public, given)
     notes = [f"pixels inside the model are in [{pixels[0]:g}, {pixels[1]:g}]"]
     if not declared:

@@ -1,10 +1,9 @@
 """thuanz123/enhancing-transformers: ViT-VQGAN and its GPT."""
 
-import math
 import re
 
 from vqdeploy.convert.containers import Source
-from vqdeploy.convert.parts import Part, check, count, fit, learned, need, section, shape, submodel, whole
+from vqdeploy.convert.parts import Part, check, count, fit, learned, need, section, shape, square, submodel, take, whole
 from vqdeploy.errors import ArtifactError
 from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.vitvqgan import HEAD_DIM, ViTConfig, ViTVQGAN, ViTVQGANConfig
@@ -18,10 +17,8 @@ def tokenizer(source: Source) -> Part:
     if any(key.startswith("stage1_model.") for key in source.weights):
         source = submodel(source, "stage1_model.", "stage1")
     declared = section(source.config, "image_size", "patch_size")
-    positions, patch = shape(source, "encoder.en_pos_embedding")[1], shape(source, "encoder.to_patch_embedding.0.weight")[2]
-    side = math.isqrt(positions)
-    if side * side != positions:
-        raise ArtifactError(f"the images of {source.path} are not square, which is not supported", found=positions)
+    side = square(source, shape(source, "encoder.en_pos_embedding")[1])
+    patch = shape(source, "encoder.to_patch_embedding.0.weight")[2]
     if section(source.config, "use_residual").get("use_residual"):
         raise ArtifactError(f"{source.path} quantizes residually, which is not supported")
     codes, dim = shape(source, "quantizer.embedding.weight")
@@ -37,7 +34,7 @@ def tokenizer(source: Source) -> Part:
         {"image_size": side * patch, "patch_size": patch, "n_embed": codes, "embed_dim": dim},
     )
     config = ViTVQGANConfig(side * patch, patch, _vit(source, "encoder"), _vit(source, "decoder"), codes, dim)
-    given = learned(source.weights.pop("quantizer.embedding.weight"))
+    given = learned(take(source, "quantizer.embedding.weight"))
     weights = fit(source, lambda: ViTVQGAN(config), lambda ours: ours, given, r"^loss\.")
     return Part("vitvqgan", config, weights)
 
@@ -52,15 +49,14 @@ def _vit(source: Source, name: str) -> ViTConfig:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """The GPT. Its condition has a table of its own, whose last row stands for none here."""
+    """The GPT. Its condition has a table of its own, without a row for none."""
     (source,) = sources
     if any(key.startswith("transformer.") for key in source.weights):
         source = submodel(source, "transformer.", "transformer")
     declared = section(source.config, "n_heads")
     grid, size = tokenizer.config.grid, tokenizer.config.codebook_size
-    condition = shape(source, "pos_emb_cond")[1]
-    if condition != 1:
-        raise ArtifactError(f"the prior in {source.path} has a condition of several tokens", expected=1, found=condition)
+    if (length := shape(source, "pos_emb_cond")[1]) != 1:
+        raise ArtifactError(f"the condition of the prior in {source.path} is too long", expected=1, found=length)
     classes, width = shape(source, "tok_emb_cond.weight")
     check(
         source,

@@ -11,14 +11,25 @@ import torch
 from torch import Tensor
 
 from vqdeploy import checkpoint
-from vqdeploy.convert import containers, diffusers, movqgan, taming
+from vqdeploy.convert import (
+    containers,
+    diffusers,
+    emu3,
+    enhancing_transformers,
+    llamagen,
+    maskgit_jax,
+    maskgit_pytorch,
+    movqgan,
+    rq_vae_transformer,
+    taming,
+    vq_vae_2,
+)
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import refuse_what_has_no_codes
 from vqdeploy.convert.parts import Part
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json, replacing_folder, write_json
-from vqdeploy.systems import SystemConfig
-from vqdeploy.systems.system import architecture
+from vqdeploy.systems import SystemConfig, definition
 
 PRESET = "imported"
 """The preset of every imported system."""
@@ -35,7 +46,24 @@ class Format:
 
 
 FORMATS = {  # the first that fits is taken, so those with more particular signs come first
+    "emu3": Format(emu3.tokenizer, emu3.TOKENIZER),
     "movqgan": Format(movqgan.tokenizer, movqgan.TOKENIZER),
+    "rq-vae-transformer": Format(
+        rq_vae_transformer.tokenizer,
+        rq_vae_transformer.TOKENIZER,
+        rq_vae_transformer.prior,
+        rq_vae_transformer.PRIOR,
+    ),
+    "maskgit-jax": Format(maskgit_jax.tokenizer, maskgit_jax.TOKENIZER, maskgit_jax.prior, maskgit_jax.PRIOR),
+    "maskgit-pytorch": Format(prior=maskgit_pytorch.prior, prior_sign=maskgit_pytorch.PRIOR),
+    "enhancing-transformers": Format(
+        enhancing_transformers.tokenizer,
+        enhancing_transformers.TOKENIZER,
+        enhancing_transformers.prior,
+        enhancing_transformers.PRIOR,
+    ),
+    "vq-vae-2": Format(vq_vae_2.tokenizer, vq_vae_2.TOKENIZER, vq_vae_2.prior, vq_vae_2.PRIOR),
+    "llamagen": Format(llamagen.tokenizer, llamagen.TOKENIZER),
     "diffusers": Format(diffusers.tokenizer, diffusers.TOKENIZER),
     "taming": Format(taming.tokenizer, taming.TOKENIZER, taming.prior, taming.PRIOR),
 }
@@ -153,9 +181,8 @@ def _labels(file: Path) -> tuple[str, ...]:
 
 def _system(tokenizer: Part, prior: Part | None, labels: tuple[str, ...]) -> SystemConfig:
     model = prior.model if prior else tokenizer.model
-    config = SystemConfig(
-        model, PRESET, tokenizer.config, prior.config if prior else None, labels, architecture(model).sampling()
-    )
+    sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})
+    config = SystemConfig(model, PRESET, tokenizer.config, prior.config if prior else None, labels, sampling)
     if labels and (prior is None or prior.config.classes != len(labels)):
         expected = prior.config.classes if prior else "none, for there is no prior"
         raise VqdeployError("the labels are not those of the prior", expected=expected, found=len(labels))

@@ -1,8 +1,9 @@
 """From weights under public names to a part of ours: each of our names asks for one, and nothing may be left over."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,12 +17,21 @@ _SHOWN = 3  # names in an error
 
 @dataclass(frozen=True)
 class Part:
-    """A tokenizer or a prior: its system, its configuration, its state_dict, and what to tell the user."""
+    """A tokenizer or a prior of ours.
+
+    Attributes:
+        model: The system that it belongs to.
+        config: Its configuration.
+        weights: Its state_dict.
+        notes: What to tell the user.
+        sampling: Options that its publishers sampled with.
+    """
 
     model: str
     config: Any
     weights: Weights
     notes: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 def fit(
@@ -188,3 +198,25 @@ def shape(source: Source, key: str) -> list[int]:
     if key not in source.weights:
         raise ArtifactError(f"{source.path} lacks {key}")
     return list(source.weights[key].shape)
+
+
+def take(source: Source, key: str) -> Tensor:
+    """A weight, which leaves the source.
+
+    Raises:
+        ArtifactError: It is not there.
+    """
+    shape(source, key)
+    return source.weights.pop(key)
+
+
+def square(source: Source, positions: int) -> int:
+    """The side of a square map of so many positions.
+
+    Raises:
+        ArtifactError: The map is not square.
+    """
+    side = math.isqrt(max(positions, 0))
+    if not side or side * side != positions:
+        raise ArtifactError(f"the map of codes in {source.path} is not square, which is not supported", found=positions)
+    return side

@@ -1,7 +1,6 @@
 """kakaobrain/rq-vae-transformer: RQ-VAE and RQ-Transformer, each a folder of `model.pt` and `config.yaml`."""
 
-import re
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -90,13 +89,16 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
         shape(source, "pos_emb_cond")[1],
     )
     weights = fit(source, lambda: RQTransformer(config, torch.empty(codes, dim)), lambda ours: ours)
-    return Part("rqvae", config, weights, _sampling_note(source))
+    return Part("rqvae", config, weights, sampling=_sampling(source, codes))
 
 
-def _sampling_note(source: Source) -> tuple[str, ...]:
-    """What the publishers sampled with; it is for the user to set."""
-    found: Mapping[str, object] = section(source.config, "top_k", "top_p")
-    if not found:
-        return ()
-    options = ", ".join(f"{key} {found[key]}" for key in ("temp", "top_k", "top_p") if key in found)
-    return (f"its publishers sample with {re.sub(r'[^ -~]', '', options)}",)
+def _sampling(source: Source, codes: int) -> dict[str, Any]:
+    """What the publishers sampled with, where the configuration says so."""
+    given = section(source.config, "top_k", "top_p")
+    options: dict[str, Any] = {}
+    for key, ours in (("temp", "temperature"), ("top_p", "top_p")):
+        if isinstance(given.get(key), int | float):
+            options[ours] = float(given[key])
+    if isinstance(given.get("top_k"), int):
+        options["top_k"] = given["top_k"] if given["top_k"] < codes else 0
+    return options

@@ -11,7 +11,7 @@ import torch
 
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import NO_SIZE, averaged, check_ddconfig, read_conv
-from vqdeploy.convert.parts import Part, check, count, fit, learned, need, section, shape, submodel, whole
+from vqdeploy.convert.parts import Part, check, count, fit, learned, need, section, shape, submodel, take, whole
 from vqdeploy.errors import ArtifactError
 from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
@@ -66,7 +66,7 @@ def convolutional(
         {"n_embed": codes, "embed_dim": dim},
     )
     config = MoVQConfig(conv, codes, dim, groups=1, modulation=modulation, gumbel=gumbel)
-    given = {} if gumbel else learned(source.weights.pop(public("quantizer.codebook")))
+    given = {} if gumbel else learned(take(source, public("quantizer.codebook")))
     weights = fit(source, lambda: MoVQ(config), public, given, _LEFT_OVER)
     return Part(model, config, weights, notes if resolution else (*notes, NO_SIZE))
 

@@ -49,6 +49,8 @@ class MoVQConfig(Config):
 class MoVQ(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
+    any_size = True
+
     def __init__(self, config: MoVQConfig):
         super().__init__()
         self.config = config

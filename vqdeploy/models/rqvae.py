@@ -42,6 +42,8 @@ class RQVAE(Tokenizer):
 
     omits_depths = True
 
+    any_size = True
+
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config
