@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all, widened
 from vqdeploy.export.stage import Dimension, Stage
-from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.maskgit import MaskGIT, unmask
 
 
@@ -87,7 +86,7 @@ class Step(nn.Module):
         return *unmask(guided, given, noise, choice_noise, masked, *options), guided
 
 
-def stages(prior: MaskGIT | AdaptiveMaskGIT) -> list[Stage]:
+def stages(prior: Any) -> list[Stage]:
     """The graph of a prior."""
     grid, size = prior.config.grid, prior.config.codebook_size
     per_code = (2, grid[-1])

@@ -177,6 +177,9 @@ def export(
         str, typer.Option("--dtype", "--precision", help="Precision of the graphs: fp32 or fp16.")
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
+    image_size: Annotated[
+        str | None, typer.Option(help="512, or height x width as 384x640, for tokenizers of convolutions.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the package with PyTorch.")] = True,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; MODEL-onnx when left out.")] = None,
     as_json: Json = False,
@@ -187,7 +190,7 @@ def export(
     system = _system(model, preset, checkpoint)
     folder = output or Path(f"{system.config.model}-onnx")
     with _progress("exporting") as progress:
-        export_package(system, folder, dtype, opset, progress)
+        export_package(system, folder, dtype, opset, progress, _size(image_size))
     result: dict[str, Any] = {"package": str(folder)}
     if verify:
         from vqdeploy.verify import table, verify_package
@@ -198,6 +201,16 @@ def export(
     _finish(result, as_json, str(folder))
     if verify and not report["passed"]:
         raise typer.Exit(1)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Height and width: `512` or `384x640`."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
+        raise VqdeployError("--image-size is malformed", expected="512 or 384x640", found=text)
+    return int(parts[0]), int(parts[-1])
 
 
 @app.command()

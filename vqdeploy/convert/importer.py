@@ -119,7 +119,7 @@ def import_checkpoint(
         read_prior = FORMATS[formats[1]].prior
         assert read_prior is not None  # noqa: S101
         prior = read_prior(sources, own)
-    config = _system(own, prior, _labels(labels) if labels else ())
+    config = _system(own, prior, _labels(labels) if labels else (), formats)
     provenance = {
         "formats": formats,
         "files": [{"file": s.path.name, "taken": s.taken, "bytes": s.path.stat().st_size} for s in [source, *sources]],
@@ -179,10 +179,11 @@ def _labels(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _system(tokenizer: Part, prior: Part | None, labels: tuple[str, ...]) -> SystemConfig:
+def _system(tokenizer: Part, prior: Part | None, labels: tuple[str, ...], formats: Sequence[str]) -> SystemConfig:
     model = prior.model if prior else tokenizer.model
+    source = " and ".join(dict.fromkeys(formats))
     sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})
-    config = SystemConfig(model, PRESET, tokenizer.config, prior.config if prior else None, labels, sampling)
+    config = SystemConfig(model, PRESET, tokenizer.config, prior.config if prior else None, labels, sampling, source)
     if labels and (prior is None or prior.config.classes != len(labels)):
         expected = prior.config.classes if prior else "none, for there is no prior"
         raise VqdeployError("the labels are not those of the prior", expected=expected, found=len(labels))
