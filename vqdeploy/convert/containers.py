@@ -1,12 +1,10 @@
 """Files of weights as others write them: safetensors, PyTorch's pickles, flax's msgpack, and their configurations.
 
-Every file is data: nothing in it is imported or called. Of a pickle, `torch.load(weights_only=True)` is tried first,
-and where it refuses, `vqdeploy.convert.pickles`. What a file is is read off its first bytes, and not off its name.
+Every file is data: nothing in it is imported or called. What it is is read off its first bytes, and not off its name.
 """
 
 import json
 import mmap
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -42,6 +40,7 @@ _RAW = ("state_dict", "model_state_dict", "model", "module", "net", "params", "g
 _OTHERS = re.compile(r"optim|lr_sched|scheduler|discriminator|disc$|scaler|callbacks|loops|lpips|^loss|hyper_param")
 _WRAPPERS = ("module.", "_forward_module.", "model.")
 _LARGEST_CONFIG = 1 << 20  # bytes
+_DEEPEST = 64  # dictionaries in one another
 
 
 @dataclass
@@ -172,9 +171,6 @@ def _zipped(file: Path) -> Any:
             member = next((name for name in names if name.endswith("data.pkl")), None)
             if member is None:
                 raise ArtifactError(f"{file} is an archive without weights of PyTorch")
-            loaded = _weights_only(file, True)
-            if loaded is not None:
-                return loaded
             with archive.open(member) as stream, _Archive(file, archive, member.removesuffix("data.pkl")) as storages:
                 return _without_modules(file, pickles.load(stream, storages))
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
@@ -184,9 +180,6 @@ def _zipped(file: Path) -> Any:
 
 
 def _pickled(file: Path) -> Any:
-    loaded = _weights_only(file, False)
-    if loaded is not None:
-        return loaded
     try:
         with file.open("rb") as stream:
             return _without_modules(file, _legacy(stream, file.stat().st_size))
@@ -197,23 +190,6 @@ def _pickled(file: Path) -> Any:
 def _of(file: Path, error: ArtifactError) -> ArtifactError:
     text = str(error).removesuffix(".")
     return error if str(file) in text else ArtifactError(f"{file} cannot be read: {text}")
-
-
-def _weights_only(file: Path, mapped: bool) -> Any:
-    """What PyTorch reads as weights alone; None where it refuses."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        IndexError,
-    ):
-        return None
 
 
 class _Archive:
@@ -387,7 +363,7 @@ def _last(name: str) -> str:
 
 def _dictionaries(tree: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Weights]]:
     """All dictionaries that are mostly tensors, by the path to them."""
-    if not isinstance(tree, dict) or id(tree) in seen:
+    if not isinstance(tree, dict) or id(tree) in seen or name.count("/") > _DEEPEST:
         return
     seen.add(id(tree))
     tensors = {key: value.data for key, value in tree.items() if isinstance(key, str) and isinstance(value, Tensor)}

@@ -1,7 +1,8 @@
 """Pickles as data: nothing that a file names is imported or called.
 
 `torch.load(weights_only=True)` refuses most training checkpoints, because somewhere beside the weights lies an object
-of a class that it does not know. The weights never need that object. So this reader runs the opcodes of a pickle on a
+of a class that it does not know; the weights never need that object. And a key that is a deep enough tuple ends the
+process (torch 2.13). So this reader, which takes all that `weights_only=True` takes, runs the opcodes of a pickle on a
 stack of its own: tensors, numpy arrays and plain containers are rebuilt here; every other class becomes a `StandIn`.
 """
 
@@ -352,6 +353,12 @@ def _array(state: Any) -> np.ndarray:
     return flat.reshape(shape, order="F" if columns_first else "C")
 
 
+def _buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
+    array = _Array()
+    array.value = _array((1, shape, dtype, order == "F", bytes(data)))
+    return array
+
+
 def _scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype.value)[0].item() if isinstance(dtype, _Dtype) else StandIn("numpy.scalar", data)
 
@@ -369,6 +376,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _Dtype,
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
     "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _buffer,
     "_codecs.encode": _bytes,
 }
 
