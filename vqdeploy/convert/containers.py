@@ -279,7 +279,7 @@ def _msgpack(file: Path) -> Weights:
     try:
         data = file.read_bytes()
         tree = msgpack.unpackb(data, ext_hook=_flax_array, raw=False, strict_map_key=False)
-    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, RuntimeError, MemoryError, msgpack.exceptions.UnpackException) as error:
         raise ArtifactError(f"{file} is damaged ({error})") from error
     weights: Weights = {}
 
@@ -323,9 +323,8 @@ def _flax_array(code: int, data: bytes) -> Any:
         dtype = dtype.decode()
     if dtype not in _FLAX_DTYPES:
         raise ValueError(f"{dtype} is no type of weights")
-    if not buffer:
-        return torch.empty(list(shape), dtype=_FLAX_DTYPES[dtype])
-    return torch.frombuffer(bytearray(buffer), dtype=_FLAX_DTYPES[dtype]).reshape(list(shape))
+    flat = torch.frombuffer(bytearray(buffer), dtype=_FLAX_DTYPES[dtype]) if buffer else torch.empty(0)
+    return flat.reshape(list(shape))
 
 
 # Weights in a tree

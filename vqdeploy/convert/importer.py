@@ -136,10 +136,10 @@ def import_checkpoint(
 
 
 def _format(source: Source, kind: str, name: str | None) -> str:
-    """The format of a file: the named one if the file is one of it, else the first that fits."""
+    """The format of a file, which is the first that fits; another may be named only where that has no such files."""
     fitting = [key for key, known in FORMATS.items() if _matches(source, getattr(known, f"{kind}_sign"))]
-    if name in fitting:
-        return name
+    if fitting[:1] == [name]:
+        return fitting[0]
     if name is None or getattr(FORMATS[name], kind) is None:
         if fitting:
             return fitting[0]
@@ -210,7 +210,9 @@ def _stream(weights: dict[str, Tensor], file: Path) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for weight in weights.values():
+        for name, weight in weights.items():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise ArtifactError(f"{name} is not finite in these weights")
             flat = weight.detach().contiguous().view(-1)
             stream.write(flat.view(torch.uint8).numpy().data)
 

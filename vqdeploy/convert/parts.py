@@ -53,7 +53,7 @@ def fit(
         ignored: Pattern of public names that nothing asks for, and that are known to be no weights of the model.
 
     Raises:
-        ArtifactError: Weights are missing, left over, of the wrong shape, or not finite.
+        ArtifactError: Weights are missing, left over, or of the wrong shape.
     """
     with torch.device("meta"):
         expected = make().state_dict()
@@ -88,8 +88,6 @@ def _shaped(source: Source, key: str, weight: Tensor, meta: Tensor) -> Tensor:
         raise ArtifactError(
             f"{key} in {source.path} has the wrong shape", expected=list(meta.shape), found=list(weight.shape)
         )
-    if weight.is_floating_point() and not weight.isfinite().all():
-        raise ArtifactError(f"{key} in {source.path} is not finite")
     return weight.reshape(meta.shape)
 
 

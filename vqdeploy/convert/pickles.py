@@ -281,7 +281,11 @@ class _Machine:
             raise ValueError(f"state is given to a {type(target).__name__}")
 
     def _binpersid(self) -> None:
-        kind, storage_type, key, _, size, *view = self.pop()
+        persistent = self.pop()
+        if isinstance(persistent, tuple) and len(persistent) == 4 and persistent[0] == "module":
+            self.stack.append(persistent[1])  # a class, with its source
+            return
+        kind, storage_type, key, _, size, *view = persistent
         if kind != "storage" or self.storage is None or any(part is not None for part in view):
             raise ValueError("it holds what is no storage of a tensor")
         self.stack.append(self.storage(str(key), _storage_dtype(storage_type), size))

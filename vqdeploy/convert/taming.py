@@ -16,7 +16,7 @@ from vqdeploy.errors import ArtifactError
 from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 
-TOKENIZER = r"(first_stage_model\.)?(encoder\.down\.0\.block\.0\.norm1\.weight|quantize\.(embedding|embed)\.weight)"
+TOKENIZER = r"(first_stage_model\.)?encoder\.down\.0\.block\.0\.norm1\.weight"
 PRIOR = r"transformer\.(blocks\.0\.attn\.key|tok_emb|ln_f)\.weight"
 
 _LEFT_OVER = r"^loss\.|^colorize$|^(model_)?ema[._]|^scale_factor$|^quantize\.used$|num_batches_tracked$"
