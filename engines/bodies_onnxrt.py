@@ -194,6 +194,21 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     if heads:
         _use_prefix_attention(graph, heads)
+    _keep_called(model)
+
+
+def _keep_called(model: onnx.ModelProto) -> None:
+    """Drops the functions that no node calls any more: a plan's graph holds none such."""
+    functions = {function.name: function for function in model.functions}
+    called: dict[str, onnx.FunctionProto] = {}
+    waiting = [node.op_type for node in model.graph.node if node.domain == "vqdeploy"]
+    while waiting:
+        name = waiting.pop()
+        if name not in called:
+            called[name] = functions[name]
+            waiting += [node.op_type for node in functions[name].node if node.domain == "vqdeploy"]
+    del model.functions[:]
+    model.functions.extend(called.values())
 
 
 def _whole_blocks(graph: onnx.GraphProto) -> bool:

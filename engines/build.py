@@ -3,16 +3,24 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
-from vqdeploy.engines import onnxrt, package, tensorrt
-from vqdeploy.engines.plugin import MODES, obstacle
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.engines import package
+from vqdeploy.engines.builder import Builder, Options
+from vqdeploy.engines.onnxrt import OnnxrtBuilder
+from vqdeploy.engines.plugin import MODES
+from vqdeploy.engines.tensorrt import TensorrtBuilder
+from vqdeploy.errors import VqdeployError
 from vqdeploy.files import temporary_folder
 from vqdeploy.runtime import bundle
-from vqdeploy.runtime.backends import BACKENDS
-from vqdeploy.runtime.manifest import WEIGHTS, Manifest, SizeRange, StageInfo
+from vqdeploy.runtime.manifest import WEIGHTS, Manifest, SizeRange
+
+BUILDERS: dict[str, Builder] = {
+    "onnxrt": OnnxrtBuilder(),
+    "tensorrt": TensorrtBuilder("tensorrt"),
+    "tensorrt-rtx": TensorrtBuilder("tensorrt-rtx"),
+}
+"""Backend -> what builds for it. A new backend is a new row here and one in `vqdeploy.runtime.backends`."""
 
 DEVICES = ("cpu", "cuda")
 
@@ -34,7 +42,7 @@ def build(
     Args:
         folder: The ONNX package.
         plan: The file to write.
-        backend: One of `BACKENDS`.
+        backend: One of `BUILDERS`.
         batch: Batch sizes that the plan accepts.
         progress: Told the name of each stage as its build begins.
         portable: For `onnxrt`: keep the package's own function bodies, to test those.
@@ -47,36 +55,28 @@ def build(
         VqdeployError: A library is missing, a size is wrong, or the file cannot be written.
         ArtifactError: The package is damaged, or the builder failed.
     """
-    if backend not in BACKENDS:
-        raise VqdeployError(f"there is no backend {backend!r}", expected=" or ".join(BACKENDS), found=backend)
     if not 1 <= batch.min <= batch.usual <= batch.max:
         sizes = f"{batch.min}, {batch.usual}, {batch.max}"
         raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
-    if plugin not in MODES:
-        raise VqdeployError(f"there is no plugin mode {plugin!r}", expected=" or ".join(MODES), found=plugin)
-    if device not in DEVICES:
-        raise VqdeployError(f"there is no device {device!r}", expected=" or ".join(DEVICES), found=device)
+    for kind, choice, choices in (
+        ("backend", backend, BUILDERS),
+        ("plugin mode", plugin, MODES),
+        ("device", device, DEVICES),
+    ):
+        if choice not in choices:
+            raise VqdeployError(f"there is no {kind} {choice!r}", expected=" or ".join(choices), found=choice)
     manifest = package.read(folder)
-    library = version("onnx") if backend == "onnxrt" else tensorrt.check(backend)
-    builder = f"{'onnx' if backend == 'onnxrt' else backend} {library}"
-    if plugin != "off" and (reason := obstacle(backend, library)):
-        if plugin == "on":
-            raise VqdeployError(f"the plan can have no plugin: {reason}", fix="vqdeploy build --plugin off")
-        plugin = "off"
-    targets = tensorrt.targets(backend) if backend != "onnxrt" else ("cuda",) if device == "cuda" else ()
+    stages = [dataclasses.replace(stage, dims=_with_batch(stage.dims, batch)) for stage in manifest.stages]
     with temporary_folder(plan) as scratch:
-        files, stages = [], []
-        for stage in manifest.stages:
-            progress(stage.name)
-            files.append(
-                _build_stage(backend, manifest, stage, folder, scratch, batch, portable or device == "cuda", plugin)
-            )
-            kept = stage.weights if backend == "onnxrt" else ()
-            nodes = tensorrt.plugin_nodes(files[-1])
-            dims = stage.dims | {"batch": batch}
-            stages.append(dataclasses.replace(stage, file=files[-1].name, weights=kept, plugins=nodes, dims=dims))
+        options = Options(portable, plugin, device)
+        built = BUILDERS[backend].build(stages, folder, scratch, options, progress)
+        stages = [
+            dataclasses.replace(stage, file=part.file.name, weights=part.weights, plugins=part.plugins)
+            for stage, part in zip(stages, built.stages, strict=True)
+        ]
+        files = [part.file for part in built.stages]
         members = {file.name: bundle.sha256(file) for file in files}
-        if backend == "onnxrt":
+        if any(part.weights for part in built.stages):
             files.append(folder / WEIGHTS)
             members[WEIGHTS] = manifest.members[WEIGHTS]
         manifest = dataclasses.replace(
@@ -84,30 +84,12 @@ def build(
             stages=tuple(stages),
             members=members,
             backend=backend,
-            builder=builder,
-            targets=targets,
+            builder=built.builder,
+            targets=built.targets,
         )
         bundle.write(plan, manifest, files)
     return manifest
 
 
-def _build_stage(
-    backend: str,
-    manifest: Manifest,
-    stage: StageInfo,
-    folder: Path,
-    scratch: Path,
-    batch: SizeRange,
-    portable: bool,
-    plugin: str,
-) -> Path:
-    if backend == "onnxrt":
-        return onnxrt.build_stage(stage, folder, scratch, portable)
-    dims = stage.dims | {"batch": SizeRange(1, batch.usual, batch.max)}  # the last call of a request may be as small
-    sizes = {name: (size.min, size.usual, size.max) for name, size in dims.items()}
-    if plugin == "auto":
-        try:
-            return tensorrt.build_stage(backend, stage, folder, scratch, sizes, plugin=True)
-        except ArtifactError as error:
-            log.warning("%s; building it without the plugin", error)
-    return tensorrt.build_stage(backend, stage, folder, scratch, sizes, plugin=plugin == "on")
+def _with_batch(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeRange]:
+    return {name: batch if name == "batch" else size for name, size in dims.items()}

@@ -1,19 +1,41 @@
 """Builds plans for ONNX Runtime: the graphs with bodies of its own operators, and the weights as they are."""
 
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx
 
 from vqdeploy.engines.bodies_onnxrt import swap_in
+from vqdeploy.engines.builder import Built, BuiltStage, Options, refuse_plugin
 from vqdeploy.errors import ArtifactError
 from vqdeploy.runtime.manifest import StageInfo
 
 
-def build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool = False) -> Path:
-    """Writes the graph of a stage into `folder`, which refers to the weights by name.
+class OnnxrtBuilder:
+    """A plan for the CPU, or one for CUDA with the package's own function bodies."""
 
-    With `portable` the functions keep the bodies of the package.
-    """
+    def build(
+        self,
+        stages: Sequence[StageInfo],
+        package: Path,
+        folder: Path,
+        options: Options,
+        progress: Callable[[str], object],
+    ) -> Built:
+        """See `Builder`."""
+        if options.plugin == "on":
+            raise refuse_plugin("onnxrt knows no plugins that are compiled ahead of time")
+        cuda = options.device == "cuda"
+        built = []
+        for stage in stages:
+            progress(stage.name)
+            built.append(_build_stage(stage, package, folder, portable=options.portable or cuda))
+        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built)
+
+
+def _build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool) -> BuiltStage:
+    """Writes the graph of a stage, which refers to the weights by name."""
     try:
         model = onnx.load(package / stage.file, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stable home
@@ -22,7 +44,7 @@ def build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool = 
         swap_in(model, _cache_heads(model.graph))
     target = folder / stage.file
     onnx.save(model, target)
-    return target
+    return BuiltStage(target, stage.weights)
 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:

@@ -1,20 +1,25 @@
 """Builds engines for TensorRT and TensorRT-RTX. Run as a module, this is the process that may die.
 
 The two libraries share one API, and Polygraphy chooses between them by an environment variable. Parsing and building
-can crash on valid graphs, so both happen in a process of their own.
+can crash on valid graphs, so both happen in a process of their own: one for all stages, as long as it lives.
 """
 
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import packages_distributions, version
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vqdeploy.engines.builder import Built, BuiltStage, Options, refuse_plugin
+from vqdeploy.engines.plugin import obstacle
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.manifest import StageInfo
@@ -22,109 +27,207 @@ from vqdeploy.runtime.manifest import StageInfo
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 """What a default TensorRT-RTX engine runs on, by its documentation."""
 
+log = logging.getLogger("vqdeploy")
 
-def check(backend: str) -> str:
-    """Version of the library behind a backend.
+
+@dataclass(frozen=True)
+class TensorrtBuilder:
+    """Builds engines for `tensorrt` or `tensorrt-rtx`."""
+
+    backend: str
+
+    def build(
+        self,
+        stages: Sequence[StageInfo],
+        package: Path,
+        folder: Path,
+        options: Options,
+        progress: Callable[[str], object],
+    ) -> Built:
+        """See `Builder`."""
+        check(self.backend)
+        targets = self._targets()
+        with closing(Worker(self.backend, folder / "builder.log")) as worker:
+            plugin = self._plugin(options.plugin, worker.version)
+            built = []
+            for stage in stages:
+                progress(stage.name)
+                engine = folder / f"{stage.name}.engine"
+                job = Job(stage.name, str(package / stage.file), str(engine), _shapes(stage), plugin)
+                nodes = worker.build(job, fall_back=options.plugin == "auto")
+                built.append(BuiltStage(engine, plugins=nodes))
+            return Built(f"{self.backend} {worker.version}", targets, built)
+
+    def _targets(self) -> tuple[str, ...]:
+        """Compute capabilities of the GPUs that engines are for; to TensorRT, that is the one of this machine."""
+        if self.backend == "tensorrt-rtx":
+            return _RTX_TARGETS
+        from vqdeploy.runtime import device
+
+        device.check()
+        return (device.compute_capability(),)
+
+    def _plugin(self, mode: str, version: str) -> bool:
+        """Whether our kernels are to run nodes."""
+        reason = obstacle(self.backend, version)
+        if mode == "on" and reason:
+            raise refuse_plugin(reason)
+        return mode != "off" and not reason
+
+
+def check(backend: str) -> None:
+    """Looks for the libraries behind a backend, without loading them.
 
     Raises:
-        VqdeployError: It is not installed.
+        VqdeployError: One is not installed.
     """
-    module = LIBRARIES[backend]
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(LIBRARIES[backend]) is None:
         raise VqdeployError(f"{backend} is not installed ({source(backend)})", fix=f"pip install {backend} polygraphy")
     if importlib.util.find_spec("polygraphy") is None:
         raise VqdeployError("Polygraphy is not installed", fix="pip install polygraphy")
-    distributions = packages_distributions().get(module, [])  # NVIDIA has several for one module
-    return version(distributions[0]) if distributions else importlib.import_module(module).__version__
 
 
-def targets(backend: str) -> tuple[str, ...]:
-    """Compute capabilities that an engine of this machine is made for.
+def _shapes(stage: StageInfo) -> dict[str, list[tuple[int, ...]]]:
+    """Smallest, usual and largest shape of each input, for the optimization profile."""
+    smallest = {name: size.min for name, size in stage.dims.items()} | {"batch": 1}  # as in a request's last call
+    usual = {name: size.usual for name, size in stage.dims.items()}
+    largest = {name: size.max for name, size in stage.dims.items()}
+    return {info.name: [info.concrete(sizes) for sizes in (smallest, usual, largest)] for info in stage.inputs}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build.
+
+    Attributes:
+        stage: Name of the stage.
+        graph: Path of its ONNX file.
+        engine: Path of the file to write.
+        shapes: Input -> its smallest, usual and largest shape.
+        plugin: Whether our kernels run the nodes that they can.
+    """
+
+    stage: str
+    graph: str
+    engine: str
+    shapes: dict[str, list[tuple[int, ...]]]
+    plugin: bool = False
+
+
+class _Failure(Exception):
+    """Why a process gave no answer."""
+
+
+class Worker:
+    """The process that parses and builds. One that has failed is not used again: the next job starts another.
+
+    `version` is what the library says of itself there, as it will where a session loads it.
 
     Raises:
-        VqdeployError: TensorRT builds for the GPU that is there, and there is none, or no cuda-python to tell its kind.
+        VqdeployError: The library does not load.
     """
-    if backend == "tensorrt-rtx":
-        return _RTX_TARGETS
-    from vqdeploy.runtime import device
 
-    device.check()
-    return (device.compute_capability(),)
+    def __init__(self, backend: str, log_file: Path):
+        self._backend, self._log = backend, log_file
+        try:
+            self._start()
+        except _Failure as error:
+            raise VqdeployError(f"{backend} does not load ({error})") from error
+
+    def build(self, job: Job, fall_back: bool = False) -> tuple[str, ...]:
+        """Builds an engine; with `fall_back`, one that fails with plugins is built without.
+
+        Returns:
+            Names of the nodes that our kernels run.
+
+        Raises:
+            ArtifactError: The builder refused the graph or died.
+        """
+        try:
+            if self._has_plugins and not job.plugin:
+                self.close()  # the parser takes a registered plugin wherever a node names one
+            if self._process.poll() is not None:
+                self._start()
+            self._has_plugins |= job.plugin
+            return tuple(self._answer(job)["plugins"])
+        except _Failure as error:
+            what = f"{self._backend} could not build stage {job.stage}: {error}"
+            if not (job.plugin and fall_back):
+                raise ArtifactError(what) from error
+        log.warning("%s; building it without the plugin", what)
+        return self.build(replace(job, plugin=False))
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _start(self) -> None:
+        environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if self._backend == "tensorrt-rtx" else "0"}
+        environment["TRITON_INTERPRET"] = "0"  # an engine takes compiled kernels, whatever else a debugging user runs
+        self._has_plugins = False
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(  # noqa: S603 (our own module)
+                [sys.executable, "-u", "-m", __name__, LIBRARIES[self._backend]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env=environment,
+            )
+        self.version = str(self._answer()["version"])
+
+    def _answer(self, job: Job | None = None) -> dict[str, Any]:
+        """What the process says to a job, or as it starts."""
+        start = self._log.stat().st_size
+        assert self._process.stdin and self._process.stdout  # noqa: S101, PT018 (for mypy)
+        try:
+            if job:
+                print(json.dumps(asdict(job)), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self._process.communicate()
+        raise _Failure(_reason(self._process.returncode, self._log.read_bytes()[start:].decode(errors="replace")))
 
 
-def build_stage(
-    backend: str,
-    stage: StageInfo,
-    package: Path,
-    folder: Path,
-    sizes: dict[str, tuple[int, int, int]],
-    plugin: bool = False,
-) -> Path:
-    """Builds the engine of a stage in a subprocess.
-
-    Args:
-        backend: `tensorrt` or `tensorrt-rtx`.
-        stage: The stage.
-        package: Folder of its ONNX file.
-        folder: Where the engine goes.
-        sizes: Smallest, usual and largest size of each open dimension, for the optimization profile.
-        plugin: Whether our kernels run the nodes that they can; `plugin_nodes` tells which ones those were.
-
-    Raises:
-        ArtifactError: The builder refused the graph or died.
-    """
-    target = folder / f"{stage.name}.engine"
-    shapes = {
-        info.name: [info.concrete({name: size[kind] for name, size in sizes.items()}) for kind in range(3)]
-        for info in stage.inputs
-    }
-    job = {"onnx": str(package / stage.file), "engine": str(target), "shapes": shapes, "plugin": plugin}
-    environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt-rtx" else "0"}
-    environment["TRITON_INTERPRET"] = "0"  # an engine takes compiled kernels, whatever else a debugging user runs
-    process = subprocess.run(  # noqa: S603 (our own module)
-        [sys.executable, "-u", "-m", __name__],
-        input=json.dumps(job),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if process.returncode or not target.exists():
-        raise ArtifactError(f"{backend} could not build stage {stage.name}: {_reason(process)}")
-    return target
-
-
-def plugin_nodes(engine: Path) -> tuple[str, ...]:
-    """Names of the nodes that our kernels run in an engine that `build_stage` built."""
-    report = engine.with_suffix(".json")
-    return tuple(json.loads(report.read_text())["plugins"]) if report.exists() else ()
-
-
-def _reason(process: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
-    errors = [line.removeprefix("[E] ") for line in lines if line.startswith("[E]")]
-    if process.returncode < 0:
-        death = f"its builder died of {signal.Signals(-process.returncode).name}"
+def _reason(code: int, output: str) -> str:
+    """Why a process ended."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if code < 0:
+        death = f"its builder died of {signal.Signals(-code).name}"
         return f"{death} ({lines[-1]})" if lines else death
+    errors = [line.removeprefix("[E] ") for line in lines if line.startswith("[E]")]
     return (errors or lines or ["it gave no reason"])[-1]
 
 
-def _build(job: dict) -> None:
-    """Builds one engine with Polygraphy's loaders."""
+def _work(library: str) -> None:
+    """Answers each job on standard input with a line on standard output, until there are no more."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print, too
+    print(json.dumps({"version": importlib.import_module(library).__version__}), file=answers)
+    for line in sys.stdin:
+        print(json.dumps({"plugins": _build(Job(**json.loads(line)))}), file=answers)
+
+
+def _build(job: Job) -> list[str]:
+    """Builds one engine with Polygraphy's loaders; returns the names of the nodes that our kernels run."""
     from polygraphy.backend.trt import NetworkFromOnnxPath, Profile, engine_bytes_from_network
 
     from vqdeploy.engines import plugin
 
     profile = Profile()
-    for name, (smallest, usual, largest) in job["shapes"].items():
+    for name, (smallest, usual, largest) in job.shapes.items():
         profile.add(name, smallest, usual, largest)
-    if job["plugin"]:
+    if job.plugin:
         plugin.register()
-    parsed = NetworkFromOnnxPath(job["onnx"], strongly_typed=True)()
-    engine = Path(job["engine"])
-    engine.with_suffix(".json").write_text(json.dumps({"plugins": plugin.nodes(parsed[1])}))
-    engine.write_bytes(engine_bytes_from_network(parsed, _config(profile)))
+    parsed = NetworkFromOnnxPath(job.graph, strongly_typed=True)()
+    nodes = plugin.nodes(parsed[1])
+    Path(job.engine).write_bytes(engine_bytes_from_network(parsed, _config(profile)))
+    return nodes
 
 
 def _config(profile: Any) -> Any:
@@ -146,4 +249,4 @@ def _config(profile: Any) -> Any:
 
 
 if __name__ == "__main__":
-    _build(json.load(sys.stdin))
+    _work(sys.argv[1])

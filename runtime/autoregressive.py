@@ -30,7 +30,7 @@ class AutoregressiveSampler(Sampler):
         guided: bool,
         draw: Draw,
     ):
-        super().__init__(info, tokenizer, slots, guided, draw)
+        super().__init__(sessions, info, tokenizer, slots, guided, draw)
         self._session = session = sessions["step"]
         self._shape = Layout(tokenizer.maps).shape
         rows = slots * self.rows(guided)

@@ -1,27 +1,47 @@
 """Plans on disk: an uncompressed ZIP whose members are aligned, so that they can be memory-mapped."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import mmap
+import os
 import re
 import shutil
+import stat
 import struct
+import weakref
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import replacing_file
+from vqdeploy.files import parse_json, replacing_file
 from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest
 
 ALIGNMENT = 4096
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign uses
 _ZIP64_EXTRA = 20  # zipfile appends this many bytes when it writes sizes in 64 bits
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_DIRECTORY_BYTES = 1 << 20  # of the ZIP: a member takes some hundred
+_HEADER_BYTES = 1 << 26  # of the manifest, and of the weights: as many tensors as no model has
+_CHUNK = 1 << 22
+_REBUILD = "vqdeploy build PACKAGE"
+_DAMAGE = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    ArithmeticError,
+    EOFError,
+)
+"""What parsers raise of bytes that somebody else wrote."""
 
 
 def write(path: Path, manifest: Manifest, files: Iterable[Path]) -> None:
@@ -43,12 +63,28 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 def sha256(file: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read, and neither a pipe nor a device, which might never end.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return open(descriptor, "rb", buffering=0)
 
 
 class Bundle:
     """An opened plan. Reading the manifest needs only the standard library; members are views of a memory map.
+
+    What is small is read and not mapped: the file may be cut while it is open, and a process that touches what is no
+    longer there is ended.
 
     Raises:
         VqdeployError: The file does not exist or cannot be read.
@@ -58,42 +94,35 @@ class Bundle:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            with self.path.open("rb") as stream:
-                self.manifest, self._spans = self._read_directory(stream)
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._stream = open_regular(self.path)
         except FileNotFoundError as error:
-            raise VqdeployError(f"{path} does not exist", fix="vqdeploy build PACKAGE") from error
-        except (zipfile.BadZipFile, struct.error, ValueError, KeyError, EOFError, RuntimeError) as error:
-            raise ArtifactError(
-                f"{path} is not a plan, or is damaged ({error})", fix="vqdeploy build PACKAGE"
-            ) from error
+            raise VqdeployError(f"{path} does not exist", fix=_REBUILD) from error
+        except (OSError, ValueError) as error:
+            raise VqdeployError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from error
+        self._closed = weakref.finalize(self, self._stream.close)
+        try:
+            self._spans = _directory(self._stream)
+            self.manifest = Manifest.from_dict(parse_json(self.read(FILE)))
+            self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except VqdeployError:
+            raise
         except OSError as error:
             raise VqdeployError(f"{path} cannot be read ({error.strerror})") from error
+        except _DAMAGE as error:
+            raise ArtifactError(f"{path} is not a plan, or is damaged ({error})", fix=_REBUILD) from error
+        self._check_members()
 
-    def _read_directory(self, stream: BinaryIO) -> tuple[Manifest, dict[str, tuple[int, int]]]:
-        with zipfile.ZipFile(stream) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("a member is compressed")
-            manifest = Manifest.from_dict(json.loads(archive.read(FILE)))
-            spans = {}
-            for entry in archive.infolist():
-                stream.seek(entry.header_offset)
-                *_, name, extra = struct.unpack("<IHHHHHIIIHH", stream.read(30))
-                start = entry.header_offset + 30 + name + extra
-                spans[entry.filename] = (start, start + entry.file_size)
-        listed = set(manifest.members)
-        needed = {stage.file for stage in manifest.stages} | {WEIGHTS for stage in manifest.stages if stage.weights}
-        if missing := sorted(needed - listed | listed - set(spans)):
+    def _check_members(self) -> None:
+        stages, listed = self.manifest.stages, set(self.manifest.members)
+        needed = {stage.file for stage in stages} | {WEIGHTS for stage in stages if stage.weights}
+        if missing := sorted(needed - listed | listed - set(self._spans)):
             raise ArtifactError(f"{self.path} lacks members that its manifest names: {', '.join(missing)}")
         if bad := sorted(name for name in listed if not _NAME.fullmatch(name)):
             raise ArtifactError(f"{self.path} has a member with a forbidden name, {bad[0]!r}")
-        end = self.path.stat().st_size
-        if any(stop > end for _, stop in spans.values()):
-            raise ArtifactError(f"{self.path} is truncated", fix="vqdeploy build PACKAGE")
-        return manifest, spans
 
     def close(self) -> None:
         """Gives the file back, once nothing views it any more."""
+        self._closed()
         with contextlib.suppress(BufferError):
             self._map.close()
 
@@ -102,6 +131,26 @@ class Bundle:
         start, stop = self._spans[name]
         return memoryview(self._map)[start:stop]
 
+    def read(self, name: str) -> bytes:
+        """The bytes of a small member, copied: what is done to the file later changes nothing.
+
+        Raises:
+            ArtifactError: It is not small, or the file was cut.
+        """
+        start, stop = self._spans[name]
+        if stop - start > _HEADER_BYTES:
+            raise ArtifactError(f"{name} in {self.path} is too large", expected=f"{_HEADER_BYTES} bytes or less")
+        return b"".join(self._chunks(name))
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        start, stop = self._spans[name]
+        while start < stop:
+            chunk = os.pread(self._stream.fileno(), min(_CHUNK, stop - start), start)
+            if not chunk:
+                raise ArtifactError(f"{self.path} was cut while it was read", fix=_REBUILD)
+            start += len(chunk)
+            yield chunk
+
     def verify(self) -> None:
         """Compares the digest of every member.
 
@@ -109,13 +158,15 @@ class Bundle:
             ArtifactError: One differs.
         """
         for name, expected in self.manifest.members.items():
-            found = hashlib.sha256(self.member(name)).hexdigest()
-            if found != expected:
+            digest = hashlib.sha256()
+            for chunk in self._chunks(name):
+                digest.update(chunk)
+            if (found := digest.hexdigest()) != expected:
                 raise ArtifactError(
                     f"{name} in {self.path} was changed after it was built",
                     expected=f"sha256 {str(expected)[:12]}",
                     found=found[:12],
-                    fix="vqdeploy build PACKAGE",
+                    fix=_REBUILD,
                 )
 
     def sizes(self) -> dict[str, int]:
@@ -128,11 +179,58 @@ class Bundle:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in self.manifest.members:
-                with replacing_file(folder / name) as file:
-                    file.write_bytes(self.member(name))
+                with replacing_file(folder / name) as file, file.open("wb") as target:
+                    target.writelines(self._chunks(name))
         except OSError as error:
             raise VqdeployError(f"{folder} cannot be written ({error.strerror})") from error
         return [folder / name for name in self.manifest.members]
+
+
+class _Sparing:
+    """A file from which nobody reads much at once: a directory that says it is huge is not read."""
+
+    def __init__(self, stream: BinaryIO):
+        self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
+        self._read = stream.read
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's, or refused."""
+        content = self._read(_DIRECTORY_BYTES + 1 if size < 0 else min(size, _DIRECTORY_BYTES + 1))
+        if len(content) > _DIRECTORY_BYTES:
+            raise ValueError("its directory is too large")
+        return content
+
+
+def _directory(stream: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Where the members of a plan lie."""
+    spans, end = {}, os.fstat(stream.fileno()).st_size
+    with zipfile.ZipFile(_Sparing(stream)) as archive:  # type: ignore[arg-type]
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    last = 0
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise ValueError("a member is compressed or encrypted")
+        if entry.filename in spans:
+            raise ValueError("two members have one name")
+        header = os.pread(stream.fileno(), 30, entry.header_offset)
+        signature, *_, name, extra = struct.unpack("<4sHHHHHIIIHH", header)
+        start = entry.header_offset + 30 + name + extra
+        if signature != b"PK\3\4" or entry.header_offset < last:
+            raise ValueError("its members overlap")
+        last = start + entry.file_size
+        if last > end:
+            raise ValueError("it is truncated")
+        spans[entry.filename] = start, last
+    return spans
+
+
+class Weight(NamedTuple):
+    """Type, shape and place of a tensor in a safetensors file, whose place counts from the end of the header."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 def tensors(blob: memoryview) -> dict[str, np.ndarray]:
@@ -141,22 +239,59 @@ def tensors(blob: memoryview) -> dict[str, np.ndarray]:
     Raises:
         ArtifactError: The header is malformed.
     """
+    size = int.from_bytes(blob[:8], "little")
+    if len(blob) < 8 or size > len(blob) - 8:
+        raise ArtifactError("the weights cannot be read (they are truncated)")
+    data = blob[8 + size :]
+    found = weights(bytes(blob[8 : 8 + size]) if size <= _HEADER_BYTES else b"", len(data))
+    return {name: np.frombuffer(data[w.start : w.stop], w.dtype).reshape(w.shape) for name, w in found.items()}
+
+
+def read_weights(file: Path) -> dict[str, Weight]:
+    """What lies in a safetensors file, of which no more than the header is read.
+
+    Raises:
+        ArtifactError: The file is damaged.
+        OSError: It cannot be read.
+    """
+    with open_regular(file) as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = stream.read(size) if size <= _HEADER_BYTES else b""
+        return weights(header, os.fstat(stream.fileno()).st_size - 8 - size)
+
+
+def weights(header: bytes, size: int) -> dict[str, Weight]:
+    """What the header of a safetensors file says, when it fits the bytes behind it.
+
+    Raises:
+        ArtifactError: The header is malformed.
+    """
     try:
-        size = int.from_bytes(blob[:8], "little")
-        header = json.loads(bytes(blob[8 : 8 + size]))
-        if size > len(blob) - 8 or not isinstance(header, dict):
-            raise ValueError("the header is malformed")
-        header.pop("__metadata__", None)
-        return {name: _view(blob[8 + size :], **entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        entries = parse_json(header)
+        entries.pop("__metadata__", None)
+        found = {name: _weight(**entry) for name, entry in entries.items()}
+    except (AttributeError, *_DAMAGE) as error:
         raise ArtifactError(f"the weights cannot be read ({error})") from error
+    if bad := [name for name, weight in found.items() if weight.stop > size]:
+        raise ArtifactError(f"the weights cannot be read ({bad[0]} ends behind their end)")
+    return found
 
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
+_DTYPES: Mapping[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
-def _view(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+def _weight(dtype: str, shape: list[int], data_offsets: list[int]) -> Weight:
     start, stop = data_offsets
-    if not 0 <= start <= stop <= len(data) or any(size < 0 for size in shape):
+    kind = np.dtype(_DTYPES[dtype])
+    if not all(type(size) is int and size >= 0 for size in (*shape, start, stop)) or len(shape) > 32:
         raise ValueError(f"shape {shape} at {data_offsets}")
-    return np.frombuffer(data[start:stop], dtype=_DTYPES[dtype]).reshape(shape)
+    if stop - start != math.prod(shape) * kind.itemsize or start % kind.itemsize:
+        raise ValueError(f"{dtype} of shape {shape} at {data_offsets}")
+    return Weight(kind, tuple(shape), start, stop)

@@ -39,7 +39,7 @@ class HierarchicalSampler(Sampler):
         guided: bool,
         draw: Draw,
     ):
-        super().__init__(info, tokenizer, slots, guided, draw)
+        super().__init__(sessions, info, tokenizer, slots, guided, draw)
         self._layout, self._size = Layout(tokenizer.maps), tokenizer.codebook_size
         names = level_names(len(tokenizer.maps))
         grids = [each[:2] for each in tokenizer.maps]
@@ -67,9 +67,10 @@ class HierarchicalSampler(Sampler):
 
     def codes(self, slot: int) -> np.ndarray:
         """Codes int64 [N] so far, -1 where nothing is drawn yet."""
-        if not self._maps:
-            return self._items[slot].known.copy()
-        maps = [self._read(f"{level.name}_pixel", codes[slot : slot + 1]) for level, codes in self._running_levels()]
+        maps = self._layout.split(self._items[slot].known[None])
+        for index, (level, codes) in enumerate(self._running_levels() if self._maps else ()):
+            if (maps[index] < 0).any():
+                maps[index] = self._read(f"{level.name}_pixel", codes)[slot : slot + 1]
         return self._layout.join(maps)[0]
 
     def _running_levels(self) -> Iterator[tuple["_Level", Any]]:

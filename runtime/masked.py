@@ -44,7 +44,7 @@ class MaskedSampler(Sampler):
         guided: bool,
         draw: Draw,
     ):
-        super().__init__(info, tokenizer, slots, guided, draw)
+        super().__init__(sessions, info, tokenizer, slots, guided, draw)
         session = sessions["step"]
         self._shape, self._size = Layout(tokenizer.maps).shape, tokenizer.codebook_size
         dims = {"batch": slots, "conditions": 2 if guided else 1}
@@ -71,12 +71,12 @@ class MaskedSampler(Sampler):
 
     def codes(self, slot: int) -> np.ndarray:
         """Codes int64 [h, w, Q] so far; -1 - c where c would be put for now, -1 before the first step."""
-        if self.left(slot) == 0:
-            return self._read("step", self._result[slot])
         if self._progress[slot].done == 0:
             return self._items[slot].known.copy()
-        drawn = self._read("step", self._binding.outputs["drawn"][slot])
-        remaining = self._read("step", self._binding.outputs["remaining"][slot])
+        if self.left(slot) == 0:
+            return self._read("step", self._result)[slot].copy()
+        outputs = self._binding.outputs
+        drawn, remaining = (self._read("step", outputs[name])[slot] for name in ("drawn", "remaining"))
         return np.where(remaining == self._size, -1 - drawn, drawn)
 
     def _admit(self, slot: int, item: Item) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ from vqdeploy.runtime.threads import cores
 Key = tuple[int, int, int]
 """Seed, index of the image and index of the draw, each at least 0."""
 
-Draw = Callable[[Sequence[Key], Sequence[np.ndarray]], None]
+Draw = Callable[[Sequence[Key], Iterable[np.ndarray]], None]
 """Fills arrays float32 with noise, each by its key."""
 
 _SMALLEST = np.float32(2**-25)  # stands for u = 0, whose logarithm is infinite
@@ -21,7 +21,7 @@ _STEP = np.float32(2**-24)
 _WORTH_A_THREAD = 2**14  # draws
 
 
-def gumbel(keys: Sequence[Key], rows: Sequence[np.ndarray]) -> None:
+def gumbel(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
     """Fills each row float32 with standard Gumbel noise, -log(-log(u)).
 
     Philox is keyed by (seed, image) and its counter starts at the index of the draw, so that an image gets the same
@@ -46,7 +46,8 @@ class ThreadedNoise:
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
 
-    def __call__(self, keys: Sequence[Key], rows: Sequence[np.ndarray]) -> None:
+    def __call__(self, keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
+        rows = list(rows)
         if self._threads == 1 or len(rows) < 2 or rows[0].size < _WORTH_A_THREAD:
             gumbel(keys, rows)
         else:
@@ -71,7 +72,8 @@ class _Philox(threading.local):
         self._state["state"]["key"][:] = seed, image
         self._state["state"]["counter"][:] = 0, 0, 0, draw
         self._bits.state = self._state
-        return self._bits.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
+        raw: np.ndarray = self._bits.random_raw((count + 1) // 2)
+        return raw.astype("<u8", copy=False).view("<u4")[:count]
 
 
 _philox = _Philox()

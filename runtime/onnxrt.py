@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime import graphs
 from vqdeploy.runtime.bundle import Bundle, tensors
 from vqdeploy.runtime.manifest import WEIGHTS, Manifest, StageInfo, TensorInfo
 from vqdeploy.runtime.session import Opener
@@ -24,6 +25,7 @@ except ImportError as error:
 
 log = logging.getLogger("vqdeploy")
 
+_FOLDED_BYTES = str(1 << 28)
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
 
 
@@ -99,12 +101,15 @@ class OnnxrtSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the host works between calls
         # All weights come from the plan: a graph that names a file must find none.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+        # Constants that double from node to node would take all memory before anything runs.
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _FOLDED_BYTES)
         weights = tensors(bundle.member(WEIGHTS)) if stage.weights else {}
         try:
             # ONNX Runtime borrows this memory: the views must live as long as the session.
             self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
-            graph = bytes(bundle.member(stage.file))
+            graph = bundle.read(stage.file)
+            graphs.check(graph, {name: weights[name] for name in stage.weights})
             self._session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
         except Exception as error:
             raise failure(f"stage {stage.name} of {bundle.path} cannot be opened", error) from error

@@ -13,7 +13,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw, Key
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.session import Binding
+from vqdeploy.runtime.session import Binding, Session
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,32 @@ class Sampler(ABC):
     raster: ClassVar[bool] = True
     last: Binding
 
-    def __init__(self, info: SamplingInfo, tokenizer: TokenizerInfo, slots: int, guided: bool, draw: Draw):
+    def __init__(
+        self,
+        sessions: Mapping[str, Session],
+        info: SamplingInfo,
+        tokenizer: TokenizerInfo,
+        slots: int,
+        guided: bool,
+        draw: Draw,
+    ):
         """Makes a sampler of a number of slots.
 
         Args:
+            sessions: The stages of the plan.
             info: Of the plan.
             tokenizer: Of the plan.
             slots: How many images it holds.
             guided: Whether it takes images with guidance, at twice the work for every slot.
             draw: Fills the noise.
         """
+        self._sessions, self._tokenizer = sessions, tokenizer
         self.slots, self.guided, self.no_label = slots, guided, info.no_label
         self.seconds: dict[str, float] = defaultdict(float)
         self.draw = draw
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
+        self._copies: dict[int, tuple[Any, np.ndarray]] = {}  # of buffers, since the last step
         self._begun = False
 
     @classmethod
@@ -101,21 +112,25 @@ class Sampler(ABC):
             raise VqdeployError("images cannot join while others run", expected="an empty sampler")
         if self.guides(item) and not self.guided:
             raise VqdeployError("this sampler takes no guidance", expected="a guidance scale of 1")
+        self._copies.clear()
         self._admit(slot, item)
         self._items[slot] = item
         self._running.add(slot)
 
     def step(self) -> list[int]:
-        """One engine call for all slots, or none when an image is done already; the slots that are now done."""
-        if self._running and not self._done():
+        """One engine call for all images that are not done, if there are any; the slots that are now done."""
+        done = self._leave()  # those that had nothing to draw
+        if self._running:
             self._begun = True
+            self._copies.clear()
             self._call()
-        done = self._done()
-        self._running.difference_update(done)
-        return done
+        return sorted(done | self._leave())
 
-    def _done(self) -> list[int]:
-        return sorted(slot for slot in self._running if self.left(slot) == 0)
+    def _leave(self) -> set[int]:
+        """Takes out of the running slots those that are done."""
+        done = {slot for slot in self._running if self.left(slot) == 0}
+        self._running -= done
+        return done
 
     def release(self, slot: int) -> None:
         """Frees a slot, whether its image is done or not."""
@@ -149,11 +164,15 @@ class Sampler(ABC):
         self.last = binding
 
     def _read(self, stage: str, values: Any) -> np.ndarray:
-        """What engine calls left in a buffer [...]; the wait for it counts as time of the stage."""
-        start = time.perf_counter()
-        read = np.array(values)
-        self.seconds[stage] += time.perf_counter() - start
-        return read
+        """What engine calls left in a buffer [...]; the wait for it counts as time of the stage.
+
+        Between two steps a buffer is copied once, whichever slots are asked for: on a GPU each copy waits.
+        """
+        if id(values) not in self._copies:
+            start = time.perf_counter()
+            self._copies[id(values)] = values, np.array(values)
+            self.seconds[stage] += time.perf_counter() - start
+        return self._copies[id(values)][1]
 
     def _fill_noise(self, noise: Any, draws: Mapping[int, int], greedy: Mapping[int, np.ndarray]) -> None:
         """Noise of the draw of each slot into its row of `noise` [rows, ..., Q, K].
@@ -187,10 +206,11 @@ def write_options(options: dict[str, Any], inputs: Mapping[str, Any], row: int, 
     Returns:
         At which depths [Q] only the likeliest code may be drawn.
     """
-    values = for_graph(options, depth, size)
+    values: dict[str, np.ndarray] = for_graph(options, depth, size)
     for name, value in values.items():
         inputs[name][row] = value
-    return values["top_k"] == 1
+    greedy: np.ndarray = values["top_k"] == 1
+    return greedy
 
 
 def carried(binding: Binding) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import onnx
 import pytest
-from conftest import SMALL_VIT, lively
 from onnx import helper
+from support.systems import SMALL_VIT, lively
 from test_verify import change_weight, failed, failures, reseal
 
 from vqdeploy.engines.build import build

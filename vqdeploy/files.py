@@ -1,16 +1,30 @@
-"""Writes that either happen or leave nothing behind."""
+"""Writes that either happen or leave nothing behind, and JSON that any reader takes."""
 
 import contextlib
+import errno
 import fnmatch
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vqdeploy.errors import ArtifactError, VqdeployError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what a killed process leaves behind stays
+    fcntl = None  # type: ignore[assignment]
+
+_ELSEWHERE = "name another place with -o"
+_TEMPORARY = ".vqdeploy-"  # what names of temporary folders start with
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_LARGEST_JSON = 64 * 2**20  # bytes; manifests of large models have some hundred kilobytes
+_DEEPEST_JSON = 64  # lists and objects within each other; ours have eight at most
 
 
 @contextlib.contextmanager
@@ -18,11 +32,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its name when the block ends well and vanishes otherwise.
 
     Raises:
-        VqdeployError: The folder cannot be written to, or the path is taken by what is no file.
+        VqdeployError: The folder cannot be written to, the disk is full, or the path is not a regular file.
     """
     if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise VqdeployError(f"{path} cannot be written (it is {kind})", fix="name another place with -o")
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise VqdeployError(f"{path} cannot be written (it is {kind})", fix=_ELSEWHERE)
     with temporary_folder(path) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
@@ -36,13 +50,14 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
         ours: Patterns of the names of such files.
 
     Raises:
-        VqdeployError: The place is taken by something else, or its name will not do.
+        VqdeployError: The place is taken by something else, or cannot have such a name.
     """
     try:
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        names = [name for name in names if not name.startswith(_TEMPORARY)]
         taken = path.exists() and not path.is_dir()
     except OSError as error:
-        raise VqdeployError(f"{path} cannot be written ({error.strerror})", fix="name another place with -o") from error
+        raise VqdeployError(f"{path} cannot be written ({error.strerror})", fix=_ELSEWHERE) from error
     if taken or not all(any(fnmatch.fnmatchcase(name, pattern) for pattern in ours) for name in names):
         raise VqdeployError(f"{path} holds something else and is not replaced", fix="name another folder with -o")
 
@@ -60,8 +75,9 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
         path = path.resolve()
     check_replaceable(path, ours)
     with temporary_folder(path) as folder:
-        new, old = folder / "new", folder / "old"
+        new, old = folder / "new", folder / "old" / path.name
         new.mkdir()
+        old.parent.mkdir()
         yield new
         for file in new.iterdir():
             file.chmod(new.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
@@ -79,39 +95,175 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yields a folder beside `path`, for what is to take its place, and removes it afterwards.
 
+    A process that is killed cannot remove its folder. The next one that writes there does.
+
     Raises:
-        VqdeployError: The place cannot be written to.
+        VqdeployError: The place cannot be written to, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _remove_abandoned(path.parent)
+        folder, lock = _locked_folder(path.parent)
     except OSError as error:
-        raise VqdeployError(f"{path} cannot be written ({error.strerror})", fix="name another place with -o") from error
+        raise VqdeployError(f"{path} cannot be written ({error.strerror})", fix=_ELSEWHERE) from error
     try:
         yield folder
-    except OSError as error:
-        if error.filename is None or folder not in Path(os.fsdecode(error.filename)).parents:
+    except VqdeployError:
+        raise
+    except Exception as error:
+        if (reason := _why_not_written(error, folder)) is None:
             raise
-        raise VqdeployError(f"{path} cannot be written ({error.strerror})", fix="name another place with -o") from error
+        raise VqdeployError(f"{path} cannot be written ({reason})", fix=_ELSEWHERE) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Writes an object as indented JSON."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _why_not_written(error: Exception, folder: Path) -> str | None:
+    """What kept a file in a folder from being written, if that is what an error says."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return error.strerror if folder in Path(os.fsdecode(error.filename)).parents else None
+    # A full disk is found by `write`, which knows no names; safetensors tells it in words alone.
+    return next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def _locked_folder(parent: Path) -> tuple[Path, int | None]:
+    """A new folder, and the lock on it that ends with this process; None where folders cannot be locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
+        try:
+            lock = _lock(folder)
+        except BlockingIOError:  # taken for abandoned before it was locked
+            continue
+        if lock is None or folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a folder until the descriptor is closed, at the latest by the end of this process.
+
+    Raises:
+        BlockingIOError: Another one holds the lock.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # this file system has no locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Removes what killed processes of this user left behind, and brings back what they had moved away."""
+    for folder in parent.glob(f"{_TEMPORARY}*"):
+        try:
+            lock = _lock(folder)
+        except BlockingIOError:  # in use
+            continue
+        if lock is None:
+            continue
+        with contextlib.suppress(OSError):
+            if os.fstat(lock).st_uid == os.geteuid():
+                for old in folder.glob("old/*"):
+                    if not (parent / old.name).exists():
+                        os.replace(old, parent / old.name)
+                shutil.rmtree(folder)
+        os.close(lock)
+
+
+def check_regular(path: Path) -> None:
+    """Refuses what is no regular file: reading a pipe or a device may never end.
 
     Raises:
         VqdeployError: There is no such file.
-        ArtifactError: It is not JSON.
+        ArtifactError: It is a folder, a pipe, a device or a socket, or cannot be reached.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        regular = stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError as error:
         raise VqdeployError(f"{path} does not exist") from error
-    except (ValueError, OSError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from error
+    if not regular:
+        raise ArtifactError(f"{path} cannot be read (it is not a regular file)")
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """JSON in ASCII. It has no NaN and no infinity: null stands for them."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes an object as indented JSON; see `to_json`."""
+    path.write_text(to_json(data, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON from outside.
+
+    Raises:
+        ValueError: It is not JSON, holds a number that is not finite, or is too large or too deep to be ours.
+    """
+    if len(content) > _LARGEST_JSON:
+        raise ValueError(f"it has more than {_LARGEST_JSON >> 20} MB")
+    try:
+        data = json.loads(content.decode("utf-8"), parse_constant=_refuse, parse_float=_parse_float)
+    except RecursionError:
+        data, deep = None, True
+    else:
+        deep = _depth(data) > _DEEPEST_JSON
+    if deep:
+        raise ValueError(f"more than {_DEEPEST_JSON} lists and objects lie within each other")
+    return data
+
+
+def _refuse(number: str) -> NoReturn:
+    raise ValueError(f"{number[:20]} is not a finite number")
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def _depth(data: Any) -> int:
+    """How many lists and objects lie within each other."""
+    depth, level = 0, [data]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; see `parse_json`.
+
+    Raises:
+        VqdeployError: There is no such file.
+        ArtifactError: It is not a regular file, or not JSON.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as stream:
+            return parse_json(stream.read(_LARGEST_JSON + 1))
+    except (ValueError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error})") from error

@@ -7,8 +7,8 @@ import msgpack
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from support.public import save_flax
+
 from vqdeploy.convert import containers
 from vqdeploy.convert.containers import read, read_config
 from vqdeploy.errors import ArtifactError, VqdeployError

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-
 from support.golden import assert_close, read_golden
 from support.public import TOKENIZERS, write_system, write_tokenizer
+
 from vqdeploy import checkpoint, cli
 
 

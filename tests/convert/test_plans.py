@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from support.golden import read_golden
 from support.public import TOKENIZERS, write_system, write_tokenizer
+from torch import Tensor, nn
+
 from vqdeploy import checkpoint
 from vqdeploy.convert.importer import import_checkpoint
 from vqdeploy.engines.build import build

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-
 from support.golden import read_golden
 from support.public import TOKENIZERS, save, write_config, write_system, write_tokenizer
+
 from vqdeploy.convert.importer import FORMATS, import_checkpoint
 from vqdeploy.errors import ArtifactError, VqdeployError
 

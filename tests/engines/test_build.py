@@ -7,7 +7,7 @@ import zipfile
 import onnx
 import pytest
 
-from vqdeploy.engines.build import BACKENDS, build
+from vqdeploy.engines.build import BUILDERS, build
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.bundle import Bundle
@@ -27,7 +27,7 @@ def test_the_manifest_of_a_plan(package, plan):
     source, built = read(package), Bundle(plan).manifest
     assert (built.backend, built.builder) == ("onnxrt", f"onnx {onnx.__version__}")
     assert built.batch == SizeRange(1, 1, 64)
-    assert (built.config, built.checkpoint, built.producer) == (source.config, source.checkpoint, source.producer)
+    assert built.provenance == source.provenance
     with zipfile.ZipFile(plan) as archive:
         assert json.loads(archive.read("manifest.json")) == json.loads(json.dumps(built.to_dict()))
         for name, digest in built.members.items():
@@ -83,7 +83,7 @@ def test_an_unknown_backend(package, tmp_path):
     with pytest.raises(VqdeployError, match="expected onnxrt or tensorrt or tensorrt-rtx, found tflite") as caught:
         build(package, tmp_path / "a.plan", backend="tflite")
     assert caught.value.exit_code == 2
-    assert set(BACKENDS) == {"onnxrt", "tensorrt", "tensorrt-rtx"}
+    assert set(BUILDERS) == {"onnxrt", "tensorrt", "tensorrt-rtx"}
 
 
 @pytest.mark.parametrize("place", ["file/a.plan", "file/deep/a.plan"])

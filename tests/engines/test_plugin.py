@@ -18,6 +18,7 @@ from vqdeploy.cli import app
 from vqdeploy.engines import plugin, tensorrt
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.runtime import device
 from vqdeploy.runtime.bundle import Bundle
 
 
@@ -41,7 +42,7 @@ def rehearsal(tmp_path_factory):
     command = [compiler, "-shared", "-x", "c", "-", "-o", folder / "libnvinfer_plugin.so.11"]
     subprocess.run(command, input=b"int initLibNvInferPlugins(void) { return 1; }", check=True)  # noqa: S603
     process = subprocess.run(  # noqa: S603
-        [sys.executable, Path(__file__).with_name("plugin_rehearsal.py")],
+        [sys.executable, Path(__file__).parents[1] / "support" / "plugin_rehearsal.py"],
         env=os.environ
         | {"LD_LIBRARY_PATH": str(folder), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")},
         capture_output=True,
@@ -143,26 +144,38 @@ def test_what_stands_in_the_way_is_named(triton_is, backend, version, triton, ex
     assert obstacle is None if expected is None else expected in obstacle
 
 
+# What `Worker` starts, but without a library: it builds nothing, and refuses plugins where it is told to.
+BUILDER = """
+import json, pathlib, sys
+print(json.dumps({"version": "11.4.0"}), flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    with open(sys.argv[1], "a") as file:
+        print(job["stage"], job["plugin"], file=file)
+    if job["plugin"] and sys.argv[2] == "True":
+        sys.exit("[E] misaligned address")
+    pathlib.Path(job["engine"]).write_bytes(b"engine")
+    nodes = ["quantizer/VQResidual"] if job["plugin"] and job["stage"] == "encode" else []
+    print(json.dumps({"plugins": nodes}), flush=True)
+"""
+
+
 @pytest.fixture
-def builder(monkeypatch, triton_is):
-    """A TensorRT whose builder refuses plugins if it is told to, and the jobs that it got."""
+def builder(monkeypatch, triton_is, tmp_path_factory):
+    """A TensorRT whose builder refuses plugins if it is told to, the jobs that it got, and how often it started."""
     triton_is(True)
-    state = SimpleNamespace(jobs=[], refuses=False)
+    jobs = tmp_path_factory.mktemp("builder") / "jobs"
+    state = SimpleNamespace(refuses=False, starts=0, jobs=lambda: [tuple(job.split()) for job in jobs.open()])
+    popen = subprocess.Popen
 
-    def run(arguments, **options):
-        job = json.loads(options["input"])
-        state.jobs.append((Path(job["engine"]).stem, job["plugin"]))
-        if job["plugin"] and state.refuses:
-            return subprocess.CompletedProcess(arguments, 1, "[E] misaligned address", "")
-        engine = Path(job["engine"])
-        nodes = ["quantizer/VQResidual"] if job["plugin"] and engine.stem == "encode" else []
-        engine.with_suffix(".json").write_text(json.dumps({"plugins": nodes}))
-        engine.write_bytes(b"engine")
-        return subprocess.CompletedProcess(arguments, 0, "", "")
+    def start(command, **options):
+        state.starts += 1
+        return popen([sys.executable, "-c", BUILDER, jobs, str(state.refuses)], **options)
 
-    monkeypatch.setattr(tensorrt, "check", lambda backend: "11.4.0")
-    monkeypatch.setattr(tensorrt, "targets", lambda backend: ("sm_90",))
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(tensorrt, "check", lambda backend: None)
+    monkeypatch.setattr(device, "check", lambda: None)
+    monkeypatch.setattr(device, "compute_capability", lambda: "sm_90")
+    monkeypatch.setattr(subprocess, "Popen", start)
     return state
 
 
@@ -170,8 +183,10 @@ def builder(monkeypatch, triton_is):
 def test_a_plan_says_which_nodes_a_plugin_runs(package, tmp_path, builder, mode):
     file = tmp_path / "a.plan"
     build(package, file, "tensorrt", plugin=mode)
-    assert builder.jobs == [("encode", True), ("decode", True), ("step", True)]
+    assert builder.jobs() == [("encode", "True"), ("decode", "True"), ("step", "True")]
+    assert builder.starts == 1
     manifest = Bundle(file).manifest
+    assert (manifest.builder, manifest.targets) == ("tensorrt 11.4.0", ("sm_90",))
     assert {stage.name: stage.plugins for stage in manifest.stages} == {
         "encode": ("quantizer/VQResidual",),
         "decode": (),
@@ -182,15 +197,16 @@ def test_a_plan_says_which_nodes_a_plugin_runs(package, tmp_path, builder, mode)
 
 def test_without_the_plugin_nothing_is_registered(package, tmp_path, builder):
     build(package, tmp_path / "a.plan", "tensorrt", plugin="off")
-    assert not any(used for _, used in builder.jobs)
+    assert {used for _, used in builder.jobs()} == {"False"}
     assert not any(stage.plugins for stage in Bundle(tmp_path / "a.plan").manifest.stages)
 
 
 def test_a_stage_that_fails_with_the_plugin_is_built_without(package, tmp_path, builder, caplog):
     builder.refuses = True
     build(package, tmp_path / "a.plan", "tensorrt")
-    assert builder.jobs[:2] == [("encode", True), ("encode", False)]
-    assert "misaligned address" in caplog.text
+    assert builder.jobs() == [(stage, used) for stage in ("encode", "decode", "step") for used in ("True", "False")]
+    assert builder.starts == 4  # what has failed is not used again, and what has plugins builds nothing without
+    assert "could not build stage encode: misaligned address" in caplog.text
     assert "without the plugin" in caplog.text
     assert not any(stage.plugins for stage in Bundle(tmp_path / "a.plan").manifest.stages)
 
@@ -221,4 +237,4 @@ def test_the_command_offers_the_choice(package, tmp_path, builder):
     arguments = ["build", str(package), "--backend", "tensorrt", "--plugin", "off", "-o", str(tmp_path / "a.plan")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert not any(used for _, used in builder.jobs)
+    assert {used for _, used in builder.jobs()} == {"False"}

@@ -1,11 +1,9 @@
 """Real engines of TensorRT-RTX, which builds without a GPU, and what happens when its builder dies."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -96,10 +94,8 @@ def test_every_stage_of_a_masked_system_builds(movq_package, tmp_path):
 
 @needs_rtx
 def test_an_adaptive_prior_builds(adaptive_package, tmp_path):
-    stage = read(adaptive_package).stage("step")
-    dims = {"batch": (1, 2, 4), "conditions": (1, 2, 2)}
-    engine = tensorrt.build_stage("tensorrt-rtx", stage, adaptive_package, tmp_path, dims)
-    assert engine.stat().st_size > 50_000
+    build(adaptive_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
+    assert Bundle(tmp_path / "a.plan").sizes()["step.engine"] > 50_000
 
 
 @needs_rtx
@@ -107,15 +103,10 @@ def test_an_adaptive_prior_builds(adaptive_package, tmp_path):
 def test_every_stage_is_built_in_half(request, name, tmp_path):
     """The types of a network are those of its graph: a cast that is missing is refused."""
     package = request.getfixturevalue(f"{name}half_package")
-    manifest = read(package)
-    assert manifest.precision == "fp16"
-    sizes = {"batch": (1, 2, 4), "length": (1, 1, 16), "conditions": (1, 1, 2)}
-    with ThreadPoolExecutor(2) as pool:  # each is a process of its own
-        built = [
-            pool.submit(tensorrt.build_stage, "tensorrt-rtx", stage, package, tmp_path, sizes)
-            for stage in manifest.stages
-        ]
-    assert min(engine.result().stat().st_size for engine in built) > 10_000
+    assert read(package).precision == "fp16"
+    manifest = build(package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
+    sizes = Bundle(tmp_path / "a.plan").sizes()
+    assert min(sizes[stage.file] for stage in manifest.stages) > 10_000
 
 
 def crashing_graph():
@@ -146,24 +137,46 @@ def refused_graph():
     )
 
 
+def passing_graph():
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "passes", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+
+
 @pytest.fixture
 def package_of(package, tmp_path):
-    """A package of one stage with the given graph, whose digests fit."""
+    """A package of stages with the given graphs, whose digests fit."""
 
-    def make(model):
+    def make(*models):
         folder = tmp_path / "package"
         folder.mkdir()
-        onnx.save(model, folder / "encode.onnx")
         shutil.copy(package / "weights.safetensors", folder)
         data = json.loads((package / FILE).read_text())
         tensor = {"dtype": "float32", "shape": ["batch", 4]}
-        stage = {"name": "encode", "file": "encode.onnx", "weights": [], "aliases": {}}
-        stage |= {"inputs": [{"name": "x", **tensor}], "outputs": [{"name": "y", **tensor}]}
+        sides = {"inputs": [{"name": "x", **tensor}], "outputs": [{"name": "y", **tensor}], "dims": {"batch": {}}}
+        stages = []
+        for name, model in zip(("encode", "decode", "step", "features"), models, strict=False):
+            onnx.save(model, folder / f"{name}.onnx")
+            stages.append({"name": name, "file": f"{name}.onnx", "weights": [], "aliases": {}, **sides})
         members = {file.name: sha256(file) for file in folder.iterdir()}
-        (folder / FILE).write_text(json.dumps(data | {"stages": [stage], "members": members}))
+        data |= {"stages": stages, "members": members, "tokenizer": None, "sampling": None}
+        (folder / FILE).write_text(json.dumps(data))
         return folder
 
     return make
+
+
+def test_a_package_says_itself_what_to_build(package_of, tmp_path):
+    """No field of a training configuration is read, and there need be none."""
+    folder = package_of(passing_graph())
+    data = json.loads((folder / FILE).read_text())
+    data["provenance"] = {"producer": "another"}
+    (folder / FILE).write_text(json.dumps(data))
+    build(folder, tmp_path / "cpu.plan")
+    assert set(Bundle(tmp_path / "cpu.plan").sizes()) == {FILE, "encode.onnx"}
+    if importlib.util.find_spec("tensorrt_rtx"):
+        build(folder, tmp_path / "gpu.plan", "tensorrt-rtx")
+        assert set(Bundle(tmp_path / "gpu.plan").sizes()) == {FILE, "encode.engine"}
 
 
 @needs_rtx
@@ -208,43 +221,75 @@ def test_what_is_missing_is_named(monkeypatch, missing, fix):
     assert caught.value.exit_code == 2
 
 
-@needs_rtx
-def test_the_profile_covers_the_batch_and_the_prefix(tiny, tmp_path, monkeypatch):
-    """The builder is told the smallest, usual and largest shape of every input."""
-    jobs = []
-    run = subprocess.run
-
-    def spy(arguments, **options):
-        jobs.append(json.loads(options["input"]))
-        return run([sys.executable, "-c", "raise SystemExit(3)"], **options)
-
-    monkeypatch.setattr(subprocess, "run", spy)
-    stage = next(s for s in Bundle(tiny.plan).manifest.stages if s.name == "step")
-    with pytest.raises(ArtifactError, match="could not build stage step"):
-        tensorrt.build_stage("tensorrt-rtx", stage, tiny.package, tmp_path, {"batch": (2, 3, 8), "length": (1, 1, 64)})
-    (job,) = jobs
-    assert job["shapes"]["codes"] == [[2, 1, 4], [3, 1, 4], [8, 64, 4]]
-    assert job["shapes"]["past_key.0"] == [[2, 4, 64, 32], [3, 4, 64, 32], [8, 4, 64, 32]]
-    assert set(job["shapes"]) == {info.name for info in stage.inputs}
-
-
-@needs_rtx
-def test_the_profile_covers_one_label_and_two(movq_package, tmp_path, monkeypatch):
-    """Guidance doubles the labels of every image."""
+@pytest.fixture
+def jobs(monkeypatch):
+    """The jobs that a builder gets which only writes files."""
     jobs = {}
 
-    def spy(arguments, **options):
-        job = json.loads(options["input"])
-        engine = Path(job["engine"])
-        jobs[engine.stem] = job
-        engine.write_bytes(b"engine")
-        return subprocess.CompletedProcess(arguments, 0, "", "")
+    class Worker:
+        version = "1.7"
 
-    monkeypatch.setattr(subprocess, "run", spy)
+        def __init__(self, backend, log):
+            pass
+
+        def build(self, job, fall_back):
+            jobs[job.stage] = job
+            Path(job.engine).write_bytes(b"engine")
+            return ()
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(tensorrt, "Worker", Worker)
+    return jobs
+
+
+@needs_rtx
+def test_the_profile_covers_the_batch_and_the_prefix(tiny, tmp_path, jobs):
+    """The builder is told the smallest, usual and largest shape of every input."""
+    manifest = build(tiny.package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 3, 8))
+    shapes = jobs["step"].shapes
+    assert shapes["codes"] == [(1, 1, 4), (3, 1, 4), (8, 64, 4)]
+    assert shapes["past_key.0"] == [(1, 4, 64, 32), (3, 4, 64, 32), (8, 4, 64, 32)]
+    assert {name: set(job.shapes) for name, job in jobs.items()} == {
+        stage.name: {info.name for info in stage.inputs} for stage in manifest.stages
+    }
+
+
+@needs_rtx
+def test_the_profile_covers_one_label_and_two(movq_package, tmp_path, jobs):
+    """Guidance doubles the labels of every image."""
     build(movq_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))
-    shapes = jobs["step"]["shapes"]
-    assert shapes["label"] == shapes["guidance"] == [[1, 1], [2, 1], [4, 2]]
-    assert shapes["noise"] == [[1, 4, 4, 4, 32], [2, 4, 4, 4, 32], [4, 4, 4, 4, 32]]
+    shapes = jobs["step"].shapes
+    assert shapes["label"] == shapes["guidance"] == [(1, 1), (2, 1), (4, 2)]
+    assert shapes["noise"] == [(1, 4, 4, 4, 32), (2, 4, 4, 4, 32), (4, 4, 4, 4, 32)]
+
+
+@needs_rtx
+def test_a_plan_names_the_version_that_sessions_will_find(package_of, tmp_path):
+    """The version of a distribution may have a part more than the library's own."""
+    manifest = build(package_of(passing_graph()), tmp_path / "out.plan", "tensorrt-rtx")
+    assert manifest.builder == f"tensorrt-rtx {importlib.import_module('tensorrt_rtx').__version__}"
+
+
+@needs_rtx
+def test_one_process_builds_what_it_survives(package_of, tmp_path, monkeypatch):
+    starts, start = [], tensorrt.Worker._start
+    monkeypatch.setattr(tensorrt.Worker, "_start", lambda worker: (starts.append(worker), start(worker)))
+    folder = package_of(passing_graph(), crashing_graph(), refused_graph(), passing_graph())
+    shapes = {"x": [(1, 4), (1, 4), (2, 4)]}
+    results = []
+    with contextlib.closing(tensorrt.Worker("tensorrt-rtx", tmp_path / "log")) as worker:
+        for stage in read(folder).stages:
+            job = tensorrt.Job(stage.name, str(folder / stage.file), str(tmp_path / stage.name), shapes)
+            for _ in range(2):
+                try:
+                    results.append(worker.build(job))
+                except ArtifactError as error:
+                    results.append(str(error).split(":")[0])
+    refusals = [f"tensorrt-rtx could not build stage {name}" for name in ("decode", "step")]
+    assert results == [(), (), *[refusals[0]] * 2, *[refusals[1]] * 2, (), ()]
+    assert len(starts) == 5  # at first, and after each failure
 
 
 @needs_rtx

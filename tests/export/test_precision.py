@@ -4,8 +4,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import SMALL, lively
 from safetensors.numpy import load_file
+from support.systems import SMALL, lively
 
 from vqdeploy.checkpoint import digest
 from vqdeploy.engines.package import read

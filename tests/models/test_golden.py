@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from support.golden import assert_close, read_golden
+
 from vqdeploy.convert.vq_vae_2 import prior_weights, tokenizer_weights
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.conv import ConvConfig

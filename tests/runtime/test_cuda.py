@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from late_cuda import Cuda
+from support.late_cuda import Cuda
+from support.trials import trial
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -115,6 +116,11 @@ def test_loops_on_a_gpu_draw_what_they_draw_on_the_cpu(cuda_plan, gpu):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
+@pytest.mark.parametrize("seed", range(2))
+def test_images_that_come_and_go_are_the_images_alone(cuda_plan, seed, gpu):
+    trial(load(cuda_plan, "cuda"), seed, requests=4)
+
+
 def test_checks_pass_on_a_gpu(small_plan, system, gpu):
     report = verify(small_plan, system, device="cuda")
     assert report["passed"], report

@@ -9,7 +9,7 @@ import pytest
 from cuda.bindings import runtime as real
 from hypothesis import given
 from hypothesis import strategies as st
-from late_cuda import Cuda
+from support.late_cuda import Cuda
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import device
@@ -96,6 +96,16 @@ def test_new_arrays_are_zero_whatever_was_there(stream):
 def test_types_are_not_changed_in_a_copy(stream):
     with pytest.raises(TypeError, match="a copy of float32 to int64"):
         stream.zeros((2,), "int64")[:] = stream.zeros((2,), "float32")
+
+
+@pytest.mark.parametrize("wrong", [np.array([0, 1]), [0, 1], np.array([True, False]), True, None, (slice(None), [0])])
+def test_only_whole_numbers_and_slices_are_indices(stream, wrong):
+    """numpy would read the host's memory at the GPU's address for any other."""
+    array = stream.zeros((2, 3), "int64")
+    with pytest.raises(TypeError, match="indexed by whole numbers and slices"):
+        array[wrong]
+    with pytest.raises(TypeError, match="indexed by whole numbers and slices"):
+        array[wrong] = 1
 
 
 def test_what_is_given_for_reading_is_a_copy(stream):

@@ -35,7 +35,7 @@ def in_pytorch(system, labels, seed=0, **options):
 
     def noise(position):
         out = np.empty((*shape, size), np.float32)
-        gumbel(seed, np.arange(len(labels)), position, out)
+        gumbel([(seed, image, position) for image in range(len(labels))], out)
         return torch.from_numpy(out)
 
     sampling = torch.full(shape, float(options["temperature"])), torch.full(shape, options["top_k"] or size)

@@ -13,9 +13,10 @@ from vqdeploy.export.layers import ImageInput, ImageOutput
 from vqdeploy.models.ops import sample
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.hierarchical import HierarchicalSampler, level_names
+from vqdeploy.runtime.hierarchical import level_names
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.onnxrt import OnnxrtSession
+from vqdeploy.runtime.sampler import Item
 
 LABELS = [0, 2, 1]
 WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1}
@@ -56,7 +57,7 @@ def noise_of(count, seed=0, first_image=0):
 
     def noise(position):
         out = np.empty((count, 1, SIZE), np.float32)
-        gumbel(seed, first_image + np.arange(count), position, out)
+        gumbel([(seed, first_image + image, position) for image in range(count)], out)
         return torch.from_numpy(out)
 
     return noise
@@ -110,15 +111,21 @@ def test_logits_are_those_of_the_full_pass(any_pipeline, batch):
     pipeline, system, labels = any_pipeline
     codes = np.random.default_rng(batch).integers(0, SIZE, (batch, *pipeline.grid))
     expected = system.prior.logits(torch.from_numpy(codes), torch.tensor(labels[:batch])).numpy()
-    sessions = {name: pipeline.session(name) for name in pipeline.stages}
-    levels = HierarchicalSampler(sessions, pipeline.manifest.config["prior"]).levels
-    above, found = None, []
-    for level, forced in zip(levels, pipeline.maps(codes), strict=True):
-        options = dict.fromkeys(("temperature", "top_k", "top_p"), 1)
-        for _, _, binding in level.places(forced[..., 0], np.array(labels[:batch]), above, options):
-            level.run("pixel", binding)
-            found.append(binding.outputs["logits"][:, 0].copy())
-        above = forced[..., 0]
+
+    def forced(keys, rows):
+        for (_, image, place), row in zip(keys, rows, strict=True):
+            row[:] = 0
+            row[0, codes[image, place]] = 1e9  # beside which no logit counts
+
+    options, found = pipeline.options(**WHOLE), []
+    with pipeline.sampler(batch) as sampler:
+        sampler.draw = forced
+        for slot, label in enumerate(labels[:batch]):
+            sampler.admit(slot, Item(np.full(pipeline.grid, -1), label, 0, slot, options))
+        while sampler.left(0):
+            sampler.step()
+            found.append(sampler.last.outputs["logits"][:, 0].copy())
+        np.testing.assert_array_equal([sampler.codes(slot) for slot in range(batch)], codes)
     np.testing.assert_allclose(np.stack(found, 1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
@@ -145,7 +152,7 @@ def test_a_top_level_that_is_greedy_does_not_depend_on_the_seed(vqvae2_pipeline)
 
 def test_images_go_in_and_out_as_in_pytorch(any_pipeline):
     pipeline, system, _ = any_pipeline
-    pixels = np.random.default_rng(0).integers(0, 256, (3, pipeline.side, pipeline.side, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *pipeline.image_shape), np.uint8)
     with torch.no_grad():
         codes = system.tokenizer.encode(ImageInput((-1.0, 1.0))(torch.from_numpy(pixels)))
         decoded = ImageOutput((-1.0, 1.0))(system.tokenizer.decode(codes)).numpy()
@@ -170,7 +177,7 @@ def test_a_request_that_is_split_gives_the_same_codes(vqvae2_pipeline, vqvae2_sp
     sizes = []
     whole = vqvae2_pipeline.generate(LABELS, seed=2, first_image=3).codes
     split = vqvae2_splitting_pipeline.generate(
-        LABELS, seed=2, first_image=3, callback=lambda step, total, codes: sizes.append(len(codes))
+        LABELS, seed=2, first_image=3, callback=lambda step: sizes.append(len(step.codes))
     )
     np.testing.assert_array_equal(split.codes, whole)
     assert sizes == [2] * GRID + [1] * GRID
@@ -178,7 +185,7 @@ def test_a_request_that_is_split_gives_the_same_codes(vqvae2_pipeline, vqvae2_sp
 
 def test_no_call_takes_more_images_than_memory_allows(vqvae2_pipeline):
     sizes = set()
-    vqvae2_pipeline.generate([0] * 17, callback=lambda step, total, codes: sizes.add(len(codes)))
+    vqvae2_pipeline.generate([0] * 17, callback=lambda step: sizes.add(len(step.codes)))
     assert sizes == {16, 1}
 
 
@@ -193,12 +200,13 @@ def test_what_is_left_in_the_buffers_does_not_matter(any_pipeline):
     pipeline, _, labels = any_pipeline
     first = pipeline.generate(labels[:2], seed=4).codes
     poisoned = 0
-    for level in pipeline._sampler.levels:
-        condition, rows, pixel, _ = level._bound(2)
-        for binding in filter(None, (condition, *rows, pixel)):
-            for buffer in (*binding.inputs.values(), *binding.outputs.values()):
-                buffer[:] = np.nan if buffer.dtype == np.float32 else 0
-                poisoned += 1
+    with pipeline.sampler(2) as sampler:
+        for level in sampler._levels:
+            condition, rows, pixel, _ = level._buffers
+            for binding in filter(None, (condition, *rows, pixel)):
+                for buffer in (*binding.inputs.values(), *binding.outputs.values()):
+                    buffer[:] = np.nan if buffer.dtype == np.float32 else 0
+                    poisoned += 1
     assert poisoned > 50
     np.testing.assert_array_equal(pipeline.generate(labels[:2], seed=4).codes, first)
 
@@ -305,16 +313,16 @@ def test_inpaint_begins_at_the_first_row_that_the_mask_touches(vqvae2_pipeline, 
 
 def test_the_callback_sees_every_place(vqvae2_pipeline):
     seen = []
-    result = vqvae2_pipeline.generate(LABELS, callback=lambda *args: seen.append((*args[:2], args[2].copy())))
-    assert [(step, total) for step, total, _ in seen] == [(i, GRID) for i in range(1, GRID + 1)]
-    for step, _, codes in seen:
-        np.testing.assert_array_equal(codes[:, :step], result.codes[:, :step])
-        assert (codes[:, step:] == -1).all()
+    result = vqvae2_pipeline.generate(LABELS, callback=seen.append)
+    assert [(each.step, each.steps, each.images) for each in seen] == [(i, GRID, range(3)) for i in range(1, GRID + 1)]
+    for each in seen:
+        np.testing.assert_array_equal(each.codes[:, : each.step], result.codes[:, : each.step])
+        assert (each.codes[:, each.step :] == -1).all()
 
 
 def test_a_level_that_is_known_is_not_run(vqvae2_pipeline, images):
     steps, codes = [], vqvae2_pipeline.encode(images)
-    vqvae2_pipeline.resample(images, LABELS, callback=lambda *args: steps.append(args[:2]))
+    vqvae2_pipeline.resample(images, LABELS, callback=lambda step: steps.append((step.step, step.steps)))
     assert steps == [(i, GRID - TOP) for i in range(1, GRID - TOP + 1)]
     known = np.where(np.arange(GRID) < TOP, -1, codes)
     _, seconds = vqvae2_pipeline.sample(known, LABELS)
@@ -494,28 +502,32 @@ def setting(*path, value):
         *(without(f"{level}_{part}") for level in ("top", "bottom") for part in ("row", "pixel")),
         without("bottom_condition"),
         without("encode"),
-        lambda data: data["config"]["prior"].pop("levels"),
-        lambda data: data["config"]["prior"]["levels"].pop(),
-        lambda data: data["config"]["prior"]["levels"].reverse(),
-        setting("config", "prior", "levels", value=[]),
-        setting("config", "prior", "levels", value={}),
-        setting("config", "prior", "levels", 0, "grid", value=[6, 6]),
-        setting("config", "prior", "levels", 1, "grid", value=[6]),
-        setting("config", "prior", "levels", 1, "grid", value=None),
-        setting("config", "prior", "levels", 0, "grid", 0, value="x"),
-        setting("config", "tokenizer", "resolution", value=48),
-        setting("config", "tokenizer", "resolution", value=1e300),
-        setting("config", "tokenizer", "levels", value=3),
-        setting("config", "tokenizer", "levels", value=None),
-        setting("config", "tokenizer", "codebook_size", value=31),
-        setting("config", "model", value="rqvae"),
+        lambda data: data.pop("tokenizer"),
+        lambda data: data["tokenizer"].pop("maps"),
+        lambda data: data["tokenizer"]["maps"].pop(),
+        lambda data: data["tokenizer"]["maps"].reverse(),
+        lambda data: data["tokenizer"]["maps"].insert(0, [1, 1, 1]),
+        setting("tokenizer", "maps", value=[]),
+        setting("tokenizer", "maps", value={}),
+        setting("tokenizer", "maps", value=[[3, 3, 1], [4, 9, 1]]),
+        setting("tokenizer", "maps", value=[[3, 3, 1], [12, 3, 1]]),
+        setting("tokenizer", "maps", value=[[3, 3, 1], [3, 6, 2]]),
+        setting("tokenizer", "maps", 0, value=[6, 6, 1]),
+        setting("tokenizer", "maps", 1, value=[6]),
+        setting("tokenizer", "maps", 1, value=None),
+        setting("tokenizer", "maps", 0, 0, value="x"),
+        setting("tokenizer", "image", value=[48, 48, 3]),
+        setting("tokenizer", "image", 0, value=1e300),
+        setting("tokenizer", "codebook_size", value=31),
+        setting("sampling", "kind", value="autoregressive"),
+        setting("sampling", "kind", value="masked"),
         setting("stages", 3, "inputs", 10, "name", value="above"),
         setting("stages", 3, "inputs", 4, "shape", 1, value=True),
     ],
 )
 def test_a_plan_whose_parts_do_not_fit(vqvae2_plan, tmp_path, change):
     with pytest.raises(ArtifactError) as caught:
-        load(edited(vqvae2_plan, tmp_path / "a.plan", change), threads=1)
+        load(edited(vqvae2_plan, tmp_path / "a.plan", change), threads=1).generate([0])
     assert "\n" not in str(caught.value)
 
 

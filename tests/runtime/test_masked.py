@@ -99,7 +99,7 @@ def draw_cells(logits, noise, temperature, top_k, top_p):
 
 def gumbel_of(seed, image, step, shape):
     out = np.empty((1, *shape), np.float32)
-    gumbel(seed, np.array([image]), step, out)
+    gumbel([(seed, image, step)], out)
     return out[0]
 
 
@@ -348,7 +348,7 @@ def test_an_image_alone_is_the_image_in_the_batch(either, partly_known, schedule
 
 def test_a_request_that_is_split_gives_the_same_codes(movq_pipeline, movq_splitting_pipeline, partly_known, images):
     pipelines, sizes = (movq_pipeline, movq_splitting_pipeline), []
-    options = MIXED | {"first_image": 3, "callback": lambda step, total, codes: sizes.append(len(codes))}
+    options = MIXED | {"first_image": 3, "callback": lambda step: sizes.append(len(step.codes))}
     whole, split = (p.complete(partly_known, LABELS, **options).codes for p in pipelines)
     np.testing.assert_array_equal(whole, split)
     assert sizes == [5] * 5 + [2] * 5 + [2] * 5 + [1] * 5
@@ -402,7 +402,7 @@ def test_known_codes_are_kept_however_hot_the_choice_is(either, partly_known, he
 
 def test_nothing_to_draw_is_no_engine_call(movq_pipeline, partly_known):
     known, seen = partly_known[:1], []
-    result = movq_pipeline.complete(known, [0], callback=lambda *args: seen.append(args))
+    result = movq_pipeline.complete(known, [0], callback=seen.append)
     np.testing.assert_array_equal(result.codes, known)
     np.testing.assert_array_equal(result.images, movq_pipeline.decode(known))
     assert (seen, result.timings["steps_s"]) == ([], 0)
@@ -413,10 +413,10 @@ def test_nothing_to_draw_is_no_engine_call(movq_pipeline, partly_known):
 
 def watched(pipeline, known, labels, **options):
     seen = []
-    callback = lambda *args: seen.append((*args[:2], args[2].copy()))  # noqa: E731
-    result = pipeline.complete(known, labels, callback=callback, **WHOLE | options)
-    assert [(step, total) for step, total, _ in seen] == [(i, len(seen)) for i in range(1, len(seen) + 1)]
-    return result.codes, [codes for _, _, codes in seen]
+    result = pipeline.complete(known, labels, callback=seen.append, **WHOLE | options)
+    assert [(each.step, each.steps) for each in seen] == [(i, len(seen)) for i in range(1, len(seen) + 1)]
+    assert {each.images for each in seen} == {range(len(known))}
+    return result.codes, [each.codes for each in seen]
 
 
 def test_the_callback_sees_codes_settle_for_good(either, partly_known):
@@ -646,7 +646,7 @@ def test_every_step_settles_codes_although_confidences_tie(either):
     """At a low temperature the probability of most draws is 1 to the last bit, and ties at the cut are kept."""
     opened = []
     options = {"steps": 12, "temperature": 1e-4, "choice_temperature": 0, "schedule": "cosine"}
-    either.generate([0], **WHOLE | options, callback=lambda step, total, codes: opened.append(int((codes < 0).sum())))
+    either.generate([0], **WHOLE | options, callback=lambda step: opened.append(int((step.codes < 0).sum())))
     assert opened[0] < np.floor(64 * np.cos(np.pi / 24))  # there were ties
     assert all(after < max(before, 2) for before, after in pairwise(opened))
 
@@ -656,7 +656,7 @@ def test_no_label_needs_no_guidance(movq_pipeline):
     known, calls = np.full((2, *movq_pipeline.grid), -1), []
     bind = movq_pipeline.session("step").bind
     plain = movq_pipeline.complete(known, None, **WHOLE).codes
-    movq_pipeline._sampler._bound.cache_clear()
+    movq_pipeline._samplers.clear()
     movq_pipeline.session("step").bind = lambda dims, *shared: calls.append(dims) or bind(dims, *shared)
     try:
         guided = movq_pipeline.complete(known, None, **WHOLE | {"guidance_scale": 3}).codes

@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime import noise
+from vqdeploy.runtime.noise import ThreadedNoise, gumbel
 
 
-def draw(seed, images, step, shape=(4, 64)):
+def draw(seed, images, step, shape=(4, 64), fill=gumbel):
     out = np.full((len(images), *shape), np.nan, np.float32)
-    gumbel(seed, np.asarray(images), step, out)
+    fill([(seed, image, step) for image in images], out)
     return out
 
 
@@ -74,19 +75,17 @@ def test_it_is_never_infinite(many):
 
 @pytest.mark.parametrize("value", [0.0, 2**-24, 0.5, 1 - 2**-24])
 def test_not_even_for_the_most_extreme_random_numbers(monkeypatch, value):
-    class Stuck:
-        def __init__(self, bits):
-            pass
-
-        def random(self, dtype, out):
-            out[:] = value
-
-    monkeypatch.setattr(np.random, "Generator", Stuck)
-    assert np.isfinite(draw(0, [0], 0)).all()
+    """Of 32 random bits the upper 24 are taken, as a share of 2**24."""
+    for lower in (0, 0xFF):
+        bits = np.uint32(int(value * 2**24) << 8 | lower)
+        monkeypatch.setattr(noise._philox, "raw", lambda key, count, bits=bits: np.full(count, bits))
+        drawn = draw(0, [0], 0)
+        assert np.isfinite(drawn).all()
+        np.testing.assert_allclose(drawn, -np.log(-np.log(max(value, 2**-25))), rtol=1e-5)
 
 
 def test_large_draws_that_use_threads_are_the_same():
-    batch = draw(3, [5, 6, 7], 1, (4, 16_384))
+    batch = draw(3, [5, 6, 7], 1, (4, 16_384), fill=ThreadedNoise(3))
     for row, image in zip(batch, (5, 6, 7), strict=True):
         np.testing.assert_array_equal(row, draw(3, [image], 1, (4, 16_384))[0])
 

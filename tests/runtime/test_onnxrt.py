@@ -40,7 +40,7 @@ def test_a_graph_reads_no_file_beside_the_plan(plan, package, monkeypatch):
 
 
 def test_present_caches_are_the_past_caches(step):
-    caches = step.caches(DIMS)
+    caches = step.buffers(DIMS, *step.stage.aliases.values())
     binding = step.bind(DIMS, caches)
     fill(binding)
     before = {name: cache.copy() for name, cache in caches.items()}
@@ -77,7 +77,7 @@ def test_onnxruntime_makes_no_copy_of_a_cache(portable_plan, monkeypatch, capfd)
 
 
 def test_bindings_of_other_lengths_share_the_caches(step):
-    caches = step.caches(DIMS)
+    caches = step.buffers(DIMS, *step.stage.aliases.values())
     prefix, single = step.bind(DIMS | {"length": 3}, caches), step.bind(DIMS, caches)
     assert prefix.inputs["codes"].shape == (2, 3, 4)
     for name in caches:

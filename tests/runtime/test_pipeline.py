@@ -43,7 +43,7 @@ def reference(system, labels, seed=0, first_image=0, temperature=1.0, top_k=SIZE
     batch, (height, width, depth) = len(labels), GRID
     noise = np.empty((height * width, batch, depth, SIZE), np.float32)
     for position in range(height * width):
-        gumbel(seed, np.arange(first_image, first_image + batch), position, noise[position])
+        gumbel([(seed, first_image + image, position) for image in range(batch)], noise[position])
     options = [
         torch.as_tensor(np.broadcast_to(np.asarray(value, kind), (batch, depth)).copy())
         for value, kind in ((temperature, np.float32), (top_k, np.int64), (top_p, np.float32))
@@ -146,7 +146,7 @@ def test_a_request_that_is_split_gives_the_same_codes(pipeline, splitting_pipeli
 
 def test_no_call_is_larger_than_the_plan_allows(splitting_pipeline):
     sizes = []
-    splitting_pipeline.generate(LABELS, callback=lambda step, total, codes: sizes.append(len(codes)))
+    splitting_pipeline.generate(LABELS, callback=lambda step: sizes.append(len(step.codes)))
     assert set(sizes) == {2, 1}
 
 
@@ -238,18 +238,18 @@ def test_one_mask_serves_all_images(pipeline, images):
 
 def test_the_callback_sees_every_step(pipeline):
     seen = []
-    result = pipeline.generate(LABELS, callback=lambda *args: seen.append((*args[:2], args[2].copy())))
-    assert [(step, total) for step, total, _ in seen] == [(i, 16) for i in range(1, 17)]
-    for step, _, codes in seen:
-        assert codes.shape == result.codes.shape
-        so_far, whole = codes.reshape(5, 16, 4), result.codes.reshape(5, 16, 4)
-        np.testing.assert_array_equal(so_far[:, :step], whole[:, :step])
-        assert (so_far[:, step:] == -1).all()
+    result = pipeline.generate(LABELS, callback=seen.append)
+    assert [(each.step, each.steps, each.images) for each in seen] == [(i, 16, range(5)) for i in range(1, 17)]
+    for each in seen:
+        assert each.codes.shape == result.codes.shape
+        so_far, whole = each.codes.reshape(5, 16, 4), result.codes.reshape(5, 16, 4)
+        np.testing.assert_array_equal(so_far[:, : each.step], whole[:, : each.step])
+        assert (so_far[:, each.step :] == -1).all()
 
 
 def test_the_callback_counts_only_what_is_sampled(pipeline, images):
     seen = []
-    pipeline.inpaint(images, LABELS, mask_ratio=0.25, callback=lambda *args: seen.append(args[:2]))
+    pipeline.inpaint(images, LABELS, mask_ratio=0.25, callback=lambda step: seen.append((step.step, step.steps)))
     assert seen == [(i, 4) for i in range(1, 5)]
 
 

@@ -3,17 +3,19 @@
 import gc
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from late_cuda import Cuda, TensorRT
+from support.late_cuda import Cuda, TensorRT
 
 from vqdeploy import bench
 from vqdeploy.engines import tensorrt as builder
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import bundle, device, load
+from vqdeploy.runtime.backends import LIBRARIES
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.verify import verify
@@ -40,14 +42,20 @@ def gpu(monkeypatch, tmp_path):
 def simulated(tmp_path_factory):
     """Builds a plan whose engines are those that the simulation runs."""
 
-    def build_stage(backend, stage, package, folder, sizes, plugin=False):
-        target = folder / f"{stage.name}.engine"
-        target.write_bytes(onnx.load(package / stage.file).SerializeToString())
-        return target
+    class Worker:
+        def __init__(self, backend, log):
+            self.version = sys.modules[LIBRARIES[backend]].__version__
+
+        def build(self, job, fall_back):
+            Path(job.engine).write_bytes(onnx.load(job.graph).SerializeToString())
+            return ()
+
+        def close(self):
+            pass
 
     def make(package, backend="tensorrt-rtx", **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(builder, "build_stage", build_stage)
+            patch.setattr(builder, "Worker", Worker)
             file = tmp_path_factory.mktemp("plan") / "engines.plan"
             build(package, file, backend=backend, **options)
         return file
@@ -471,7 +479,7 @@ def test_a_library_that_does_not_start(small_engines, gpu, monkeypatch):
 def tensorrt_plan(package, simulated, gpu, monkeypatch):
     trt = TensorRT(rtx, gpu)
     trt.__version__ = "11.4.0.106"
-    monkeypatch.setattr(builder, "check", lambda backend: trt.__version__)
+    monkeypatch.setattr(builder, "check", lambda backend: None)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     return simulated(package, backend="tensorrt", plugin="off")

@@ -1,6 +1,6 @@
 """Samplers that are made to draw given codes, so that their logits are those of teacher forcing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def untouched_options(pipeline: Pipeline) -> dict[str, object]:
 def _drawing(codes: np.ndarray) -> Draw:
     """Noise by which draw t of image i takes codes[i, t]."""
 
-    def draw(keys: Sequence[Key], rows: Sequence[np.ndarray]) -> None:
+    def draw(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
         for (_, image, place), row in zip(keys, rows, strict=True):
             row[...] = 0
             row[np.arange(len(row)), codes[image, place]] = _FORCE

@@ -1,0 +1,106 @@
+"""What inputs, outputs and attributes of an operator may be: the words of `vqdeploy.runtime.operators`."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ints:
+    """Whole numbers from `low` to `high`."""
+
+    low: int
+    high: int
+    kind = "INT"
+
+    def allows(self, value: Any) -> bool:
+        """Whether an attribute may have this value."""
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some values."""
+
+    values: tuple[Any, ...]
+    kind: str
+
+    def allows(self, value: Any) -> bool:
+        """Whether an attribute may have this value."""
+        return value in self.values
+
+
+def Strings(*values: str) -> OneOf:
+    """One of some strings."""
+    return OneOf(tuple(value.encode() for value in values), "STRING")
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Any number that is not NaN."""
+
+    kind = "FLOAT"
+
+    def allows(self, value: Any) -> bool:
+        """Whether an attribute may have this value."""
+        return not math.isnan(value)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Strings that match a pattern."""
+
+    pattern: re.Pattern[bytes]
+    kind = "STRING"
+
+    def allows(self, value: Any) -> bool:
+        """Whether an attribute may have this value."""
+        return self.pattern.fullmatch(value) is not None
+
+
+@dataclass(frozen=True)
+class List:
+    """At most `most` values that each follow a rule."""
+
+    each: Ints | Floats
+    most: int = 4096
+
+    @property
+    def kind(self) -> str:
+        """The attribute type of ONNX."""
+        return f"{self.each.kind}S"
+
+    def allows(self, value: Any) -> bool:
+        """Whether an attribute may have this value."""
+        return len(value) <= self.most and all(map(self.each.allows, value))
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A graph or a tensor, which is checked by itself."""
+
+    kind: str
+
+    def allows(self, value: Any) -> bool:
+        """Whether an attribute may have this value."""
+        return True
+
+
+Rule = Ints | OneOf | Floats | Matching | List | Inner
+
+FLAG, AXIS, ANY = Ints(0, 1), Ints(-8, 7), Ints(-(2**63), 2**63 - 1)
+FLOAT, GRAPH, TENSOR = Floats(), Inner("GRAPH"), Inner("TENSOR")
+DTYPES = OneOf((1, 2, 3, 6, 7, 9, 10, 11, 16, 21, 22), "INT")
+"""float32, uint8, int8, int32, int64, bool, float16, float64, bfloat16, uint4, int4, as ONNX numbers them."""
+EQUATION = Matching(re.compile(rb"[A-Za-z., ]{1,64}(->[A-Za-z. ]{0,32})?"))
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Inputs and outputs by name, `?` behind those that may be left out and `*` behind one that may be repeated."""
+
+    inputs: str
+    outputs: str
+    attributes: dict[str, Rule] = field(default_factory=dict)
+    required: tuple[str, ...] = ()

@@ -1,0 +1,140 @@
+"""Samplers that step: images join, leave and are cancelled, and get the codes that they get alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.trials import alone, random_item, trial
+
+from vqdeploy.engines.build import build
+from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime import load
+from vqdeploy.runtime.sampler import Item
+
+SYSTEMS = ("", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three")
+
+
+def named(system, kind):
+    return f"{system}_{kind}".lstrip("_")
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def any_pipeline(name, request):
+    return request.getfixturevalue(named(name, "pipeline"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_images_that_come_and_go_are_the_images_alone(any_pipeline, seed):
+    trial(any_pipeline, seed)
+
+
+def test_trials_hold_many_images_against_themselves(pipeline):
+    assert sum(trial(pipeline, seed) for seed in range(3)) >= 12
+
+
+def item(pipeline, seed=0, label=0, **options):
+    known = np.full(pipeline.grid, -1)
+    return Item(known, label, seed, 3, pipeline.options(**options))
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["own bodies", "portable bodies"])
+def test_what_is_no_number_in_the_caches_ends_with_its_request(name, portable, request, tmp_path):
+    """One request that overflows leaves NaN in the caches of its rows; 0 times NaN is NaN."""
+    build(request.getfixturevalue(named(name, "package")), tmp_path / "x.plan", portable=portable)
+    pipeline = load(tmp_path / "x.plan", threads=1)
+    labels = [i % pipeline.classes for i in range(2)]
+    expected = pipeline.generate(labels, seed=2)
+    rest = pipeline.inpaint(expected.images, labels, mask_ratio=0.5, seed=2)
+    for poison in (np.nan, np.inf):
+        for sampler in pipeline._samplers.values():
+            for array in sampler.last.inputs.values():
+                if array.dtype.kind == "f":
+                    array[...] = poison
+        np.testing.assert_array_equal(pipeline.generate(labels, seed=2).codes, expected.codes)
+        again = pipeline.inpaint(expected.images, labels, mask_ratio=0.5, seed=2)
+        np.testing.assert_array_equal(again.codes, rest.codes)
+
+
+def test_an_image_whose_codes_are_all_known_takes_no_call(any_pipeline):
+    known = np.zeros(any_pipeline.grid, np.int64)
+    with any_pipeline.sampler(2) as sampler:
+        options = any_pipeline.options(**({"guidance_scale": 1.0} if any_pipeline.sampling.no_label else {}))
+        sampler.admit(1, Item(known, 0, 0, 0, options))
+        sampler.seconds.clear()
+        assert sampler.step() == [1]
+        assert not sampler.seconds
+        np.testing.assert_array_equal(sampler.codes(1), known)
+
+
+class TestAdmit:
+    def test_a_slot_holds_one_image(self, pipeline):
+        with pipeline.sampler(2) as sampler:
+            sampler.admit(0, item(pipeline))
+            for slot in (0, 2, -1):
+                with pytest.raises(VqdeployError, match="is not free"):
+                    sampler.admit(slot, item(pipeline))
+            sampler.release(0)
+            sampler.admit(0, item(pipeline))
+
+    def test_hierarchies_take_no_image_once_they_run(self, vqvae2_pipeline):
+        with vqvae2_pipeline.sampler(2) as sampler:
+            sampler.admit(0, item(vqvae2_pipeline))
+            sampler.step()
+            with pytest.raises(VqdeployError, match="cannot join while others run"):
+                sampler.admit(1, item(vqvae2_pipeline))
+            sampler.release(0)
+            sampler.admit(1, item(vqvae2_pipeline))
+
+    @pytest.mark.parametrize("name_", ["movq", "vit"])
+    def test_guidance_needs_a_sampler_for_it(self, name_, request):
+        pipeline = request.getfixturevalue(f"{name_}_pipeline")
+        with pipeline.sampler(1) as sampler:
+            with pytest.raises(VqdeployError, match="takes no guidance"):
+                sampler.admit(0, item(pipeline, guidance_scale=2.0))
+            sampler.admit(0, item(pipeline, guidance_scale=1.0))
+
+    def test_a_position_is_known_as_a_whole(self, pipeline):
+        known = np.full(pipeline.grid, -1)
+        known[0, 0, 0] = 1
+        with pipeline.sampler(1) as sampler, pytest.raises(VqdeployError, match="known in part"):
+            sampler.admit(0, replace(item(pipeline), known=known))
+
+
+def test_codes_so_far_grow_and_are_open_where_nothing_is_drawn(any_pipeline):
+    chosen = random_item(any_pipeline, np.random.default_rng(1), image=0)
+    chosen = replace(chosen, known=np.full(any_pipeline.grid, -1))
+    with any_pipeline.sampler(1, guided=any_pipeline.sampling.no_label is not None) as sampler:
+        sampler.admit(0, chosen)
+        opened = [(sampler.codes(0) < 0).sum()]
+        while not sampler.step():
+            opened.append((sampler.codes(0) < 0).sum())
+        assert sorted(opened, reverse=True) == opened
+        assert (sampler.codes(0) >= 0).all()
+
+
+def test_a_cancelled_image_leaves_the_others_alone(vit_pipeline):
+    rng = np.random.default_rng(7)
+    items = [replace(random_item(vit_pipeline, rng, i), known=np.full(vit_pipeline.grid, -1)) for i in range(2)]
+    items = [replace(each, options=each.options | {"guidance_scale": 2.0}) for each in items]
+    with vit_pipeline.sampler(2, guided=True) as sampler:
+        for slot, each in enumerate(items):
+            sampler.admit(slot, each)
+        for _ in range(3):
+            sampler.step()
+        sampler.release(0)
+        while not (done := sampler.step()):
+            pass
+        assert done == [1]
+        codes = sampler.codes(1)
+    np.testing.assert_array_equal(codes, alone(vit_pipeline, items[1], 2, 1, guided=True))
+
+
+def test_what_every_sampler_writes_to_is_an_input_of_the_plan(any_pipeline):
+    kind = type(next(iter(any_pipeline._samplers.values())))
+    for stage, names in kind.inputs(any_pipeline.tokenizer, any_pipeline.sampling).items():
+        assert names <= {info.name for info in any_pipeline.manifest.stage(stage).inputs}

@@ -1,0 +1,203 @@
+"""One pipeline in several threads, in its own callbacks and behind a fork; opening and closing."""
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime import load, onnxrt, threads
+from vqdeploy.runtime.noise import ThreadedNoise
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+def drawn(pipeline, seed):
+    return pipeline.generate([seed % 3, 1], seed=seed)
+
+
+@pytest.mark.parametrize("name", ["", "movq", "vqgan", "vqvae2"])
+def test_threads_share_a_pipeline(name, request):
+    pipeline = request.getfixturevalue(f"{name}_pipeline".lstrip("_"))
+    expected = [drawn(pipeline, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            found = list(pool.map(lambda seed: drawn(pipeline, seed), range(4)))
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(a.codes, b.codes)
+                np.testing.assert_array_equal(a.images, b.images)
+
+
+def test_a_callback_may_use_its_own_pipeline(pipeline):
+    expected, other = drawn(pipeline, 1), drawn(pipeline, 2)
+    inner = []
+
+    def ask(step):
+        if step.step in (2, 5):
+            inner.append(drawn(pipeline, 2))
+
+    found = pipeline.generate([1, 1], seed=1, callback=ask)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    assert len(inner) == 2
+    assert all((each.codes == other.codes).all() for each in inner)
+
+
+def in_a_fork(work):
+    """Whether a forked child answers True within half a minute."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # nothing of the parent's ends it
+        os._exit(0 if work() else 3)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("name", ["", "movq"])
+def test_a_forked_child_uses_the_parents_pipeline_and_its_own(name, request):
+    file = request.getfixturevalue(f"{name}_plan".lstrip("_"))
+    pipeline = load(file, threads=2)
+    expected = drawn(pipeline, 5).codes
+    assert in_a_fork(lambda: (drawn(pipeline, 5).codes == expected).all())
+    assert in_a_fork(lambda: (drawn(load(file, threads=2), 5).codes == expected).all())
+    np.testing.assert_array_equal(drawn(pipeline, 5).codes, expected)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_in_the_middle_of_another_threads_step(pipeline):
+    expected = drawn(pipeline, 5).codes
+    going, stop = threading.Event(), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            drawn(pipeline, 4)
+            going.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    going.wait()
+    try:
+        assert all(in_a_fork(lambda: (drawn(pipeline, 5).codes == expected).all()) for _ in range(3))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _draw_many(rows):
+    noise = ThreadedNoise(4)
+    out = np.empty((rows, 2**15), np.float32)
+    noise([(1, row, 0) for row in range(rows)], out)
+    return float(out.sum())
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_threads_of_the_noise_start_again_in_a_child():
+    noise = ThreadedNoise(4)
+    keys, out = [(1, row, 0) for row in range(3)], np.empty((3, 2**15), np.float32)
+    noise(keys, out)
+    expected = out.copy()
+
+    def again():
+        noise(keys, out)
+        return (out == expected).all()
+
+    assert in_a_fork(again)
+
+
+class TestOpening:
+    @pytest.fixture
+    def opened(self, monkeypatch):
+        names = []
+        original = onnxrt.OnnxrtSession.__init__
+
+        def note(self, bundle, stage, *arguments, **options):
+            names.append(stage.name)
+            original(self, bundle, stage, *arguments, **options)
+
+        monkeypatch.setattr(onnxrt.OnnxrtSession, "__init__", note)
+        return names
+
+    def test_stages_open_when_they_are_used(self, plan, opened):
+        pipeline = load(plan, threads=1)
+        assert opened == []
+        codes = pipeline.generate([0], seed=1).codes
+        assert sorted(opened) == ["decode", "step"]
+        pipeline.decode(codes)
+        assert sorted(opened) == ["decode", "step"]
+
+    def test_to_decode_opens_no_prior(self, plan, opened):
+        load(plan, threads=1).decode(np.zeros((1, 4, 4, 4), np.int64))
+        assert opened == ["decode"]
+
+    def test_digests_are_compared_unless_it_is_told_otherwise(self, plan, tmp_path):
+        damaged = bytearray(plan.read_bytes())
+        damaged[-70_000] ^= 1
+        file = tmp_path / "damaged.plan"
+        file.write_bytes(damaged)
+        with pytest.raises(VqdeployError):
+            load(file)
+        load(file, verify=False)
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_threads_are_those_asked_for(self, plan, count, monkeypatch):
+        seen = []
+        original = onnxrt.ort.InferenceSession
+
+        def note(graph, options, **rest):
+            seen.append(options.intra_op_num_threads)
+            return original(graph, options, **rest)
+
+        monkeypatch.setattr(onnxrt.ort, "InferenceSession", note)
+        pipeline = load(plan, threads=count)
+        pipeline.generate([0], seed=1)
+        assert seen == [count, count]
+        assert pipeline._noise._threads == count
+
+    def test_threads_by_default_are_what_the_process_may_use(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+        quota = tmp_path / "cpu.max"
+        monkeypatch.setattr(threads, "_QUOTA", quota)
+        assert threads.cores() == 3
+        for text, expected in (("max 100000", 3), ("150000 100000", 2), ("20000 100000", 1), ("junk", 3)):
+            quota.write_text(text)
+            assert threads.cores() == expected
+        assert ThreadedNoise()._threads == 3
+
+    @pytest.mark.parametrize("wrong", [-1, 1.5, True, "2"])
+    def test_a_wrong_number_of_threads_is_refused(self, plan, wrong):
+        with pytest.raises(VqdeployError, match="threads is out of range"):
+            load(plan, threads=wrong)
+
+
+class TestClosing:
+    def test_a_closed_pipeline_refuses_everything(self, plan):
+        with load(plan, threads=1) as pipeline:
+            codes = pipeline.generate([0], seed=1).codes
+        pipeline.close()
+        for call in (lambda: pipeline.generate([0]), lambda: pipeline.decode(codes), lambda: pipeline.session("step")):
+            with pytest.raises(VqdeployError, match="this pipeline is closed"):
+                call()
+
+    def test_it_is_closed_after_an_error_too(self, plan):
+        with pytest.raises(ZeroDivisionError), load(plan, threads=1) as pipeline:
+            raise ZeroDivisionError
+        with pytest.raises(VqdeployError, match="closed"):
+            pipeline.decode(np.zeros((1, 4, 4, 4), np.int64))
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="handles are counted in /proc")
+    def test_nothing_is_left_open(self, plan):
+        def handles():
+            return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+        before = None
+        for _ in range(4):
+            with load(plan, threads=2) as pipeline:
+                pipeline.generate([0], seed=1)
+            before = before or handles()
+        assert handles() == before

@@ -1,0 +1,96 @@
+"""Which part may import which, by the sources: at import time, and inside functions."""
+
+import pytest
+from support.imports import Import, imports, modules
+
+BASE = {"errors", "files", "config", "precision"}
+"""Standard library only: everyone may import them."""
+
+EVERYTHING_BUT_TRAINING = {
+    "checkpoint", "models", "systems", "convert", "reference", "verify", "bench", "export", "engines",
+    "manifest", "backends", "images", "runtime",
+}  # fmt: skip
+
+EDGES: dict[str, set[str]] = {
+    **{name: set() for name in BASE},
+    "kernels": set(),
+    "models": set(),
+    "systems": {"models"},
+    "checkpoint": {"models", "systems"},
+    "reference": {"models", "systems"},
+    "training": {"models", "systems", "checkpoint", "reference", "images"},
+    "convert": {"models", "systems", "checkpoint"},
+    "manifest": set(),
+    "backends": {"manifest"},
+    "images": set(),
+    "runtime": {"manifest", "backends", "images"},
+    "export": {"models", "systems", "checkpoint", "manifest"},
+    "engines": {"manifest", "backends", "kernels"},
+    "verify": EVERYTHING_BUT_TRAINING,
+    "bench": EVERYTHING_BUT_TRAINING,
+    "run": {"runtime", "images"},
+    "cli": set(),
+    "vqdeploy": set(),
+}
+"""What each part may import at import time, `BASE` and itself aside; `FILES` gives the parts smaller than a folder."""
+
+INSIDE_FUNCTIONS: dict[str, set[str]] = {
+    "cli": {*EVERYTHING_BUT_TRAINING, "training", "run"},  # each verb loads what it needs
+    "vqdeploy": {"checkpoint", "runtime"},  # `vqdeploy.load` loads nothing before it is called
+    "models": {"kernels"},  # the operators that take CUDA tensors
+    "systems": {"export"},  # a system names its stages, and trains without ONNX
+    "engines": {"runtime"},  # TensorRT builds for the GPU that is there
+}
+"""What it may import later: in functions, and for type checkers."""
+
+FILES = {
+    "vqdeploy": "vqdeploy",
+    "vqdeploy.__main__": "cli",
+    "vqdeploy.runtime.manifest": "manifest",  # what stands between export, engines and runtime, and the file of a plan
+    "vqdeploy.runtime.bundle": "manifest",
+    "vqdeploy.runtime.backends": "backends",  # their names, and what each has to bring
+    "vqdeploy.runtime.session": "backends",
+    "vqdeploy.runtime.images": "images",
+}
+"""Modules that are no part of their folder's part."""
+
+TO_MEND = {
+    ("vqdeploy.checkpoint", "vqdeploy.runtime.options"),
+    ("vqdeploy.export.pixelsnail", "vqdeploy.runtime.hierarchical"),
+    ("vqdeploy.reference", "vqdeploy.runtime.options"),
+    ("vqdeploy.reference.masked", "vqdeploy.runtime.schedules"),
+}
+"""Edges that are forbidden and there. None may be added."""
+
+
+def part(module: str) -> str:
+    return FILES.get(module) or module.split(".")[1]
+
+
+def allowed(edge: Import) -> bool:
+    source, target = part(edge.source), part(edge.target)
+    late = INSIDE_FUNCTIONS.get(source, set()) if edge.late else set()
+    return target in {source, *BASE, *EDGES[source], *late}
+
+
+def test_every_module_is_in_the_table():
+    assert {part(name) for name in modules()} <= set(EDGES)
+
+
+@pytest.mark.parametrize("name", list(EDGES))
+def test_a_part_imports_what_it_may(name):
+    wrong = [edge for edge in imports() if part(edge.source) == name and not allowed(edge)]
+    new = [edge for edge in wrong if (edge.source, edge.target) not in TO_MEND]
+    assert not new, "\n".join(f"{modules()[edge.source]}:{edge.line} imports {edge.target}" for edge in new)
+
+
+def test_what_was_mended_is_off_the_list():
+    assert {(edge.source, edge.target) for edge in imports() if not allowed(edge)} >= TO_MEND
+
+
+def test_imports_are_found():
+    """In functions, as modules and as names of modules."""
+    found = {(edge.source, edge.target, edge.late) for edge in imports()}
+    assert ("vqdeploy.engines.build", "vqdeploy.runtime.bundle", False) in found
+    assert ("vqdeploy.engines.build", "vqdeploy.engines.package", False) in found
+    assert ("vqdeploy.engines.tensorrt", "vqdeploy.runtime.device", True) in found
