@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.golden import assert_close, read_golden
+from support.golden import assert_close, read_golden, recorded_codes
 from support.public import TOKENIZERS, write_system, write_tokenizer
 
 from vqdeploy import checkpoint, cli
@@ -23,13 +23,6 @@ def run(monkeypatch, capsys):
         return json.loads(captured.out)
 
     return run_import
-
-
-def recorded_codes(tensors):
-    """Codes as our tokenizers give them."""
-    if "out/codes_top" in tensors:
-        return torch.cat([tensors["out/codes_top"].flatten(1), tensors["out/codes_bottom"].flatten(1)], 1)
-    return tensors["out/codes"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from support.golden import read_golden
+from support.golden import read_golden, recorded_codes
 from support.public import TOKENIZERS, write_system, write_tokenizer
 from torch import Tensor, nn
 
@@ -11,7 +10,7 @@ from vqdeploy import checkpoint
 from vqdeploy.convert.importer import import_checkpoint
 from vqdeploy.engines.build import build
 from vqdeploy.export.functions import OPSET
-from vqdeploy.export.package import export, stages_of, write_package
+from vqdeploy.export.package import write_package
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.tokenizer import _laid_out
 from vqdeploy.runtime import load
@@ -46,22 +45,18 @@ def close(found, expected):
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-# One file of each graph; the others differ in nothing but names, and are imported in test_import.py.
-GRAPHS = ("movqgan_ema", "diffusers_amused", "taming_vqgan_f8_attn", "taming_vqgan_gumbel", "llamagen_vq", "emu3_vq")
-OWN_LAYERS = ("rqvae", "vitvq", "vqvae2", "maskgit_jax_tokenizer")
+# Graphs that no other system has; the rest differ in little but names, and are slow.
+GRAPHS = ("taming_vqgan_gumbel", "emu3_vq", "maskgit_jax_tokenizer")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in GRAPHS + OWN_LAYERS else pytest.mark.slow) for name in TOKENIZERS],
+    [pytest.param(name, marks=() if name in GRAPHS else pytest.mark.slow) for name in TOKENIZERS],
 )
 def test_tokenizer(tmp_path, name):
     system = imported(write_tokenizer(name, tmp_path), tmp_path)
     _, tensors, _ = read_golden(name)
-    image = tensors["in/image"]
-    expected = tensors["out/codes"] if "out/codes" in tensors else None
-    if expected is None:
-        expected = torch.cat([tensors["out/codes_top"].flatten(1), tensors["out/codes_bottom"].flatten(1)], 1)
+    image, expected = tensors["in/image"], recorded_codes(tensors)
     codes = expected if name in ("rqvae", "vqvae2") else expected.view(len(image), *_grid(system, image), 1)
     stage = Stage("both", Floats(system.tokenizer), {"image": image, "codes": codes}, ["encoded", "decoded"])
     described = Manifest(FORMAT, name, "fp32", OPSET, Provenance("test"), (), {})
@@ -78,23 +73,22 @@ def _grid(system, image):
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    """Exports and builds an imported system, once for each."""
-    built = {}
+def plan(artifacts, tmp_path_factory):
+    """The plan of an imported system, and what the public code recorded."""
+    opened = {}
 
     def of(name):
-        if name not in built:
-            folder = tmp_path_factory.mktemp(name)
-            system = imported(write_system(name, folder), folder)
-            export(system, folder / "package")
-            build(folder / "package", folder / "plan")
-            built[name] = load(folder / "plan", threads=1), read_golden(name)[1]
-        return built[name]
+        if name not in opened:
+            system = imported(write_system(name, folder := tmp_path_factory.mktemp(name)), folder)
+            golden = read_golden("pixelsnail_top" if name == "pixelsnail" else name)
+            opened[name] = artifacts.pipeline(system), golden[1]
+        return opened[name]
 
     return of
 
 
-AUTOREGRESSIVE = ["rqtransformer", "taming_gpt", pytest.param("vitvq_gpt", marks=pytest.mark.slow)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("rqtransformer", "vitvq_gpt")]
+AUTOREGRESSIVE = ["taming_gpt", *SLOW]
 
 
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)
@@ -107,7 +101,7 @@ def test_cached_steps_give_the_recorded_logits(plan, name):
     close(logits.reshape(tensors["out/logits"].shape), tensors["out/logits"].numpy())
 
 
-@pytest.mark.parametrize("name", ["rqtransformer", "taming_gpt"])
+@pytest.mark.parametrize("name", AUTOREGRESSIVE[:2])
 def test_greedy_codes(plan, name):
     pipeline, tensors = plan(name)
     codes = pipeline.generate(tensors["in/class"].tolist(), temperature=0.0).codes
@@ -121,9 +115,10 @@ def test_a_prior_without_a_null_label_has_no_guidance(plan):
     assert pipeline.manifest.provenance.source == "taming"
 
 
-@pytest.mark.parametrize(
-    "name", ["maskgit_jax_transformer", "maskgit_v1", pytest.param("maskgit", marks=pytest.mark.slow)]
-)
+SLOW_MASKED = [pytest.param(name, marks=pytest.mark.slow) for name in ("maskgit_v1", "maskgit")]
+
+
+@pytest.mark.parametrize("name", ["maskgit_jax_transformer", *SLOW_MASKED])
 def test_masked_logits(plan, name):
     pipeline, tensors = plan(name)
     labels, size = tensors["in/class"].numpy(), pipeline.codebook_size
@@ -136,15 +131,7 @@ def test_masked_logits(plan, name):
 
 
 @pytest.mark.slow
-def test_levels(plan, tmp_path):
-    """The rows of PixelSNAIL's plan, forced to the recorded codes of the top level."""
-    system = imported(write_system("pixelsnail", tmp_path), tmp_path)
-    assert {stage.name for stage in stages_of(system)} > {"encode", "decode"}
-    export(system, tmp_path / "package")
-    build(tmp_path / "package", tmp_path / "plan")
-    pipeline = load(tmp_path / "plan", threads=1)
-    _, top, _ = read_golden("pixelsnail_top")
-    codes = pipeline.generate([0], temperature=0.0).codes
-    assert np.array_equal(
-        codes[:, : top["out/greedy_codes"][0].numel()].reshape(1, 8, 8), top["out/greedy_codes"].numpy()
-    )
+def test_greedy_codes_of_the_top_level(plan):
+    pipeline, tensors = plan("pixelsnail")
+    expected = tensors["out/greedy_codes"].flatten(1).numpy()
+    assert np.array_equal(pipeline.generate([0], temperature=0.0).codes[:, : expected.shape[1]], expected)

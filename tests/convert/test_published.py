@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vqdeploy.convert.containers import Source
-from vqdeploy.convert.importer import FORMATS, _format
+from vqdeploy.convert.importer import PRIORS, TOKENIZERS, _format
 from vqdeploy.systems import System, SystemConfig
 
 KEYS = Path(__file__).parents[1] / "keys"
@@ -37,14 +37,14 @@ def listed(name, header):
 
 def tokenizer_of(weights, config=None):
     source = Source(Path("file"), dict(weights), "", config)
-    name = _format(source, "tokenizer", None)
-    return name, FORMATS[name].tokenizer(source)
+    name = _format(source, TOKENIZERS, "tokenizer", None)
+    return name, TOKENIZERS[name].read(source)
 
 
 def prior_of(tokenizer, *lists, config=None):
     sources = [Source(Path("file"), dict(weights), "", config) for weights in lists]
-    name = _format(sources[0], "prior", None)
-    return name, FORMATS[name].prior(sources, tokenizer)
+    name = _format(sources[0], PRIORS, "prior", None)
+    return name, PRIORS[name].read(sources, tokenizer)
 
 
 def millions(part):
@@ -63,7 +63,7 @@ def made(part, tokenizer=None):
     assert {key: w.shape for key, w in part.weights.items()} == {key: w.shape for key, w in expected.items()}
 
 
-TOKENIZERS = [  # list, section, format, parameters in millions as published or counted, and what its shape should be
+SIZES = [  # list, section, format, parameters in millions as published or counted, and what its shape should be
     ("rqvae_rqtransformer", "Stage-1 ImageNet", "rq-vae-transformer", 104.402, {"attention_resolutions": (8,)}),
     ("movqgan", "MoVQGAN 67M", "movqgan", 67.832, {"attention_resolutions": (32,), "latent_channels": 4}),
     ("movqgan", "huggingface/diffusers", "diffusers", 67.832, {"attention_resolutions": (32,)}),
@@ -76,7 +76,7 @@ TOKENIZERS = [  # list, section, format, parameters in millions as published or 
 ]
 
 
-@pytest.mark.parametrize(("name", "section", "expected", "parameters", "shape"), TOKENIZERS)
+@pytest.mark.parametrize(("name", "section", "expected", "parameters", "shape"), SIZES)
 def test_tokenizers(name, section, expected, parameters, shape):
     weights = listed(name, section)
     found, part = tokenizer_of(weights)

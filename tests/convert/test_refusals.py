@@ -7,7 +7,8 @@ import torch
 from support.golden import read_golden
 from support.public import TOKENIZERS, save, write_config, write_system, write_tokenizer
 
-from vqdeploy.convert.importer import FORMATS, import_checkpoint
+from vqdeploy.convert.importer import TOKENIZERS as READERS
+from vqdeploy.convert.importer import import_checkpoint
 from vqdeploy.errors import ArtifactError, VqdeployError
 
 
@@ -132,8 +133,8 @@ def test_numbers_of_a_yaml_may_be_text(tmp_path):
 
 def test_the_format_that_fits_is_suggested(tmp_path):
     arguments = write_tokenizer("llamagen_vq", tmp_path)
-    for name in FORMATS:
-        if name not in ("llamagen", "maskgit-pytorch"):
+    for name in READERS:
+        if name != "llamagen":
             refused("Fix: --format llamagen", tmp_path, tokenizer=arguments[1], name=name)
 
 
@@ -208,7 +209,13 @@ def test_a_prior_of_another_tokenizer(tmp_path):
     arguments = write_system("rqtransformer", tmp_path)
     other = write_tokenizer("vqgan", tmp_path)
     prior = arguments[arguments.index("--prior") + 1]
-    refused("", tmp_path, tokenizer=other[1], tokenizer_config=other[3], priors=[prior])
+    refused(
+        "not for such a tokenizer; expected one of a RQVAE, found a MoVQ",
+        tmp_path,
+        tokenizer=other[1],
+        tokenizer_config=other[3],
+        priors=[prior],
+    )
 
 
 def test_one_level_of_two(tmp_path):

@@ -35,3 +35,10 @@ def read_golden(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, tor
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def recorded_codes(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The codes of a tokenizer's images; those of several levels in a row, as our tokenizers give them."""
+    if "out/codes_top" in tensors:
+        return torch.cat([tensors["out/codes_top"].flatten(1), tensors["out/codes_bottom"].flatten(1)], 1)
+    return tensors["out/codes"]

@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqdeploy import checkpoint
+from vqdeploy.config import Config
 from vqdeploy.convert import (
     containers,
     diffusers,
@@ -29,46 +29,56 @@ from vqdeploy.convert.conv import refuse_what_has_no_codes
 from vqdeploy.convert.parts import Part
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json, replacing_folder, write_json
+from vqdeploy.models.maskgit_vqgan import MaskGITVQGANConfig
+from vqdeploy.models.movq import MoVQConfig
+from vqdeploy.models.rqvae import RQVAEConfig
+from vqdeploy.models.vitvqgan import ViTVQGANConfig
+from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.systems import SystemConfig, definition
 
 PRESET = "imported"
 """The preset of every imported system."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """A public code base: patterns that the names of its weights match, and what reads them."""
+class TokenizerFormat(NamedTuple):
+    """What a name of a public code base's tokenizer looks like, and what reads the weights."""
 
-    tokenizer: Callable[[Source], Part] | None = None
-    tokenizer_sign: str = "(?!)"
-    prior: Callable[[list[Source], Part], Part] | None = None
-    prior_sign: str = "(?!)"
+    sign: str
+    read: Callable[[Source], Part]
 
 
-FORMATS = {  # the first that fits is taken, so those with more particular signs come first
-    "emu3": Format(emu3.tokenizer, emu3.TOKENIZER),
-    "movqgan": Format(movqgan.tokenizer, movqgan.TOKENIZER),
-    "rq-vae-transformer": Format(
-        rq_vae_transformer.tokenizer,
-        rq_vae_transformer.TOKENIZER,
-        rq_vae_transformer.prior,
-        rq_vae_transformer.PRIOR,
-    ),
-    "maskgit-jax": Format(maskgit_jax.tokenizer, maskgit_jax.TOKENIZER, maskgit_jax.prior, maskgit_jax.PRIOR),
-    "maskgit-pytorch": Format(prior=maskgit_pytorch.prior, prior_sign=maskgit_pytorch.PRIOR),
-    "enhancing-transformers": Format(
-        enhancing_transformers.tokenizer,
-        enhancing_transformers.TOKENIZER,
-        enhancing_transformers.prior,
-        enhancing_transformers.PRIOR,
-    ),
-    "vq-vae-2": Format(vq_vae_2.tokenizer, vq_vae_2.TOKENIZER, vq_vae_2.prior, vq_vae_2.PRIOR),
-    "llamagen": Format(llamagen.tokenizer, llamagen.TOKENIZER),
-    "diffusers": Format(diffusers.tokenizer, diffusers.TOKENIZER),
-    "taming": Format(taming.tokenizer, taming.TOKENIZER, taming.prior, taming.PRIOR),
+class PriorFormat(NamedTuple):
+    """The same of a prior, and the kind of tokenizer that it is for."""
+
+    sign: str
+    read: Callable[[list[Source], Part], Part]
+    tokenizer: type[Config]
+
+
+# The first that fits is taken, so those with more particular signs come first.
+TOKENIZERS = {
+    "emu3": TokenizerFormat(emu3.TOKENIZER, emu3.tokenizer),
+    "movqgan": TokenizerFormat(movqgan.TOKENIZER, movqgan.tokenizer),
+    "rq-vae-transformer": TokenizerFormat(rq_vae_transformer.TOKENIZER, rq_vae_transformer.tokenizer),
+    "maskgit-jax": TokenizerFormat(maskgit_jax.TOKENIZER, maskgit_jax.tokenizer),
+    "enhancing-transformers": TokenizerFormat(enhancing_transformers.TOKENIZER, enhancing_transformers.tokenizer),
+    "vq-vae-2": TokenizerFormat(vq_vae_2.TOKENIZER, vq_vae_2.tokenizer),
+    "llamagen": TokenizerFormat(llamagen.TOKENIZER, llamagen.tokenizer),
+    "diffusers": TokenizerFormat(diffusers.TOKENIZER, diffusers.tokenizer),
+    "taming": TokenizerFormat(taming.TOKENIZER, taming.tokenizer),
 }
-_STAGES = ("first_stage_model.", "stage1_model.")
-"""Prefixes of the tokenizer in files that hold a whole system."""
+PRIORS = {
+    "rq-vae-transformer": PriorFormat(rq_vae_transformer.PRIOR, rq_vae_transformer.prior, RQVAEConfig),
+    "maskgit-jax": PriorFormat(maskgit_jax.PRIOR, maskgit_jax.prior, MaskGITVQGANConfig),
+    "maskgit-pytorch": PriorFormat(maskgit_pytorch.PRIOR, maskgit_pytorch.prior, MoVQConfig),
+    "enhancing-transformers": PriorFormat(enhancing_transformers.PRIOR, enhancing_transformers.prior, ViTVQGANConfig),
+    "vq-vae-2": PriorFormat(vq_vae_2.PRIOR, vq_vae_2.prior, VQVAE2Config),
+    "taming": PriorFormat(taming.PRIOR, taming.prior, MoVQConfig),
+}
+FORMATS = tuple(sorted({*TOKENIZERS, *PRIORS}))
+"""Names of the public code bases."""
+
+_STAGES = ("first_stage_model.", "stage1_model.")  # prefixes of the tokenizer in files that hold a whole system
 
 
 def import_checkpoint(
@@ -109,59 +119,52 @@ def import_checkpoint(
         source = sources[0]
     else:
         raise VqdeployError("a system needs a tokenizer", fix="add --tokenizer FILE")
-    tokenizer_format = _format(source, "tokenizer", name)
-    part = FORMATS[tokenizer_format].tokenizer
-    assert part is not None  # noqa: S101
-    own = part(source)
-    prior, formats = None, [tokenizer_format]
+    formats = [_format(source, TOKENIZERS, "tokenizer", name)]
+    parts = {"tokenizer": TOKENIZERS[formats[0]].read(source)}
     if sources:
-        formats.append(_format(sources[0], "prior", name))
-        read_prior = FORMATS[formats[1]].prior
-        assert read_prior is not None  # noqa: S101
-        prior = read_prior(sources, own)
-    config = _system(own, prior, _labels(labels) if labels else (), formats)
+        formats.append(_format(sources[0], PRIORS, "prior", name))
+        parts["prior"] = _prior(sources, PRIORS[formats[1]], parts["tokenizer"])
+    config = _system(parts, _labels(labels) if labels else (), formats)
+    files = [source] * (tokenizer is not None) + sources
     provenance = {
         "formats": formats,
-        "files": [{"file": s.path.name, "taken": s.taken, "bytes": s.path.stat().st_size} for s in [source, *sources]],
+        "files": [{"file": file.path.name, "taken": file.taken, "bytes": file.path.stat().st_size} for file in files],
     }
-    parts = {"tokenizer": own} | ({"prior": prior} if prior else {})
     _write(output, config, parts, provenance)
     return {
         "checkpoint": str(output),
         "model": config.model,
         "formats": formats,
-        "parameters": {key: sum(w.numel() for w in part.weights.values()) for key, part in parts.items()},
-        "notes": [*own.notes, *(prior.notes if prior else ())],
+        "parameters": {name: sum(w.numel() for w in part.weights.values()) for name, part in parts.items()},
+        "notes": [note for part in parts.values() for note in part.notes],
     }
 
 
-def _format(source: Source, kind: str, name: str | None) -> str:
+def _format(source: Source, formats: Mapping[str, TokenizerFormat | PriorFormat], kind: str, name: str | None) -> str:
     """The format of a file, which is the first that fits; another may be named only where that has no such files."""
-    fitting = [key for key, known in FORMATS.items() if _matches(source, getattr(known, f"{kind}_sign"))]
-    if fitting[:1] == [name]:
-        return fitting[0]
-    if name is None or getattr(FORMATS[name], kind) is None:
-        if fitting:
-            return fitting[0]
-        if kind == "tokenizer":
-            refuse_what_has_no_codes(source)
+    fits = next((key for key, known in formats.items() if any(re.match(known.sign, n) for n in source.weights)), None)
+    if fits is not None and (name is None or name == fits or name not in formats):
+        return fits
+    if fits is None and kind == "tokenizer":
+        refuse_what_has_no_codes(source)
+    shown = ", ".join(list(source.weights)[:2])
+    if name in formats:
+        fix = None if fits is None else f"--format {fits}"
+        raise ArtifactError(f"{source.path} is no {kind} of {name}", found=f"{shown} and so on", fix=fix)
+    raise ArtifactError(
+        f"{source.path} is no {kind} of a known format", expected=" or ".join(formats), found=f"{shown} and so on"
+    )
+
+
+def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
+    """A prior, if the tokenizer is of the kind that it draws codes for."""
+    if not isinstance(tokenizer.config, known.tokenizer):
         raise ArtifactError(
-            f"{source.path} is no {kind} of a known format", expected=_known(kind), found=_some(source.weights)
+            f"the prior in {sources[0].path} is not for such a tokenizer",
+            expected=f"one of a {known.tokenizer.__name__.removesuffix('Config')}",
+            found=f"a {type(tokenizer.config).__name__.removesuffix('Config')}",
         )
-    suggestion = f"--format {fitting[0]}" if fitting else None
-    raise ArtifactError(f"{source.path} is no {kind} of {name}", found=_some(source.weights), fix=suggestion)
-
-
-def _matches(source: Source, sign: str) -> bool:
-    return any(re.match(sign, key) for key in source.weights)
-
-
-def _known(kind: str) -> str:
-    return " or ".join(key for key, known in FORMATS.items() if getattr(known, kind))
-
-
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(list(names)[:2]) + " and so on"
+    return known.read(sources, tokenizer)
 
 
 def _labels(file: Path) -> tuple[str, ...]:
@@ -179,18 +182,18 @@ def _labels(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _system(tokenizer: Part, prior: Part | None, labels: tuple[str, ...], formats: Sequence[str]) -> SystemConfig:
-    model = prior.model if prior else tokenizer.model
-    source = " and ".join(dict.fromkeys(formats))
-    sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})
-    config = SystemConfig(model, PRESET, tokenizer.config, prior.config if prior else None, labels, sampling, source)
+def _system(parts: Mapping[str, Part], labels: tuple[str, ...], formats: Sequence[str]) -> SystemConfig:
+    tokenizer, prior = parts["tokenizer"], parts.get("prior")
     if labels and (prior is None or prior.config.classes != len(labels)):
         expected = prior.config.classes if prior else "none, for there is no prior"
         raise VqdeployError("the labels are not those of the prior", expected=expected, found=len(labels))
-    return SystemConfig.from_dict(config.to_dict())
+    model = prior.model if prior else tokenizer.model
+    sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})
+    source = " and ".join(dict.fromkeys(formats))
+    return SystemConfig(model, PRESET, tokenizer.config, prior.config if prior else None, labels, sampling, source)
 
 
-def _write(folder: Path, config: SystemConfig, parts: dict[str, Part], provenance: dict[str, Any]) -> None:
+def _write(folder: Path, config: SystemConfig, parts: Mapping[str, Part], provenance: dict[str, Any]) -> None:
     """Writes the checkpoint folder."""
     weights = {f"{name}.{key}": w for name, part in parts.items() for key, w in part.weights.items()}
     with replacing_folder(folder, checkpoint.FILES) as new:
