@@ -45,6 +45,7 @@ class PlainLogits(nn.Module):
     def __init__(self, prior: nn.Module):
         super().__init__()
         self.prior: Any = copy.deepcopy(prior)
+        module: Any
         for module in self.prior.modules():
             if hasattr(module, "attend"):
                 module.attend = attend_to_all

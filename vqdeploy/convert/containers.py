@@ -251,7 +251,7 @@ def _legacy(stream: BinaryIO, file_size: int) -> Any:
     for key in pickles.load(stream):
         tensor = storages[str(key)]
         count = int.from_bytes(stream.read(8), "little")
-        target = memoryview(tensor.view(torch.uint8).numpy()) if len(tensor) else memoryview(b"")
+        target = tensor.view(torch.uint8).numpy().data
         if count != len(tensor) or (len(tensor) and stream.readinto(target) != target.nbytes):  # type: ignore[attr-defined]
             raise ArtifactError("its storages are cut off")
     return tree
@@ -408,11 +408,10 @@ def read_config(file: Path) -> Any:
 def _yaml(text: str) -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """SafeLoader, and a tuple is a list."""
-
-    Loader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
     try:
-        return yaml.load(text, Loader)  # noqa: S506  (its class is a SafeLoader)
+        loader = yaml.SafeLoader(text)
+        tuples = {"tag:yaml.org,2002:python/tuple": yaml.SafeLoader.construct_yaml_seq}
+        loader.yaml_constructors = loader.yaml_constructors | tuples  # of this loader alone
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

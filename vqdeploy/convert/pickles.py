@@ -8,7 +8,7 @@ stack of its own: tensors, numpy arrays and plain containers are rebuilt here; e
 
 import pickletools
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ _IGNORED = ("PROTO", "FRAME")
 _DEEPEST = 64  # dictionaries in one another
 
 
-def load(stream: BinaryIO, storage: Storage | None = None) -> Any:
+def load(stream: IO[bytes], storage: Storage | None = None) -> Any:
     """Reads one pickle; the stream stands behind its end afterwards.
 
     Args:
@@ -114,7 +114,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, stream: BinaryIO) -> Any:
+    def run(self, stream: IO[bytes]) -> Any:
         for opcode, argument, _ in pickletools.genops(stream):
             name = opcode.name
             if name == "STOP":
@@ -346,7 +346,10 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 def _subclass(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Tensor:
     if rebuild not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
         raise ValueError(f"a tensor is made by {rebuild!r}")
-    return _MAKERS[rebuild.name](*arguments)
+    made = _MAKERS[rebuild.name](*arguments)
+    if not isinstance(made, Tensor):
+        raise ValueError("it makes no tensor")
+    return made
 
 
 def _array(state: Any) -> np.ndarray:
