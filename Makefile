@@ -1,13 +1,16 @@
 # They need Python 3.11 or newer and nothing else, the GPU check aside: packages go into .venv.
 #   make demo       export, build and run the tiny RQ-VAE and the tiny MoVQ, and verify them against PyTorch
 #   make test       lint, type-check and test
+#   make quick      lint, and the tests that take no time: a minute, once packages are exported
 #   make gpu-check  on a machine with an NVIDIA GPU: test, verify and time everything there, see docs/gpu.md
 #   make clean      remove .venv and everything that was generated
 
 PYTHON ?= python3
+# A test at a time for each core. What two processes need is exported once, see tests/support/artifacts.py.
+PARALLEL = -n auto --maxprocesses 8 --dist worksteal
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test gpu-check clean
+.PHONY: demo test quick gpu-check clean
 .DEFAULT_GOAL := demo
 
 .venv/ready: pyproject.toml constraints.txt
@@ -40,7 +43,12 @@ test: .venv/ready
 	rm -rf .venv/types/vqdeploy && mkdir -p .venv/types/vqdeploy
 	ln -s $(addprefix $(CURDIR)/,$(wildcard vqdeploy/*) export engines runtime) .venv/types/vqdeploy
 	cd .venv/types && mypy --config-file ../../pyproject.toml -p vqdeploy
-	pytest
+	pytest $(PARALLEL)
+
+quick: .venv/ready
+	ruff check .
+	ruff format --check .
+	pytest $(PARALLEL) -m "not slow and not gpu"
 
 gpu-check: .venv/ready
 	python tools/gpu_check.py

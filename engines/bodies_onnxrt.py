@@ -115,30 +115,170 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 }"""
 
 
-# ArgMax of ONNX Runtime looks at one number at a time; ReduceMax does not, and leaves one block to look at.
+# The largest score of each vector, in blocks of vectors whose scores stay in the cache of a core: no N x K matrix
+# is ever held. ArgMax of ONNX Runtime looks at one number at a time; ReduceMax does not, and leaves 64 numbers to look
+# at. `vqdeploy.runtime.graphs` knows this function by its content: no other one may loop, and this one ends.
 _BLOCK = 64
-_ARG_MAX_BY_BLOCKS = f"""
+_SEARCH_BY_ROWS = f"""
 <opset_import: ["" : 24], domain: "vqdeploy">
-ArgMaxByBlocks (scores) => (codes)
+SearchByRows (vectors, directions, offsets) => (codes)
 {{
-    within = Constant <value_ints = [2]> ()
-    first = Constant <value_ints = [1]> ()
-    ones = Constant <value_ints = [1, 1]> ()
-    size = Constant <value_int = {_BLOCK}> ()
+    first = Constant <value_ints = [0]> ()
+    third = Constant <value_ints = [2]> ()
+    one = Constant <value_ints = [1]> ()
+    zero_number = Constant <value_int = 0> ()
+    one_number = Constant <value_int = 1> ()
+    block = Constant <value_ints = [{_BLOCK}]> ()
+    line = Constant <value_ints = [-1, {_BLOCK}]> ()
+    most_scores = Constant <value_ints = [{2**18}]> ()
+    most_trips = Constant <value_ints = [{2**20}]> ()
     split = Constant <value_ints = [0, -1, {_BLOCK}]> ()
-    blocks = Reshape (scores, split)
-    highest = ReduceMax <keepdims = 0> (blocks, within)
-    block = ArgMax <axis = 1, keepdims = 1> (highest)
-    block_column = Unsqueeze (block, within)
-    width = Shape <start = 2> (blocks)
-    picks_shape = Concat <axis = 0> (ones, width)
-    picks = Expand (block_column, picks_shape)
-    winners = GatherElements <axis = 1> (blocks, picks)
-    place = ArgMax <axis = 2, keepdims = 0> (winners)
-    start = Mul (block, size)
-    code_column = Add (start, place)
-    codes = Squeeze (code_column, first)
+    yes = Constant <value = bool {{1}}> ()
+    number = Shape <start = 0, end = 1> (vectors)
+    width = Shape <start = 1, end = 2> (vectors)
+    size = Shape <start = 0, end = 1> (offsets)
+    at_most = Div (most_scores, size)
+    most = Max (at_most, block)
+    number_less = Sub (number, one)
+    full = Div (number_less, most)
+    needed = Add (full, one)
+    count_low = Max (needed, one)
+    count = Min (count_low, most_trips)
+    share = Div (number_less, count)
+    share_more = Add (share, one)
+    rows = Max (share_more, one)
+    filled = Mul (count, rows)
+    lacking = Sub (filled, number)
+    zeros_shape = Concat <axis = 0> (lacking, width)
+    zeros = ConstantOfShape <value = float[1] {{0.0}}> (zeros_shape)
+    all_vectors = Concat <axis = 0> (vectors, zeros)
+    blocks_shape = Concat <axis = 0> (count, rows, width)
+    blocks = Reshape <allowzero = 1> (all_vectors, blocks_shape)
+    trips = Squeeze (count, first)
+    rows_number = Squeeze (rows, first)
+    row_numbers = Range (zero_number, rows_number, one_number)
+    lines_of_row = Div (size, block)
+    starts = Mul (row_numbers, lines_of_row)
+    found = Loop (trips, yes) <
+        body = search (int64 i, bool go) => (bool goes, codes_of_block) {{
+            goes = Identity (go)
+            part = Gather <axis = 0> (blocks, i)
+            scores = Gemm (part, directions, offsets)
+            by_block = Reshape (scores, split)
+            highest = ReduceMax <keepdims = 0> (by_block, third)
+            best = ArgMax <axis = 1, keepdims = 0> (highest)
+            lines = Reshape (scores, line)
+            winner = Add (starts, best)
+            winners = Gather <axis = 0> (lines, winner)
+            place = ArgMax <axis = 1, keepdims = 0> (winners)
+            start = Mul (best, block)
+            codes_of_block = Add (start, place)
+        }}
+    >
+    every = Reshape <allowzero = 1> (found, filled)
+    codes = Slice (every, first, number, first)
 }}"""
+
+# A codebook laid out for a search: products with `directions` plus `offsets` are the larger the nearer a code is. What
+# fills the last block of codes is farther than every code.
+_LAID_OUT = {
+    "l2": """
+    squares{book} = Mul (table{book}, table{book})
+    norms{book} = ReduceSum <keepdims = 0> (squares{book}, columns)
+    offset{book} = Neg (norms{book})
+    transposed{book} = Transpose <perm = [1, 0]> (table{book})
+    direction{book} = Mul (transposed{book}, two)""",
+    "cosine": """
+    lengths{book} = ReduceL2 <keepdims = 1> (table{book}, columns)
+    divisors{book} = Max (lengths{book}, smallest)
+    units{book} = Div (table{book}, divisors{book})
+    direction{book} = Transpose <perm = [1, 0]> (units{book})
+    offset{book} = ConstantOfShape <value = float[1] {{0.0}}> (size)""",
+    "dot": """
+    direction{book} = Transpose <perm = [1, 0]> (table{book})
+    offset{book} = ConstantOfShape <value = float[1] {{0.0}}> (size)""",
+}
+_FILLED = """
+    directions{book} = Pad (direction{book}, missing_columns)
+    offsets{book} = Pad (offset{book}, missing, farthest)"""
+
+_SHARED_BOOK = """
+    table = Cast <to = 1> (codebook)
+    size = Shape <start = 0, end = 1> (codebook)"""
+
+
+def _split_books(depth: int) -> str:
+    """The codebooks of [Q, K, D] apart."""
+    parts = ", ".join(f"part_{d}" for d in range(depth))
+    apart = "".join(f"    table_{d} = Squeeze (part_{d}, first)\n" for d in range(depth))
+    return f"""
+    size = Shape <start = 1, end = 2> (codebook)
+    books = Cast <to = 1> (codebook)
+    {parts} = Split <axis = 0, num_outputs = {depth}> (books)
+{apart}"""
+
+
+def _search(head: str, metric: str, books: list[str], shared: bool, end: str) -> str:
+    """A search at each depth for what the one before it left.
+
+    Args:
+        head: Name, inputs and outputs of the function.
+        metric: `l2`, `cosine` or `dot`.
+        books: What ends the names of the codebook of each depth.
+        shared: Whether all depths have one codebook.
+        end: What makes the outputs of it.
+    """
+    steps = "".join(
+        f"""
+    found_{d} = vqdeploy.SearchByRows (residual_{d}, directions{book}, offsets{book})
+    code_{d} = Min (found_{d}, last)
+    column_{d} = Unsqueeze (code_{d}, columns)
+    vector_{d} = Gather <axis = 0> (table{book}, code_{d})
+    residual_{d + 1} = Sub (residual_{d}, vector_{d})"""
+        for d, book in enumerate(books)
+    )
+    return f"""
+<opset_import: ["" : 24, "vqdeploy" : 1], domain: "vqdeploy">
+{head}
+{{
+    first = Constant <value_ints = [0]> ()
+    columns = Constant <value_ints = [1]> ()
+    three_zeros = Constant <value_ints = [0, 0, 0]> ()
+    block = Constant <value_ints = [{_BLOCK}]> ()
+    one = Constant <value_ints = [1]> ()
+    two = Constant <value = float {{2.0}}> ()
+    smallest = Constant <value = float {{1e-12}}> ()
+    farthest = Constant <value = float {{-3e38}}> ()
+    residual_0 = Cast <to = 1> (z)
+{_SHARED_BOOK if shared else _split_books(len(books))}
+    negative = Neg (size)
+    short = Mod (negative, block)
+    missing = Concat <axis = 0> (first, short)
+    missing_columns = Concat <axis = 0> (three_zeros, short)
+    last = Sub (size, one)
+{"".join((_LAID_OUT[metric] + _FILLED).format(book=book) for book in dict.fromkeys(books))}
+{steps}
+{end}
+}}"""
+
+
+def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
+    """The body of a quantizer's node."""
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    metric = attributes["metric"].decode()
+    if node.op_type.startswith("VQNearest"):
+        head = f"{node.op_type} (z, codebook) => (codes)"
+        return onnx.parser.parse_function(_search(head, metric, [""], True, "    codes = Identity (code_0)"))
+    depth = attributes["depth"]
+    columns, vectors = (", ".join(f"{name}_{d}" for d in range(depth)) for name in ("column", "vector"))
+    end = f"""
+    codes = Concat <axis = 1> ({columns})
+    total = Sum ({vectors})
+    quantized = CastLike (total, z)"""
+    books = [""] * depth if shared else [f"_{d}" for d in range(depth)]
+    head = f"{node.op_type} (z, codebook) => (codes, quantized)"
+    return onnx.parser.parse_function(_search(head, metric, books, shared, end))
+
 
 # ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map. Its
 # InstanceNormalization is fp32; what casts there are in fp32 vanish.
@@ -184,14 +324,16 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
             bodies[node.op_type] = onnx.parser.parse_function(_PACKED_ATTENTION.format(heads=own_heads))
         if node.op_type == "GroupNormalization":
             node.domain, node.op_type = "vqdeploy", "GroupNorm"
+    ranks = _ranks(graph)
+    for node in graph.node:
+        if node.op_type.startswith(("VQNearest", "VQResidual")):
+            bodies[node.op_type] = _quantizer(node, shared=ranks.get(node.input[1], 2) == 2)
     functions = [bodies.get(function.name, function) for function in model.functions]
-    if _whole_blocks(graph):
-        for function in functions:
-            _search_by_blocks(function)
-    own = (_GROUP_NORM, _CACHE_EXTENTS, _ARG_MAX_BY_BLOCKS)
+    own = (_GROUP_NORM, _CACHE_EXTENTS, _SEARCH_BY_ROWS)
     del model.functions[:]
     model.functions.extend([*functions, *map(onnx.parser.parse_function, own)])
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    used = {opset.domain for opset in model.opset_import}
+    model.opset_import.extend(onnx.helper.make_opsetid(d, 1) for d in ("com.microsoft", "vqdeploy") if d not in used)
     if heads:
         _use_prefix_attention(graph, heads)
     _keep_called(model)
@@ -211,20 +353,10 @@ def _keep_called(model: onnx.ModelProto) -> None:
     model.functions.extend(called.values())
 
 
-def _whole_blocks(graph: onnx.GraphProto) -> bool:
-    """Whether all codebooks of a graph fall into whole blocks of codes."""
-    used = {node.input[1] for node in graph.node if node.op_type in ("VQNearest", "VQResidual")}
-    sizes = {initializer.name: initializer.dims[0] for initializer in graph.initializer if initializer.dims}
-    return all(sizes.get(name, 1) % _BLOCK == 0 for name in used)
-
-
-def _search_by_blocks(function: onnx.FunctionProto) -> None:
-    """Replaces the ArgMax of a quantizer over all codes."""
-    if function.name in ("VQNearest", "VQResidual"):
-        function.opset_import.append(onnx.helper.make_opsetid("vqdeploy", 1))
-        for node in function.node:
-            if node.op_type == "ArgMax":
-                node.CopyFrom(onnx.helper.make_node("ArgMaxByBlocks", node.input, node.output, domain="vqdeploy"))
+def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
+    """Number of dimensions of what is known of a graph's tensors."""
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
+    return ranks | {initializer.name: len(initializer.dims) for initializer in graph.initializer}
 
 
 def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:

@@ -57,7 +57,7 @@ def read(folder: Path) -> Manifest:
 def _check_file(folder: Path, name: str, expected: str) -> None:
     file = folder / name
     # A link could make the TensorRT parser read files outside the package.
-    if os.path.basename(name) != name or file.is_symlink() or not file.is_file():
+    if Path(name).name != name or file.is_symlink() or not file.is_file():
         raise ArtifactError(f"{file} is missing or not a plain file", fix=_EXPORT)
     if (found := sha256(file)) != expected:
         raise ArtifactError(

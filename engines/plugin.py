@@ -50,7 +50,7 @@ def register() -> None:
     def launch(
         z: Any, codebook: Any, kernel: kernels.Ptx, rows: int
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        count, size = z.shape_expr[0], codebook.shape_expr[0]
+        count, size = z.shape_expr[0], codebook.shape_expr[-2]
         parameters = trtp.KernelLaunchParams(
             grid_x=trtp.cdiv(count, rows), block_x=kernel.threads, shared_mem=kernel.shared
         )
@@ -78,7 +78,9 @@ def register() -> None:
         return launch(z, codebook, kernels.compile_nearest(kinds(z, codebook), dim, metric, tactic), tactic)
 
     @trtp.register("vqdeploy::VQResidual")
-    def residual(z: trtp.TensorDesc, codebook: trtp.TensorDesc, depth: int) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
+    def residual(
+        z: trtp.TensorDesc, codebook: trtp.TensorDesc, depth: int, metric: str
+    ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
         return trtp.from_shape_expr((z.shape_expr[0], depth), trt.int64), z.like()
 
     @trtp.autotune("vqdeploy::VQResidual")
@@ -92,11 +94,13 @@ def register() -> None:
         z: trtp.TensorDesc,
         codebook: trtp.TensorDesc,
         depth: int,
+        metric: str,
         outputs: tuple[trtp.TensorDesc, trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        dim = codebook.shape_expr[1].constant_value()
-        return launch(z, codebook, kernels.compile_residual(kinds(z, codebook), dim, depth, tactic), tactic)
+        dim, shared = codebook.shape_expr[-1].constant_value(), len(codebook.shape_expr) == 2
+        ptx = kernels.compile_residual(kinds(z, codebook), dim, depth, metric, shared, tactic)
+        return launch(z, codebook, ptx, tactic)
 
 
 def nodes(network: Any) -> list[str]:

@@ -114,7 +114,7 @@ class Job:
     plugin: bool = False
 
 
-class _Failure(Exception):
+class _BuilderError(Exception):
     """Why a process gave no answer."""
 
 
@@ -131,7 +131,7 @@ class Worker:
         self._backend, self._log = backend, log_file
         try:
             self._start()
-        except _Failure as error:
+        except _BuilderError as error:
             raise VqdeployError(f"{backend} does not load ({error})") from error
 
     def build(self, job: Job, fall_back: bool = False) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ class Worker:
                 self._start()
             self._has_plugins |= job.plugin
             return tuple(self._answer(job)["plugins"])
-        except _Failure as error:
+        except _BuilderError as error:
             what = f"{self._backend} could not build stage {job.stage}: {error}"
             if not (job.plugin and fall_back):
                 raise ArtifactError(what) from error
@@ -191,7 +191,7 @@ class Worker:
             answer: dict[str, Any] = json.loads(line)
             return answer
         self._process.communicate()
-        raise _Failure(_reason(self._process.returncode, self._log.read_bytes()[start:].decode(errors="replace")))
+        raise _BuilderError(_reason(self._process.returncode, self._log.read_bytes()[start:].decode(errors="replace")))
 
 
 def _reason(code: int, output: str) -> str:
@@ -240,7 +240,7 @@ def _config(profile: Any) -> Any:
     trt = importlib.import_module(LIBRARIES["tensorrt-rtx" if rtx else "tensorrt"])
 
     @func.extend((CreateConfigRTX if rtx else CreateConfig)(profiles=[profile]))
-    def config(builder: Any, network: Any, config: Any) -> None:
+    def config(builder: Any, network: Any, config: Any) -> None:  # noqa: ARG001 (Polygraphy passes all three)
         config.clear_flag(trt.BuilderFlag.TF32)
         if rtx:  # what sessions need for CUDA graphs
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)

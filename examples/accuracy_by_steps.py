@@ -34,7 +34,8 @@ def train_judge(resolution: int) -> ImageClassifier:
     seed_everything(0, verbose=False)
     judge = ImageClassifier(len(data.labels), settings)
     with tempfile.TemporaryDirectory() as folder:
-        run_stage(judge, data, settings.classifier_steps, settings.batch_size, Path(folder) / "classifier.ckpt")
+        state = Path(folder) / "classifier.ckpt"
+        run_stage(judge, data, settings.classifier_steps, settings.batch_size, state, seed=0)
     return judge
 
 
@@ -45,7 +46,10 @@ def channels_first(images: np.ndarray) -> torch.Tensor:
 
 def samples_by_steps(pipe: Pipeline, judge: ImageClassifier, options: dict[str, float]) -> None:
     """Prints class accuracy, diversity and time of samples."""
-    originals, labels = images_of(open_data("digits", pipe.side).held_out), [i % pipe.classes for i in range(SAMPLES)]
+    originals, labels = (
+        images_of(open_data("digits", pipe.image_shape[0]).held_out),
+        [i % pipe.classes for i in range(SAMPLES)],
+    )
     asked = torch.tensor(labels)
     print("| steps | class accuracy | diversity | prior, ms an image | decoder, ms an image |\n|---|---|---|---|---|")
     for steps in STEPS:
@@ -60,7 +64,7 @@ def samples_by_steps(pipe: Pipeline, judge: ImageClassifier, options: dict[str, 
 
 def completions_by_ratio(pipe: Pipeline, judge: ImageClassifier) -> None:
     """Prints how many completions of held-out digits are of their class, without and with the label given."""
-    images, labels = images_of(open_data("digits", pipe.side).held_out)
+    images, labels = images_of(open_data("digits", pipe.image_shape[0]).held_out)
     originals = images.permute(0, 2, 3, 1).numpy()
     kinds = [(None, 1), (None, 8), (labels.tolist(), 1), (labels.tolist(), 8)]
     print("| masked | 1 step | 8 steps | 1 step, label given | 8 steps, label given |\n|---|---|---|---|---|")
@@ -76,7 +80,7 @@ def completions_by_ratio(pipe: Pipeline, judge: ImageClassifier) -> None:
 def main(plan: str, guidance_scale: str = "") -> None:
     """Prints both tables."""
     pipe = load(plan)
-    judge = train_judge(pipe.side)
+    judge = train_judge(pipe.image_shape[0])
     options = {"guidance_scale": float(guidance_scale)} if guidance_scale else {}
     samples_by_steps(pipe, judge, options)
     print()

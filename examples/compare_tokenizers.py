@@ -61,8 +61,7 @@ COLUMNS, ZOOM = 8, 2  # of the picture
 def main(steps: int = 500, seed: int = 0, batch_size: int = 16, output: Path = Path("comparison")) -> None:
     """Trains one tokenizer after the other. Each adds a row to the printed table, to the results and to the picture."""
     output.mkdir(parents=True, exist_ok=True)
-    # Crops are drawn in a process of their own, so that batches do not depend on how many numbers a quantizer draws.
-    data = open_data("photos", CONV.resolution)._replace(workers=1)
+    data = open_data("photos", CONV.resolution)
     recipe = Recipe(steps=steps, batch_size=batch_size, learning_rate=2e-3)
     images, _ = images_of(data.held_out)
     results, rows = {}, [images[:COLUMNS]]
@@ -86,7 +85,7 @@ def train(config: MoVQConfig, recipe: Recipe, data: Data, seed: int) -> MoVQ:
     seed_everything(seed, verbose=False)  # again, because each configuration draws its own number of weights
     with tempfile.TemporaryDirectory() as folder:
         module, state = TokenizerTraining(tokenizer, recipe), Path(folder) / "tokenizer.ckpt"
-        run_stage(module, data, recipe.steps, recipe.batch_size, state, limit_val_batches=0)
+        run_stage(module, data, recipe.steps, recipe.batch_size, state, seed, limit_val_batches=0)
     return tokenizer.eval()
 
 

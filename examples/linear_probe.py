@@ -27,9 +27,8 @@ PASSES = 5  # over the digits to train on, each time turned and shifted a little
 
 def main(plan: str, output: str, *layers: str) -> None:
     """Prints the accuracies and draws them."""
-    torch.manual_seed(0)  # of the small turns and shifts of the digits to train on
     pipe, data = load(plan), open_data("digits", 32)
-    sets = [images_of(data.train) for _ in range(PASSES)]
+    sets = [images_of(data.train, np.random.default_rng(i)) for i in range(PASSES)]
     train, train_labels = (np.concatenate(part) for part in zip(*(probed(pipe, *part) for part in sets), strict=True))
     held_out, held_out_labels = probed(pipe, *images_of(data.held_out))
     accuracies = {}

@@ -18,7 +18,7 @@ from vqdeploy.runtime.images import read, veil, write_grid
 def main(plan: str, folder: str, output: str, ratio: str = "0.95") -> None:
     """Writes the figure."""
     pipe = load(plan)
-    images = np.stack([read(path, pipe.side) for path in sorted(Path(folder).iterdir())])
+    images = np.stack([read(path, pipe.image_shape[0]) for path in sorted(Path(folder).iterdir())])
     share = {"mask_ratio": float(ratio)}
     rows = [
         veil(images, pipe.unknown(len(images), **share)),

@@ -21,7 +21,7 @@ def main(plan: str, output: str, repeats: str = "3") -> None:
     known = np.full((1, *pipe.grid), -1)
     for _ in range(int(repeats)):
         times = [time.perf_counter()]
-        pipe.sample(known, [0], callback=lambda *_, times=times: times.append(time.perf_counter()))
+        pipe.sample(known, [0], callback=lambda _, times=times: times.append(time.perf_counter()))
         runs.append(np.diff(times))
     curve = np.min(runs, 0) * 1e3
     quarter = len(curve) // 4

@@ -1,1 +1,6 @@
-"""From checkpoints to ONNX packages."""
+"""From PyTorch to an ONNX package: of a system (`package.export`), or of any module (`export_module`)."""
+
+from vqdeploy.export.modules import Stage, export_module, quantizer_stages
+from vqdeploy.export.quantizers import register_quantizer
+
+__all__ = ["Stage", "export_module", "quantizer_stages", "register_quantizer"]

@@ -21,20 +21,41 @@ OPSET = 24
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _INT64 = "tensor(int64)"
 
-_LOOKUP = """
+_SHARED_ROWS = """
+    rows = Gather <axis = 0> (codebook, safe)"""
+_OWN_ROWS = """
+    one = Constant <value_int = 1> ()
+    first = Constant <value_ints = [0]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    width = Shape <start = 2, end = 3> (codebook)
+    flat_shape = Concat <axis = 0> (minus_one, width)
+    flat = Reshape (codebook, flat_shape)
+    count_shape = Shape <start = 1, end = 2> (codes)
+    count = Squeeze (count_shape, first)
+    numbers = Range (zero, count, one)
+    size = Shape <start = 1, end = 2> (codebook)
+    starts = Mul (numbers, size)
+    places = Add (safe, starts)
+    rows = Gather <axis = 0> (flat, places)"""
+
+
+def _lookup(shared: bool) -> str:
+    """`VQLookup`, of one codebook or one a depth."""
+    return f"""
 VQLookup (codes, codebook) => (vectors)
-{
+{{
     zero = Constant <value_int = 0> ()
     last = Constant <value_ints = [-1]> ()
     depths = Constant <value_ints = [1]> ()
     safe = Max (codes, zero)
-    rows = Gather <axis = 0> (codebook, safe)
+    {_SHARED_ROWS if shared else _OWN_ROWS}
     used = GreaterOrEqual (codes, zero)
     used_float = CastLike (used, codebook)
     used_column = Unsqueeze (used_float, last)
     masked = Mul (rows, used_column)
     vectors = ReduceSum <keepdims = 0> (masked, depths)
-}"""
+}}"""
+
 
 # A mask of -30000 is finite in fp16 too: a row that sees nothing must not become NaN.
 _CACHED_ATTENTION = """
@@ -129,8 +150,11 @@ _SCORES = {
     directions = Div (table, divisors)
     transposed = Transpose <perm = [1, 0]> (directions)
     scores = MatMul (vectors, transposed)""",
+    "dot": """
+    transposed = Transpose <perm = [1, 0]> (table)
+    scores = MatMul (vectors, transposed)""",
 }
-"""How near each code is; the length of the vector itself changes no cosine's rank."""
+"""How near each code is; the length of the vector itself changes no rank of angles."""
 
 
 def _nearest(metric: str) -> str:
@@ -146,17 +170,16 @@ VQNearest (z, codebook) => (codes)
 }}"""
 
 
-def _residual(depth: int) -> str:
+def _residual(depth: int, metric: str, shared: bool) -> str:
     """`VQResidual` unrolled: an ONNX function cannot loop over an attribute. Its body is an fp32 island."""
+    book = "" if shared else "_{d}"
     steps = "\n".join(
-        f"""
-    product_{d} = MatMul (residual_{d}, directions)
-    score_{d} = Sub (product_{d}, norms)
-    code_{d} = ArgMax <axis = -1, keepdims = 0> (score_{d})
-    column_{d} = Unsqueeze (code_{d}, axis)
-    vector_{d} = Gather <axis = 0> (table, code_{d})
-    residual_{d + 1} = Sub (residual_{d}, vector_{d})"""
+        _RESIDUAL_STEP[metric].format(d=d, e=d + 1, book=book.format(d=d), table=f"table{book.format(d=d)}")
         for d in range(depth)
+    )
+    books = _SHARED_BOOK if shared else _split_books(depth)
+    tables = "\n".join(
+        _BOOK[metric].format(book=name) for name in ([""] if shared else [f"_{d}" for d in range(depth)])
     )
     columns = ", ".join(f"column_{d}" for d in range(depth))
     vectors = ", ".join(f"vector_{d}" for d in range(depth))
@@ -165,12 +188,9 @@ VQResidual (z, codebook) => (codes, quantized)
 {{
     axis = Constant <value_ints = [1]> ()
     two = Constant <value = float {{2.0}}> ()
-    table = Cast <to = 1> (codebook)
     residual_0 = Cast <to = 1> (z)
-    squares = Mul (table, table)
-    norms = ReduceSum <keepdims = 0> (squares, axis)
-    transposed = Transpose <perm = [1, 0]> (table)
-    directions = Mul (transposed, two)
+{books}
+{tables}
 {steps}
     codes = Concat <axis = 1> ({columns})
     total = Sum ({vectors})
@@ -178,11 +198,60 @@ VQResidual (z, codebook) => (codes, quantized)
 }}"""
 
 
+_SHARED_BOOK = "    table = Cast <to = 1> (codebook)"
+
+
+def _split_books(depth: int) -> str:
+    """The codebooks of [Q, K, D] apart."""
+    parts = ", ".join(f"part_{d}" for d in range(depth))
+    apart = "\n".join(f"    table_{d} = Squeeze (part_{d}, first)" for d in range(depth))
+    return f"""
+    first = Constant <value_ints = [0]> ()
+    tables = Cast <to = 1> (codebook)
+    {parts} = Split <axis = 0, num_outputs = {depth}> (tables)
+{apart}"""
+
+
+_BOOK = {
+    "l2": """
+    squares{book} = Mul (table{book}, table{book})
+    norms{book} = ReduceSum <keepdims = 0> (squares{book}, axis)
+    transposed{book} = Transpose <perm = [1, 0]> (table{book})
+    directions{book} = Mul (transposed{book}, two)""",
+    "cosine": """
+    smallest{book} = Constant <value = float {{1e-12}}> ()
+    lengths{book} = ReduceL2 <keepdims = 1> (table{book}, axis)
+    divisors{book} = Max (lengths{book}, smallest{book})
+    units{book} = Div (table{book}, divisors{book})
+    directions{book} = Transpose <perm = [1, 0]> (units{book})""",
+    "dot": """
+    directions{book} = Transpose <perm = [1, 0]> (table{book})""",
+}
+
+_CHOICE = """
+    code_{d} = ArgMax <axis = -1, keepdims = 0> (score_{d})
+    column_{d} = Unsqueeze (code_{d}, axis)
+    vector_{d} = Gather <axis = 0> ({table}, code_{d})
+    residual_{e} = Sub (residual_{d}, vector_{d})"""
+
+_PRODUCT = """
+    score_{d} = MatMul (residual_{d}, directions{book})"""
+
+_RESIDUAL_STEP = {
+    "l2": """
+    product_{d} = MatMul (residual_{d}, directions{book})
+    score_{d} = Sub (product_{d}, norms{book})"""
+    + _CHOICE,
+    "cosine": _PRODUCT + _CHOICE,
+    "dot": _PRODUCT + _CHOICE,
+}
+
+
 def _search(name: str, start: str, measure: str, target: str) -> str:
     """Largest threshold from `start` up whose survivors weigh `target`: three rounds of 64 candidates each."""
     rounds = [f"    {name}_width_0 = Sub (top, {start})\n    {name}_low_0 = Identity ({start})"]
-    for r in range(3):
-        rounds.append(f"""
+    rounds += [
+        f"""
     {name}_step_{r} = Mul ({name}_width_{r}, fractions)
     {name}_grid_{r} = Add ({name}_low_{r}, {name}_step_{r})
     {name}_column_{r} = Unsqueeze ({name}_grid_{r}, last)
@@ -193,7 +262,9 @@ def _search(name: str, start: str, measure: str, target: str) -> str:
     {name}_enough_{r} = GreaterOrEqual ({name}_sum_{r}, {target})
     {name}_passing_{r} = Where ({name}_enough_{r}, {name}_grid_{r}, {start})
     {name}_low_{r + 1} = ReduceMax <keepdims = 1> ({name}_passing_{r}, axis)
-    {name}_width_{r + 1} = Div ({name}_width_{r}, ways)""")
+    {name}_width_{r + 1} = Div ({name}_width_{r}, ways)"""
+        for r in range(3)
+    ]
     return "\n".join(rounds)
 
 
@@ -242,7 +313,7 @@ def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProt
 _FUNCTIONS: dict[str, Callable[..., str]] = {
     "VQNearest": _nearest,
     "VQResidual": _residual,
-    "VQLookup": lambda: _LOOKUP,
+    "VQLookup": _lookup,
     "PackedAttention": _packed_attention,
     "CachedAttention": lambda: _CACHED_ATTENTION,
     "WriteCache": lambda: _WRITE_CACHE,
@@ -287,7 +358,11 @@ def translations() -> dict[Callable, Callable]:
     return {
         ops.nearest.default: _node("VQNearest", [("z", "T"), ("codebook", "C")], [("codes", _INT64)], metric=str),
         ops.residual_quantize.default: _node(
-            "VQResidual", [("z", "T"), ("codebook", "C")], [("codes", _INT64), ("quantized", "T")], depth=int
+            "VQResidual",
+            [("z", "T"), ("codebook", "C")],
+            [("codes", _INT64), ("quantized", "T")],
+            depth=int,
+            metric=str,
         ),
         ops.lookup.default: _node("VQLookup", [("codes", _INT64), ("codebook", "T")], [("vectors", "T")]),
         ops.packed_attention.default: _node("PackedAttention", [("qkv", "T")], [("attention", "T")], heads=int),
@@ -302,14 +377,30 @@ def translations() -> dict[Callable, Callable]:
 
 
 def attach(model: onnx_ir.Model) -> None:
-    """Puts the function of each `vqdeploy` node of a graph beside it."""
-    used: dict[str, dict[str, Any]] = {}
+    """Puts the function of each `vqdeploy` node of a graph beside it.
+
+    A second node of one name that needs another body gets a name of its own, `NAME_1` and so on: functions are looked
+    up by name. TensorRT then has no plugin for it and runs the body.
+    """
+    bodies: dict[str, list[dict[str, Any]]] = {}
     for node in (node for node in model.graph if node.domain == DOMAIN):
-        attributes = {key: node.attributes[key].value for key in _VARYING if key in node.attributes}
-        if used.setdefault(node.op_type, attributes) != attributes:
-            raise ValueError(f"one graph uses {node.op_type} with {used[node.op_type]} and with {attributes}")
-    for name, attributes in used.items():
-        parsed = onnx_ir.serde.deserialize_function(function(name, **attributes))
-        model.functions[parsed.identifier()] = parsed
-    if used:
+        varying = {key: node.attributes[key].value for key in _VARYING if key in node.attributes}
+        if node.op_type in ("VQResidual", "VQLookup"):
+            varying["shared"] = len(node.inputs[1].shape) == 2
+        variants = bodies.setdefault(node.op_type, [])
+        if varying not in variants:
+            variants.append(varying)
+        node.op_type = variant_name(node.op_type, variants.index(varying))
+    for name, variants in bodies.items():
+        for number, varying in enumerate(variants):
+            body = function(name, **varying)
+            body.name = variant_name(name, number)
+            parsed = onnx_ir.serde.deserialize_function(body)
+            model.functions[parsed.identifier()] = parsed
+    if bodies:
         model.graph.opset_imports[DOMAIN] = 1
+
+
+def variant_name(name: str, number: int) -> str:
+    """What a node is called that needs the body of this number among those of its name."""
+    return f"{name}_{number}" if number else name

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.export.quantizers import Replacement
 from vqdeploy.export.stage import Stage
 from vqdeploy.models.quantizers import AveragedCodebook
+
+KEPT = (AveragedCodebook, Replacement)
+"""Modules that compute in fp32 in every precision, with all that is in them."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 """Name of a precision -> type of the weights."""
@@ -31,8 +35,9 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     if dtype == torch.float32:
         return stage
     module = copy.deepcopy(stage.module)  # the layers of a stage are those of the system
+    kept = {part for owner in module.modules() if isinstance(owner, KEPT) for part in owner.modules()}
     for part in module.modules():
-        if not isinstance(part, AveragedCodebook):
+        if part not in kept:
             for weight in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
                 weight.data = _fitting(weight.data, dtype)
         if hasattr(part, "weight"):

@@ -8,10 +8,8 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw
-from vqdeploy.runtime.sampler import Item, Sampler, carried, write_options
+from vqdeploy.runtime.sampler import Inputs, Item, Sampler, carried, write_options
 from vqdeploy.runtime.session import Binding, Session
-
-_OF_A_REQUEST = frozenset(("codes", "label", "position", "noise", "temperature", "top_k", "top_p"))
 
 
 class AutoregressiveSampler(Sampler):
@@ -52,10 +50,12 @@ class AutoregressiveSampler(Sampler):
         self._used: set[int] = set()
 
     @classmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, frozenset[str]]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
         """What the sampler writes to, stage by stage."""
-        guidance = frozenset() if sampling.no_label is None else frozenset(("partner", "guidance"))
-        return {"step": _OF_A_REQUEST | guidance}
+        depth = tokenizer.maps[0][2]
+        per_code = dict.fromkeys(("codes", "temperature", "top_k", "top_p"), (depth,))
+        numbers = ("label", "position", *(() if sampling.no_label is None else ("partner", "guidance")))
+        return {"step": per_code | {"noise": (depth, tokenizer.codebook_size)} | dict.fromkeys(numbers, ())}
 
     @classmethod
     def rows(cls, guided: bool) -> int:

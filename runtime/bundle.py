@@ -77,7 +77,7 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file")
-    return open(descriptor, "rb", buffering=0)
+    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 class Bundle:

@@ -55,7 +55,7 @@ def check() -> None:
 
 def _libraries(cuda: str) -> dict[str, str]:
     """What ONNX Runtime loads, and the package of each, by the version of CUDA that it was built for."""
-    major = cuda.split(".")[0]
+    major = cuda.partition(".")[0]
     suffix = f"-cu{major}" if int(major) < 13 else ""
     return {
         f"libcudart.so.{major}": f"nvidia-cuda-runtime{suffix}",

@@ -11,14 +11,11 @@ from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.sampler import Item, Sampler, carried
+from vqdeploy.runtime.sampler import Inputs, Item, Sampler, carried
 from vqdeploy.runtime.session import Binding, Session
 
 _FROM_ROW = ("entry", "inner", "gates")
-_PIXEL_INPUTS = frozenset(("codes", "row", "column", "noise", "temperature", "top_k", "top_p", *_FROM_ROW)) | frozenset(
-    ("past_left_x", "past_left_y", "past_row_x", "past_row_y")
-)
-_ROW_INPUTS = frozenset(("row", "codes", "row_x", "row_y", "above_x.0", "above_y.0"))
+_LEFT = ("past_left_x", "past_left_y", "past_row_x", "past_row_y")
 
 
 class HierarchicalSampler(Sampler):
@@ -49,12 +46,21 @@ class HierarchicalSampler(Sampler):
         self._left = 0
 
     @classmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, frozenset[str]]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
         """What the sampler writes to, stage by stage."""
-        names = level_names(len(tokenizer.maps))
-        conditions = {f"{n}_condition": frozenset(("codes",)) for n in names[1:]}
-        rows = {f"{n}_row": _ROW_INPUTS | {"label", "condition"} for n in names[1:]}
-        return conditions | {"top_row": _ROW_INPUTS} | rows | {f"{n}_pixel": _PIXEL_INPUTS for n in names}
+        stages: dict[str, Inputs] = {}
+        above: tuple[int, ...] = ()
+        for name, (height, width, _) in zip(level_names(len(tokenizer.maps)), tokenizer.maps, strict=True):
+            row = ["row", "row_x", "row_y", "above_x.0", "above_y.0"]
+            if above:
+                row += ["label", "condition"]
+                stages[f"{name}_condition"] = {"codes": above}
+            stages[f"{name}_row"] = {"codes": (width,), **dict.fromkeys(row, ())}
+            pixel = dict.fromkeys(("codes", "row", "column", *_FROM_ROW, *_LEFT), ())
+            options = dict.fromkeys(("temperature", "top_k", "top_p"), (1,))
+            stages[f"{name}_pixel"] = pixel | options | {"noise": (1, tokenizer.codebook_size)}
+            above = height, width
+        return stages
 
     @classmethod
     def most_slots(cls, stages: Mapping[str, StageInfo], device: str) -> int:

@@ -1,31 +1,50 @@
 """Images in and out of files."""
 
-import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
 
-from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import replacing_file
+from vqdeploy.errors import ArtifactError, shown
+from vqdeploy.files import check_regular, replacing_file, to_json
 
 GREY = 128
 """What is shown in place of what is unknown."""
 
+MOST_PIXELS = 2**27
+"""Of an image that is read: a file of a few bytes may say that it is larger than the memory."""
+
+_FORMATS = (
+    "PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "DDS", "ICO", "PCX", "SGI",
+)  # fmt: skip
+"""What is read. Pillow knows more, but runs another program for EPS, and only names others, such as HDF5."""
+
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 _FRAME_MS, _LAST_FRAME_MS = 250, 1500
 
 
-def read(path: Path, side: int | None = None) -> np.ndarray:
-    """An image file as uint8 [H, W, 3]; with `side`, its centre square resized to that many pixels.
+def read(path: Path, side: int | None = None, width: int | None = None) -> np.ndarray:
+    """An image file as training, `run` and the metrics see it, uint8 [H, W, 3].
+
+    It is turned upright as its EXIF data say, 16-bit grey becomes 8-bit grey, and what is transparent lies on white.
+
+    Args:
+        path: The file; its content decides about the format.
+        side: Resize the centre square to this many pixels; None for the whole image.
+        width: Of the result, where it is no square: its `side` is the height then.
 
     Raises:
         VqdeployError: The file does not exist.
-        ArtifactError: It is not an image.
+        ArtifactError: It is damaged, no image, too large, or of a mode whose range is not known.
     """
-    image = _open(path).convert("RGB")
-    return np.asarray(image if side is None else _square(image, side))
+    image = open_image(path)
+    if side is None or width in (None, side):
+        return np.asarray(image if side is None else square(image, side))
+    return np.asarray(ImageOps.fit(image, (width, side), Image.Resampling.LANCZOS))
 
 
 def read_mask(path: Path, side: int) -> np.ndarray:
@@ -33,34 +52,86 @@ def read_mask(path: Path, side: int) -> np.ndarray:
 
     Raises:
         VqdeployError: The file does not exist.
-        ArtifactError: It is not an image.
+        ArtifactError: As for `read`.
     """
-    image = _open(path).convert("RGBA")
-    image.paste((0, 0, 0, 255), mask=image.getchannel("A").point(lambda alpha: 255 - alpha))
-    return np.asarray(_square(image.convert("L"), side)) > 127
+    return np.asarray(square(open_image(path, background=0).convert("L"), side)) > 127
 
 
-def _open(path: Path) -> Image.Image:
+def open_image(path: Path, background: int = 255) -> Image.Image:
+    """The image of `read` as RGB, before it is cut; what is transparent lies on a grey level, white by default."""
+    path = Path(path)
+    check_regular(path)
     try:
-        with Image.open(path) as image:
-            return _eight_bits(ImageOps.exif_transpose(image))
-    except FileNotFoundError as error:
-        raise VqdeployError(f"{path} does not exist") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            with Image.open(path, formats=_formats()) as image:
+                if image.width * image.height > MOST_PIXELS:  # said by the header, before anything is unpacked
+                    raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+                bits, upright = _bits(image), ImageOps.exif_transpose(image)
+                return _on_background(upright if bits == 8 else _eight_bits(upright, bits), background)
     except Exception as error:  # Pillow raises what its decoders raise
-        raise ArtifactError(f"{path} is not an image that can be read") from error
+        raise ArtifactError(f"{path} is not an image that can be read ({_reason(error)})") from error
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    square = min(image.size)
-    left, top = (image.width - square) // 2, (image.height - square) // 2
-    return image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + square, top + square))
+def square(image: Image.Image, side: int, share: float = 1.0, x: float = 0.5, y: float = 0.5) -> Image.Image:
+    """A square of an image, resized to `side` pixels; the largest in the centre by default.
+
+    Args:
+        image: Where from.
+        side: Height and width of the result.
+        share: Side of the square, as a share of the shorter side of the image.
+        x: Where it lies between the left and the right border, 0..1.
+        y: Where it lies between the upper and the lower border, 0..1.
+    """
+    length = share * min(image.size)
+    left, top = x * (image.width - length), y * (image.height - length)
+    return image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + length, top + length))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; Pillow would clip it to white."""
+def suffixes() -> frozenset[str]:
+    """The endings of image files that can be read, such as `.png`."""
+    formats = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of a pixel's channel, where the mode has a range that says what is black and what is white."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise ValueError(f"its mode {image.mode} has no known range; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        return 8
+    return int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]) if isinstance(image, TiffImageFile) else 16
+
+
+def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Grey of more than 8 bits as 8-bit grey; Pillow would cut it off at 255."""
+    values, most = np.asarray(image).astype(np.uint32), 2**bits - 1
+    grey = Image.fromarray(((values * 255 + most // 2) // most).clip(0, 255).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _on_background(image: Image.Image, grey: int) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (grey, grey, grey, 255)), image).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with an image, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its format is not known, or its first bytes are damaged"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has too many pixels, more than {MOST_PIXELS:,}"
+    return shown(str(error) or type(error).__name__)
 
 
 def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any], gap: int = 2) -> None:
@@ -73,7 +144,7 @@ def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     text = PngInfo()
-    text.add_text("vqdeploy", json.dumps(note))
+    text.add_text("vqdeploy", to_json(note))
     with replacing_file(path) as file:
         Image.fromarray(sheet).save(file, format="PNG", pnginfo=text)
 
@@ -88,7 +159,8 @@ def veil(images: np.ndarray, unknown: np.ndarray, opacity: float = 1.0) -> np.nd
 def write_frames(path: Path, frames: np.ndarray, note: dict[str, Any]) -> None:
     """Writes frames uint8 [N, H, W, 3] as an animation when the name ends in `.gif`, else side by side as a PNG."""
     if path.suffix.lower() != ".gif":
-        return write_grid(path, frames, columns=len(frames), note=note)
+        write_grid(path, frames, columns=len(frames), note=note)
+        return
     first, *rest = (Image.fromarray(frame) for frame in frames)
     durations = [_FRAME_MS] * len(rest) + [_LAST_FRAME_MS]
     with replacing_file(path) as file:

@@ -72,7 +72,7 @@ def _read(file: Path) -> bytes:
     """What was saved; nothing if the file is not there, is damaged, or may have been written by another user."""
     try:
         with open(file, "rb", opener=_open) as stream:
-            if not (_private(os.stat(file.parent)) and _private(os.fstat(stream.fileno()))):
+            if not (_private(file.parent.stat()) and _private(os.fstat(stream.fileno()))):
                 log.warning("%s is not read: another user could have written it", file)
                 return b""
             data = stream.read()

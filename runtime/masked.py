@@ -12,12 +12,11 @@ import numpy as np
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw
-from vqdeploy.runtime.sampler import Item, Sampler, write_options
+from vqdeploy.runtime.sampler import Inputs, Item, Sampler, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 from vqdeploy.runtime.session import Session
 
 _CALL_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # more images at once are no faster on a CPU and need more memory
-_INPUTS = "codes given label guidance noise choice_noise masked temperature top_k top_p choice_temperature"
 
 
 @dataclass
@@ -54,9 +53,12 @@ class MaskedSampler(Sampler):
         self._progress: dict[int, _Progress] = {}
 
     @classmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, frozenset[str]]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
         """What the sampler writes to, stage by stage."""
-        return {"step": frozenset(_INPUTS.split())}
+        grid = tokenizer.maps[0]
+        codes = dict.fromkeys(("codes", "given", "choice_noise"), grid) | {"noise": (*grid, tokenizer.codebook_size)}
+        options = dict.fromkeys(("temperature", "top_k", "top_p"), grid[2:])
+        return {"step": codes | options | dict.fromkeys(("label", "guidance", "masked", "choice_temperature"), ())}
 
     @classmethod
     def most_slots(cls, stages: Mapping[str, StageInfo], device: str) -> int:

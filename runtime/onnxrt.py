@@ -20,7 +20,7 @@ try:
     import onnxruntime as ort
 except ImportError as error:
     raise VqdeployError(
-        "this plan runs on ONNX Runtime, which is not installed", fix="pip install onnxruntime"
+        "this plan runs on ONNX Runtime, which is not installed", fix='pip install "vqdeploy[onnxrt]"'
     ) from error
 
 log = logging.getLogger("vqdeploy")

@@ -242,6 +242,15 @@ class Pipeline:
         with self._lock:
             return self._sessions[stage].run(**given)
 
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether `inpaint` draws what a mask covers and nothing else, so that the other pixels stay as they are.
+
+        Raises:
+            VqdeployError: The plan has no prior.
+        """
+        return not self._sampler_class.raster
+
     def maps(self, codes: np.ndarray) -> list[np.ndarray]:
         """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level.
 
@@ -254,20 +263,24 @@ class Pipeline:
         return self.layout.split(codes)
 
     def label(self, name: str | int) -> int:
-        """The label of a class by its name or its number, which may be text too.
+        """The label of a class.
+
+        Args:
+            name: Its number, an int; or its name. Text that is no name but a number is the number of the class, unless
+                classes are named by numbers: "7" is then the class of this name or none.
 
         Raises:
             VqdeployError: There is no such class.
         """
         names = self.manifest.labels
         if isinstance(name, str) and name in names:
-            return list(names).index(name)
-        if isinstance(name, str) and name.isdecimal() and len(name) < 10:
+            return names.index(name)
+        if isinstance(name, str) and name.isdecimal() and len(name) < 10 and not any(map(str.isdecimal, names)):
             name = int(name)
         if is_whole(name) and 0 <= int(name) < self.classes:
             return int(name)
-        expected = f"0..{self.classes - 1}" + (f" or one of {', '.join(names)}" if names else "")
-        raise VqdeployError("no such label", expected=expected, found=name)
+        named = f" or one of {', '.join(names[:10])}" + (", ..." if len(names) > 10 else "") if names else ""
+        raise VqdeployError("no such label", expected=f"0..{self.classes - 1}{named}", found=name)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [B, H, W, 3] -> codes int64 [B, *grid].
@@ -403,7 +416,7 @@ class Pipeline:
         known = np.concatenate([np.where(unknown, -1, codes)] * completions)
         labels = self._repeated(labels, len(images), completions)
         output = self.complete(known, labels, seed=seed, first_image=first_image, **options)
-        if mask is not None and not self._sampler_class.raster:
+        if mask is not None and self.keeps_pixels:
             drawn = output.images.reshape(completions, *images.shape)
             output.images = np.where(np.asarray(mask, bool)[..., None], drawn, images).reshape(output.images.shape)
         return output
@@ -732,10 +745,13 @@ def _check_sampler(bundle: Bundle) -> None:
     kind = SAMPLERS[sampling.kind]
     for name, wanted in kind.inputs(tokenizer, sampling).items():
         shapes = {info.name: info.shape for info in manifest.stage(name).inputs}
-        if missing := sorted(wanted - set(shapes)):
-            raise ArtifactError(f"stage {name} does not fit its sampler", expected=f"an input {missing[0]}")
-        if shapes.get("noise", (tokenizer.codebook_size,))[-1] != tokenizer.codebook_size:
-            raise ArtifactError(f"stage {name} has another codebook size", expected=tokenizer.codebook_size)
+        for tensor, end in wanted.items():
+            shape = shapes.get(tensor)
+            if shape is None or shape[len(shape) - len(end) :] != end:
+                expected = (
+                    f"an input {tensor} of shape [..., {', '.join(map(str, end))}]" if end else f"an input {tensor}"
+                )
+                raise ArtifactError(f"stage {name} does not fit its sampler", expected=expected, found=shape)
     try:
         options.choose({}, sampling.options, Layout(tokenizer.maps).depth, tokenizer.codebook_size)
     except VqdeployError as error:

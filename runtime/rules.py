@@ -31,7 +31,7 @@ class OneOf:
         return value in self.values
 
 
-def Strings(*values: str) -> OneOf:
+def Strings(*values: str) -> OneOf:  # noqa: N802 (beside Ints and Floats)
     """One of some strings."""
     return OneOf(tuple(value.encode() for value in values), "STRING")
 

@@ -15,6 +15,9 @@ from vqdeploy.runtime.noise import Draw, Key
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.session import Binding, Session
 
+Inputs = Mapping[str, tuple[int, ...]]
+"""Inputs of a graph by name, and what the shape of each must end with."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -83,7 +86,7 @@ class Sampler(ABC):
 
     @classmethod
     @abstractmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, frozenset[str]]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
         """What the sampler writes to, stage by stage."""
 
     @classmethod

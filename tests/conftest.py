@@ -1,5 +1,6 @@
 """What all tests share. Packages and plans come from `support.artifacts`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from support.artifacts import Artifacts, remove_old
 
+from vqdeploy import cli
 from vqdeploy.runtime.manifest import SizeRange
 
 # Read when Triton is imported: the tests run its kernels on the CPU.
@@ -113,17 +116,22 @@ def command():
 
 
 @pytest.fixture(scope="session")
-def tiny(command, tmp_path_factory):
-    """The two commands of the user as typed, with the build between them; nothing but their output is kept."""
-    folder = tmp_path_factory.mktemp("tiny")
-    steps = {
-        name: command(*line.split(), cwd=folder)
-        for name, line in (
-            ("export", "export --model rqvae"),
-            ("build", "build"),
-            ("run", "run --engine rqvae.plan"),
-        )
-    }
+def tiny(command, tmp_path_factory, worker_id):
+    """The two commands of the user as typed, with the build between them; nothing but their output is kept.
+
+    They run once, whatever number of processes the tests are spread over.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    folder, record = root / "tiny", root / "tiny.json"
+    lines = {"export": "export --model rqvae", "build": "build", "run": "run --engine rqvae.plan"}
+    with FileLock(root / "tiny.lock"):
+        if not record.exists():
+            folder.mkdir()
+            ended = {name: command(*line.split(), cwd=folder) for name, line in lines.items()}
+            fields = ("returncode", "stdout", "stderr")
+            record.write_text(json.dumps({n: {f: getattr(e, f) for f in fields} for n, e in ended.items()}))
+    steps = {name: SimpleNamespace(**result) for name, result in json.loads(record.read_text()).items()}
     return SimpleNamespace(folder=folder, package=folder / "rqvae-onnx", plan=folder / "rqvae.plan", **steps)
 
 
@@ -142,5 +150,20 @@ def python():
         )
         assert process.returncode == 0, process.stderr
         return process.stdout
+
+    return run
+
+
+@pytest.fixture
+def vqdeploy(monkeypatch, capsys, tmp_path):
+    """Runs the entry point in process, in an empty folder; returns the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["vqdeploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
 
     return run

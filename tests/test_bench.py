@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vqdeploy import baselines, bench, checkpoint
+from vqdeploy import bench, checkpoint
+from vqdeploy.bench import baselines
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load

@@ -1,15 +1,18 @@
 """Checkpoint folders: what is saved is loaded, and what is damaged is refused."""
 
+import dataclasses
 import json
 import pickle
 import shutil
+import time
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import vqdeploy
 from vqdeploy import checkpoint
+from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.systems import SYSTEMS, create, preset
 
@@ -35,7 +38,7 @@ def refused(folder, message, error=ArtifactError):
 
 
 def test_what_is_saved_is_loaded(system, checkpoint_folder):
-    loaded = vqdeploy.load(str(checkpoint_folder))
+    loaded = checkpoint.load(str(checkpoint_folder))
     assert loaded.config == system.config
     assert loaded.state_dict().keys() == system.state_dict().keys()
     for name, weight in system.state_dict().items():
@@ -123,7 +126,7 @@ def test_a_failing_save_leaves_the_old_one(system, copy, monkeypatch):
 
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(VqdeployError, match=r"copy cannot be written \(No space left on device\)"):
         checkpoint.save(system, copy)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
@@ -149,6 +152,76 @@ def test_the_digest_covers_weights_and_configuration(checkpoint_folder, copy):
     config["sampling"]["temperature"] = 0.8
     (copy / "config.json").write_text(json.dumps(config))
     assert checkpoint.digest(checkpoint.load(copy)) != original
+
+
+@dataclass(frozen=True)
+class Levels(Config):
+    """As a configuration was when a plan was made of it."""
+
+    width: int
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class Part(Config):
+    levels: tuple[Levels, ...]
+    scale: float = 2.0
+
+
+@dataclass(frozen=True)
+class NewLevels(Levels):
+    """As it is later: with one more field."""
+
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class NewPart(Part):
+    depth: int = 1
+    inner: Levels = Levels(8)
+
+
+def test_a_new_field_with_a_default_changes_no_digest(system):
+    def digest(part):
+        other = copy_of(system)
+        other.config = replace(system.config, prior=part)
+        return checkpoint.digest(other)
+
+    old = digest(Part((Levels(64), Levels(32, heads=2))))
+    assert digest(NewPart((NewLevels(64), NewLevels(32, heads=2)))) == old
+    assert digest(NewPart((NewLevels(64), NewLevels(32, heads=2)), scale=2, depth=1)) == old
+    others = [
+        Part((Levels(64), Levels(32))),
+        Part((Levels(32, heads=2), Levels(64))),
+        Part((Levels(64), Levels(32, heads=2)), scale=2.5),
+        NewPart((NewLevels(64, bias=False), NewLevels(32, heads=2))),
+        NewPart((NewLevels(64), NewLevels(32, heads=2)), depth=2),
+        NewPart((NewLevels(64), NewLevels(32, heads=2)), inner=Levels(8, heads=2)),
+    ]
+    assert len({old, *map(digest, others)}) == 1 + len(others)
+
+
+def test_a_whole_number_is_the_same_as_a_float(system):
+    """JSON of another tool may have lost the point."""
+    digests = set()
+    for temperature in (2, 2.0, 2.5):
+        other = copy_of(system)
+        other.config = replace(system.config, sampling=replace(system.config.sampling, temperature=temperature))
+        digests.add(checkpoint.digest(other))
+    assert len(digests) == 2
+
+
+def test_the_digest_covers_the_type_and_the_shape_of_a_weight(system):
+    other = copy_of(system)
+    weight = other.prior.classifier.linear.weight
+    other.prior.classifier.linear.weight = torch.nn.Parameter(weight.detach().reshape(32, 128))
+    assert checkpoint.digest(other) != checkpoint.digest(system)
+
+
+def copy_of(system):
+    other = create(system.config)
+    other.load_state_dict(system.state_dict())
+    return other
 
 
 @pytest.mark.parametrize("name", ["config.json", FILE])
@@ -199,6 +272,70 @@ def test_a_missing_weight(copy):
 def test_an_unknown_weight(copy):
     change(copy, lambda weights: weights.update({"prior.extra": torch.zeros(3)}))
     refused(copy, "name different weights, such as prior.extra")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("name", ["tokenizer.decoder.conv_out.weight", "tokenizer.quantizer.codebook"])
+def test_a_weight_that_is_not_finite_is_refused_where_it_is_read(copy, name, value):
+    def spoil(weights):
+        weights[name] = weights[name].double()
+        weights[name].view(-1)[7] = value  # 1e300 is not finite in fp32
+
+    change(copy, spoil)
+    refused(copy, f"{name} in .*{FILE} is not finite; expected numbers, found NaN or infinity")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), None), (1e6, torch.float16)])
+def test_a_weight_that_is_not_finite_is_not_written(system, copy, value, dtype):
+    spoilt = copy_of(system)
+    with torch.no_grad():
+        spoilt.prior.classifier.linear.bias[3] = value
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(ArtifactError, match=r"prior\.classifier\.linear\.bias in .* is not finite"):
+        checkpoint.save(spoilt, copy, dtype=dtype)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def counts(part, path=()):
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, Config):
+            yield from counts(value, (*path, field.name))
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if isinstance(item, Config):
+                    yield from counts(item, (*path, field.name, i))
+                elif type(item) is int:
+                    yield (*path, field.name, i)
+        elif type(value) is int:
+            yield (*path, field.name)
+
+
+UNUSED = ("heads", "condition_kernel", "condition_res_blocks")  # by a level without attention, and by the top one
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+@pytest.mark.parametrize("number", [10**9, 2**63, 20_000])
+def test_a_count_beyond_what_the_weights_hold_is_refused_quickly(tmp_path, model, number):
+    """20,000 is no more than there are weights, and would still be that many layers."""
+    folder = tmp_path / model
+    checkpoint.save(create(preset(model, "tiny")), folder)
+    config, start, tried = json.loads((folder / "config.json").read_text()), time.process_time(), 0
+    for name in ("tokenizer", "prior"):
+        for path in counts(getattr(preset(model, "tiny"), name), (name,)):
+            changed = json.loads(json.dumps(config))
+            part = changed
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = number
+            (folder / "config.json").write_text(json.dumps(changed))
+            if number > 20_000:
+                refused(folder, f"{[key for key in path if isinstance(key, str)][-1]} in .* is too large")
+            elif path[-1] not in UNUSED:
+                refused(folder, None)
+            tried += 1
+    assert tried > 10
+    assert time.process_time() - start < 2 * tried
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"model": "rqvae"}', "\x00"])

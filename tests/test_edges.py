@@ -3,17 +3,18 @@
 import pytest
 from support.imports import Import, imports, modules
 
-BASE = {"errors", "files", "config", "precision"}
+BASE = {"errors", "files", "config", "precision", "options", "machine", "threads"}
 """Standard library only: everyone may import them."""
 
 EVERYTHING_BUT_TRAINING = {
     "checkpoint", "models", "systems", "convert", "reference", "verify", "bench", "export", "engines",
-    "manifest", "backends", "images", "runtime",
+    "manifest", "graphs", "backends", "images", "runtime", "machine",
 }  # fmt: skip
 
 EDGES: dict[str, set[str]] = {
-    **{name: set() for name in BASE},
+    **{name: set() for name in sorted(BASE)},
     "kernels": set(),
+    "machine": set(),
     "models": set(),
     "systems": {"models"},
     "checkpoint": {"models", "systems"},
@@ -21,23 +22,25 @@ EDGES: dict[str, set[str]] = {
     "training": {"models", "systems", "checkpoint", "reference", "images"},
     "convert": {"models", "systems", "checkpoint"},
     "manifest": set(),
+    "graphs": {"manifest"},
     "backends": {"manifest"},
     "images": set(),
-    "runtime": {"manifest", "backends", "images"},
+    "runtime": {"manifest", "graphs", "backends", "images"},
     "export": {"models", "systems", "checkpoint", "manifest"},
-    "engines": {"manifest", "backends", "kernels"},
+    "engines": {"manifest", "graphs", "backends", "kernels"},
     "verify": EVERYTHING_BUT_TRAINING,
     "bench": EVERYTHING_BUT_TRAINING,
-    "run": {"runtime", "images"},
+    "tasks": {"runtime", "images"},
     "cli": set(),
     "vqdeploy": set(),
 }
 """What each part may import at import time, `BASE` and itself aside; `FILES` gives the parts smaller than a folder."""
 
 INSIDE_FUNCTIONS: dict[str, set[str]] = {
-    "cli": {*EVERYTHING_BUT_TRAINING, "training", "run"},  # each verb loads what it needs
+    "cli": {*EVERYTHING_BUT_TRAINING, "training", "tasks"},  # each verb loads what it needs
     "vqdeploy": {"checkpoint", "runtime"},  # `vqdeploy.load` loads nothing before it is called
     "models": {"kernels"},  # the operators that take CUDA tensors
+    "export": {"verify"},  # a module of the user's is compared with its export at once
     "systems": {"export"},  # a system names its stages, and trains without ONNX
     "engines": {"runtime"},  # TensorRT builds for the GPU that is there
 }
@@ -46,11 +49,18 @@ INSIDE_FUNCTIONS: dict[str, set[str]] = {
 FILES = {
     "vqdeploy": "vqdeploy",
     "vqdeploy.__main__": "cli",
+    "vqdeploy.cli.tasks": "tasks",  # what `vqdeploy run` does
     "vqdeploy.runtime.manifest": "manifest",  # what stands between export, engines and runtime, and the file of a plan
     "vqdeploy.runtime.bundle": "manifest",
+    "vqdeploy.runtime.graphs": "graphs",  # which graphs are let through
+    "vqdeploy.runtime.onnx_file": "graphs",
+    "vqdeploy.runtime.operators": "graphs",
+    "vqdeploy.runtime.rules": "graphs",
     "vqdeploy.runtime.backends": "backends",  # their names, and what each has to bring
     "vqdeploy.runtime.session": "backends",
     "vqdeploy.runtime.images": "images",
+    "vqdeploy.runtime.folder": "images",
+    "vqdeploy.runtime.threads": "threads",
 }
 """Modules that are no part of their folder's part."""
 

@@ -11,8 +11,6 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from vqdeploy import checkpoint
-from vqdeploy.engines.build import build
-from vqdeploy.export.package import export
 from vqdeploy.files import read_json
 from vqdeploy.runtime.images import read
 from vqdeploy.systems import definition
@@ -29,17 +27,9 @@ def load_script(name):
     return script
 
 
-def shipped(model, tmp_path_factory):
-    """The plan of the shipped weights of a model."""
-    folder = tmp_path_factory.mktemp(model)
-    export(checkpoint.default(model), folder / f"{model}-onnx")
-    build(folder / f"{model}-onnx", folder / f"{model}.plan")
-    return folder / f"{model}.plan"
-
-
 @pytest.fixture(scope="module")
-def tiny_movq(tmp_path_factory):
-    return shipped("movq", tmp_path_factory)
+def tiny_movq(artifacts):
+    return artifacts.plan(checkpoint.default("movq"))
 
 
 def test_masked_reconstruction(tiny_movq, tmp_path):
@@ -86,8 +76,8 @@ def test_compare_tokenizers(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def tiny_vit(tmp_path_factory):
-    return shipped("vitvqgan", tmp_path_factory)
+def tiny_vit(artifacts):
+    return artifacts.plan(checkpoint.default("vitvqgan"))
 
 
 @pytest.mark.slow

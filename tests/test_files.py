@@ -1,12 +1,19 @@
 """Writes that happen whole or not at all."""
 
+import json
 import os
+import signal
 import stat
+import subprocess
+import sys
+import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import read_json, replacing_file, replacing_folder, write_json
+from vqdeploy.files import check_regular, read_json, replacing_file, replacing_folder, temporary_folder, write_json
 
 
 def content(folder):
@@ -25,7 +32,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
-        with pytest.raises(VqdeployError, match="it is no regular file"), replacing_file(tmp_path / name):
+        with pytest.raises(VqdeployError, match="it is not a regular file"), replacing_file(tmp_path / name):
             pytest.fail("the block must not run")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
@@ -118,13 +125,193 @@ def test_json_goes_out_and_in(tmp_path):
     assert read_json(tmp_path / "a") == {"ä": [1, None]}
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000, b'"\xed\xa0\x80"', b"1" * 5000])
 def test_what_is_no_json(tmp_path, text):
     (tmp_path / "a").write_bytes(text)
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_json(tmp_path / "a")
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_json_has_finite_numbers(tmp_path, number):
+    (tmp_path / "a").write_text(f'{{"x": [{number}]}}')
+    with pytest.raises(ArtifactError, match=rf"a cannot be read \({number} is not a finite number\)"):
+        read_json(tmp_path / "a")
+
+
+@pytest.mark.parametrize("brackets", ["[]", ('{"a":', "}")])
+def test_json_that_is_too_deep(tmp_path, brackets):
+    opening, closing = brackets
+    for depth, fits in ((64, True), (65, False)):
+        (tmp_path / "a").write_text(opening * depth + "0" * (opening != "[") + closing * depth)
+        if fits:
+            read_json(tmp_path / "a")
+        else:
+            with pytest.raises(ArtifactError, match="more than 64 lists and objects lie within each other"):
+                read_json(tmp_path / "a")
+
+
+def test_json_that_is_too_large(tmp_path):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(10**12)  # a sparse file, which is not read whole
+    with pytest.raises(ArtifactError, match="more than 64 MB"):
+        read_json(tmp_path / "a")
+
+
+def refuse(constant):
+    raise AssertionError(constant)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_what_is_written_is_json(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("json") / "a"
+    write_json(file, data)
+    json.loads(file.read_text("ascii"), parse_constant=refuse)
+
+
+def test_null_stands_for_what_is_not_finite(tmp_path):
+    write_json(tmp_path / "a", {"a": [float("nan"), 1.5], "b": (float("inf"),)})
+    assert read_json(tmp_path / "a") == {"a": [None, 1.5], "b": [None]}
+
+
 def test_missing_json(tmp_path):
     with pytest.raises(VqdeployError, match="does not exist"):
         read_json(tmp_path / "a")
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    """Reading a pipe that nobody writes to would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", type(tmp_path)("/dev/zero"), tmp_path):
+        for read in (read_json, check_regular):
+            with pytest.raises(ArtifactError, match="not a regular file"):
+                read(path)
+
+
+# What a disk or a death brings
+
+
+@pytest.mark.parametrize("writer", ["python", "numpy", "safetensors", "pillow"])
+def test_a_full_disk_names_the_file(tmp_path, writer, python):
+    """A limit on the size of files stands in for it."""
+    script = f"""
+import resource, sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+from vqdeploy.errors import VqdeployError
+from vqdeploy.files import replacing_file, replacing_folder
+data = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+writers = {{
+    "python": lambda file: file.write_bytes(data.tobytes()),
+    "numpy": lambda file: np.savez(file.open("wb"), data=data),
+    "safetensors": lambda file: save_file({{"data": data}}, file),
+    "pillow": lambda file: Image.fromarray(data).save(file, format="PNG"),
+}}
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with replacing_file(Path("out.bin")) as file:
+        writers["{writer}"](file)
+except VqdeployError as error:
+    print(error)
+"""
+    assert python(script, cwd=tmp_path).startswith("out.bin cannot be written (File too large)")
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vqdeploy.files import replacing_file, replacing_folder
+replace = os.replace
+def die(*_):
+    print("ready", flush=True)
+    signal.pause()
+def replace_and_die(source, target):
+    replace(source, target)
+    die()
+if sys.argv[1] == "file":
+    with replacing_file(Path("a")) as file:
+        file.write_text("half")
+        die()
+os.replace = replace_and_die
+with replacing_folder(Path("a"), ("x",)) as folder:
+    (folder / "x").write_text("new")
+"""
+
+
+def killed(tmp_path, kind):
+    """Starts to replace `a`; yields when it is about to be cut, and kills the process afterwards."""
+    process = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", KILLED, kind], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path):
+    with killed(tmp_path, "file") as process:
+        (left,) = tmp_path.iterdir()
+        with replacing_file(tmp_path / "b") as file:
+            file.write_text("whole")
+        assert left.exists()  # its process lives
+        process.send_signal(signal.SIGKILL)
+    assert left.exists()
+    with replacing_file(tmp_path / "b") as file:
+        file.write_text("again")
+    assert content(tmp_path) == {"b": "again"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_folder_that_was_moved_away_by_a_killed_process_comes_back(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("old")
+    with killed(tmp_path, "folder") as process:
+        assert not (tmp_path / "a").exists()
+        process.send_signal(signal.SIGKILL)
+    with replacing_file(tmp_path / "b") as file:
+        file.write_text("whole")
+    assert content(tmp_path) == {"a/x": "old", "b": "whole"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_folders_of_others_with_such_a_name_are_kept(tmp_path):
+    """Whether by another user or a link to elsewhere."""
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".vqdeploy-link").symlink_to(target)
+    (tmp_path / "deep" / ".vqdeploy-file").write_text("x")
+    with replacing_file(tmp_path / "deep" / "b") as file:
+        file.write_text("whole")
+    assert content(target) == {"precious": "x"}
+    assert (tmp_path / "deep" / ".vqdeploy-file").exists()
+
+
+def test_writers_at_the_same_time_keep_their_folders(tmp_path):
+    failures = []
+
+    def work(number):
+        try:
+            for _ in range(30):
+                with temporary_folder(tmp_path / f"{number}") as folder:
+                    (folder / "x").write_text("x")
+                    assert (folder / "x").read_text() == "x"
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert list(tmp_path.iterdir()) == []

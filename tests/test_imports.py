@@ -1,12 +1,19 @@
 """Which part may import which, in fresh processes."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import vqdeploy
+from vqdeploy import errors
+from vqdeploy.runtime import Pipeline
 
 ROOT = Path(__file__).parents[1]
 BLOCK = """
@@ -70,8 +77,14 @@ def test_the_package_itself_loads_almost_nothing(python):
     assert not roots(modules) & {*HEAVY, "numpy", "onnxruntime"}
 
 
-def test_the_package_offers_load(python):
-    assert "torch" in roots(loaded(python, "import vqdeploy; vqdeploy.load"))
+def test_the_package_offers_load_of_plans(python):
+    modules = loaded(python, "import vqdeploy; vqdeploy.load")
+    assert "numpy" in roots(modules)
+    assert not roots(modules) & {*HEAVY, "onnxruntime"}
+
+
+def test_load_opens_a_plan(plan):
+    assert isinstance(vqdeploy.load(plan, threads=1), Pipeline)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["export", "--help"], ["--version"], []])
@@ -117,7 +130,7 @@ def test_building_needs_no_torch_and_no_triton(python, package, tmp_path):
 
 
 def test_the_models_need_no_export_engines_or_runtime(python):
-    modules = loaded(python, "import vqdeploy.models, vqdeploy.systems.presets, vqdeploy.checkpoint")
+    modules = loaded(python, "import vqdeploy.models, vqdeploy.systems, vqdeploy.checkpoint")
     parts = ("vqdeploy.export", "vqdeploy.engines", "vqdeploy.runtime")
     assert not [name for name in modules if name.startswith(parts)]
     assert not roots(modules) & {"onnx", "onnxscript", "onnxruntime"}
@@ -128,8 +141,8 @@ def test_the_export_needs_no_builder(python):
     assert not [name for name in modules if name.startswith("vqdeploy.engines")]
 
 
-@pytest.mark.parametrize("module", ["torch", "onnxruntime"])
-def test_a_missing_library_is_named_with_its_remedy(python, module, plan, tmp_path):
+@pytest.mark.parametrize(("module", "extra"), [("torch", "export,train"), ("onnxruntime", "onnxrt")])
+def test_a_missing_library_is_mended_by_an_extra(python, module, extra, plan, tmp_path):
     verb = ["models"] if module == "torch" else ["run", "--engine", str(plan)]
     script = BLOCK.format(blocked=(module,)) + (
         "import io, contextlib\n"
@@ -145,8 +158,32 @@ def test_a_missing_library_is_named_with_its_remedy(python, module, plan, tmp_pa
     )
     printed = python(script, cwd=tmp_path)
     assert printed.startswith("2 error: ")
-    assert "pip install" in printed
-    assert module in printed
+    assert f'pip install "vqdeploy[{extra}]"' in printed
+
+
+def test_every_extra_that_an_error_names_brings_its_package():
+    names = {"cuda": "cuda-bindings", "onnx_ir": "onnx-ir", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for module, named in errors._EXTRAS.items():
+        package = names.get(module, module.replace("_", "-"))
+        for extra in named.split(","):
+            assert any(re.match(rf"{package}\b", line) for line in extras[extra]), (package, extra)
+
+
+def test_the_telemetry_of_onnx_runtime_is_off(plan, tmp_path):
+    """Its makers get no report and no identifier of this device is written, unless the user says so."""
+    (tmp_path / "home").mkdir()
+    hidden = (
+        "CI",
+        "GITHUB_ACTIONS",
+        "ORT_DISABLE_TELEMETRY",
+        "XDG_CACHE_HOME",
+    )  # off too, or elsewhere
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    script = "import sys, vqdeploy; vqdeploy.load(sys.argv[1]).generate([0])"
+    command = [sys.executable, "-c", script, plan]
+    subprocess.run(command, env=environment | {"HOME": str(tmp_path / "home")}, check=True)  # noqa: S603
+    assert list((tmp_path / "home").rglob("*")) == []
 
 
 @pytest.mark.slow

@@ -25,17 +25,18 @@ needs_interpreter = pytest.mark.skipif(
 )
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXACT = pytest.mark.parametrize("kind", TYPES)
-METRICS = pytest.mark.parametrize("metric", ["l2", "cosine"])
+METRICS = pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 
 
 @cache
 def session(name: str, **attributes: object) -> ort.InferenceSession:
     """One node and its function on ONNX Runtime."""
     outputs = {"codes": TensorProto.INT64} | ({"quantized": TensorProto.FLOAT} if name == "VQResidual" else {})
-    shapes = {"z": ["n", "d"], "codebook": ["k", "d"], "codes": None, "quantized": None}
+    books = ["k", "d"] if attributes.get("shared", True) else ["q", "k", "d"]
+    shapes = {"z": ["n", "d"], "codebook": books}
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
-        [helper.make_node(name, ["z", "codebook"], list(outputs), domain=DOMAIN, **attributes)],
+        [helper.make_node(name, ["z", "codebook"], list(outputs), domain=DOMAIN)],
         name,
         [info(key, TensorProto.FLOAT, shapes[key]) for key in ("z", "codebook")],
         [info(key, kind, None) for key, kind in outputs.items()],
@@ -64,6 +65,11 @@ def check_chosen(z, codebook, codes, metric="l2"):
     """Each code is within range, and as near as any up to rounding."""
     assert ((codes >= 0) & (codes < len(codebook))).all()
     z, codebook = z.double(), codebook.double()
+    if metric == "dot":
+        products = z @ codebook.T
+        gap = products.amax(1) - products.gather(1, codes[:, None])[:, 0]
+        assert (gap <= 1e-6 * z.norm(dim=1) * codebook.norm(dim=1).amax()).all()
+        return
     if metric == "cosine":
         z, codebook = (torch.nn.functional.normalize(x, dim=1) for x in (z, codebook))
     distances = torch.cdist(z, codebook, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -142,11 +148,11 @@ class TestNearest:
     def test_lengths_count_for_distances_and_not_for_angles(self):
         codebook = torch.tensor([[8.0, 8.0], [1.0, 0.5], [4.0, 4.0], [0.0, 1.0]])
         z = torch.tensor([[1.0, 1.0], [50.0, 50.0], [0.25, 0.25]])
-        found = {metric: ops.nearest_on_cuda(z, codebook, metric).tolist() for metric in ("l2", "cosine")}
-        assert found == {"l2": [1, 0, 1], "cosine": [0, 0, 0]}
+        found = {metric: ops.nearest_on_cuda(z, codebook, metric).tolist() for metric in ("l2", "cosine", "dot")}
+        assert found == {"l2": [1, 0, 1], "cosine": [0, 0, 0], "dot": [0, 0, 0]}
 
     @pytest.mark.parametrize("groups", [1, 4])
-    @METRICS
+    @pytest.mark.parametrize("metric", ["l2", "cosine"])
     def test_channels_are_quantized_apart(self, metric, groups):
         quantizer = MultichannelQuantizer(40, 32, groups, metric).eval()
         z = torch.randn(2, 3, 3, 32, generator=torch.Generator().manual_seed(0))
@@ -158,7 +164,7 @@ class TestNearest:
         z, codebook = lattice("fp32", 130, 70, 20)
         codes = torch.empty(130, dtype=torch.int64)
         grid = (triton.cdiv(130, rows),)
-        kernels.vq_nearest[grid](z, codebook, 130, 70, codes, COSINE=False, **kernels._tiles(20, rows))
+        kernels.vq_nearest[grid](z, codebook, 130, 70, codes, METRIC="l2", **kernels._tiles(20, rows))
         assert torch.equal(codes, ops.nearest(z, codebook, "l2"))
 
     def test_vectors_may_lie_anywhere(self):
@@ -171,21 +177,38 @@ class TestNearest:
 @needs_interpreter
 class TestResidual:
     @EXACT
-    @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-    @pytest.mark.parametrize(("count", "size", "dim"), [(1, 1, 4), (17, 70, 20), (33, 130, 16)])
-    def test_does_what_the_onnx_function_does(self, kind, depth, count, size, dim):
-        z, codebook = lattice(kind, count, size, dim, depth)
-        codes, quantized = ops.residual_quantize_on_cuda(z, codebook, depth)
-        expected_codes, expected = onnx_function("VQResidual", z, codebook, depth=depth)
+    @pytest.mark.parametrize(
+        ("depth", "shared", "metric"),
+        [(1, True, "l2"), (4, True, "l2"), (2, True, "dot"), (3, False, "l2"), (2, False, "dot")],
+    )
+    @pytest.mark.parametrize(("count", "size", "dim"), [(1, 1, 4), (17, 70, 20)])
+    def test_does_what_the_onnx_function_does(self, kind, metric, depth, shared, count, size, dim):
+        z, codebook = lattice(kind, count, size if shared else depth * size, dim, depth)
+        codebook = codebook if shared else codebook.view(depth, size, dim)
+        codes, quantized = ops.residual_quantize_on_cuda(z, codebook, depth, metric)
+        expected_codes, expected = onnx_function("VQResidual", z, codebook, depth=depth, metric=metric, shared=shared)
         assert torch.equal(codes, expected_codes)
         assert torch.equal(quantized, expected.to(z.dtype))
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_by_angle_what_is_subtracted_are_the_vectors_as_they_stand(self, shared):
+        generator = torch.Generator().manual_seed(0)
+        z, codebook = torch.randn(9, 16, generator=generator), 3 * torch.randn(2, 80, 16, generator=generator)
+        codebook = codebook[0] if shared else codebook
+        codes, quantized = ops.residual_quantize_on_cuda(z, codebook, 2, "cosine")
+        residual, total = z, torch.zeros_like(z)
+        for depth, code in enumerate(codes.unbind(1)):
+            table = codebook if shared else codebook[depth]
+            check_chosen(residual, table, code, "cosine")
+            residual, total = residual - table[code], total + table[code]
+        assert torch.equal(quantized, total)
 
     @EXACT
     @pytest.mark.parametrize("dim", [4, 48, 512])
     def test_each_depth_finds_the_nearest_of_random_vectors(self, kind, dim):
         generator = torch.Generator().manual_seed(dim)
         z, codebook = (torch.randn(n, dim, generator=generator).to(TYPES[kind]) for n in (9, 80))
-        codes, quantized = ops.residual_quantize_on_cuda(z, codebook, 3)
+        codes, quantized = ops.residual_quantize_on_cuda(z, codebook, 3, "l2")
         residual, total = z.float(), torch.zeros(9, dim)
         for code in codes.unbind(1):
             check_chosen(residual, codebook, code)
@@ -195,24 +218,27 @@ class TestResidual:
 
     def test_a_tie_goes_to_the_lowest_index_at_every_depth(self):
         codebook = torch.cat([torch.eye(4), -torch.eye(4), torch.eye(4), torch.zeros(90, 4)])
-        codes, quantized = ops.residual_quantize_on_cuda(3 * torch.eye(4), codebook, 4)
+        codes, quantized = ops.residual_quantize_on_cuda(3 * torch.eye(4), codebook, 4, "l2")
         assert codes.tolist() == [[i, i, i, 12] for i in range(4)]
         assert torch.equal(quantized, 3 * torch.eye(4))
 
     def test_squares_that_fp16_cannot_hold(self):
         generator = torch.Generator().manual_seed(0)
         z, codebook = (((torch.rand(n, 16, generator=generator) * 2 - 1) * s).half() for n, s in ((20, 6e4), (70, 3e4)))
-        codes, quantized = ops.residual_quantize_on_cuda(z, codebook, 2)
-        expected_codes, expected = onnx_function("VQResidual", z, codebook, depth=2)
+        codes, quantized = ops.residual_quantize_on_cuda(z, codebook, 2, "l2")
+        expected_codes, expected = onnx_function("VQResidual", z, codebook, depth=2, metric="l2", shared=True)
         assert torch.equal(codes, expected_codes)
         assert torch.equal(quantized, expected.half())
 
     def test_vectors_may_lie_anywhere(self):
         z, codebook = lattice("fp32", 20, 40, 8)
-        codes, quantized = ops.residual_quantize_on_cuda(z.T.contiguous().T, codebook, 2)
-        for found, expected in zip((codes, quantized), ops.residual_quantize(z, codebook, 2), strict=True):
+        codes, quantized = ops.residual_quantize_on_cuda(z.T.contiguous().T, codebook, 2, "l2")
+        for found, expected in zip((codes, quantized), ops.residual_quantize(z, codebook, 2, "l2"), strict=True):
             assert torch.equal(found, expected)
-        assert [tuple(part.shape) for part in ops.residual_quantize_on_cuda(z[:0], codebook, 3)] == [(0, 3), (0, 8)]
+        assert [tuple(part.shape) for part in ops.residual_quantize_on_cuda(z[:0], codebook, 3, "l2")] == [
+            (0, 3),
+            (0, 8),
+        ]
 
 
 COMPILE = """
@@ -222,8 +248,9 @@ os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
 from vqdeploy import kernels
 found = {str(cc): kernels.compile_nearest(("fp32", "fp16"), 64, "l2", 16, cc) for cc in (80, 86, 89, 90, 120)}
 found["cosine"] = kernels.compile_nearest(("bf16", "bf16"), 4, "cosine", 64)
-found["residual"] = kernels.compile_residual(("fp16", "fp16"), 512, 2, 64)
-found["residual fp32"] = kernels.compile_residual(("fp32", "fp32"), 64, 4, 64)
+found["residual"] = kernels.compile_residual(("fp16", "fp16"), 512, 2, "l2", True, 64)
+found["residual fp32"] = kernels.compile_residual(("fp32", "fp32"), 64, 4, "l2", True, 64)
+found["residual own"] = kernels.compile_residual(("fp16", "fp32"), 128, 8, "dot", False, 16)
 print(json.dumps({name: ptx._asdict() for name, ptx in found.items()}))
 """
 
@@ -238,7 +265,7 @@ def compiled(tmp_path_factory):
 
 
 NAMES = {"80": "sm_80", "86": "sm_86", "89": "sm_89", "90": "sm_90a", "120": "sm_120a"}
-NAMES |= dict.fromkeys(["cosine", "residual", "residual fp32"], "sm_80")
+NAMES |= dict.fromkeys(["cosine", "residual", "residual fp32", "residual own"], "sm_80")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -298,8 +325,8 @@ for kind in (torch.float32, torch.float16, torch.bfloat16):
     for count, size, dim in ((1, 1, 4), (100, 1000, 33), (5000, 4096, 256), (10, 65536, 512)):
         z = (torch.randint(-8, 9, (count, dim), generator=generator) / 4).to(kind)
         codebook = (torch.randint(-2, 3, (size, dim), generator=generator) / 2).to(kind)
-        expected = ops.residual_quantize(z, codebook, 4)
-        found = ops.residual_quantize(z.cuda(), codebook.cuda(), 4)
+        expected = ops.residual_quantize(z, codebook, 4, "l2")
+        found = ops.residual_quantize(z.cuda(), codebook.cuda(), 4, "l2")
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True)), (kind, count, size, dim)
         assert torch.equal(ops.nearest(z.cuda(), codebook.cuda(), "l2").cpu(), ops.nearest(z, codebook, "l2"))
         ops.nearest(z.cuda(), codebook.cuda(), "cosine")

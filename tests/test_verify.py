@@ -2,19 +2,26 @@
 
 import json
 import shutil
-import struct
 from dataclasses import asdict
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from support.mutations import (
+    by_place,
+    change_function,
+    change_noise,
+    change_weight,
+    failed,
+    failures,
+    replace_with,
+    reseal,
+)
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.functions import parse
-from vqdeploy.runtime.bundle import sha256
-from vqdeploy.runtime.manifest import FILE, WEIGHTS
-from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.manifest import FILE
 from vqdeploy.verify import table, verify, verify_package
 from vqdeploy.verify.checks import at_most, tolerance_of
 
@@ -22,52 +29,6 @@ from vqdeploy.verify.checks import at_most, tolerance_of
 @pytest.fixture
 def copy(package, tmp_path):
     return shutil.copytree(package, tmp_path / "package")
-
-
-def reseal(folder):
-    """Makes the digests fit again, as someone who knows how would."""
-    data = json.loads((folder / FILE).read_text())
-    data["members"] = {name: sha256(folder / name) for name in data["members"]}
-    (folder / FILE).write_text(json.dumps(data))
-
-
-def change_weight(folder, weight, change):
-    """Changes a tensor in the weights file, found by its value."""
-    blob = bytearray((folder / WEIGHTS).read_bytes())
-    (size,) = struct.unpack("<Q", blob[:8])
-    start = blob.index(weight.detach().contiguous().numpy().tobytes(), 8 + size)
-    array = np.frombuffer(blob, weight.detach().numpy().dtype, weight.numel(), start).reshape(weight.shape)
-    change(array)
-    (folder / WEIGHTS).write_bytes(blob)
-    reseal(folder)
-
-
-def change_function(folder, stage, name, change):
-    """Changes the nodes of a function in the graph of a stage; `change` maps a node to its replacement or None."""
-    model = onnx.load(folder / f"{stage}.onnx", load_external_data=False)
-    (function,) = [f for f in model.functions if f.name == name]
-    nodes = [(node, change(node)) for node in function.node]
-    assert any(new is not None for _, new in nodes)
-    del function.node[:]
-    function.node.extend(node if new is None else new for node, new in nodes)
-    onnx.save(model, folder / f"{stage}.onnx")
-    reseal(folder)
-
-
-def failures(report):
-    assert report["passed"] == (not [c for c in report["checks"] if not c["passed"]])
-    return {f"{check['stage']}: {check['metric']}" for check in report["checks"] if not check["passed"]}
-
-
-def failed(found, *expected):
-    """Each of the expected metrics, given by their first words, is among those that failed."""
-    for metric in expected:
-        assert any(name.startswith(metric) for name in found), f"{metric} is not among {sorted(found)}"
-
-
-def replace_with(output, operator, *inputs):
-    """Replaces the node that makes `output`."""
-    return lambda node: helper.make_node(operator, list(inputs), [output]) if node.output[0] == output else None
 
 
 @pytest.mark.parametrize("kind", ["plan", "portable_plan"])
@@ -227,26 +188,18 @@ def test_sampling_that_ignores_top_p(copy, system):
 
 
 def test_noise_keyed_by_the_place_in_the_batch(plan, system, monkeypatch):
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel",
-        lambda seed, images, step, out: gumbel(seed, np.arange(len(images)), step, out),
-    )
+    change_noise(monkeypatch, by_place)
     failed(failures(verify(plan, system)), "generate: image alone")
 
 
 def test_noise_that_is_the_same_at_each_step(plan, system, monkeypatch):
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel", lambda seed, images, step, out: gumbel(seed, images, 0, out)
-    )
+    change_noise(monkeypatch, lambda keys: [(seed, image, 0) for seed, image, _ in keys])
     failed(failures(verify(plan, system)), "generate: whole distribution: tokens outside")
 
 
 def test_noise_that_changes_from_run_to_run(plan, system, monkeypatch):
     runs = iter(range(10**6))
-    monkeypatch.setattr(
-        "vqdeploy.runtime.autoregressive.gumbel",
-        lambda seed, images, step, out: gumbel(next(runs), images, step, out),
-    )
+    change_noise(monkeypatch, lambda keys: [(next(runs), image, step) for _, image, step in keys])
     failed(failures(verify(plan, system)), "generate: codes that differ in a second run")
 
 

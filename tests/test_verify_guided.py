@@ -6,29 +6,17 @@ from dataclasses import replace
 import onnx
 import pytest
 from onnx import helper
+from support.mutations import change_graph, change_weight, failed, failures
 from support.systems import SMALL_VIT, lively
-from test_verify import change_weight, failed, failures, reseal
 
-from vqdeploy.engines.build import build
-from vqdeploy.export.package import export
 from vqdeploy.runtime import autoregressive
+from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.verify import verify, verify_package
 
 
 @pytest.fixture
 def copy(vit_package, tmp_path):
     return shutil.copytree(vit_package, tmp_path / "package")
-
-
-def change_graph(folder, stage, change):
-    """Changes the nodes of a stage; `change` maps a node to its replacement or None."""
-    model = onnx.load(folder / f"{stage}.onnx", load_external_data=False)
-    nodes = [(node, change(node)) for node in model.graph.node]
-    assert any(new is not None for _, new in nodes)
-    del model.graph.node[:]
-    model.graph.node.extend(node if new is None else new for node, new in nodes)
-    onnx.save(model, folder / f"{stage}.onnx")
-    reseal(folder)
 
 
 def test_good_plans_pass(vit_plan, vit_system, vqgan_plan, vqgan_system):
@@ -41,13 +29,11 @@ def test_good_plans_pass(vit_plan, vit_system, vqgan_plan, vqgan_system):
 
 
 @pytest.mark.slow
-def test_a_good_plan_of_as_many_codes_as_published_passes(tmp_path):
+def test_a_good_plan_of_as_many_codes_as_published_passes(artifacts):
     """32x32, at a small width."""
     prior = replace(SMALL_VIT.prior, grid=(32, 32, 1), width=32, layers=1, heads=2)
     system = lively(replace(SMALL_VIT, tokenizer=replace(SMALL_VIT.tokenizer, resolution=128), prior=prior))
-    export(system, tmp_path / "onnx")
-    build(tmp_path / "onnx", tmp_path / "a.plan")
-    assert failures(verify(tmp_path / "a.plan", system)) == set()
+    assert failures(verify(artifacts.plan(system), system)) == set()
 
 
 def test_a_class_embedding(copy, vit_system):
@@ -100,19 +86,18 @@ def test_guidance_that_is_ignored(copy, vit_system):
 
 
 def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
-    write = autoregressive.GuidedSampler._write_options
+    admit = AutoregressiveSampler._admit
 
-    def swapped(sampler, binding, request):
-        write(sampler, binding, request)
-        binding.inputs["partner"][:] = 0
+    def swapped(sampler, slot, item):
+        admit(sampler, slot, item)
+        sampler._binding.inputs["partner"][:] = 0
 
-    monkeypatch.setattr(autoregressive.GuidedSampler, "_write_options", swapped)
+    monkeypatch.setattr(AutoregressiveSampler, "_admit", swapped)
     failed(failures(verify(vit_plan, vit_system)), "generate: whole distribution: tokens")
 
 
 def test_a_token_shift_that_is_forgotten(vqgan_plan, vqgan_system, monkeypatch):
     """What the public sampler does."""
-    monkeypatch.setattr(autoregressive, "carry", lambda source, target: None)
-    monkeypatch.setattr("vqdeploy.verify.autoregressive.carry", lambda source, target: None)
+    monkeypatch.setattr(autoregressive, "carried", lambda binding: {})
     found = failures(verify(vqgan_plan, vqgan_system))
     failed(found, "step: cached step: largest", "generate: whole distribution: tokens")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from onnx import helper
-from test_verify import change_function, change_weight, failed, failures, replace_with
+from support.mutations import change_function, change_weight, failed, failures, replace_with
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError

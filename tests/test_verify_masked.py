@@ -6,7 +6,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from test_verify import change_function, change_weight, failed, failures, replace_with, reseal
+from support.mutations import (
+    by_place,
+    change_function,
+    change_noise,
+    change_weight,
+    failed,
+    failures,
+    replace_with,
+    reseal,
+)
 
 from vqdeploy.engines.build import build
 from vqdeploy.runtime import masked
@@ -119,40 +128,37 @@ def test_counts_that_are_off_by_one(movq_plan, movq_system, monkeypatch):
 
 
 def test_noise_of_another_step(movq_plan, movq_system, monkeypatch):
-    draw = masked.gumbel
-    monkeypatch.setattr(masked, "gumbel", lambda seed, images, step, out: draw(seed, images, step + 2, out))
+    change_noise(monkeypatch, lambda keys: [(seed, image, step + 2) for seed, image, step in keys])
     failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: tokens")
 
 
 def test_noise_that_depends_on_the_batch(movq_plan, movq_system, monkeypatch):
-    draw = masked.gumbel
-    first = lambda images: np.arange(len(images))  # noqa: E731
-    monkeypatch.setattr(masked, "gumbel", lambda seed, images, step, out: draw(seed, first(images), step, out))
+    change_noise(monkeypatch, by_place)
     failed(failures(verify(movq_plan, movq_system)), "generate: image alone")
 
 
 def test_settled_codes_drawn_again(movq_plan, movq_system, monkeypatch):
-    bind = MaskedSampler._binding
+    init = MaskedSampler.__init__
 
-    def forgetful(sampler, request):
-        binding = bind(sampler, request)
-        binding.inputs["given"][:] = movq_system.config.prior.codebook_size
-        binding.inputs["given"] = binding.inputs["given"].copy()  # what the loop writes never reaches the engine
-        return binding
+    def forgetful(sampler, *arguments):
+        init(sampler, *arguments)
+        inputs = sampler._binding.inputs
+        inputs["given"][:] = movq_system.config.prior.codebook_size
+        inputs["given"] = inputs["given"].copy()  # what the loop writes never reaches the engine
 
-    monkeypatch.setattr(MaskedSampler, "_binding", forgetful)
+    monkeypatch.setattr(MaskedSampler, "__init__", forgetful)
     failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: tokens")
 
 
 def test_guidance_that_pulls_away(movq_plan, movq_system, monkeypatch):
-    bind = MaskedSampler._binding
+    admit = MaskedSampler._admit
 
-    def reversed_labels(sampler, request):
-        binding = bind(sampler, request)
-        binding.inputs["label"][:] = binding.inputs["label"][:, ::-1].copy()
-        return binding
+    def reversed_labels(sampler, slot, item):
+        admit(sampler, slot, item)
+        labels = sampler._binding.inputs["label"]
+        labels[slot] = labels[slot, ::-1].copy()
 
-    monkeypatch.setattr(MaskedSampler, "_binding", reversed_labels)
+    monkeypatch.setattr(MaskedSampler, "_admit", reversed_labels)
     found = failures(verify(movq_plan, movq_system))
     failed(found, "generate: by order, guided: tokens")
     assert not any("whole distribution" in name for name in found)

@@ -9,11 +9,19 @@ import pytest
 import torch
 from onnx import helper
 from safetensors.numpy import load_file
-from test_verify import change_function, change_weight, failed, failures, replace_with
-from test_verify_guided import change_graph
+from support.mutations import (
+    by_place,
+    change_function,
+    change_graph,
+    change_noise,
+    change_weight,
+    failed,
+    failures,
+    replace_with,
+)
 
 from vqdeploy.runtime import hierarchical
-from vqdeploy.runtime.hierarchical import Level
+from vqdeploy.runtime.hierarchical import HierarchicalSampler, _Level
 from vqdeploy.runtime.manifest import FILE, WEIGHTS
 from vqdeploy.verify import verify, verify_package
 
@@ -159,23 +167,21 @@ def broken(plan, system, *expected):
 
 @pytest.mark.parametrize("name", ["present_last.1", "present_left_x", "present_left_y"])
 def test_what_a_place_leaves_for_the_next(vqvae2_plan, vqvae2_system, monkeypatch, name):
-    carry = hierarchical.carry
+    carried = hierarchical.carried
 
-    def forgetful(source, target):
-        old = target.inputs[name.replace("present", "past")].copy()
-        carry(source, target)
-        target.inputs[name.replace("present", "past")][:] = old
+    def forgetful(binding):
+        states = carried(binding)
+        if "past_key.0" in binding.inputs:  # of the top
+            del states[name.replace("present", "past")]
+        return states
 
-    def of_the_top(source, target):
-        (forgetful if name in source.outputs and "past_key.0" in target.inputs else carry)(source, target)
-
-    monkeypatch.setattr(hierarchical, "carry", of_the_top)
+    monkeypatch.setattr(hierarchical, "carried", forgetful)
     found = broken(vqvae2_plan, vqvae2_system, TOP, "generate: whole distribution: tokens")
     assert not any(metric.startswith(BOTTOM) for metric in found)
 
 
 def test_a_row_that_goes_on_from_the_end_of_the_row_before(vqvae2_plan, vqvae2_system, monkeypatch):
-    places = Level.places
+    places = _Level.places
 
     def with_leftovers(level, *arguments):
         for row, column, pixel in places(level, *arguments):
@@ -183,7 +189,7 @@ def test_a_row_that_goes_on_from_the_end_of_the_row_before(vqvae2_plan, vqvae2_s
                 pixel.inputs["past_left_x"][:] = pixel.outputs["present_left_x"]
             yield row, column, pixel
 
-    monkeypatch.setattr(Level, "places", with_leftovers)
+    monkeypatch.setattr(_Level, "places", with_leftovers)
     broken(vqvae2_plan, vqvae2_system, TOP, BOTTOM)
 
 
@@ -211,55 +217,44 @@ def test_what_a_row_takes_over(vqvae2_plan, vqvae2_system, monkeypatch, kinds):
 
 @pytest.mark.parametrize("part", ["row", "pixel"])
 def test_codes_that_lie_a_column_aside(vqvae2_plan, vqvae2_system, monkeypatch, part):
-    run = Level.run
+    runs = _Level if part == "row" else HierarchicalSampler
+    run = runs._run
 
-    def shifted(level, of, binding):
-        if of == part:
+    def shifted(of, stage, binding):
+        if stage.endswith(part):
             binding.inputs["codes"][:] = np.roll(binding.inputs["codes"], 1, -1)
-        run(level, of, binding)
+        run(of, stage, binding)
 
-    monkeypatch.setattr(Level, "run", shifted)
+    monkeypatch.setattr(runs, "_run", shifted)
     broken(vqvae2_plan, vqvae2_system, BOTTOM)
 
 
-def test_a_bottom_level_that_follows_another_top_level(vqvae2_plan, vqvae2_system, monkeypatch):
-    places = Level.places
+@pytest.mark.parametrize(
+    "change",
+    [lambda above: np.roll(above, 1, 2), lambda above: above[::-1].copy()],
+    ids=["a column aside", "neighbour"],
+)
+def test_a_bottom_level_that_follows_another_top_level(vqvae2_plan, vqvae2_system, monkeypatch, change):
+    places = _Level.places
 
-    def mixed_up(level, codes, labels, above, options):
-        return places(level, codes, labels, None if above is None else np.roll(above, 1, 2), options)
+    def mixed_up(level, codes, above, *others):
+        return places(level, codes, None if above is None else change(above), *others)
 
-    monkeypatch.setattr(Level, "places", mixed_up)
+    monkeypatch.setattr(_Level, "places", mixed_up)
     found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: whole distribution: tokens")
     assert not any(name.startswith(TOP) for name in found)
-
-
-def test_a_bottom_level_that_follows_the_top_level_of_its_neighbour(vqvae2_plan, vqvae2_system, monkeypatch):
-    """Only whole generations show what the loop hands from level to level."""
-    draw = hierarchical.HierarchicalSampler._places
-
-    def mixed_up(sampler, index, unknown, given, maps, request):
-        return draw(sampler, index, unknown, given, [*(above[::-1] for above in maps[:index]), *maps[index:]], request)
-
-    monkeypatch.setattr(hierarchical.HierarchicalSampler, "_places", mixed_up)
-    found = broken(vqvae2_plan, vqvae2_system, "generate: whole distribution: tokens")
-    assert not any(name.startswith("step:") for name in found)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda seed, images, position: (seed, images, position % 9), "generate: whole distribution: tokens"),
-        (lambda seed, images, position: (seed, images, max(position - 9, 0)), "generate: whole distribution: tokens"),
-        (lambda seed, images, position: (seed, np.arange(len(images)), position), "generate: image alone"),
-        (lambda seed, images, position: (seed + 1, images, position), "generate: whole distribution: tokens"),
+        (lambda keys: [(s, i, place % 9) for s, i, place in keys], "generate: whole distribution: tokens"),
+        (lambda keys: [(s, i, max(place - 9, 0)) for s, i, place in keys], "generate: whole distribution: tokens"),
+        (by_place, "generate: image alone"),
+        (lambda keys: [(s + 1, i, place) for s, i, place in keys], "generate: whole distribution: tokens"),
     ],
 )
 def test_noise_that_is_keyed_wrongly(vqvae2_plan, vqvae2_system, monkeypatch, change, expected):
-    draw = hierarchical.gumbel
-
-    def other(seed, images, position, out):
-        draw(*change(seed, images, position), out)
-
-    monkeypatch.setattr(hierarchical, "gumbel", other)
+    change_noise(monkeypatch, change)
     found = broken(vqvae2_plan, vqvae2_system, expected)
     assert not any(name.startswith("step:") for name in found)

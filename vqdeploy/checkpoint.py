@@ -1,14 +1,20 @@
 """Checkpoints: a folder of `config.json`, `model.safetensors` and, when trained here, `training.json`."""
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import math
+import threading
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.modules import module as torch_module
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -19,6 +25,7 @@ FILES = ("config.json", "model.safetensors", "training.json", "import.json", "re
 """What a checkpoint folder holds; the pictures are for people."""
 
 _SHARES = ("decay", "dropout")
+_WEIGHTS_MADE = 2  # for each that a model has in the end, at most: some are tied, or made anew
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -33,11 +40,17 @@ def save(
         folder: Where.
         training: Recipe, seed and metrics, for `training.json`.
         dtype: Type of the stored weights, for example `torch.float16`; as they are when None.
+
+    Raises:
+        VqdeployError: The folder holds something else, or cannot be written to.
+        ArtifactError: A weight is not finite, or not in this type.
     """
     with replacing_folder(Path(folder), FILES) as new:
         write_json(new / "config.json", system.config.to_dict())
         weights = system.state_dict().items()  # copied, because safetensors takes no tied ones
-        save_file({k: w.to(dtype or w.dtype, copy=True).contiguous() for k, w in weights}, new / "model.safetensors")
+        stored = {name: weight.to(dtype or weight.dtype, copy=True).contiguous() for name, weight in weights}
+        check_finite(stored, folder)
+        save_file(stored, new / "model.safetensors")
         if training is not None:
             write_json(new / "training.json", training)
 
@@ -47,7 +60,7 @@ def load(folder: str | Path) -> System:
 
     Raises:
         VqdeployError: The folder or one of its files does not exist.
-        ArtifactError: A file is damaged, or the weights do not fit the configuration.
+        ArtifactError: A file is damaged, the weights do not fit the configuration, or one is not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,8 +74,9 @@ def load(folder: str | Path) -> System:
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error})") from error
     try:
+        _check_sizes(folder / "config.json", config, sum(weight.numel() for weight in weights.values()))
         _check_config(folder / "config.json", config)
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(len(weights)):
             expected = System(config).state_dict()
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder / 'config.json'} describes no model ({str(error).splitlines()[0]})") from error
@@ -99,14 +113,55 @@ def _check_config(file: Path, config: SystemConfig) -> None:
         raise ArtifactError(f"the sampling in {file} is wrong: {error}") from error
 
 
+def _check_sizes(file: Path, config: SystemConfig, elements: int) -> None:
+    """Refuses sizes and counts beyond the number of weights there are, before anything is made of that size."""
+    for part in (config.tokenizer, config.prior):
+        for name, number in _numbers(part):
+            if isinstance(number, int) and number > elements:
+                expected = f"at most {elements}, the number of weights"
+                raise ArtifactError(f"{name} in {file} is too large", expected=expected, found=number)
+
+
+def _numbers(part: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers of a configuration, each under the name of its field."""
+    if isinstance(part, Config):
+        for field in dataclasses.fields(part):
+            yield from _numbers(getattr(part, field.name), field.name)
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from _numbers(item, name)
+    elif isinstance(part, int | float):
+        yield name, part
+
+
+@contextlib.contextmanager
+def _at_most(weights: int) -> Iterator[None]:
+    """Stops the making of a model that has far more weights than there are; a few more are made and dropped again."""
+    owner, left = threading.get_ident(), _WEIGHTS_MADE * weights + _WEIGHTS_MADE
+
+    def count(*_: object) -> None:
+        nonlocal left
+        if threading.get_ident() == owner:
+            left -= 1
+            if left < 0:
+                raise ValueError(f"it has more than the {weights} weights of the file")
+
+    with (
+        torch_module.register_module_parameter_registration_hook(count),
+        torch_module.register_module_buffer_registration_hook(count),
+    ):
+        yield
+
+
 def _check_numbers(file: Path, part: Config | None) -> None:
     """Refuses sizes and counts below 1, or below 0 where that is the default, shares outside 0..1, and infinities."""
+    hints = typing.get_type_hints(type(part))
     for field in dataclasses.fields(part) if part else ():
         value = getattr(part, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, Config):
                 _check_numbers(file, number)
-            elif field.type in (int, tuple[int, ...]) and number < (lowest := int(not _may_be_none(field))):
+            elif hints[field.name] in (int, tuple[int, ...]) and number < (lowest := int(not _may_be_none(field))):
                 raise ArtifactError(f"{field.name} in {file} is too small", expected=f"{lowest} or more", found=number)
             elif field.name in _SHARES and not 0 <= number <= 1:
                 raise ArtifactError(f"{field.name} in {file} is out of range", expected="0..1", found=number)
@@ -114,7 +169,7 @@ def _check_numbers(file: Path, part: Config | None) -> None:
                 raise ArtifactError(f"{field.name} in {file} is out of range", expected="a finite number", found=number)
 
 
-def _may_be_none(field: Any) -> bool:
+def _may_be_none(field: "dataclasses.Field[Any]") -> bool:
     return field.default == 0 or field.name in ("condition_channels", "condition_res_blocks")
 
 
@@ -125,13 +180,27 @@ def _check_weights(file: Path, weights: dict[str, torch.Tensor], expected: dict[
         if weight.shape != expected[name].shape:
             shapes = list(expected[name].shape), list(weight.shape)
             raise ArtifactError(f"{name} in {file} has the wrong shape", expected=shapes[0], found=shapes[1])
+        check_finite({name: weight.to(expected[name].dtype)}, file)
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], where: Path | str) -> None:
+    """Refuses weights that hold NaN or infinities: what comes out of them is nothing that can be compared.
+
+    Raises:
+        ArtifactError: It names the first such weight, and `where` it is.
+    """
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ArtifactError(f"{name} in {where} is not finite", expected="numbers", found="NaN or infinity")
 
 
 def digest(system: System) -> str:
-    """sha256 over the configuration and the weights of a system, hexadecimal."""
-    total = hashlib.sha256(repr(system.config).encode())
+    """sha256 of a system, hexadecimal: over what differs in its configuration from the defaults, and the weights."""
+    config = json.dumps(system.config.differences(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    total = hashlib.sha256(config.encode())
     for name, weight in sorted(system.state_dict().items()):
-        total.update(name.encode() + weight.detach().contiguous().numpy().tobytes())
+        array = weight.detach().contiguous().numpy()
+        total.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return total.hexdigest()
 
 

@@ -34,6 +34,29 @@ class Config:
         """The configuration as plain JSON types."""
         return dataclasses.asdict(self)
 
+    def differences(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as plain JSON types; nested configurations likewise.
+
+        A new field with a default changes nothing here, and 1.0 is 1.
+        """
+        return {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != _default(field)
+        }
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.differences()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:

@@ -1,8 +1,11 @@
 """The two errors that users see, and text from outside as it may be shown.
 
 The command line prints an error as one sentence and exits with its code. What comes out of a file or was typed may hold
-escape sequences, lone surrogates or a megabyte of text: every sentence is escaped and shortened here.
+escape sequences, lone surrogates or a megabyte of text: every sentence, and every message to the logger `vqdeploy`, is
+escaped and shortened here.
 """
+
+import logging
 
 LONGEST = 480
 """Characters of an error's sentence, at most."""
@@ -16,6 +19,7 @@ _EXTRAS = {
     "onnxruntime": "onnxrt",
     "onnxscript": "export",
     "polygraphy": "tensorrt-rtx",
+    "safetensors": "export,train",
     "skimage": "train",
     "sklearn": "train",
     "tensorrt_rtx": "tensorrt-rtx",
@@ -67,6 +71,12 @@ def shown(value: object, longest: int = 120) -> str:
     return _shortened(escaped(text), longest)
 
 
+def show_record(record: logging.LogRecord) -> bool:
+    """A filter of log records that shows their messages as `shown` does; it lets all pass."""
+    record.msg, record.args = shown(record.getMessage(), LONGEST), None
+    return True
+
+
 def escaped(text: str) -> str:
     """Text with escapes in the place of control characters, lone surrogates and whatever else does not print."""
     if text.isprintable():
@@ -77,7 +87,7 @@ def escaped(text: str) -> str:
 def _text(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # of any object's own; a number of more than 4300 digits has no text either
+    except Exception:  # noqa: BLE001  of any object's own; a number of more than 4300 digits has no text either
         return f"<{type(value).__name__}>"
 
 

@@ -136,9 +136,10 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
             lock = _lock(folder)
         except BlockingIOError:  # taken for abandoned before it was locked
             continue
-        if lock is None or folder.exists():
+        if folder.exists():
             return folder, lock
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:

@@ -37,10 +37,27 @@ def _vectors(pointer, rows, count, columns, D: tl.constexpr):
 
 
 @triton.jit
+def _book(codebook, depth, k, D: tl.constexpr, SHARED: tl.constexpr):
+    """The codebook of a depth, which is the only one where it is shared."""
+    return codebook if SHARED else codebook + depth * k.to(tl.int64) * D
+
+
+@triton.jit
 def _search(
-    z, codebook, chosen, rows, n, k, D: tl.constexpr, COSINE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
+    z,
+    codebook,
+    chosen,
+    rows,
+    n,
+    k,
+    D: tl.constexpr,
+    METRIC: tl.constexpr,
+    SHARED: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Codes nearest to what is left of vectors after the codes `chosen` at earlier depths."""
+    own_book = _book(codebook, len(chosen), k, D, SHARED)
     best = tl.full((rows.shape[0],), float("-inf"), tl.float32)
     codes = tl.zeros((rows.shape[0],), tl.int32)
     for start in range(0, k, ENTRIES):
@@ -51,14 +68,16 @@ def _search(
             columns = first + tl.arange(0, COLUMNS)
             residual = _vectors(z, rows, n, columns, D)
             for depth in tl.static_range(len(chosen)):
-                residual -= _vectors(codebook, chosen[depth], k, columns, D)
-            table = _vectors(codebook, entries, k, columns, D)
+                residual -= _vectors(_book(codebook, depth, k, D, SHARED), chosen[depth], k, columns, D)
+            table = _vectors(own_book, entries, k, columns, D)
             products = tl.dot(residual, tl.trans(table), products, input_precision="ieee")
             squares += tl.sum(table * table, 1)
-        if COSINE:
+        if METRIC == "l2":
+            scores = 2 * products - squares[None, :]
+        elif METRIC == "cosine":
             scores = products / tl.maximum(tl.sqrt_rn(squares), 1e-12)[None, :]
         else:
-            scores = 2 * products - squares[None, :]
+            scores = products
         scores = tl.where(entries[None, :] < k, scores, float("-inf"))
         highest, place = tl.max(scores, 1, return_indices=True)
         codes = tl.where(highest > best, start + place, codes)
@@ -74,14 +93,14 @@ def vq_nearest(
     k,
     codes,
     D: tl.constexpr,
-    COSINE: tl.constexpr,
+    METRIC: tl.constexpr,
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Codes [n] of the vectors z [n, D]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    found = _search(z, codebook, (), rows, n, k, D, COSINE, ENTRIES, COLUMNS)
+    found = _search(z, codebook, (), rows, n, k, D, METRIC, True, ENTRIES, COLUMNS)
     tl.store(codes + rows, found.to(tl.int64), mask=rows < n)
 
 
@@ -95,6 +114,8 @@ def vq_residual(
     quantized,
     D: tl.constexpr,
     DEPTH: tl.constexpr,
+    METRIC: tl.constexpr,
+    SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -103,14 +124,14 @@ def vq_residual(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chosen = ()
     for depth in tl.static_range(DEPTH):
-        found = _search(z, codebook, chosen, rows, n, k, D, False, ENTRIES, COLUMNS)
+        found = _search(z, codebook, chosen, rows, n, k, D, METRIC, SHARED, ENTRIES, COLUMNS)
         tl.store(codes + rows.to(tl.int64) * DEPTH + depth, found.to(tl.int64), mask=rows < n)
         chosen = chosen + (found,)  # type: ignore[assignment]  # noqa: RUF005 (Triton adds tuples, unpacks none)
     for first in range(0, D, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         total = _vectors(codebook, chosen[0], k, columns, D)  # type: ignore[misc]
         for depth in tl.static_range(1, DEPTH):
-            total += _vectors(codebook, chosen[depth], k, columns, D)
+            total += _vectors(_book(codebook, depth, k, D, SHARED), chosen[depth], k, columns, D)
         inside = (rows[:, None] < n) & (columns[None, :] < D)
         places = rows[:, None].to(tl.int64) * D + columns[None, :]
         tl.store(quantized + places, total.to(quantized.dtype.element_ty), mask=inside)
@@ -127,25 +148,27 @@ def nearest(z: Any, codebook: Any, codes: Any, metric: str) -> None:
         z: Vectors [N, D].
         codebook: Codebook [K, D].
         codes: Where the codes [N] int64 go.
-        metric: `l2` or `cosine`.
+        metric: `l2`, `cosine` or `dot`.
     """
-    _launch(vq_nearest, z, codebook, codes, COSINE=metric == "cosine")
+    _launch(vq_nearest, z, codebook, codes, METRIC=metric)
 
 
-def residual_quantize(z: Any, codebook: Any, codes: Any, quantized: Any) -> None:
+def residual_quantize(z: Any, codebook: Any, codes: Any, quantized: Any, metric: str) -> None:
     """Runs `vq_residual` on contiguous PyTorch tensors.
 
     Args:
         z: Vectors [N, D].
-        codebook: Codebook [K, D].
+        codebook: One codebook for all depths [K, D], or one a depth [Q, K, D].
         codes: Where the codes [N, Q] int64 go.
         quantized: Where the sums of their vectors [N, D] go.
+        metric: `l2`, `cosine` or `dot`.
     """
-    _launch(vq_residual, z, codebook, codes, quantized, DEPTH=codes.shape[1])
+    shared = codebook.ndim == 2
+    _launch(vq_residual, z, codebook, codes, quantized, DEPTH=codes.shape[1], METRIC=metric, SHARED=shared)
 
 
 def _launch(kernel: Any, z: Any, codebook: Any, *outputs: Any, **constants: Any) -> None:
-    (count, dim), size = z.shape, codebook.shape[0]
+    (count, dim), size = z.shape, codebook.shape[-2]
     rows = 16 if count < 4096 else 64
     if count:
         kernel[(triton.cdiv(count, rows),)](
@@ -170,21 +193,32 @@ def compile_nearest(
     Args:
         types: Of z and of the codebook: `fp32`, `fp16` or `bf16`.
         dim: D.
-        metric: `l2` or `cosine`.
+        metric: `l2`, `cosine` or `dot`.
         rows: Vectors a program takes, of `WARPS`: the grid has one program for as many.
         capability: Compute capability. PTX for 80 runs on every later GPU too, that for 90 and 120 on these only.
         **options: Further options of Triton's compiler.
     """
     pointers = {"z": types[0], "codebook": types[1], "codes": "i64"}
-    return _compile(vq_nearest, pointers, capability, options, COSINE=metric == "cosine", **_tiles(dim, rows))
+    return _compile(vq_nearest, pointers, capability, options, METRIC=metric, **_tiles(dim, rows))
 
 
 def compile_residual(
-    types: tuple[str, str], dim: int, depth: int, rows: int, capability: int = 80, **options: Any
+    types: tuple[str, str],
+    dim: int,
+    depth: int,
+    metric: str,
+    shared: bool,
+    rows: int,
+    capability: int = 80,
+    **options: Any,
 ) -> Ptx:
-    """PTX of `vq_residual` for one dimension and depth; otherwise as `compile_nearest`."""
+    """PTX of `vq_residual` for one dimension, depth and metric; otherwise as `compile_nearest`.
+
+    `shared` says whether all depths have one codebook.
+    """
     pointers = {"z": types[0], "codebook": types[1], "codes": "i64", "quantized": types[0]}
-    return _compile(vq_residual, pointers, capability, options, DEPTH=depth, **_tiles(dim, rows))
+    constants = {"DEPTH": depth, "METRIC": metric, "SHARED": shared} | _tiles(dim, rows)
+    return _compile(vq_residual, pointers, capability, options, **constants)
 
 
 def _compile(kernel: Any, pointers: dict[str, str], capability: int, options: dict[str, Any], **constants: Any) -> Ptx:

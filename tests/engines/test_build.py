@@ -28,6 +28,8 @@ def test_the_manifest_of_a_plan(package, plan):
     assert (built.backend, built.builder) == ("onnxrt", f"onnx {onnx.__version__}")
     assert built.batch == SizeRange(1, 1, 64)
     assert built.provenance == source.provenance
+    assert (built.name, built.tokenizer, built.sampling) == (source.name, source.tokenizer, source.sampling)
+    assert built.labels == source.labels
     with zipfile.ZipFile(plan) as archive:
         assert json.loads(archive.read("manifest.json")) == json.loads(json.dumps(built.to_dict()))
         for name, digest in built.members.items():

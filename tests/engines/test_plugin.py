@@ -50,8 +50,8 @@ def rehearsal(tmp_path_factory):
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    nearest, residual = json.loads(process.stdout.splitlines()[-1])
-    return {"VQNearest": nearest, "VQResidual": residual}
+    nearest, residual, own = json.loads(process.stdout.splitlines()[-1])
+    return {"VQNearest": nearest, "VQResidual": residual, "VQResidual of a codebook a depth": own}
 
 
 def test_outputs_are_described_as_the_onnx_functions_give_them(rehearsal):
@@ -59,6 +59,8 @@ def test_outputs_are_described_as_the_onnx_functions_give_them(rehearsal):
     assert rehearsal["VQNearest"]["shapes"] == [["n"]]
     assert rehearsal["VQResidual"]["types"] == ["BF16", "BF16", "INT64", "BF16"]
     assert rehearsal["VQResidual"]["shapes"] == [["n", 4], ["n", 64]]
+    assert rehearsal["VQResidual of a codebook a depth"]["types"] == ["HALF", "FLOAT", "INT64", "HALF"]
+    assert rehearsal["VQResidual of a codebook a depth"]["shapes"] == [["n", 4], ["n", 32]]
 
 
 def test_the_types_of_the_network_are_the_only_ones_offered(rehearsal):
@@ -66,7 +68,12 @@ def test_the_types_of_the_network_are_the_only_ones_offered(rehearsal):
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel", "pointers"), [("VQNearest", "vq_nearest", 3), ("VQResidual", "vq_residual", 4)]
+    ("name", "kernel", "pointers"),
+    [
+        ("VQNearest", "vq_nearest", 3),
+        ("VQResidual", "vq_residual", 4),
+        ("VQResidual of a codebook a depth", "vq_residual", 4),
+    ],
 )
 def test_every_tactic_is_ptx_and_how_to_launch_it(rehearsal, name, kernel, pointers):
     tactics = rehearsal[name]["tactics"]
@@ -90,14 +97,17 @@ def test_the_metric_and_the_depth_reach_the_kernel(rehearsal):
 
 
 @pytest.mark.parametrize(
-    ("fixture", "name", "attribute"),
-    [("package", "VQResidual", ("depth", 4)), ("movq_package", "VQNearest", ("metric", b"l2"))],
+    ("fixture", "name", "expected"),
+    [
+        ("package", "VQResidual", {"depth": 4, "metric": b"l2"}),
+        ("movq_package", "VQNearest", {"metric": b"l2"}),
+    ],
 )
-def test_a_package_says_what_the_plugin_wants_to_know(request, fixture, name, attribute):
+def test_a_package_says_what_the_plugin_wants_to_know(request, fixture, name, expected):
     graph = onnx.load(request.getfixturevalue(fixture) / "encode.onnx", load_external_data=False).graph
     (node,) = [node for node in graph.node if node.op_type == name]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    assert attributes == {"plugin_namespace": b"vqdeploy", "plugin_version": b"1", attribute[0]: attribute[1]}
+    assert attributes == {"plugin_namespace": b"vqdeploy", "plugin_version": b"1"} | expected
     assert node.domain == "vqdeploy"
     assert node.name
 

@@ -48,18 +48,25 @@ def values(tensors: dict) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def single_node(name: str, depth: int = 4, metric: str = "l2", half: bool = False) -> onnx.ModelProto:
-    """A model of one node and its function."""
+def single_node(
+    name: str, depth: int = 4, metric: str = "l2", half: bool = False, shared: bool = True
+) -> onnx.ModelProto:
+    """A model of one node and its function; without `shared` there is a codebook a depth."""
     inputs, outputs = SIGNATURES[name]
+    if not shared:
+        inputs = inputs | {"codebook": (FLOAT, 3)}
     if half:
-        inputs = {key: (FLOAT16 if kind == FLOAT else kind, rank) for key, (kind, rank) in inputs.items()}
-    own = {"VQResidual": {"depth": depth}, "VQNearest": {"metric": metric}}.get(name, {})
+        inputs, outputs = (
+            {key: (FLOAT16 if kind == FLOAT else kind, rank) for key, (kind, rank) in tensors.items()}
+            for tensors in (inputs, outputs)
+        )
+    own = {"VQResidual": {"depth": depth, "metric": metric}, "VQNearest": {"metric": metric}}.get(name, {})
     attributes = {"plugin_namespace": DOMAIN, "plugin_version": "1"} | own
     node = helper.make_node(name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
     return helper.make_model(
         helper.make_graph([node], name, values(inputs), values(outputs)),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-        functions=[function(name, **own)],
+        functions=[function(name, **own, **({"shared": shared} if name in ("VQResidual", "VQLookup") else {}))],
         ir_version=10,
     )
 
@@ -139,35 +146,67 @@ class TestNearest:
         assert codes.tolist() == ops.nearest(z, codebook, metric).tolist() == [int(metric == "l2"), 0, 1]
 
 
-@pytest.mark.parametrize("name", ["VQNearest", "VQResidual"])
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("size", [63, 64, 192, 8192])
-def test_a_search_by_blocks_finds_what_a_search_code_by_code_finds(name, metric, size):
-    """A codebook that is known when the plan is built, with every vector in it twice."""
-    codebook = np.random.default_rng(size).integers(-3, 4, (size, 2)).astype(np.float32)
-    z = np.concatenate([codebook[::7], codebook[-1:]])
-    found = []
-    for body in BODIES:
-        model = single_node(name, metric=metric)
-        del model.graph.input[1]
-        model.graph.initializer.append(numpy_helper.from_array(codebook, "codebook"))
-        if body == "onnxrt":
-            swap_in(model, 1)
-            used = {node.op_type for function in model.functions[:1] for node in function.node}
-            assert ("ArgMaxByBlocks" in used) == (size % 64 == 0)
-        found.append(ort.InferenceSession(model.SerializeToString()).run(None, {"z": z})[0])
-    np.testing.assert_array_equal(*found)
+METRICS = ("l2", "cosine", "dot")
+
+
+class TestBodyOfOnnxRuntime:
+    """Searches in blocks of vectors and of codes find what the portable body finds."""
+
+    @pytest.mark.parametrize("name", ["VQNearest", "VQResidual"])
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("size", [1, 63, 64, 192, 8192])
+    def test_every_vector_is_found_where_it_lies_first(self, name, metric, size):
+        """A codebook that is known when the plan is built, with every vector in it twice."""
+        codebook = np.random.default_rng(size).integers(-3, 4, (size, 2)).astype(np.float32)
+        z = np.concatenate([codebook[::7], codebook[-1:]])
+        found = []
+        for body in BODIES:
+            model = single_node(name, metric=metric)
+            del model.graph.input[1]
+            model.graph.initializer.append(numpy_helper.from_array(codebook, "codebook"))
+            if body == "onnxrt":
+                swap_in(model, 1)
+            found.append(ort.InferenceSession(model.SerializeToString()).run(None, {"z": z})[0])
+        np.testing.assert_array_equal(*found)
+
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.parametrize("half", [False, True])
+    @pytest.mark.parametrize(("count", "size"), [(0, 5), (1, 1), (3, 65), (4097, 64), (5000, 100), (300, 4096)])
+    def test_vectors_that_fill_blocks_or_do_not(self, metric, shared, half, count, size):
+        rng = np.random.default_rng(count)
+        z = (rng.integers(-8, 9, (count, 6)) / 4).astype(np.float16 if half else np.float32)
+        codebook = (rng.integers(-4, 5, (size, 6) if shared else (3, size, 6)) / 4).astype(np.float32)
+        if metric == "cosine":  # whose lengths divide exactly, so that equal angles are equal
+            codebook = np.eye(6, dtype=np.float32)[rng.integers(0, 6, codebook.shape[:-1])] * 2
+        kind = {"depth": 3, "metric": metric, "shared": shared}
+        expected = ops.residual_quantize(torch.from_numpy(z), torch.from_numpy(codebook), 3, metric)
+        for body in BODIES:
+            model = single_node("VQResidual", half=half, **kind)
+            model.graph.input[1].type.tensor_type.elem_type = FLOAT
+            if body == "onnxrt":
+                swap_in(model, 1)
+            found = ort.InferenceSession(model.SerializeToString()).run(None, {"z": z, "codebook": codebook})
+            for own, theirs in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(own, theirs)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+    def test_no_code_lies_outside_whatever_the_vectors(self, value):
+        z, codebook = np.full((3, 2), value, np.float32), np.ones((5, 2), np.float32)
+        (codes,) = run("VQNearest", z, codebook, body="onnxrt")
+        assert ((codes >= 0) & (codes < 5)).all()
 
 
 class TestResidual:
+    @pytest.mark.parametrize("shared", [True, False])
     @given(st.integers(1, 40), st.integers(1, 33), st.integers(1, 50), st.integers(1, 5), st.integers(0, 2**31))
-    def test_finds_the_codes_of_the_torch_operator(self, count, dim, size, depth, seed):
+    def test_finds_the_codes_of_the_torch_operator(self, shared, count, dim, size, depth, seed):
         generator = torch.Generator().manual_seed(seed)
         # On a lattice every product is exact, so that ties are ties in any order of summation.
         z = torch.randint(-8, 9, (count, dim), generator=generator) / 4
-        codebook = torch.randint(-4, 5, (size, dim), generator=generator) / 4
-        codes, quantized = run("VQResidual", z, codebook, depth=depth)
-        expected, vectors = ops.residual_quantize(z, codebook, depth)
+        codebook = torch.randint(-4, 5, (size, dim) if shared else (depth, size, dim), generator=generator) / 4
+        codes, quantized = run("VQResidual", z, codebook, depth=depth, shared=shared)
+        expected, vectors = ops.residual_quantize(z, codebook, depth, "l2")
         np.testing.assert_array_equal(codes, expected)
         np.testing.assert_array_equal(quantized, vectors)
 
@@ -188,13 +227,13 @@ class TestResidual:
         codebook = torch.tensor([[5.0, 5.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
         z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])  # the last is as near to rows 1, 2, 3 and 4
         codes, _ = run("VQResidual", z, codebook, depth=2)
-        assert codes.tolist() == ops.residual_quantize(z, codebook, 2)[0].tolist() == [[1, 4], [3, 4], [1, 3]]
+        assert codes.tolist() == ops.residual_quantize(z, codebook, 2, "l2")[0].tolist() == [[1, 4], [3, 4], [1, 3]]
 
     @pytest.mark.parametrize("value", [1e6, -1e6, 0.0, 1e-20])
     def test_extreme_vectors(self, value):
         z, codebook = torch.full((3, 8), value), torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
         codes, quantized = run("VQResidual", z, codebook)
-        expected, vectors = ops.residual_quantize(z, codebook, 4)
+        expected, vectors = ops.residual_quantize(z, codebook, 4, "l2")
         np.testing.assert_array_equal(codes, expected)
         np.testing.assert_array_equal(quantized, vectors)
 
@@ -459,12 +498,12 @@ def test_sampling_agrees_with_torch(body, request):
 
 
 FUNCTIONS = [
-    function("VQResidual", depth=1),
-    function("VQResidual", depth=8),
-    function("VQNearest", metric="l2"),
-    function("VQNearest", metric="cosine"),
+    *(function("VQResidual", depth=3, metric=m, shared=s) for m in ("l2", "cosine", "dot") for s in (True, False)),
+    function("VQResidual", depth=1, metric="l2", shared=True),
+    *(function("VQNearest", metric=metric) for metric in ("l2", "cosine", "dot")),
     function("PackedAttention", heads=4),
-    *(function(name) for name in ("VQLookup", "CachedAttention", "WriteCache", "GumbelSample")),
+    *(function("VQLookup", shared=shared) for shared in (True, False)),
+    *(function(name) for name in ("CachedAttention", "WriteCache", "GumbelSample")),
 ]
 
 

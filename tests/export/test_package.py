@@ -15,7 +15,7 @@ from vqdeploy.checkpoint import digest
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.package import export
-from vqdeploy.export.rqtransformer import stages
+from vqdeploy.export.tokenizer import stages
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import WEIGHTS
 from vqdeploy.systems import create
@@ -118,7 +118,7 @@ def test_provenance(package, system, stage):
     properties = {entry.key: entry.value for entry in graph(package, stage).metadata_props}
     assert properties.pop("producer").startswith("vqdeploy ")
     assert properties == {"system": "rqvae", "checkpoint": digest(system), "stage": stage, "precision": "fp32"}
-    assert read(package).checkpoint == digest(system)
+    assert read(package).provenance.checkpoint == digest(system)
 
 
 def test_members_are_listed_with_their_digests(package):
@@ -176,9 +176,9 @@ def test_no_operator_that_tensorrt_lacks_or_that_has_no_seed(package, stage_):
 
 
 @pytest.fixture
-def encode_only(monkeypatch):
-    """Only the first graph, where the package around it is what matters."""
-    monkeypatch.setattr("vqdeploy.export.package.STAGES", {"rqvae": lambda system: stages(system)[:1]})
+def tokenizer_only(monkeypatch):
+    """Only the graphs of the tokenizer, where the package around them is what matters."""
+    monkeypatch.setattr("vqdeploy.export.package.stages_of", lambda system, precision: stages(system.tokenizer))
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(package, checkpoint_folder, tmp_path, python):
@@ -193,7 +193,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(package, checkpoint_folder, tm
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_an_export_replaces_the_last_one_and_leaves_nothing_else(encode_only, system, tmp_path):
+def test_an_export_replaces_the_last_one_and_leaves_nothing_else(tokenizer_only, system, tmp_path):
     folder = tmp_path / "onnx"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
@@ -201,7 +201,7 @@ def test_an_export_replaces_the_last_one_and_leaves_nothing_else(encode_only, sy
     export(system, folder)
     assert not (folder / "stale.onnx").exists()
     assert list(tmp_path.iterdir()) == [folder]
-    assert [stage.name for stage in read(folder).stages] == ["encode"]
+    assert [stage.name for stage in read(folder).stages] == ["encode", "decode"]
 
 
 def test_a_folder_of_something_else_is_not_replaced(system, tmp_path):
@@ -250,14 +250,9 @@ def test_a_place_that_cannot_be_written_is_named(system, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def tokenizer_plan(system, tmp_path_factory):
+def tokenizer_plan(system, artifacts):
     """Of a system without a prior."""
-    from vqdeploy.engines.build import build
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    export(create(replace(system.config, prior=None)), folder / "onnx")
-    build(folder / "onnx", folder / "tokenizer.plan")
-    return folder / "tokenizer.plan"
+    return artifacts.plan(create(replace(system.config, prior=None)))
 
 
 def test_without_a_prior_only_encode_and_decode_are_exported(tokenizer_plan):

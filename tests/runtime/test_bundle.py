@@ -14,26 +14,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
+from support.damage import edited, pack, unpack
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import ALIGNMENT, Bundle, sha256, tensors, write
-from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest, SizeRange
+from vqdeploy.runtime.manifest import FILE, WEIGHTS, Manifest, Provenance
 
 
 def manifest(files=()) -> Manifest:
     return Manifest(
         format=1,
-        system="rqvae",
+        name="rqvae",
         precision="fp32",
         opset=24,
-        config={"model": "rqvae", "preset": "tiny"},
-        checkpoint="0" * 64,
+        provenance=Provenance("vqdeploy", "rqvae", "tiny", {"model": "rqvae", "preset": "tiny"}, "0" * 64),
         stages=(),
         members={file.name: sha256(file) for file in files},
-        producer="vqdeploy",
         backend="onnxrt",
-        batch=SizeRange(),
     )
 
 
@@ -45,19 +43,6 @@ def write_members(folder, contents, name="a.plan"):
         files[-1].write_bytes(content)
     write(folder / name, manifest(files), files)
     return folder / name
-
-
-def pack(path, members):
-    """A ZIP written by hand: `members` are pairs of name and bytes."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return path
-
-
-def unpack(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
 
 # What a good plan is
@@ -249,15 +234,6 @@ def test_manifest_that_is_none(tmp_path, text):
     refused(pack(tmp_path / "a.plan", [(FILE, text)]))
 
 
-def edited(plan, target, edit):
-    """A copy of a plan whose manifest, as a dictionary, went through `edit`."""
-    members = unpack(plan)
-    data = json.loads(members[FILE])
-    edit(data)
-    members[FILE] = json.dumps(data).encode()
-    return pack(target, members.items())
-
-
 @pytest.mark.parametrize("version", [0, 2, 99, "1", None, True, 1.5])
 def test_manifest_of_another_version(plan, tmp_path, version):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update(format=version))
@@ -288,11 +264,18 @@ def test_version_is_compared_before_keys(plan, tmp_path):
         ("stages", {}),
         ("stages", [5]),
         ("stages", [{"name": "encode"}]),
-        ("config", None),
-        ("config", {}),
-        ("config", {"tokenizer": 5}),
-        ("batch", 5),
-        ("batch", {"min": 1, "opt": 1, "max": 0}),
+        ("provenance", None),
+        ("provenance", {}),
+        ("provenance", {"producer": 5}),
+        ("tokenizer", 5),
+        ("tokenizer", {}),
+        ("tokenizer", {"image": [16, 16, 3], "maps": [[4, 4, 4]], "codebook_size": 0}),
+        ("sampling", 5),
+        ("sampling", {}),
+        ("sampling", {"kind": "diffusion", "classes": 3}),
+        ("sampling", {"kind": "autoregressive", "classes": 0}),
+        ("labels", 5),
+        ("labels", ["cat", "dog"]),
         ("backend", 5),
         ("backend", "tensorflow"),
         ("opset", "24"),
@@ -302,6 +285,22 @@ def test_manifest_with_wrong_values(plan, tmp_path, key, value):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update({key: value}))
     with pytest.raises(VqdeployError):
         load(path).generate([0])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        5,
+        {"min": 1, "usual": 1, "max": 0},
+        {"min": 0, "usual": 1, "max": 4},
+        {"min": 3, "usual": 2, "max": 4},
+        {"min": 1, "usual": 5, "max": 4},
+        {"min": 1, "opt": 1, "max": 4},
+    ],
+)
+def test_manifest_with_wrong_sizes(plan, tmp_path, sizes):
+    path = edited(plan, tmp_path / "a.plan", lambda data: data["stages"][0]["dims"].update(batch=sizes))
+    refused(path, message=r"dims\.batch of the manifest|SizeRange")
 
 
 def places(data, path=()):
@@ -369,16 +368,21 @@ def test_a_precision_that_is_not_known(plan, tmp_path, precision):
     assert str(error).isprintable()
 
 
-@pytest.mark.parametrize("field", ["producer", "builder", "checkpoint", "targets"])
+@pytest.mark.parametrize("field", ["producer", "builder", "checkpoint", "source", "targets"])
 def test_text_that_would_steer_a_terminal(plan, tmp_path, field):
     text = "\x1b[31mRED"
-    path = edited(plan, tmp_path / "a.plan", lambda data: data.update({field: [text] if field == "targets" else text}))
+
+    def edit(data):
+        of = data if field in data else data["provenance"]
+        of[field] = [text] if field == "targets" else text
+
+    path = edited(plan, tmp_path / "a.plan", edit)
     assert str(refused(path, ArtifactError, "text that cannot be shown")).isprintable()
 
 
 def test_a_backend_that_is_not_known(plan, tmp_path):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update(backend="openvino"))
-    refused(path, ArtifactError, r"a backend that is not known here; found openvino\. Fix: pip install -U vqdeploy")
+    refused(path, ArtifactError, r"is for an unknown backend; found openvino\. Fix: pip install -U vqdeploy")
 
 
 def test_a_device_that_is_not_supported(plan):
@@ -394,7 +398,7 @@ def test_a_graph_that_is_none(plan, tmp_path):
     data["members"]["step.onnx"] = sha256(tmp_path / "junk")
     members |= {FILE: json.dumps(data).encode(), "step.onnx": b"junk"}
     with pytest.raises(ArtifactError, match=r"stage step of .* cannot be opened"):
-        load(pack(tmp_path / "a.plan", members.items()))
+        load(pack(tmp_path / "a.plan", members.items())).session("step")
 
 
 # safetensors

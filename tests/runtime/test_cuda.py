@@ -103,7 +103,8 @@ def codes_of(file, device):
     first = pipeline.generate(labels, seed=4)
     pipeline.generate(labels[:2], seed=5)
     again = pipeline.generate(labels, seed=4)
-    masks = np.arange(pipeline.side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * pipeline.side
+    side = pipeline.image_shape[0]
+    masks = np.arange(side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * side
     rest = pipeline.inpaint(first.images, labels, mask=np.broadcast_to(masks, first.images.shape[:-1]), seed=6)
     return [first.codes, again.codes, rest.codes]
 
@@ -135,7 +136,7 @@ def step(portable_plan, gpu):
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
 def test_caches_are_written_in_place_and_nothing_else_is_kept_from_the_host(step):
     dims = {"batch": 2, "length": 1}
-    caches = step.caches(dims)
+    caches = step.buffers(dims, *step.stage.aliases.values())
     binding = step.bind(dims, caches)
     arrays = {name for name, array in binding.inputs.items() if isinstance(array, device.DeviceArray)}
     assert arrays == set(caches)
@@ -247,7 +248,7 @@ def test_cuda_is_not_taken_for_a_plan_of_the_cpu(plan, gpu_build):
 
 def test_where_a_plan_for_cuda_runs(small_plan, gpu_build, monkeypatch):
     opened = []
-    monkeypatch.setattr("vqdeploy.runtime.pipeline.Pipeline", lambda *args, device: opened.append(device))
+    monkeypatch.setattr("vqdeploy.runtime.pipeline.Pipeline", lambda bundle, device, *rest: opened.append(device))
     for wanted in ("auto", "cuda", "cpu"):
         load(small_plan, wanted)
     assert opened == ["cuda", "cuda", "cpu"]

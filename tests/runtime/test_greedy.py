@@ -3,39 +3,73 @@
 import numpy as np
 import pytest
 
-from vqdeploy.runtime import autoregressive, hierarchical, masked
-from vqdeploy.runtime.request import still_where_greedy
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.sampler import Item
 
-LOOPS = {"pipeline": autoregressive, "movq_pipeline": masked, "vqgan_pipeline": autoregressive}
-LOOPS |= {"vqvae2_pipeline": hierarchical}
+PIPELINES = ("pipeline", "movq_pipeline", "vqgan_pipeline", "vqvae2_pipeline")
 OPTIONS = ({"temperature": 0}, {"top_k": 1})
 
 
+def admitted(sampler, pipeline, seed, **options):
+    """Puts an image of each of the first labels into the slots of a sampler."""
+    chosen = pipeline.options(**options)
+    for slot in range(sampler.slots):
+        sampler.admit(slot, Item(np.full(pipeline.grid, -1), slot, seed, slot, chosen))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=["temperature", "top-k"])
-@pytest.mark.parametrize("name", LOOPS)
-def test_the_likeliest_code_needs_no_noise(name, options, request, monkeypatch):
-    pipeline, loop = request.getfixturevalue(name), LOOPS[name]
-    extra = {"choice_temperature": 0} if loop is masked else {}
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_likeliest_code_needs_no_noise(name, options, request):
+    pipeline = request.getfixturevalue(name)
+    extra = {"choice_temperature": 0} if name == "movq_pipeline" else {}
+    if pipeline.sampling.no_label is not None:
+        extra["guidance_scale"] = 1
     expected = pipeline.generate([0, 1], seed=1, **options, **extra).codes
-    draw = loop.gumbel
 
-    def spoiled(seed, images, step, out):
-        draw(seed, images, step, out)
-        if out.shape[-1] == pipeline.codebook_size:
-            out[:] = np.nan
+    def spoiled(keys, rows):
+        gumbel(keys, rows)
+        for row in rows:
+            if row.shape[-1] == pipeline.codebook_size:
+                row[:] = np.nan
 
-    monkeypatch.setattr(loop, "gumbel", spoiled)
-    np.testing.assert_array_equal(pipeline.generate([0, 1], seed=2, **options, **extra).codes, expected)
-
-
-def test_depths_are_told_apart():
-    inputs = {"top_k": np.array([[1, 5, 1]] * 2), "noise": np.ones((2, 4, 4, 3, 8), np.float32)}
-    still_where_greedy(inputs)
-    np.testing.assert_array_equal(inputs["noise"].any((0, 1, 2, 4)), [False, True, False])
-    assert inputs["noise"][..., 1, :].all()
+    with pipeline.sampler(2) as sampler:
+        sampler.draw = spoiled
+        admitted(sampler, pipeline, 2, **options, **extra)
+        while sampler.left(0):
+            sampler.step()
+        np.testing.assert_array_equal([sampler.codes(slot) for slot in range(2)], expected)
 
 
-def test_nothing_is_greedy_by_default():
-    inputs = {"top_k": np.full((2, 3), 8), "noise": np.ones((2, 3, 8), np.float32)}
-    still_where_greedy(inputs)
-    assert inputs["noise"].all()
+def noise_of_a_step(pipeline, **options):
+    """The noise [2, Q, K] that goes into the first step, where each draw is 1."""
+
+    def ones(keys, rows):
+        for row in rows:
+            row[:] = 1
+
+    with pipeline.sampler(2) as sampler:
+        sampler.draw = ones
+        admitted(sampler, pipeline, 0, **options)
+        sampler.step()
+        return np.array(sampler.last.inputs["noise"])
+
+
+def test_depths_are_told_apart(pipeline):
+    noise = noise_of_a_step(pipeline, temperature=[0, 1, 1, 1], top_k=[5, 5, 1, 5])
+    np.testing.assert_array_equal(noise.any((0, 2)), [False, True, False, True])
+    assert noise[:, [1, 3]].all()
+
+
+def test_images_are_told_apart(pipeline):
+    with pipeline.sampler(2) as sampler:
+        for slot, temperature in enumerate((0, 1)):
+            options = pipeline.options(temperature=temperature)
+            sampler.admit(slot, Item(np.full(pipeline.grid, -1), 0, 0, slot, options))
+        sampler.step()
+        noise = np.array(sampler.last.inputs["noise"])
+    assert not noise[0].any()
+    assert noise[1].all()
+
+
+def test_nothing_is_greedy_by_default(pipeline):
+    assert noise_of_a_step(pipeline).all()

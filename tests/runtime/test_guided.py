@@ -11,7 +11,7 @@ import torch
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export.layers import ImageInput
+from vqdeploy.models.pixels import channels_first, to_range
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import SizeRange
@@ -190,5 +190,5 @@ def test_systems_without_features_say_so(pipeline):
 def test_tokenizer(vit_pipeline, vit_system):
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     with torch.no_grad():
-        expected = vit_system.tokenizer.encode(ImageInput((0.0, 1.0))(torch.from_numpy(images))).numpy()
+        expected = vit_system.tokenizer.encode(to_range(channels_first(torch.from_numpy(images)), (0.0, 1.0))).numpy()
     np.testing.assert_array_equal(vit_pipeline.encode(images), expected)

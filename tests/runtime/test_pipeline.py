@@ -1,6 +1,8 @@
 """Requests to a loaded plan, against PyTorch and against each other."""
 
+import json
 import logging
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -9,9 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
-from vqdeploy.export.layers import ImageInput, ImageOutput
+from vqdeploy.models.pixels import channels_first, channels_last, to_range, to_uint8
+from vqdeploy.run import Job, run
 from vqdeploy.runtime import load
+from vqdeploy.runtime.manifest import FILE
 from vqdeploy.runtime.noise import gumbel
 
 WHOLE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -90,7 +95,7 @@ def test_defaults_come_from_the_checkpoint(pipeline, system):
 @torch.no_grad()
 def test_decode_sums_the_first_codes(either, system, codes, depth):
     partial = torch.from_numpy(np.where(np.arange(4) < (depth or 4), codes, -1))
-    expected = ImageOutput((-1.0, 1.0))(system.tokenizer.decode(partial)).numpy()
+    expected = channels_last(to_uint8(system.tokenizer.decode(partial), (-1.0, 1.0))).numpy()
     decoded = either.decode(codes, depth)
     assert decoded.dtype == np.uint8
     assert np.abs(decoded.astype(int) - expected).max() <= 1
@@ -104,7 +109,7 @@ def test_depths_differ(pipeline, codes):
 
 @torch.no_grad()
 def test_encode_finds_the_codes_of_pytorch(either, system, images):
-    expected = system.tokenizer.encode(ImageInput((-1.0, 1.0))(torch.from_numpy(images))).numpy()
+    expected = system.tokenizer.encode(to_range(channels_first(torch.from_numpy(images)), (-1.0, 1.0))).numpy()
     np.testing.assert_array_equal(either.encode(images), expected)
 
 
@@ -444,6 +449,32 @@ def test_generating_nothing(pipeline):
 @pytest.mark.parametrize(("name", "label"), [("cat", 0), ("eel", 2), ("0", 0), ("2", 2), (2, 2), (np.int64(1), 1)])
 def test_labels_by_name_or_number(pipeline, name, label):
     assert pipeline.label(name) == label
+
+
+@pytest.fixture(scope="module")
+def numbered_plan(package, tmp_path_factory):
+    """Its classes are named by numbers that are not their own."""
+    folder = shutil.copytree(package, tmp_path_factory.mktemp("numbered") / "package")
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["labels"] = ["7", "42", "0"]
+    (folder / FILE).write_text(json.dumps(manifest))
+    build(folder, folder.with_name("a.plan"), portable=True)
+    return folder.with_name("a.plan")
+
+
+def test_classes_that_are_named_by_numbers(numbered_plan):
+    """Text is then a name and nothing else, and an int is an index and nothing else."""
+    pipeline = load(numbered_plan, threads=1)
+    assert [pipeline.label(name) for name in ("7", "42", "0", 0, 1, 2)] == [0, 1, 2, 0, 1, 2]
+    for name in ("1", "2", "07", "00", "cat", 7, 42, 3):
+        assert f"found {name}" in refused(pipeline.label, name)
+
+
+def test_the_rows_of_classes_that_are_named_by_numbers(numbered_plan, tmp_path):
+    result = run(Job(numbered_plan, num_images=1, output=tmp_path / "a.png", options={"seed": 0}))
+    assert result["options"]["labels"] == [0, 1, 2]
+    result = run(Job(numbered_plan, labels=["42", "0"], num_images=1, output=tmp_path / "a.png", options={"seed": 0}))
+    assert result["options"]["labels"] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["3", "-1", "Cat", "", "1.0", "²", 3, -1, True, 1.0, None, [0]])

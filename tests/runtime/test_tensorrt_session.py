@@ -85,8 +85,9 @@ def codes_of(pipeline):
     pipeline.generate(labels[:2], seed=5)
     again = pipeline.generate(labels, seed=4)
     np.testing.assert_array_equal(first.codes, again.codes)
-    masks = np.arange(pipeline.side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * pipeline.side
-    masks = np.broadcast_to(masks, (3, pipeline.side, pipeline.side))
+    side = pipeline.image_shape[0]
+    masks = np.arange(side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * side
+    masks = np.broadcast_to(masks, (3, side, side))
     rest = pipeline.inpaint(first.images, labels, mask=masks, seed=6)
     return [first.codes, first.images, rest.codes]
 
@@ -103,7 +104,9 @@ def test_loops_draw_the_same_in_fp16(vqgan_half_package, simulated, gpu, tmp_pat
     """Caches and states, those of the token shift among them, are in half."""
     build(vqgan_half_package, tmp_path / "portable.plan", portable=True)
     pipeline = load(simulated(vqgan_half_package))
-    caches = pipeline.session("step").caches({"batch": 1, "length": 1})
+    session = pipeline.session("step")
+    caches = session.buffers({"batch": 1, "length": 1}, *session.stage.aliases.values())
+    assert len(caches) == 2 * 3
     assert {cache.dtype for cache in caches.values()} == {np.dtype(np.float16)}
     for a, b in zip(codes_of(pipeline), codes_of(load(tmp_path / "portable.plan", threads=1)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -136,22 +139,20 @@ def test_a_generation_waits_at_its_end_alone(name, engines, gpu):
 
 def steps_of(pipeline):
     """How many engine calls a generation takes."""
-    system, prior = pipeline.manifest.system, pipeline.manifest.config["prior"]
-    if system == "vqvae2":
-        for i, level in enumerate(prior["levels"]):
-            height, width = level["grid"]
-            yield height + height * width + (i > 0)
-    elif system == "movq":
+    if pipeline.sampling.kind == "masked":
         yield pipeline.options()["steps"]
-    else:
-        yield prior["grid"][0] * prior["grid"][1]
+        return
+    for i, (height, width, _) in enumerate(pipeline.layout.maps):
+        yield height * width
+        if pipeline.sampling.kind == "hierarchical":
+            yield height + (i > 0)
 
 
 def test_a_request_with_a_callback_draws_the_same(engines, gpu):
     pipeline, seen = load(engines), []
     labels = [i % pipeline.classes for i in range(2)]
     whole = pipeline.generate(labels, seed=3)
-    watched = pipeline.generate(labels, seed=3, callback=lambda step, total, codes: seen.append(codes.copy()))
+    watched = pipeline.generate(labels, seed=3, callback=lambda step: seen.append(step.codes))
     np.testing.assert_array_equal(watched.codes, whole.codes)
     np.testing.assert_array_equal(seen[-1], whole.codes)
     assert (seen[0] < 0).any()
@@ -355,7 +356,7 @@ def test_an_engine_that_this_gpu_cannot_run(small_engines, gpu, tmp_path):
     with pytest.raises(
         ArtifactError, match=r"stage decode of .* cannot run here .unsupported cc.. Fix: vqdeploy build"
     ):
-        load(plan)
+        load(plan).session("decode")
 
 
 def test_an_engine_that_its_manifest_does_not_describe(small_engines, gpu, tmp_path):
@@ -375,7 +376,7 @@ def test_an_engine_that_its_manifest_does_not_describe(small_engines, gpu, tmp_p
         others = tuple(wrong if stage.name == "step" else stage for stage in stages)
         plan = changed(small_engines, folder / "a.plan", stages=others)
         with pytest.raises(ArtifactError, match=r"stage step of .* is not the engine that its manifest describes"):
-            load(plan)
+            load(plan).session("step")
 
 
 def test_a_context_that_the_library_refuses(small_engines, gpu, monkeypatch):
@@ -449,7 +450,7 @@ def test_an_address_that_the_engine_refuses(small_engines, gpu, monkeypatch):
 def test_a_tensor_that_the_engine_wants_on_the_host(small_engines, gpu):
     sys.modules["tensorrt_rtx"].on_host = ("position",)
     with pytest.raises(ArtifactError, match=r"stage step of .* is not the engine that its manifest describes"):
-        load(small_engines)
+        load(small_engines).session("step")
 
 
 @pytest.mark.parametrize("error", [OSError("libnvinfer.so.11: cannot open"), RuntimeError("no"), ImportError("none")])
@@ -469,7 +470,7 @@ def test_a_library_that_does_not_start(small_engines, gpu, monkeypatch):
 
     monkeypatch.setattr(sys.modules["tensorrt_rtx"], "Runtime", fail, raising=False)
     with pytest.raises(VqdeployError, match=r"cannot run here \(tensorrt-rtx does not start: pybind11"):
-        load(small_engines)
+        load(small_engines).session("decode")
 
 
 # The other library

@@ -53,16 +53,16 @@ def tensor(kind):
     return desc
 
 
-def play(name, attribute, value, kinds, dim):
+def play(name, attributes, kinds, dim, books=()):
     """What the builder asks of one node, in its order."""
     creator = trt.get_plugin_registry().get_creator(name, "1", "vqdeploy")
-    fields = trt.PluginFieldCollection([trt.PluginField(attribute, *value)])
+    fields = trt.PluginFieldCollection([trt.PluginField(key, *value) for key, value in attributes.items()])
     node = creator.create_plugin(
         name, "vqdeploy", fields, trt.TensorRTPhase.BUILD, trt.QuickPluginCreationRequest.UNKNOWN
     )
     types = [TYPES[kind] for kind in kinds]
-    types += node.get_output_data_types(types, [2, 2])
-    shapes = [[Expression("n"), Expression(dim)], [Expression(1000), Expression(dim)]]
+    types += node.get_output_data_types(types, [2, 2 + len(books)])
+    shapes = [[Expression(size) for size in shape] for shape in (("n", dim), (*books, 1000, dim))]
     outputs = node.get_output_shapes(shapes, [], Builder())
     tensors = [tensor(kind) for kind in types]
     supported = node.get_supported_format_combinations(tensors, 2)
@@ -93,11 +93,12 @@ def main():
     trt.IDimensionExpr = Expression
     trt.DimsExprs = lambda length: [None] * length
     trtp._tensor.SymExprImpl = lambda symbol: SimpleNamespace(expr=symbol._expr)
-    metric = (b"cosine", trt.PluginFieldType.CHAR)
-    depth = (np.array([4]), trt.PluginFieldType.INT64)
+    cosine, l2, dot = ({"metric": (name, trt.PluginFieldType.CHAR)} for name in (b"cosine", b"l2", b"dot"))
+    depth = {"depth": (np.array([4]), trt.PluginFieldType.INT64)}
     answers = [
-        play("VQNearest", "metric", metric, ("fp16", "fp32"), 16),
-        play("VQResidual", "depth", depth, ("bf16", "bf16"), 64),
+        play("VQNearest", cosine, ("fp16", "fp32"), 16),
+        play("VQResidual", depth | l2, ("bf16", "bf16"), 64),
+        play("VQResidual", depth | dot, ("fp16", "fp32"), 32, books=(4,)),
     ]
     print(json.dumps(answers))  # noqa: T201
 

@@ -5,8 +5,8 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from vqdeploy.training import Recipe
-from vqdeploy.training.prior import level_loss
+from vqdeploy.systems import Recipe
+from vqdeploy.systems.losses import level_loss
 
 
 def test_levels_count_alike_whatever_their_size(vqvae2_system):

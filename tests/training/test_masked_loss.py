@@ -1,5 +1,6 @@
 """What a masked prior learns."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from vqdeploy.models.maskgit import MaskGITConfig
-from vqdeploy.training import Recipe
-from vqdeploy.training.prior import PriorTraining, masked_loss
+from vqdeploy.systems import SYSTEMS, Recipe
+from vqdeploy.systems.losses import masked_loss
+from vqdeploy.training.prior import PriorTraining
 
 GRID, CELLS, SIZE, CLASSES = (4, 4, 4), 64, 8, 3
 
@@ -75,9 +77,8 @@ def test_labels_are_dropped_in_training_only():
 
 def test_held_out_images_keep_their_labels(movq_system, monkeypatch):
     asked = []
-    monkeypatch.setitem(
-        PriorTraining._loss.__globals__["_LOSSES"], "movq", lambda *args, training: asked.append(training)
-    )
+    watched = replace(SYSTEMS["movq"], loss=lambda system, x, labels, recipe, training: asked.append(training))
+    monkeypatch.setitem(SYSTEMS, "movq", watched)
     module = PriorTraining(movq_system, Recipe(), None)
     try:
         for validating in (True, False):

@@ -1,6 +1,7 @@
 """Training end to end, resume, the terms of the loss, the codebook's rules, the shipped weights."""
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -9,19 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.systems import SMALL, SMALL_MOVQ, SMALL_VIT, SMALL_VQVAE2
 from torch import nn
 from torch.utils.data import Subset
 
 from vqdeploy.checkpoint import SHIPPED, load
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.models.pixels import to_range
 from vqdeploy.models.quantizers import AveragedCodebook, ResidualQuantizer
-from vqdeploy.systems import SYSTEMS, create, preset
-from vqdeploy.training import Recipe, train
+from vqdeploy.runtime.images import read
+from vqdeploy.systems import SYSTEMS, Recipe, create, preset
+from vqdeploy.training import train
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from vqdeploy.training.data import images_of, open_data, to_range, to_uint8
+from vqdeploy.training.classifier import ImageClassifier
+from vqdeploy.training.data import Draws, Files, images_of, open_data
 from vqdeploy.training.metrics import codebook_use, diversity, psnr, reconstruct
 from vqdeploy.training.prior import PriorTraining
-from vqdeploy.training.stage import schedule
+from vqdeploy.training.stage import _loader, schedule
 from vqdeploy.training.tokenizer import TokenizerTraining, logit_laplace
 
 SYSTEMS = list(SYSTEMS)
@@ -109,41 +114,100 @@ def test_adversarial_run(tmp_path, folder, monkeypatch, model):
 # Resume
 
 
-class _Counter:
-    """Counts the training steps of a class, and cuts the one numbered `cut` as Ctrl-C does."""
+class _Cut:
+    """Cuts a run in the middle of a training step of a class, by Ctrl-C or by an error, and counts its steps."""
 
-    def __init__(self, monkeypatch, training, cut=None):
-        self.count, self.cut, step = 0, cut, training.training_step
+    def __init__(self, monkeypatch, training, cut, how):
+        self.count, step = 0, training.training_step
 
         def counted(module, batch, index):
-            if self.count == self.cut:
-                self.cut = None
-                raise KeyboardInterrupt
             self.count += 1
+            if self.count == cut + 1:
+                if how == "interrupt":
+                    signal.raise_signal(signal.SIGINT)
+                else:
+                    raise MemoryError
             return step(module, batch, index)
 
         monkeypatch.setattr(training, "training_step", counted)
 
 
-@pytest.mark.parametrize(("stage", "cut"), [("tokenizer", 2), ("prior", 0), ("prior", 3)])
-def test_resume_continues_where_it_was_cut(tmp_path, folder, monkeypatch, stage, cut):
-    options = {"data": str(folder / "dark"), "output": tmp_path / "out"} | SHORT | {"steps": 4, "prior_steps": 5}
-    tokenizer = _Counter(monkeypatch, TokenizerTraining, cut if stage == "tokenizer" else None)
-    prior = _Counter(monkeypatch, PriorTraining, cut if stage == "prior" else None)
-    with pytest.raises(KeyboardInterrupt):
-        train(**options)
-    assert not (tmp_path / "out").exists()
-    assert (tokenizer.count, prior.count) == ((2, 0) if stage == "tokenizer" else (4, cut))
+SMALL_ONES = {"rqvae": SMALL, "movq": SMALL_MOVQ, "vitvqgan": SMALL_VIT, "vqvae2": SMALL_VQVAE2}
 
+
+def same_weights(first, second):
+    first, second = load(first).state_dict(), load(second).state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "cut", "how"),
+    [
+        ("rqvae", TokenizerTraining, 2, "interrupt"),  # the last step is done
+        ("rqvae", PriorTraining, 1, "error"),  # the state is that of the step before
+        ("movq", PriorTraining, 1, "interrupt"),
+        ("vitvqgan", ImageClassifier, 1, "interrupt"),
+        ("vqvae2", TokenizerTraining, 1, "error"),
+    ],
+)
+def test_a_training_that_was_cut_ends_with_the_weights_of_one_that_was_not(
+    tmp_path, folder, monkeypatch, model, stage, cut, how
+):
+    monkeypatch.setattr("vqdeploy.training.stage._FEWEST", 1)
+    monkeypatch.setattr("vqdeploy.training.prior._SAMPLES", 1)
+    monkeypatch.setattr("vqdeploy.training.run.find_preset", lambda model, preset: SMALL_ONES[model])
+    options = {"model": model, "data": str(folder), "batch_size": 4, "samples": 4, "adversarial_weight": 0.5}
+    options |= {"steps": 3, "prior_steps": 3, "classifier_steps": 3}
+    train(**options, output=tmp_path / "whole")
+    options["output"] = tmp_path / "cut"
+    handler = signal.getsignal(signal.SIGINT)
+    run = _Cut(monkeypatch, stage, cut, how)
+    with pytest.raises(KeyboardInterrupt if how == "interrupt" else MemoryError):
+        train(**options)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "cut").exists()
     with pytest.raises(VqdeployError, match=r"holds a training that was cut.*--resume"):
         train(**options)
     with pytest.raises(VqdeployError, match="other options; expected seed 0, found seed 5"):
         train(**options, seed=5, resume=True)
-
+    torch.rand(3)
     train(**options, resume=True)
-    assert (tokenizer.count, prior.count) == (4, 5)
-    assert load(tmp_path / "out").prior is not None
-    assert not (tmp_path / "out.training").exists()
+    assert run.count == (3 if how == "interrupt" else 4)
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert not list(tmp_path.glob("*.training"))
+
+
+def test_resume_is_refused_when_the_images_have_changed(tmp_path, folder, monkeypatch):
+    options = {"data": str(folder), "output": tmp_path / "out"} | SHORT
+    _Cut(monkeypatch, TokenizerTraining, 1, "interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        train(**options)
+    picture = folder / "dark" / "0.png"
+    content = picture.read_bytes()
+    for change in (
+        picture.unlink,
+        lambda: Image.new("RGB", (40, 56)).save(picture),
+        lambda: picture.with_name("7.png").write_bytes(content),
+        lambda: picture.rename(folder / "light" / "9.png"),
+    ):
+        picture.with_name("7.png").unlink(missing_ok=True)
+        picture.write_bytes(content)
+        change()
+        with pytest.raises(VqdeployError, match=r"images of .* have changed since the training was cut.*out\.training"):
+            train(**options, resume=True)
+    (folder / "light" / "9.png").rename(picture)
+    train(**options, resume=True)
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.ckpt", b"PK"), ("asked.json", b"[]"), ("asked.json", b"{")])
+def test_a_damaged_state_is_named(tmp_path, folder, monkeypatch, name, content):
+    options = {"data": str(folder), "output": tmp_path / "out"} | SHORT
+    _Cut(monkeypatch, TokenizerTraining, 1, "interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        train(**options)
+    (tmp_path / "out.training" / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
+        train(**options, resume=True)
 
 
 def test_the_learning_rate_climbs_and_falls_to_zero():
@@ -277,18 +341,26 @@ def test_psnr_is_the_mean_over_images():
     assert psnr(images, originals) == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_psnr_of_equal_images_is_a_number():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert psnr(images, images) == pytest.approx(98.13, abs=0.01)
+
+
+def test_diversity_counts_classes_that_can_be_compared():
+    images = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    ones = torch.tensor([0, 0, 0, 0, 0, 1])  # one original of class 1
+    assert diversity(images, labels, images, ones) == pytest.approx(diversity(images[:4], labels[:4], images, ones))
+    assert diversity(images, labels, images[:2], torch.tensor([0, 1])) is None
+    assert diversity(images, labels, images[:1].repeat(6, 1, 1, 1), labels) is None
+
+
 def test_diversity_sees_one_picture_for_a_class():
     torch.manual_seed(0)
     originals, labels = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 2
     one_picture = originals[:2].repeat(20, 1, 1, 1)
     assert diversity(originals, labels, originals, labels) == pytest.approx(1)
     assert diversity(one_picture, labels, originals, labels) == 0
-
-
-def test_uint8_survives_the_range_of_the_model():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    for pixel_range in ((-1.0, 1.0), (0.0, 1.0)):
-        assert torch.equal(to_uint8(to_range(images, pixel_range), pixel_range), images)
 
 
 # Data
@@ -302,14 +374,18 @@ def test_held_out_digits_are_fixed_balanced_and_apart():
     assert labels.bincount().min() >= 34
     training = {np.asarray(digit).tobytes() for digit in data.train.digits}
     assert not training & {np.asarray(digit).tobytes() for digit in data.held_out.digits}
-    assert not torch.equal(data.train[0][0], data.train[0][0])
+    draws, again, other = (Draws(data.train, seed, 8) for seed in (0, 0, 1))
+    for i in range(8):
+        assert torch.equal(draws[i][0], again[i][0])
+        assert not torch.equal(draws[i][0], other[i][0])
 
 
 def test_image_folder_split(folder):
     data = open_data(str(folder), 32)
-    assert (len(data.train), len(data.held_out)) == (11, 1)
+    assert (len(data.train), len(data.held_out)) == (10, 2)
     assert not set(data.train.files) & set(data.held_out.files)
-    for image, label in (data.train[i] for i in range(11)):
+    assert [label for _, label in data.held_out.files] == [0, 1]
+    for image, label in (data.train[i] for i in range(10)):
         assert image.shape == (3, 32, 32)
         assert (image.float().mean() > 128) == label
 
@@ -326,7 +402,7 @@ def test_image_folder_split(folder):
         (None, {"data": "nowhere"}, "there is no such data; expected digits, photos or an image folder, found nowhere"),
         (None, {"resume": True}, "no training that was cut"),
         (None, {"steps": 0}, "steps"),
-        (lambda path: path.mkdir(), {}, "holds too few images; expected 2 or more, found 0"),
+        (lambda path: path.mkdir(), {}, "holds no images"),
         (lambda path: (path / "a").mkdir(parents=True) or (path / "a/x.png").write_bytes(b"no"), {}, "too few"),
     ],
 )
@@ -340,16 +416,97 @@ def test_refusals_are_one_sentence(tmp_path, change, options, message):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_damaged_image_is_named(folder, tmp_path):
-    (folder / "dark" / "9.png").write_bytes(b"not an image")
-    with pytest.raises(VqdeployError, match=r"9\.png is not an image"):
-        train(data=str(folder), output=tmp_path / "out")
+def test_damaged_images_are_found_before_training_counted_and_listed(folder, tmp_path, caplog):
     good = (folder / "dark" / "0.png").read_bytes()
-    (folder / "dark" / "9.png").write_bytes(good[: len(good) // 2])
-    files = open_data(str(folder), 32).train
-    files.files = [(folder / "dark" / "9.png", 0)]
-    with pytest.raises(VqdeployError, match=r"9\.png is a damaged image"):
-        files[0]
+    (folder / "dark" / "9.png").write_bytes(b"not an image")
+    with pytest.raises(ArtifactError, match=r"9\.png is not an image that can be read \(.*\)\. Fix: remove it"):
+        train(data=str(folder), output=tmp_path / "out")
+    for i in range(4):
+        (folder / "light" / f"cut-{i}.png").write_bytes(good[: len(good) // 2])
+    with (
+        caplog.at_level("INFO", "vqdeploy"),
+        pytest.raises(ArtifactError, match=r"5 of 17 images in .* cannot be read: .*9\.png .*cut-1\.png.* and 2 more"),
+    ):
+        train(data=str(folder), output=tmp_path / "out")
+    assert all(f"cut-{i}.png is not an image" in caplog.text for i in range(4))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_an_image_that_is_damaged_later_is_named_without_a_traceback(folder, tmp_path, monkeypatch, workers, part):
+    def damaged(*args):
+        data = open_data(*args)._replace(workers=workers)
+        for path, _ in getattr(data, part).files:
+            path.write_bytes(path.read_bytes()[:200])
+        return data
+
+    monkeypatch.setattr("vqdeploy.training.run.open_data", damaged)
+    with pytest.raises(ArtifactError, match=r"\d\.png is not an image that can be read") as caught:
+        train(data=str(folder), output=tmp_path / "out", **SHORT)
+    assert "\n" not in str(caught.value)
+    assert not str(caught.value).endswith("..")
+
+
+def test_the_number_of_loader_processes_does_not_matter(folder):
+    draws = Draws(open_data(str(folder), 32).train, seed=3, count=12)
+    one, several = (list(_loader(draws, 4, workers)) for workers in (0, 2))
+    for (images, labels), (others, same) in zip(one, several, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, same)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a/0.png", "a/1.png", "b/none.txt", "c/0.png"], "in holds folders without images: b. Fix: remove"),
+        (["0.png", "1.png", "a/0.png"], "in holds images beside folders of images: 0.png, 1.png beside a"),
+        (["a/0.png", "b/0.png"], "too few images; expected 2 or more in one of its classes, found 1"),
+        (["0.png"], "too few images; expected 2 or more, found 1"),
+        (["a.txt"], "holds no images"),
+        (["a\x1b[31m/0.png", "b/0.png"], r"'a\\x1b\[31m' in .* is no name for a class"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, names, message):
+    for name in names:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(path) if name.endswith("png") else path.write_text("x")
+    with pytest.raises(VqdeployError, match=message):
+        open_data(str(tmp_path / "in"), 32)
+
+
+def test_training_and_run_see_the_same_pixels(tmp_path):
+    """A turned photograph of odd size, 16-bit grey, and a drawing on nothing."""
+    grey = np.add.outer(np.arange(63), 2 * np.arange(80)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.dstack([grey, grey[::-1], 255 - grey])).save(tmp_path / "a.jpg", exif=turned)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    Image.fromarray(np.dstack([grey * 0] * 3 + [grey])).save(tmp_path / "c.png")
+    files = Files([(path, 0) for path in sorted(tmp_path.iterdir())], 32)
+    for i, (path, _) in enumerate(files.files):
+        np.testing.assert_array_equal(files[i][0].permute(1, 2, 0).numpy(), read(path, 32))
+
+
+def test_what_cannot_be_measured_is_null_and_not_nan(tmp_path, folder):
+    """Two held-out images: no class has two originals to compare."""
+    report = train(data=str(folder), output=tmp_path / "out", **SHORT)
+    assert report["metrics"]["sample_diversity"] is None
+    text = (tmp_path / "out" / "training.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == report
+    assert json.loads(Image.open(tmp_path / "out" / "samples.png").text["vqdeploy"], parse_constant=pytest.fail)
+
+
+def test_a_training_that_diverges_is_named(tmp_path, folder):
+    with pytest.raises(ArtifactError, match=r"in what the stage tokenizer has trained is not finite"):
+        train(data=str(folder), output=tmp_path / "out", learning_rate=1e30, **SHORT)
+
+
+@pytest.mark.parametrize("option", [{"learning_rate": float("nan")}, {"perceptual_weight": float("inf")}])
+def test_recipes_are_finite(tmp_path, option):
+    with pytest.raises(VqdeployError, match=f"{next(iter(option))} is out of range"):
+        train(output=tmp_path / "out", **option)
 
 
 def test_a_folder_with_something_else_is_refused_before_training(tmp_path):

@@ -3,7 +3,6 @@
 import gc
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -12,13 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy import machine
+from vqdeploy.errors import VqdeployError, missing
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.backends import BACKENDS
@@ -29,16 +28,6 @@ from vqdeploy.runtime.manifest import WEIGHTS
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
 _NOT_OF_THE_PRIOR = ("encode", "decode", "features")
-_PACKAGES = (
-    "vqdeploy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt-rtx",
-    "tensorrt",
-    "cuda-bindings",
-    "torch",
-    "numpy",
-)
 _RATES = {"read_bandwidth_gb_s": "read_bandwidth", "matmul_gflop_s": "matmul_rate"}
 
 Phases = dict[str, float]
@@ -65,6 +54,7 @@ def bench(
     options: dict[str, Any] | None = None,
     progress: Callable[[str], object] = lambda name: None,
     device: str = "auto",
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Times tasks of a plan, and the same tasks in PyTorch.
 
@@ -83,6 +73,7 @@ def bench(
         options: Sampling options that differ from the checkpoint's, for `generate`.
         progress: Told what is being timed.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs there too.
+        threads: CPU threads of the plan's engine, as for `vqdeploy.runtime.load`; 0 for as many as there are cores.
 
     Returns:
         `{"results": [...], "ratios": {...}, "environment": {...}}`; times in milliseconds, ratios of medians.
@@ -93,7 +84,7 @@ def bench(
     _check(tasks, TASKS, "task")
     _check(baselines, BASELINES, "baseline")
     start = time.perf_counter()
-    pipeline = load(engine, device)
+    pipeline = load(engine, device, threads)
     load_seconds = time.perf_counter() - start
     tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.sampling]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
@@ -104,11 +95,17 @@ def bench(
     for task in sorted(tasks, key=TASKS.index):
         for batch in batch_sizes:
             runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch, chosen))]
-            for name in baselines:
-                runners.append(Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile"))))
+            runners += [
+                Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
+                for name in baselines
+            ]
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
-    facts = environment() | {"load_s": load_seconds, "peak_memory_mb": peak_memory_mb(), "plan": _describe(pipeline)}
+    facts = environment() | {
+        "load_s": load_seconds,
+        "peak_memory_mb": machine.peak_memory_mb(),
+        "plan": _describe(pipeline),
+    }
     if pipeline.device == "cuda":
         facts |= _gpu_facts()
     for result in results:
@@ -362,32 +359,13 @@ def _read(parts: list[np.ndarray]) -> None:
 
 def environment() -> dict[str, Any]:
     """Processor and versions."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except ImportError:
-            continue
     return {
-        "cpu": _cpu(),
+        "cpu": machine.cpu(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        "load": machine.load(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": machine.versions(),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def peak_memory_mb() -> float:
-    """Largest resident size of this process so far, baselines included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _gpu_facts() -> dict[str, Any]:
@@ -419,8 +397,10 @@ def table(report: dict[str, Any]) -> str:
         if "step_ms" in r:
             host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}"
             lines.append(host + _bound_line(r, report["environment"]))
-    for row in report.get("profile", [])[:12]:
-        lines.append(f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls")
+    lines += [
+        f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls"
+        for row in report.get("profile", [])[:12]
+    ]
     facts = report["environment"]
     if "gpu" in facts:
         lines.append(f"{facts['gpu']}, {facts['gpu_memory_mb']:.0f} MB of its memory in use at the end")
@@ -467,7 +447,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise VqdeployError("plots need matplotlib, which is not installed", fix="pip install matplotlib") from error
+        raise missing("matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,15 +1,14 @@
 """`vqdeploy import`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vqdeploy.cli import Json, app
+from vqdeploy.cli.options import Json
+from vqdeploy.cli.output import finish, progress
 
 
-@app.command("import")
 def import_checkpoint(
     format_: Annotated[
         str | None,
@@ -35,7 +34,9 @@ def import_checkpoint(
     """Turn published weights into a checkpoint. Files are read as data: nothing in them is run."""
     from vqdeploy.convert.importer import import_checkpoint as run_import
 
-    result = run_import(output, tokenizer, prior or (), format_, tokenizer_config, prior_config, labels, raw)
+    with progress("importing") as tell:
+        tell(str(tokenizer or (prior or ["nothing"])[0]))
+        result = run_import(output, tokenizer, prior or (), format_, tokenizer_config, prior_config, labels, raw)
     millions = ", ".join(f"{key} {count / 1e6:.1f}M" for key, count in result["parameters"].items())
     lines = [f"{result['checkpoint']}  {result['model']} from {' and '.join(result['formats'])}: {millions} parameters"]
-    print(json.dumps(result) if as_json else "\n".join([*lines, *(f"note: {note}" for note in result["notes"])]))
+    finish(result, as_json, "\n".join([*lines, *(f"note: {note}" for note in result["notes"])]))

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,21 +162,26 @@ def _shards(index: Path) -> Weights:
 def _zipped(file: Path) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-                raise ArtifactError(
-                    f"{file} is a TorchScript program, which would have to be run; where you trust it, save "
-                    "torch.jit.load(FILE).state_dict() with safetensors and import that"
-                )
-            member = next((name for name in names if name.endswith("data.pkl")), None)
-            if member is None:
-                raise ArtifactError(f"{file} is an archive without weights of PyTorch")
+            member = _pickle_of(file, archive.namelist())
             with archive.open(member) as stream, _Archive(file, archive, member.removesuffix("data.pkl")) as storages:
                 return _without_modules(file, pickles.load(stream, storages))
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error})") from error
     except ArtifactError as error:
         raise _of(file, error) from error
+
+
+def _pickle_of(file: Path, names: list[str]) -> str:
+    """Which member of an archive is the pickle of a checkpoint."""
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        raise ArtifactError(
+            f"{file} is a TorchScript program, which would have to be run; where you trust it, save "
+            "torch.jit.load(FILE).state_dict() with safetensors and import that"
+        )
+    member = next((name for name in names if name.endswith("data.pkl")), None)
+    if member is None:
+        raise ArtifactError(f"{file} is an archive without weights of PyTorch")
+    return member
 
 
 def _pickled(file: Path) -> Any:
@@ -199,7 +204,7 @@ class _Archive:
         self.file, self.archive, self.folder = file, archive, folder
         self.read: dict[str, Tensor] = {}
 
-    def __enter__(self) -> "_Archive":
+    def __enter__(self) -> Self:
         order = f"{self.folder}byteorder"
         if order in self.archive.namelist() and self.archive.read(order) != b"little":
             raise ArtifactError("its numbers are big-endian")

@@ -48,8 +48,8 @@ def _folded(source: Source, halvings: int) -> Weights:
         name = re.sub(r"(\.conv)+\.(weight|bias)$", r".\2", name)
         if name.startswith("temporal_encoder.time_conv"):
             index = int(name.split(".")[2])
-            fold = _halved_bias if name.endswith("bias") else _halved
-            folded[name] = fold(weight, 1 if index == 0 else 1 << (halvings - index), 1 << (halvings - index - 1))
+            inputs, outputs = 1 if index == 0 else 1 << (halvings - index), 1 << (halvings - index - 1)
+            folded[name] = weight.repeat(outputs) if name.endswith("bias") else _halved(weight, inputs, outputs)
         elif ".norm" in name and name.startswith("temporal"):
             folded |= _normed(source.weights, key, name)
         elif re.match(_TEMPORAL, key):
@@ -75,10 +75,6 @@ def _halved(weight: Tensor, inputs: int, outputs: int) -> Tensor:
             if (frame := 2 * out - 2 + tap) >= 0:
                 plane[out, :, min(frame, inputs - 1)] += weight[:, :, tap]
     return plane.flatten(0, 1).flatten(1, 2)
-
-
-def _halved_bias(bias: Tensor, inputs: int, outputs: int) -> Tensor:
-    return bias.repeat(outputs)
 
 
 def _normed(weights: Weights, key: str, name: str) -> Weights:

@@ -132,12 +132,10 @@ def whole(values: Mapping[str, Any], key: str) -> int | None:
         return None
     try:
         number = float(value)
-        if number != int(number):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ArtifactError(
-            f"{key} of the configuration is malformed", expected="a whole number", found=value
-        ) from error
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number != int(number):
+        raise ArtifactError(f"{key} of the configuration is malformed", expected="a whole number", found=repr(value))
     return int(number)
 
 

@@ -140,7 +140,7 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise ValueError(f"a {kind.__name__} is missing")
+            raise TypeError(f"a {kind.__name__} is missing")
         return self.stack[-1]
 
     def items(self) -> list[Any]:
@@ -278,7 +278,7 @@ class _Machine:
         elif isinstance(target, _Dtype):
             target.value = target.value.newbyteorder(">" if state[1] == ">" else "<")
         elif not isinstance(target, dict | list | tuple | Tensor):
-            raise ValueError(f"state is given to a {type(target).__name__}")
+            raise TypeError(f"state is given to a {type(target).__name__}")
 
     def _binpersid(self) -> None:
         persistent = self.pop()
@@ -311,7 +311,7 @@ class _Machine:
 
 def _named(module: Any, name: Any) -> Global:
     if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("a name is no string")
+        raise TypeError("a name is no string")
     return Global(f"{module}.{name}")
 
 
@@ -343,19 +343,19 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
-def _subclass(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Tensor:
+def _subclass(rebuild: Any, _kind: Any, arguments: Any, _state: Any) -> Tensor:
     if rebuild not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
         raise ValueError(f"a tensor is made by {rebuild!r}")
     made = _MAKERS[rebuild.name](*arguments)
     if not isinstance(made, Tensor):
-        raise ValueError("it makes no tensor")
+        raise TypeError("it makes no tensor")
     return made
 
 
 def _array(state: Any) -> np.ndarray:
     _, shape, dtype, columns_first, data = state
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-        raise ValueError("an array does not hold numbers")
+        raise TypeError("an array does not hold numbers")
     flat = np.frombuffer(data, dtype.value).astype(dtype.value.newbyteorder("="))
     return flat.reshape(shape, order="F" if columns_first else "C")
 

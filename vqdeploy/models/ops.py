@@ -3,6 +3,9 @@
 Each has a PyTorch implementation here, which is the reference, and an ONNX function in `vqdeploy.export.functions`.
 Distances and the arg-min are fp32 whatever the input type; ties go to the lowest index. On CUDA tensors the quantizers
 run the kernels of `vqdeploy.kernels`, which keep no [N, K] matrix, where Triton is installed.
+
+The metric of a search is `l2` for the smallest distance, `cosine` for the smallest angle, or `dot` for the largest
+product with the codebook as it stands.
 """
 
 from importlib.util import find_spec
@@ -19,15 +22,19 @@ def nearest(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
     Args:
         z: Vectors [N, D].
         codebook: Codebook [K, D].
-        metric: `l2` for the smallest distance, `cosine` for the smallest angle.
+        metric: `l2`, `cosine` or `dot`.
 
     Returns:
         Codes [N] int64.
     """
-    vectors, table = z.float(), codebook.float()
-    if metric == "cosine":
-        return (F.normalize(vectors, dim=1) @ F.normalize(table, dim=1).T).argmax(-1)
-    return (2 * (vectors @ table.T) - table.square().sum(1)).argmax(-1)
+    return scores(z.float(), codebook.float(), metric).argmax(-1)
+
+
+def scores(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """How near each code [N, K] is to vectors [N, D], for comparisons within a row: the nearest has the largest."""
+    if metric == "l2":
+        return 2 * (z @ codebook.T) - codebook.square().sum(1)
+    return z @ (F.normalize(codebook, dim=1) if metric == "cosine" else codebook).T
 
 
 @nearest.register_fake
@@ -36,22 +43,22 @@ def _(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 
 @torch.library.custom_op("vqdeploy::residual_quantize", mutates_args=())
-def residual_quantize(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Residual quantization with one shared codebook (Lee et al., RQ-VAE, section 3.1).
+def residual_quantize(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Residual quantization (Lee et al., RQ-VAE, section 3.1; Zeghidour et al., SoundStream, algorithm 1).
 
     Args:
         z: Vectors [N, D].
-        codebook: Codebook [K, D].
+        codebook: One codebook for all depths [K, D], or one a depth [Q, K, D].
         depth: Number of codes per vector, Q.
+        metric: `l2`, `cosine` or `dot`; whichever it is, what is subtracted are vectors of the codebook as they stand.
 
     Returns:
         Codes [N, Q] int64, and the sum of the chosen vectors [N, D].
     """
-    residual, table = z.float(), codebook.float()
-    norms = table.square().sum(1)
+    residual, books = z.float(), codebook.float()
     codes, quantized = [], torch.zeros_like(residual)
-    for _ in range(depth):
-        code = (2 * (residual @ table.T) - norms).argmax(-1)
+    for table in books.expand(depth, -1, -1):
+        code = scores(residual, table, metric).argmax(-1)
         residual = residual - table[code]
         quantized = quantized + table[code]
         codes.append(code)
@@ -59,7 +66,7 @@ def residual_quantize(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, 
 
 
 @residual_quantize.register_fake
-def _(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def _(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
     return z.new_empty((z.shape[0], depth), dtype=torch.int64), torch.empty_like(z)
 
 
@@ -73,14 +80,14 @@ def nearest_on_cuda(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return codes
 
 
-def residual_quantize_on_cuda(z: Tensor, codebook: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def residual_quantize_on_cuda(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
     """`residual_quantize` by our kernel."""
     from vqdeploy import kernels
 
     z = z.contiguous()
     codes, quantized = z.new_empty((z.shape[0], depth), dtype=torch.int64), torch.empty_like(z)
     with torch.cuda.device_of(z):
-        kernels.residual_quantize(z, codebook.contiguous(), codes, quantized)
+        kernels.residual_quantize(z, codebook.contiguous(), codes, quantized, metric)
     return codes, quantized
 
 
@@ -94,18 +101,22 @@ def lookup(codes: Tensor, codebook: Tensor) -> Tensor:
     """Sums the vectors of the codes of each row; the code -1 adds nothing.
 
     Args:
-        codes: Codes [N, Q] int64, each in -1..K-1.
-        codebook: Codebook [K, D].
+        codes: Codes [N, q] int64, each in -1..K-1.
+        codebook: Codebook [K, D], or one for each column of codes [Q, K, D], of which there may be fewer than Q.
 
     Returns:
         Vectors [N, D].
     """
-    return (codebook[codes.clamp(min=0)] * (codes >= 0).unsqueeze(-1).to(codebook.dtype)).sum(1)
+    used = (codes >= 0).unsqueeze(-1).to(codebook.dtype)
+    safe = codes.clamp(min=0)
+    if codebook.ndim == 2:
+        return (codebook[safe] * used).sum(1)
+    return (codebook[torch.arange(codes.shape[1], device=codes.device), safe] * used).sum(1)
 
 
 @lookup.register_fake
 def _(codes: Tensor, codebook: Tensor) -> Tensor:
-    return codebook.new_empty((codes.shape[0], codebook.shape[1]))
+    return codebook.new_empty((codes.shape[0], codebook.shape[-1]))
 
 
 @torch.library.custom_op("vqdeploy::packed_attention", mutates_args=())

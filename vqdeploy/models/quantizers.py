@@ -66,7 +66,7 @@ class ResidualQuantizer(AveragedCodebook):
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [..., D] -> codes int64 [..., Q] and their sum [..., D]."""
-        codes, quantized = residual_quantize(z.flatten(0, -2), self.codebook, self.depth)
+        codes, quantized = residual_quantize(z.flatten(0, -2), self.codebook, self.depth, "l2")
         return codes.view(*z.shape[:-1], self.depth), quantized.view_as(z)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How long and how fast a preset is trained."""
 
+import math
 from dataclasses import dataclass
 
 from vqdeploy.config import Config
@@ -35,3 +36,6 @@ class Recipe(Config):
         for name in ("steps", "prior_steps", "classifier_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise VqdeployError(f"{name} is too small", expected="1 or more", found=getattr(self, name))
+        for name, value in self.to_dict().items():
+            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+                raise VqdeployError(f"{name} is out of range", expected="a finite number, 0 or more", found=value)

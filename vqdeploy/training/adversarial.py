@@ -42,4 +42,4 @@ def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tenso
     of_reconstruction, of_generator = (
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, generator)
     )
-    return (of_reconstruction / (of_generator + 1e-4)).clamp(0, 1e4).detach()
+    return torch.clamp(of_reconstruction / (of_generator + 1e-4), 0, 1e4).detach()

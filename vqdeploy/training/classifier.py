@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from vqdeploy.models.pixels import to_range
 from vqdeploy.systems import Recipe
-from vqdeploy.training.data import to_range
 from vqdeploy.training.stage import schedule
 
 
@@ -25,7 +25,8 @@ class ImageClassifier(LightningModule):
         self.layers = nn.Sequential(*levels, *pool, nn.Linear(widths[-1] * 16, classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(to_range(images, (-1.0, 1.0)))
+        logits: Tensor = self.layers(to_range(images, (-1.0, 1.0)))
+        return logits
 
     def configure_optimizers(self) -> Any:
         """AdamW."""
@@ -46,7 +47,7 @@ class ImageClassifier(LightningModule):
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of images that are put in their class."""
         self.eval()
-        parts = zip(images.split(256), labels.split(256), strict=True)
+        parts = zip(torch.split(images, 256), torch.split(labels, 256), strict=True)
         hits = [self(i.to(self.device)).argmax(1).cpu() == label for i, label in parts]
         return float(torch.cat(hits).float().mean())
 

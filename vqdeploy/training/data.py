@@ -1,21 +1,30 @@
 """Images to train on, as pairs of uint8 [3, R, R] and a label, with a fixed part held out."""
 
+import hashlib
+import logging
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.models.pixels import channels_first
+from vqdeploy.runtime.folder import find_classes, shortened
+from vqdeploy.runtime.images import open_image, square
+from vqdeploy.runtime.threads import cores
+
+log = logging.getLogger("vqdeploy")
 
 Item = tuple[Tensor, int]
 _CUBIC = Image.Resampling.BICUBIC
-_LANCZOS = Image.Resampling.LANCZOS
 
 
 class Images(Dataset[Item]):
@@ -24,16 +33,43 @@ class Images(Dataset[Item]):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def __getitem__(self, index: int) -> Item:
+        return self.item(index)
+
+    def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        """An image and its label; changed a little, for training, when there is something to draw from."""
+        raise NotImplementedError
+
+
+class Draws(Images):
+    """The images of a whole training, one after another: drawn with replacement, and changed a little.
+
+    Each depends on the seed and its place alone. So a training that was cut goes on as if it had not been, and the
+    number of loader processes does not matter.
+    """
+
+    def __init__(self, images: Images, seed: int, count: int):
+        self.images, self.seed, self.count = images, seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        rng = rng or np.random.default_rng((self.seed, index))
+        return self.images.item(int(rng.integers(len(self.images))), rng)
+
 
 class Data(NamedTuple):
     """`labels` names the classes and is empty when there are none; the label of every image is then 0.
 
-    `workers` is the number of processes that it takes to load the images as fast as they are needed.
+    `workers` is the number of processes that it takes to load the images as fast as they are needed. `fingerprint`
+    changes when images come, go or change their size in bytes.
     """
 
     train: Images
     held_out: Images
     labels: tuple[str, ...]
+    fingerprint: str
     workers: int = 0
 
 
@@ -41,7 +77,8 @@ def open_data(name: str, resolution: int) -> Data:
     """The data behind `--data`: `digits`, `photos` or an image folder, whose subfolders are the classes.
 
     Raises:
-        VqdeployError: There is no such data, it holds no images, or one of them is damaged.
+        VqdeployError: There is no such data, or it cannot be told what its images and classes are.
+        ArtifactError: Images are damaged.
     """
     named: dict[str, Callable[[int], Data]] = {"digits": _digits, "photos": _photos}
     try:
@@ -57,15 +94,15 @@ class Digits(Images):
 
     MARGIN = 1  # pixels of the 8x8 original left free around the digit
 
-    def __init__(self, digits: np.ndarray, labels: np.ndarray, resolution: int, augment: bool):
+    def __init__(self, digits: np.ndarray, labels: np.ndarray, resolution: int):
         self.digits = [ImageOps.expand(Image.fromarray(digit), 8) for digit in digits]
-        self.labels, self.resolution, self.augment = labels.tolist(), resolution, augment
+        self.labels, self.resolution = labels.tolist(), resolution
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Item:
-        angle, zoom, x, y = ((2 * torch.rand(4) - 1) * self.augment).tolist()
+    def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        angle, zoom, x, y = rng.uniform(-1, 1, 4).tolist() if rng else (0.0, 0.0, 0.0, 0.0)
         turn, digit = 0.18 * angle, self.digits[index]
         step = (8 + 2 * self.MARGIN) / self.resolution * (1 + 0.12 * zoom)
         cos, sin = step * np.cos(turn), step * np.sin(turn)
@@ -88,29 +125,29 @@ def _digits(resolution: int) -> Data:
     split = train_test_split(images, source.target, test_size=0.2, random_state=0, stratify=source.target)
     train, held_out, train_labels, held_out_labels = split
     return Data(
-        Digits(train, train_labels, resolution, augment=True),
-        Digits(held_out, held_out_labels, resolution, augment=False),
+        Digits(train, train_labels, resolution),
+        Digits(held_out, held_out_labels, resolution),
         tuple(map(str, source.target_names)),
+        hashlib.sha256(images.tobytes()).hexdigest(),
     )
 
 
 class Crops(Images):
     """Square crops of a few large images, mirrored at random; the label is the image.
 
-    An epoch has `length` crops. The crops are new each time, or with `fixed` the same for the same index.
+    There are `length` crops. With nothing to draw from they are the same for the same index.
     """
 
-    def __init__(self, images: list[Image.Image], resolution: int, length: int, fixed: bool):
-        self.images, self.resolution, self.length, self.fixed = images, resolution, length, fixed
+    def __init__(self, images: list[Image.Image], resolution: int, length: int):
+        self.images, self.resolution, self.length = images, resolution, length
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Item:
+    def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
         label = index % len(self.images)
-        generator = torch.Generator().manual_seed(index) if self.fixed else None
-        share, x, y, mirror = torch.rand(4, generator=generator).tolist()
-        image = _crop(self.images[label], 0.3 + 0.7 * share, x, y, self.resolution)
+        share, x, y, mirror = (rng or np.random.default_rng(index)).random(4).tolist()
+        image = square(self.images[label], self.resolution, 0.3 + 0.7 * share, x, y)
         return _tensor(ImageOps.mirror(image) if mirror < 0.5 else image), label
 
 
@@ -128,91 +165,108 @@ def _photos(resolution: int) -> Data:
         left.append(Image.fromarray(photograph[:, :border]))
         right.append(Image.fromarray(photograph[:, border:]))
     return Data(
-        Crops(left, resolution, length=4096, fixed=False),
-        Crops(right, resolution, length=256, fixed=True),
+        Crops(left, resolution, length=4096),
+        Crops(right, resolution, length=256),
         tuple(photographs),
+        hashlib.sha256(b"".join(photograph.tobytes() for photograph in photographs.values())).hexdigest(),
     )
 
 
 class Files(Images):
-    """Image files, cut square and resized; in training a random part of 75 to 100 % of the side, mirrored at random."""
+    """Image files, cut square and resized; in training a random part of 75 to 100 % of the side, mirrored at random.
 
-    def __init__(self, files: list[tuple[Path, int]], resolution: int, augment: bool):
-        self.files, self.resolution, self.augment = files, resolution, augment
+    Held-out images are cut as `vqdeploy run` does.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], resolution: int):
+        self.files, self.resolution = files, resolution
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Item:
+    def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
         path, label = self.files[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise VqdeployError(f"{path} is a damaged image ({error})") from error
-        share, x, y, mirror = torch.rand(4).tolist() if self.augment else (1, 0.5, 0.5, 1)
-        image = _crop(image, 0.75 + 0.25 * share, x, y, self.resolution)
+        image = open_image(path)
+        if rng is None:
+            return _tensor(square(image, self.resolution)), label
+        share, x, y, mirror = rng.random(4).tolist()
+        image = square(image, self.resolution, 0.75 + 0.25 * share, x, y)
         return _tensor(ImageOps.mirror(image) if mirror < 0.5 else image), label
 
 
 def _folder(folder: Path, resolution: int) -> Data:
-    """An image folder. One image in ten is held out."""
+    """An image folder. One image in ten is held out of each class."""
     if not folder.is_dir():
         raise VqdeployError("there is no such data", expected="digits, photos or an image folder", found=folder)
-    labels = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and _images(path)))
-    files = [(path, label) for label, name in enumerate(labels) for path in _images(folder / name)]
-    files = files or [(path, 0) for path in _images(folder)]
+    classes = find_classes(folder)
+    if empty := [name for name, found in classes.items() if not found]:
+        raise VqdeployError(f"{folder} holds folders without images: {shortened(empty)}", fix="remove them")
+    if odd := [name for name in classes if name and not name.isprintable()]:
+        raise VqdeployError(f"{odd[0]!r} in {folder} is no name for a class", expected="characters that can be printed")
+    files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
     if len(files) < 2:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more", found=len(files))
-    for path, _ in files:
-        _check(path)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = max(len(files) // 10, 1)
-    return Data(
-        Files([files[i] for i in order[held_out:]], resolution, augment=True),
-        Files([files[i] for i in order[:held_out]], resolution, augment=False),
-        labels,
-        min(os.cpu_count() or 1, 8) if resolution > 64 else 0,
-    )
+    _check([path for path, _ in files], folder)
+    train, held_out = _split(files)
+    if not held_out:
+        raise VqdeployError(f"{folder} holds too few images", expected="2 or more in one of its classes", found=1)
+    labels = tuple(name for name in classes if name)
+    workers = min(cores(), 8) if resolution > 64 else 0
+    return Data(Files(train, resolution), Files(held_out, resolution), labels, _fingerprint(files, folder), workers)
 
 
-def _images(folder: Path) -> list[Path]:
-    known = Image.registered_extensions()
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in known)
+def _check(files: list[Path], folder: Path) -> None:
+    """Reads every image, so that a bad one among many is found before training and not hours into it."""
+    log.info("reading %d images in %s", len(files), folder)
+    with ThreadPool(cores()) as pool:
+        damaged = [text for text in pool.imap(_damage, files, chunksize=16) if text]
+    for text in damaged:
+        log.info("%s", text)
+    if len(damaged) == 1:
+        raise ArtifactError(damaged[0].removesuffix("."), fix="remove it")
+    if damaged:
+        texts = [text.removesuffix(".") for text in damaged]
+        raise ArtifactError(
+            f"{len(damaged)} of {len(files)} images in {folder} cannot be read: {shortened(texts)}",
+            fix="remove them; vqdeploy -v train names all",
+        )
 
 
-def _check(path: Path) -> None:
-    """Reads the header alone, so that a bad file among many is found before training and not hours into it."""
+def _damage(file: Path) -> str | None:
     try:
-        Image.open(path).close()
-    except (UnidentifiedImageError, OSError) as error:
-        raise VqdeployError(f"{path} is not an image that can be read") from error
+        open_image(file)
+    except VqdeployError as error:
+        return str(error)
+    return None
 
 
-def _crop(image: Image.Image, share: float, x: float, y: float, resolution: int) -> Image.Image:
-    """A square whose side is a share of the shorter side, at a relative place, resized."""
-    side = share * min(image.size)
-    left, top = x * (image.width - side), y * (image.height - side)
-    return image.resize((resolution, resolution), _LANCZOS, box=(left, top, left + side, top + side))
+def _split(files: list[tuple[Path, int]]) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """A tenth of each class is held out, in a fixed random order: one image at least, but never the only one."""
+    classes = defaultdict(list)
+    for file in files:
+        classes[file[1]].append(file)
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = [], []
+    for found in classes.values():
+        order = torch.randperm(len(found), generator=generator).tolist()
+        count = max(len(found) // 10, int(len(found) > 1))
+        held_out += [found[i] for i in order[:count]]
+        train += [found[i] for i in order[count:]]
+    return train, held_out
+
+
+def _fingerprint(files: list[tuple[Path, int]], folder: Path) -> str:
+    total = hashlib.sha256()
+    for path, _ in files:
+        total.update(os.fsencode(path.relative_to(folder)) + f"\0{path.stat().st_size}\n".encode())
+    return total.hexdigest()
 
 
 def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return channels_first(torch.from_numpy(np.array(image.convert("RGB")))).contiguous()
 
 
-def to_range(images: Tensor, pixel_range: tuple[float, ...]) -> Tensor:
-    """Images uint8 -> float in the range of a model."""
-    low, high = pixel_range
-    return images.float() / 255 * (high - low) + low
-
-
-def to_uint8(images: Tensor, pixel_range: tuple[float, ...]) -> Tensor:
-    """Images in the range of a model -> uint8, rounded."""
-    low, high = pixel_range
-    return ((images.float() - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def images_of(dataset: Images) -> tuple[Tensor, Tensor]:
-    """All images [N, 3, R, R] of a dataset, and their labels [N]."""
-    items = [dataset[i] for i in range(len(dataset))]
+def images_of(dataset: Images, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """All images [N, 3, R, R] of a dataset, and their labels [N]; changed a little when there is an `rng`."""
+    items = [dataset.item(i, rng) if rng else dataset[i] for i in range(len(dataset))]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

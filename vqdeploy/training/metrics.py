@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from vqdeploy.models.pixels import to_range, to_uint8
 from vqdeploy.reference import Noise
 from vqdeploy.reference import generate as sample_codes
 from vqdeploy.systems import System
-from vqdeploy.training.data import to_range, to_uint8
+
+_LEAST_ERROR = 1e-5  # squared grey levels: the PSNR of equal images would be infinite, which JSON lacks
 
 
 def psnr(images: Tensor, originals: Tensor) -> float:
-    """Mean over the images of their PSNR in dB, on 8-bit pixels."""
-    pair = images.float(), originals.float()
-    return float(peak_signal_noise_ratio(*pair, data_range=255.0, reduction="elementwise_mean", dim=(1, 2, 3)))
+    """Mean over the images of their PSNR in dB, on 8-bit pixels; that of an equal image is 98 dB."""
+    errors = (images.double() - originals.double()).square().flatten(1).mean(1).clamp(min=_LEAST_ERROR)
+    return float((10 * torch.log10(255**2 / errors)).mean())
 
 
 def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
@@ -31,7 +32,7 @@ def reconstruct(tokenizer: Any, images: Tensor, batch_size: int = 64) -> tuple[T
     """Images -> their reconstructions, and the codes between."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
     pixels, codes = [], []
-    for part in images.split(batch_size):
+    for part in torch.split(images, batch_size):
         codes.append(tokenizer.encode(to_range(part.to(device), pixel_range)))
         pixels.append(to_uint8(tokenizer.decode(codes[-1]), pixel_range))
     return torch.cat(pixels).cpu(), torch.cat(codes).cpu()
@@ -43,7 +44,7 @@ def generate(system: System, labels: Tensor, seed: int, batch_size: int = 100) -
     generator = torch.Generator().manual_seed(seed)
     device = next(system.prior.parameters()).device
     images = []
-    for part in labels.split(batch_size):
+    for part in torch.split(labels, batch_size):
         codes = sample_codes(system.prior, system.config, part.to(device), _gumbel_noise(generator))
         images.append(to_uint8(system.tokenizer.decode(codes), system.config.tokenizer.pixel_range).cpu())
     return torch.cat(images)
@@ -53,14 +54,20 @@ def _gumbel_noise(generator: torch.Generator) -> Noise:
     return lambda index, shape: -torch.empty(shape).exponential_(generator=generator).log()
 
 
-def diversity(samples: Tensor, labels: Tensor, originals: Tensor, original_labels: Tensor) -> float:
+def diversity(samples: Tensor, labels: Tensor, originals: Tensor, original_labels: Tensor) -> float | None:
     """Mean distance between two samples of a class over that between two originals of it, averaged over the classes.
 
-    About 1 when samples vary as the data do, 0 when a class has one picture.
+    About 1 when samples vary as the data do, 0 when a class has one picture. Classes count that have two samples and
+    two originals that differ; None when there is no such class.
     """
     ratios = []
-    for label in labels.unique():
-        pair = samples[labels == label], originals[original_labels == label]
-        ratios.append(torch.stack([torch.pdist(images.flatten(1).float()).mean() for images in pair]))
-    of_samples, of_originals = torch.stack(ratios).T
-    return float((of_samples / of_originals).nanmean())
+    for label in torch.unique(labels):
+        of_samples, of_originals = _spread(samples[labels == label]), _spread(originals[original_labels == label])
+        if of_samples is not None and of_originals:
+            ratios.append(of_samples / of_originals)
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def _spread(images: Tensor) -> float | None:
+    """Mean distance between two images; None when there are fewer."""
+    return float(torch.pdist(images.flatten(1).float()).mean()) if len(images) > 1 else None

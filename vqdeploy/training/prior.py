@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from vqdeploy.models.pixels import to_range
 from vqdeploy.systems import SYSTEMS, Recipe, System
 from vqdeploy.training.classifier import ImageClassifier
-from vqdeploy.training.data import to_range
 from vqdeploy.training.metrics import generate
 from vqdeploy.training.stage import schedule
 

@@ -1,7 +1,7 @@
 """A training run: three stages, the measurements, the checkpoint."""
 
 import dataclasses
-import shutil
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 
-from vqdeploy.checkpoint import FILES, save
-from vqdeploy.errors import VqdeployError
-from vqdeploy.files import check_replaceable, read_json, replacing_folder, write_json
+from vqdeploy.checkpoint import FILES, check_finite, save
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.files import check_replaceable, read_json, replacing_folder, temporary_folder, write_json
+from vqdeploy.models.pixels import channels_last
 from vqdeploy.runtime.images import write_grid
 from vqdeploy.systems import System, SystemConfig, create, definition
 from vqdeploy.systems import preset as find_preset
@@ -54,7 +55,8 @@ def train(
         What `training.json` holds: the recipe, and under `metrics` what the stored weights reach.
 
     Raises:
-        VqdeployError: An option, the data or the output folder will not do.
+        VqdeployError: An option, the data or the output folder cannot be used, or the data have changed since the cut.
+        ArtifactError: An image or the state is damaged, or the weights are not finite.
         KeyboardInterrupt: The user cut it; `resume` continues from there.
     """
     config = find_preset(model, preset)
@@ -62,19 +64,23 @@ def train(
     recipe = dataclasses.replace(definition(model).recipe(preset), **given)
     source = open_data(data, config.tokenizer.resolution)
     system = create(_adapt(config, source), seed)
+    seed_everything(seed, verbose=False)  # for the discriminator
     first = TokenizerTraining(system.tokenizer, recipe)
-    asked = {"model": model, "preset": preset, "data": data, "seed": seed, "recipe": recipe.to_dict()}
+    asked: dict[str, Any] = {"model": model, "preset": preset, "data": data, "data_fingerprint": source.fingerprint}
+    asked |= {"seed": seed, "recipe": recipe.to_dict()}
     state = _prepare(Path(output), asked, resume)
     seconds, classifier = _train(system, first, source, seed, state)
     system.to(getattr(torch, recipe.stored_dtype)).float().eval()
+    check_finite(system.state_dict(), f"the system stored as {recipe.stored_dtype}")
     training = asked | {"versions": _versions(), "seconds": seconds}
     training["metrics"], sheets = _measure(system, source, classifier, seed, samples)
     with replacing_folder(Path(output), FILES) as new:
         save(system, new, training, getattr(torch, recipe.stored_dtype))
         for name, images in sheets.items():
-            pixels = images.flatten(0, 1).permute(0, 2, 3, 1).numpy()
+            pixels = channels_last(images.flatten(0, 1)).numpy()
             write_grid(new / f"{name}.png", pixels, columns=images.shape[1], note=training)
-    shutil.rmtree(state)
+    with temporary_folder(state) as old:  # so that what is left when this is cut is no state
+        os.replace(state, old / state.name)
     return training
 
 
@@ -99,7 +105,13 @@ def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
             raise VqdeployError(f"{output} has no training that was cut", fix="run it without --resume")
         with replacing_folder(state, ("asked.json",)) as new:
             write_json(new / "asked.json", asked)
-    _compare(_flat(read_json(state / "asked.json")), _flat(asked))
+    before = read_json(state / "asked.json")
+    if not isinstance(before, dict) or not isinstance(before.get("recipe"), dict):
+        raise ArtifactError(f"{state / 'asked.json'} is damaged", fix=f"remove {state}")
+    if before.get("data_fingerprint") != asked["data_fingerprint"]:
+        fix = f"put the images back as they were, or remove {state}"
+        raise VqdeployError(f"the images of {asked['data']} have changed since the training was cut", fix=fix)
+    _compare(_flat(before), _flat(asked))
     return state
 
 
@@ -121,8 +133,9 @@ def _train(
 
     def stage(name: str, module: LightningModule, steps: int, **options: Any) -> None:
         seed_everything(seed, verbose=False)
-        elapsed = run_stage(module, data, steps, recipe.batch_size, state / f"{name}.ckpt", **options)
+        elapsed = run_stage(module, data, steps, recipe.batch_size, state / f"{name}.ckpt", seed, **options)
         seconds[name] = round(elapsed, 1)
+        check_finite(module.state_dict(), f"what the stage {name} has trained")
 
     stage("tokenizer", first, recipe.steps)
     if system.prior is None:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from vqdeploy.models.pixels import to_range, to_uint8
 from vqdeploy.systems import Recipe
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from vqdeploy.training.data import to_range, to_uint8
 from vqdeploy.training.metrics import codebook_use, psnr
 from vqdeploy.training.perceptual import perceptual_network
 from vqdeploy.training.stage import schedule
@@ -68,6 +68,7 @@ class TokenizerTraining(LightningModule):
 
     def _unit(self, pixels: Tensor) -> Tensor:
         """Pixels in the range of the model -> in 0..1."""
+        low: float
         low, high = self.tokenizer.config.pixel_range
         return (pixels - low) / (high - low)
 

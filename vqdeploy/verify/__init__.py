@@ -32,6 +32,7 @@ def verify(
     system: System | None = None,
     progress: Callable[[str], Any] = lambda name: None,
     device: str = "auto",
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Runs every check of a plan.
 
@@ -40,6 +41,7 @@ def verify(
         system: The checkpoint that it was made of; the shipped one of its preset when None.
         progress: Told the name of each part as its checks begin.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs on the CPU.
+        threads: CPU threads of the engine, as for `vqdeploy.runtime.load`; 0 for as many as there are cores.
 
     Returns:
         `{"passed": bool, "checks": [{"stage", "metric", "value", "limit", "passed"}]}`.
@@ -48,7 +50,7 @@ def verify(
         VqdeployError: The plan was made of another checkpoint, or cannot run here.
         ArtifactError: The plan is damaged.
     """
-    pipeline = load(plan, device)
+    pipeline = load(plan, device, threads)
     origin = pipeline.manifest.provenance
     if system is None:
         system = checkpoints.source(origin.config, origin.checkpoint, None, plan)
@@ -106,7 +108,7 @@ def _largest_number(layers: Iterable[torch.nn.Module]) -> Iterator[list[float]]:
     """The largest number that one of the layers puts out, in a list of one."""
     largest = [0.0]
 
-    def keep(layer: Any, inputs: Any, output: Any) -> None:
+    def keep(_layer: object, _inputs: object, output: object) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             largest[0] = max(largest[0], float(output.abs().max()))
 

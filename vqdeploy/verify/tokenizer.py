@@ -1,11 +1,11 @@
-"""Checks of `encode` and `decode`."""
+"""Checks of `encode` and `decode`. Pixels are converted as in training, and not by the layers that are exported."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqdeploy.export.layers import ImageInput, ImageOutput
+from vqdeploy.models.pixels import channels_first, channels_last, to_range, to_uint8
 from vqdeploy.runtime import Pipeline
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import IMAGES, Check, Limits, at_least, at_most, limits
@@ -21,11 +21,12 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
     if pipeline.tokenizer.omits_depths:
         decoded[-1:] = pipeline.decode(drawn[-1:], depth=1)
         drawn[-1, ..., 1:] = -1
-    expected = ImageOutput(tokenizer.config.pixel_range)(tokenizer.decode(torch.from_numpy(drawn))).numpy()
+    pixel_range = tokenizer.config.pixel_range
+    expected = channels_last(to_uint8(tokenizer.decode(torch.from_numpy(drawn)), pixel_range)).numpy()
 
     images = np.concatenate([expected, _smooth_images(pipeline.image_shape[:2], rng)])
     codes = torch.from_numpy(pipeline.encode(images))
-    x = ImageInput(tokenizer.config.pixel_range)(torch.from_numpy(images))
+    x = to_range(channels_first(torch.from_numpy(images)), pixel_range)
     agreement = (codes == tokenizer.encode(x)).float().mean()
     far = _far_codes(tokenizer.distances(x, codes), codes, allowed)
     return [

@@ -10,12 +10,15 @@ import numpy as np
 from PIL import Image
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import replacing_file
+from vqdeploy.files import check_regular, replacing_file
+from vqdeploy.options import SAMPLING_OPTIONS
 from vqdeploy.runtime import Pipeline, Step, load
+from vqdeploy.runtime.folder import find_images
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
 _COLUMNS = 8
+_LARGEST_CODES = 2**30  # bytes of an array of codes; an archive of a few kilobytes may unpack to any number
 _FILM_FRAMES = 256  # at most; a published prior takes thousands of steps
 _FILM_VEIL = 0.75  # lets what is drawn for now shine through
 
@@ -24,12 +27,14 @@ _FILM_VEIL = 0.75  # lets what is drawn for now shine through
 class Job:
     """What the command line asked for; `options` are those of `Pipeline.complete`.
 
-    `num_images` is the number of images of each label, or of completions of each image; None for a usual number.
-    `film` is where the steps of the first image go.
+    `num_images` is the number of images of each label, or of completions of each image, and `columns` that of a row of
+    decoded ones; None for a usual number. `keep_levels` is what `resample` keeps, `depth` what decoding uses. `film` is
+    where the steps of the first image go. `threads` is that of `vqdeploy.load`.
     """
 
     engine: Path
     device: str = "auto"
+    threads: int = 0
     task: str = "generate"
     labels: Sequence[str] = ()
     num_images: int | None = None
@@ -37,6 +42,8 @@ class Job:
     mask: Path | None = None
     mask_ratio: float | None = None
     depth: int | None = None
+    keep_levels: int | None = None
+    columns: int | None = None
     layer: int | None = None
     film: Path | None = None
     output: Path | None = None
@@ -56,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
     _check_options(job)
     _check_output(job, task.suffix)
     _check_film(job)
-    pipeline = load(job.engine, job.device)
+    pipeline = load(job.engine, job.device, job.threads)
     output = job.output or Path(f"{pipeline.manifest.name}-{job.task}{task.suffix}")
     start = time.perf_counter()
     result = task.run(pipeline, job, output)
@@ -65,7 +72,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    names = job.labels or [str(label) for label in range(min(pipeline.classes, _CLASSES_SHOWN))]
+    names: Sequence[str | int] = job.labels or range(min(pipeline.classes, _CLASSES_SHOWN))
     columns = job.num_images or _COLUMNS
     labels = [pipeline.label(name) for name in names for _ in range(columns)]
     seen: list[np.ndarray] = []
@@ -107,7 +114,7 @@ def _depth(pipeline: Pipeline, job: Job) -> dict[str, int]:
 
 def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, _files(job))
-    keep = 1 if job.depth is None else job.depth
+    keep = 1 if job.keep_levels is None else job.keep_levels
     labels = _labels(pipeline, job, len(images))
     result = pipeline.resample(images, labels, keep=keep, completions=job.num_images or 1, **job.options)
     note = {"options": result.options, "kept_levels": keep, "timings": result.timings}
@@ -123,9 +130,9 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
     masked = (
-        veil(images, np.logical_or.reduce(pipeline.layout.enlarged(unknown)))
-        if mask is None
-        else np.where(mask[..., None], GREY, images)
+        np.where(mask[..., None], GREY, images)
+        if mask is not None and pipeline.keeps_pixels
+        else veil(images, np.logical_or.reduce(pipeline.layout.enlarged(unknown)))
     )
     shown = np.concatenate([masked, result.images, images])
     note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
@@ -167,7 +174,7 @@ def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
         raise VqdeployError("decode takes one file of codes", expected="--input FILE.npz", found=len(job.inputs))
     codes = _read_codes(job.inputs[0])
     images = pipeline.decode(codes, job.depth)
-    return _write(output, pipeline, images, job.num_images or _COLUMNS, _depth(pipeline, job))
+    return _write(output, pipeline, images, job.columns or _COLUMNS, _depth(pipeline, job))
 
 
 class Task(NamedTuple):
@@ -190,6 +197,8 @@ _OPTIONS = {
     "--mask": "mask",
     "--mask-ratio": "mask_ratio",
     "--depth": "depth",
+    "--keep-levels": "keep_levels",
+    "--columns": "columns",
     "--layer": "layer",
     "--film": "film",
 }
@@ -198,16 +207,16 @@ TASKS = {
     "generate": Task(_generate, ".png", "--label --num-images --film", samples=True),
     "reconstruct": Task(_reconstruct, ".png", "--input --depth"),
     "inpaint": Task(_inpaint, ".png", "--input --label --num-images --mask --mask-ratio", samples=True),
-    "resample": Task(_resample, ".png", "--input --label --num-images --depth", samples=True),
+    "resample": Task(_resample, ".png", "--input --label --num-images --keep-levels", samples=True),
     "encode": Task(_encode, ".npz", "--input"),
-    "decode": Task(_decode, ".png", "--input --num-images --depth"),
+    "decode": Task(_decode, ".png", "--input --columns --depth"),
     "features": Task(_features, ".npz", "--input --label --layer"),
 }
 
 
 def _check_options(job: Job) -> None:
     """Refuses options of other tasks, which would change nothing."""
-    sampling = {f"--{name.replace('_', '-')}": value for name, value in job.options.items() if name != "seed"}
+    sampling = {option.spellings[0]: job.options.get(option.name) for option in SAMPLING_OPTIONS}
     for option, value in ({option: getattr(job, name) for option, name in _OPTIONS.items()} | sampling).items():
         if value not in (None, (), []) and not TASKS[job.task].takes(option):
             expected = " or ".join(name for name, task in TASKS.items() if task.takes(option))
@@ -245,23 +254,26 @@ def _check_film(job: Job) -> None:
 def _files(job: Job) -> list[Path]:
     """The images that the inputs name, and those in the folders that they name."""
     files: list[Path] = []
-    suffixes = Image.registered_extensions()
     for path in job.inputs:
-        files += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+        files += find_images(path) if path.is_dir() else [path]
     if not files:
         raise VqdeployError("this task needs images", expected="--input FILE or FOLDER", found="none")
+    for file in files:
+        check_regular(file)
     return files
 
 
 def _read_images(pipeline: Pipeline, files: Sequence[Path]) -> np.ndarray:
-    return np.stack([read(file, pipeline.image_shape[0]) for file in files])
+    return np.stack([read(file, *pipeline.image_shape[:2]) for file in files])
 
 
 def _read_codes(file: Path) -> np.ndarray:
+    check_regular(file)
     try:
         with np.load(file, allow_pickle=False) as archive:
-            return archive["codes"]
-    except FileNotFoundError as error:
-        raise VqdeployError(f"{file} does not exist") from error
+            if archive.zip.getinfo("codes.npy").file_size > _LARGEST_CODES:
+                raise ValueError("the archive is a bomb")
+            codes: np.ndarray = archive["codes"]
+            return codes
     except Exception as error:  # numpy raises what its parsers raise
         raise ArtifactError(f"{file} is not a file of codes", fix="vqdeploy run --task encode") from error

@@ -7,33 +7,18 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vqdeploy import cli
 from vqdeploy.runtime import load
 from vqdeploy.runtime.images import read, read_mask, veil
 from vqdeploy.verify.checks import LIMITS
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
-
-
-@pytest.fixture
-def vqdeploy(monkeypatch, capsys, tmp_path):
-    """Runs the entry point in process, in an empty folder; returns the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["vqdeploy", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -175,7 +160,7 @@ def test_the_options_are_in_the_file(vqdeploy, plan, pipeline, tmp_path):
         pixels = np.asarray(image)
     assert note == {
         "system": "rqvae",
-        "checkpoint": pipeline.manifest.checkpoint,
+        "checkpoint": pipeline.manifest.provenance.checkpoint,
         "options": {"seed": 3, "labels": [2, 2, 0, 0], "temperature": 0.7, "top_k": [1, 2, 3, 4], "top_p": 0.5},
     }
     expected = pipeline.generate([2, 2, 0, 0], seed=3, temperature=0.7, top_k=[1, 2, 3, 4], top_p=0.5).images
@@ -195,7 +180,7 @@ def test_codes_go_to_a_file_and_back(vqdeploy, plan, pipeline, picture, tmp_path
     codes = archive["codes"]
     assert archive["files"].tolist() == [str(picture)]
     assert (codes.shape, codes.dtype) == ((1, 4, 4, 4), np.int64)
-    vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz", "--num-images", 1, "-o", "d.png")
+    vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz", "--columns", 1, "-o", "d.png")
     vqdeploy("run", "--engine", plan, "--task", "reconstruct", "--input", picture, "-o", "r.png")
     decoded, both = (np.asarray(Image.open(tmp_path / name)) for name in ("d.png", "r.png"))
     np.testing.assert_array_equal(decoded, pipeline.decode(codes)[0])
@@ -205,7 +190,7 @@ def test_codes_go_to_a_file_and_back(vqdeploy, plan, pipeline, picture, tmp_path
 def test_depth_is_passed_on(vqdeploy, plan, pipeline, tmp_path):
     codes = np.random.default_rng(0).integers(0, 64, (1, 4, 4, 4))
     np.savez(tmp_path / "c.npz", codes=codes)
-    arguments = ["--task", "decode", "--input", "c.npz", "--num-images", 1, "--depth", 2, "-o", "d.png"]
+    arguments = ["--task", "decode", "--input", "c.npz", "--columns", 1, "--depth", 2, "-o", "d.png"]
     assert vqdeploy("run", "--engine", plan, *arguments)[0] == 0
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "d.png")), pipeline.decode(codes, 2)[0])
 
@@ -214,9 +199,23 @@ def test_a_folder_of_images(vqdeploy, plan, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(3):
         Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "images" / ".hidden").write_text("not an image")
-    result = parsed(vqdeploy("run", "--engine", plan, "--task", "reconstruct", "--input", "images", "--json"))
-    assert result["images"] == 6
+    (tmp_path / "images" / "._0.png").write_text("not an image")
+    (tmp_path / "images" / "paper.pdf").write_text("not an image")
+    run = ("run", "--engine", plan, "--task", "reconstruct", "--input", "images", "--json")
+    assert parsed(vqdeploy(*run))["images"] == 6
+    (tmp_path / "images" / "3.png").write_text("not an image")
+    refused(vqdeploy(*run), 1, "3.png is not an image that can be read (")
+
+
+def test_a_folder_of_folders(vqdeploy, plan, tmp_path):
+    for name in ("cat/images/0.png", "dog/1.png", ".cache/2.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "in" / name)
+    run = ("run", "--engine", plan, "--task", "encode", "--input", "in", "-o", "codes.npz", "--json")
+    assert parsed(vqdeploy(*run))["shape"] == [2, 4, 4, 4]
+    assert np.load(tmp_path / "codes.npz")["files"].tolist() == ["in/cat/images/0.png", "in/dog/1.png"]
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "loose.png")
+    refused(vqdeploy(*run), 2, "in holds images beside folders of images: loose.png beside cat, dog")
 
 
 def test_a_mask_of_its_own(vqdeploy, plan, picture, pipeline, tmp_path):
@@ -230,6 +229,23 @@ def test_a_mask_of_its_own(vqdeploy, plan, picture, pipeline, tmp_path):
     expected = pipeline.inpaint(original, [1], mask=mask > 127).images[0]
     np.testing.assert_array_equal(sheet[18:34], expected)
     np.testing.assert_array_equal(sheet[:16], np.where(mask[..., None] > 127, 128, original[0]))
+
+
+def test_the_sheet_shows_what_was_drawn_and_not_what_the_mask_covers(vqdeploy, plan, movq_plan, picture, tmp_path):
+    """One corner at the top: an autoregressive prior draws everything from its row on, a masked one nothing else."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[5:7, :4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = ["--task", "inpaint", "--input", picture, "--mask", "mask.png", "--label", "1", "-o", "i.png"]
+    for file, unknown in ((plan, np.arange(16)[:, None] >= 4), (movq_plan, mask > 127)):
+        assert vqdeploy("run", "--engine", file, *arguments)[0] == 0
+        sheet = np.asarray(Image.open(tmp_path / "i.png"))
+        shown, drawn, original = sheet[:16], sheet[18:34], sheet[36:]
+        np.testing.assert_array_equal(shown, np.where(unknown[..., None], 128, original))
+        if file is movq_plan:
+            np.testing.assert_array_equal(
+                np.where(unknown[..., None], 0, drawn), np.where(unknown[..., None], 0, original)
+            )
 
 
 def test_a_masked_prior_completes_one_image_several_times(vqdeploy, movq_plan, movq_pipeline, picture, tmp_path):
@@ -314,7 +330,7 @@ def test_a_hierarchy_generates(vqdeploy, vqvae2_plan, vqvae2_pipeline, tmp_path)
     np.testing.assert_array_equal(found, expected.images)
     assert note == {
         "system": "vqvae2",
-        "checkpoint": vqvae2_pipeline.manifest.checkpoint,
+        "checkpoint": vqvae2_pipeline.manifest.provenance.checkpoint,
         "options": {"seed": 3, "labels": [1, 2], "temperature": [0, 0.8], "top_k": 9, "top_p": 1.0},
     }
     film = np.asarray(Image.open(tmp_path / "f.png"))
@@ -324,7 +340,7 @@ def test_a_hierarchy_generates(vqdeploy, vqvae2_plan, vqvae2_pipeline, tmp_path)
     assert grey < np.abs(film[:, -26 * 9 :].astype(int) - 128).mean()  # a veil lies over what has no bottom code yet
 
 
-@pytest.mark.parametrize(("options", "kept"), [([], 1), (["--depth", 0], 0), (["--depth", 1], 1)])
+@pytest.mark.parametrize(("options", "kept"), [([], 1), (["--keep-levels", 0], 0), (["--keep-levels", 1], 1)])
 def test_details_are_drawn_anew(vqdeploy, vqvae2_plan, vqvae2_pipeline, picture, tmp_path, options, kept):
     arguments = ["--task", "resample", "--input", picture, "--label", "eel", "--num-images", 2, "--seed", 4, *options]
     result = parsed(vqdeploy("run", "--engine", vqvae2_plan, *arguments, "--json"))
@@ -353,7 +369,7 @@ def test_the_codes_of_a_hierarchy_go_to_a_file_and_back(vqdeploy, vqvae2_plan, v
     run = ("run", "--engine", vqvae2_plan, "--task")
     assert parsed(vqdeploy(*run, "encode", "--input", picture, "-o", "codes.npz", "--json"))["shape"] == [1, 45]
     codes = np.load(tmp_path / "codes.npz")["codes"]
-    assert vqdeploy(*run, "decode", "--input", "codes.npz", "--num-images", 1, "-o", "d.png")[0] == 0
+    assert vqdeploy(*run, "decode", "--input", "codes.npz", "--columns", 1, "-o", "d.png")[0] == 0
     assert vqdeploy(*run, "reconstruct", "--input", picture, "-o", "r.png")[0] == 0
     (decoded,), note = sheet_of(tmp_path / "d.png")
     np.testing.assert_array_equal(decoded, vqvae2_pipeline.decode(codes)[0])
@@ -415,7 +431,7 @@ def refused(result, code, *words):
         (["--steps", "3"], ["this system has no option steps", "temperature, top_k, top_p"]),
         (["--task", "reconstruct", "--film", "f.gif"], ["--film is no option of this task; expected --task generate"]),
         (["--layer", "1"], ["--layer", "expected --task features, found generate"]),
-        (["--depth", "1"], ["--depth", "--task reconstruct or resample or decode"]),
+        (["--depth", "1"], ["--depth", "--task reconstruct or decode"]),
         (["--input", "in.png"], ["--input", "found generate"]),
         (["--mask", "in.png"], ["--mask is", "--task inpaint"]),
         (["--mask-ratio", "0.5"], ["--mask-ratio", "--task inpaint"]),
@@ -456,8 +472,14 @@ def test_wrong_requests_to_a_masked_prior(vqdeploy, movq_plan, picture, tmp_path
     [
         (["--task", "resample", "--input", "in.png"], ["needs labels", "0..2"]),
         (["--task", "resample", "--label", "cat"], ["needs images"]),
-        (["--task", "resample", "--input", "in.png", "--label", "cat", "--depth", "2"], ["levels to keep", "0..1"]),
-        (["--task", "resample", "--input", "in.png", "--label", "cat", "--depth", "-1"], ["levels to keep", "0..1"]),
+        (
+            ["--task", "resample", "--input", "in.png", "--label", "cat", "--keep-levels", "2"],
+            ["levels to keep", "0..1"],
+        ),
+        (
+            ["--task", "resample", "--input", "in.png", "--label", "cat", "--keep-levels", "-1"],
+            ["levels to keep", "0..1"],
+        ),
         (["--task", "resample", "--input", "in.png", "--label", "cat", "--film", "f.gif"], ["--film is no option"]),
         (["--task", "reconstruct", "--input", "in.png", "--depth", "1"], ["no depths to leave out"]),
         (["--task", "decode", "--input", "codes.npz"], ["codes", "[B, 45]"]),
@@ -579,6 +601,18 @@ def test_codes_that_do_not_fit(vqdeploy, plan, tmp_path, array, code):
     refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), code, "codes")
 
 
+def test_codes_that_unpack_to_more_than_any_memory(vqdeploy, plan, tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "codes.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("codes.npy", "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "<i8", "fortran_order": False, "shape": (2**30 // 8 // 64 + 1, 4, 4, 4)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(65):
+            member.write(bytes(2**24))
+    refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), 1, "not a file of codes")
+
+
 def test_codes_under_another_name(vqdeploy, plan, tmp_path):
     np.savez(tmp_path / "codes.npz", tokens=np.zeros((1, 4, 4, 4), int))
     refused(vqdeploy("run", "--engine", plan, "--task", "decode", "--input", "codes.npz"), 1, "not a file of codes")
@@ -615,7 +649,7 @@ def test_a_folder_gives_its_images_alone(vqdeploy, plan, picture, tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "README.md").write_text("not an image")
     request = ("run", "--engine", plan, "--task", "encode", "--input", "folder", "--json")
-    refused(vqdeploy(*request), 2, "this task needs images")
+    refused(vqdeploy(*request), 2, "folder holds no images; expected files such as")
     (folder / "a.png").write_bytes(picture.read_bytes())
     assert json.loads(vqdeploy(*request)[1])["shape"][0] == 1
 

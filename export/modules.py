@@ -1,0 +1,488 @@
+"""Any PyTorch module as an ONNX package: `export_module`.
+
+The functions of the stages run on a copy of the module, whose quantizers are replaced (`vqdeploy.export.quantizers`).
+Numbers cross the border of a stage as float32, int64 or uint8, whatever the module has inside.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import torch
+from torch import Tensor, nn
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.export import stage as graphs
+from vqdeploy.export.functions import OPSET, attach, translations
+from vqdeploy.export.package import write_package
+from vqdeploy.export.precision import DTYPES
+from vqdeploy.export.quantizers import copied, look_alikes, replace_quantizers
+from vqdeploy.export.stage import Dimension
+from vqdeploy.files import replacing_folder
+from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, Provenance
+
+log = logging.getLogger("vqdeploy")
+
+Axes = Mapping[str, Mapping[int, str]]
+"""Input or output -> axis -> name of the open dimension there."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One function of a module that becomes a graph.
+
+    Attributes:
+        function: Takes the module and the inputs, in order, and returns a tensor or several. It must call the module
+            that it is given.
+        inputs: Examples by name; they tell types, closed dimensions and usual sizes, and what realistic values are.
+        outputs: Names of what is returned, in order.
+    """
+
+    function: Callable[..., Any]
+    inputs: Mapping[str, Tensor]
+    outputs: Sequence[str]
+
+
+def export_module(
+    model: nn.Module,
+    stages: Mapping[str, Stage],
+    folder: str | Path,
+    dynamic: Axes | None = None,
+    sizes: Mapping[str, tuple[int, int, int]] | None = None,
+    dtype: str = "fp32",
+    verify: bool = True,
+    progress: Callable[[str], object] = log.info,
+) -> Manifest:
+    """Writes the ONNX package of a module, whole or not at all; the module stays as it is.
+
+    Args:
+        model: The module. It is exported in evaluation mode.
+        stages: What to export, by name.
+        folder: Where. A package that is there is replaced.
+        dynamic: The open dimensions of inputs, by axis; an output of that name has them too.
+        sizes: Smallest, usual and largest size of open dimensions. Where they are not told, a batch is 1 to 64, and
+            another dimension as small and up to four times as large as the example if the module takes that.
+        dtype: Precision of the weights, `fp32` or `fp16`; quantizers stay in fp32.
+        verify: Compare each stage with the module as it was given, at several sizes; see `vqdeploy.verify.modules`.
+        progress: Told the name of each stage as its export begins.
+
+    Raises:
+        VqdeployError: Something is named twice or is not there, a quantizer cannot be served exactly, or a stage cannot
+            be exported; it says which part of the module is in the way.
+        ArtifactError: The graphs do not do what the module does.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise VqdeployError("there is no such precision", expected=" or ".join(DTYPES), found=repr(dtype))
+    _check_names(stages, dynamic or {}, sizes or {})
+    for sentence in look_alikes(model):
+        log.warning("%s", sentence)
+    reference, (served, _) = copied(model), replace_quantizers(model)
+    parts = [_part(name, stage, reference, served, dynamic or {}, sizes or {}) for name, stage in stages.items()]
+    described = Manifest(
+        format=FORMAT,
+        name=re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name),
+        precision=dtype,
+        opset=OPSET,
+        provenance=Provenance(producer=f"vqdeploy {version('vqdeploy')}", checkpoint=weights_digest(reference)),
+        stages=(),
+        members={},
+    )
+    with replacing_folder(folder, (FILE, WEIGHTS, "*.onnx")) as new:
+        package = new / "package"
+        manifest = write_package(parts, package, described, progress)
+        if verify:
+            from vqdeploy.verify.modules import table, verify_package  # which imports this module
+
+            report = verify_package(package, model, stages, progress)
+            if not report["passed"]:
+                raise ArtifactError(f"the graphs do not do what the module does:\n{table(report)}")
+        for file in list(package.iterdir()):
+            file.rename(new / file.name)
+        package.rmdir()
+    return manifest
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Sha256 of the names and values of all parameters and buffers of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quantizer_stages(quantizer: nn.Module, vectors: Tensor) -> dict[str, Stage]:
+    """The stages of a quantizer alone, for a model whose other layers cannot be exported or need not be.
+
+    Args:
+        quantizer: Of a registered class.
+        vectors: What goes into it.
+
+    Returns:
+        `encode` from `vectors` to `codes`, and `decode` back where the quantizer can.
+    """
+    with torch.no_grad():
+        found = copied(quantizer)(vectors)
+    if isinstance(found, Tensor):  # codes alone
+        return {"encode": Stage(lambda q, x: q(x), {"vectors": vectors}, ["codes"])}
+    back = "get_output_from_indices" if hasattr(quantizer, "get_output_from_indices") else "indices_to_codes"
+    return {
+        "encode": Stage(lambda q, x: q(x)[1], {"vectors": vectors}, ["codes"]),
+        "decode": Stage(lambda q, codes: getattr(q, back)(codes), {"codes": found[1]}, ["vectors"]),
+    }
+
+
+class Call(nn.Module):
+    """A stage as a module: `forward` takes the inputs and returns all outputs, in the types of the border."""
+
+    def __init__(self, name: str, model: nn.Module, stage: Stage):
+        super().__init__()
+        self.name, self.model, self.function = name, model, stage.function
+        self.types = [example.dtype for example in stage.inputs.values()]
+        self.outputs = list(stage.outputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = [x.to(dtype) for x, dtype in zip(inputs, self.types, strict=True)]
+        result = self.function(self.model, *given)
+        found = (result,) if isinstance(result, Tensor) else tuple(result)
+        if len(found) != len(self.outputs) or not all(isinstance(tensor, Tensor) for tensor in found):
+            names = [type(each).__name__ for each in found]
+            raise VqdeployError(f"stage {self.name} returns something else", expected=self.outputs, found=names)
+        return tuple(map(at_border, found))
+
+
+def at_border(x: Tensor) -> Tensor:
+    """A tensor in the type that it has outside of a graph."""
+    if x.is_floating_point():
+        return x.float()
+    return x if x.dtype == torch.uint8 else x.to(torch.uint8 if x.dtype == torch.bool else torch.int64)
+
+
+@dataclass
+class _Part(graphs.Stage):
+    """One graph of a module: all its open dimensions, by input and output."""
+
+    axes: Axes = field(default_factory=dict)
+    dims: tuple[Dimension, ...] = ()
+
+    @property
+    def dimensions(self) -> set[Dimension]:
+        """All open dimensions."""
+        return set(self.dims)
+
+    def to_onnx(self, opset: int = OPSET) -> onnx_ir.Model:
+        """Exports the module."""
+        shapes = tuple(dict.fromkeys(self.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in self.inputs)
+        try:
+            exported = torch.export.export(
+                self.module, tuple(self.inputs.values()), dynamic_shapes=(shapes,), strict=False
+            )
+            program: Any = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                input_names=list(self.inputs),
+                output_names=self.outputs,
+                opset_version=opset,
+                custom_translation_table=translations(),
+                verbose=False,
+            )
+        except Exception as error:  # PyTorch's have no common base class
+            raise _refusal(error, self.name, self.module) from error
+        attach(program.model)
+        _free_names(program.model, self.name)
+        _name_dimensions(program.model, self.axes)
+        return program.model
+
+
+def _free_names(model: onnx_ir.Model, stage: str) -> None:
+    """Renames what has the name of an input or output without being it: users do not know PyTorch's names.
+
+    Constants that are no parameters get a name that no value of another stage has, since stages share their weights.
+    """
+    graph = model.graph
+    border = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    constants = list(graph.initializers.values())
+    for value in itertools.chain(*(node.outputs for node in graph)):
+        if value.name in taken and id(value) not in border:
+            value.name = f"{value.name}.inner"
+    for value in constants:
+        if "." not in str(value.name):
+            value.name = f"{stage}.{value.name}"
+
+
+def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
+    """Gives open dimensions our names in place of PyTorch's symbols, in the whole graph."""
+    graph, names = model.graph, {}
+    for value in graph.inputs:
+        names |= {str(_dim(value, axis)): name for axis, name in axes.get(str(value.name), {}).items()}
+    values = itertools.chain(*(node.outputs for node in graph))
+    for value in values:
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([names.get(str(_dim(value, i)), d) for i, d in enumerate(value.shape)])
+    for value in (*graph.inputs, *graph.outputs):
+        own = axes.get(str(value.name), {})
+        value.shape = onnx_ir.Shape([own.get(i, d) for i, d in enumerate(value.shape or ())])
+
+
+def _dim(value: Any, axis: int) -> Any:
+    dim = value.shape[axis]
+    return dim if isinstance(dim, int) else dim.value
+
+
+def _check_names(stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str, Any]) -> None:
+    if not stages:
+        raise VqdeployError("there is no stage to export")
+    for name, stage in stages.items():
+        tensors = [*stage.inputs, *stage.outputs]
+        if bad := [n for n in (name, *tensors) if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", n)]:
+            raise VqdeployError("a name will not do", expected="letters, digits, - and _", found=repr(bad[0]))
+        if len(set(tensors)) < len(tensors):
+            raise VqdeployError(f"two tensors of stage {name} have one name", found=", ".join(tensors))
+    known = {tensor for stage in stages.values() for tensor in (*stage.inputs, *stage.outputs)}
+    if unknown := [name for name in dynamic if name not in known]:
+        raise VqdeployError("dynamic names a tensor that no stage has", expected=sorted(known), found=unknown[0])
+    dims = {dim for axes in dynamic.values() for dim in axes.values()}
+    if unknown := [name for name in sizes if name not in dims]:
+        raise VqdeployError("sizes names a dimension that is not open", expected=sorted(dims), found=unknown[0])
+    for name, (smallest, usual, largest) in sizes.items():
+        if not 1 <= smallest <= usual <= largest:
+            found = f"{smallest}, {usual}, {largest}"
+            raise VqdeployError(
+                f"the sizes of {name} are out of order", expected="smallest, usual, largest", found=found
+            )
+
+
+def _part(
+    name: str, stage: Stage, reference: nn.Module, served: nn.Module, dynamic: Axes, sizes: Mapping[str, Any]
+) -> _Part:
+    """A stage before its export. How large its open dimensions may be is asked of the module as it was given."""
+    call = Call(name, reference, stage)
+    axes = {tensor: dict(dynamic[tensor]) for tensor in stage.inputs if tensor in dynamic}
+    usual = example_sizes(name, stage.inputs, axes)
+
+    def shapes(**changed: int) -> list[tuple[int, ...]]:
+        with torch.no_grad():
+            return [tuple(x.shape) for x in call(*resized(stage.inputs, axes, usual | changed).values())]
+
+    try:
+        shapes()
+    except VqdeployError:
+        raise
+    except Exception as error:  # whatever the module raises
+        raise VqdeployError(f"stage {name} fails in PyTorch: {_first_line(error)}{_place(error, call)}") from error
+    dims = _open_dimensions(usual, sizes, lambda **changed: _accepts(shapes, **changed))
+    axes = {tensor: {i: d for i, d in own.items() if d in dims} for tensor, own in axes.items()}
+    outputs, derived = _output_dimensions(stage, dims, shapes, dynamic)
+    traced = {dim: max(usual[dim], 2) for dim in dims}  # PyTorch takes 1 for a constant
+    return _Part(
+        name,
+        Call(name, served, stage),
+        {tensor: at_border(x) for tensor, x in resized(stage.inputs, axes, traced).items()},
+        list(stage.outputs),
+        axes=axes | outputs,
+        dims=(*dims.values(), *derived.values()),
+    )
+
+
+def example_sizes(name: str, inputs: Mapping[str, Tensor], axes: Axes) -> dict[str, int]:
+    """The size of each open dimension in the examples.
+
+    Raises:
+        VqdeployError: Two examples differ in one, or an example does not have the axis.
+    """
+    sizes: dict[str, int] = {}
+    for tensor, own in axes.items():
+        for axis, dim in own.items():
+            if not 0 <= axis < inputs[tensor].ndim:
+                found = f"axis {axis} of {list(inputs[tensor].shape)}"
+                raise VqdeployError(f"the example {tensor} of stage {name} lacks the axis {dim}", found=found)
+            if sizes.setdefault(dim, size := inputs[tensor].shape[axis]) != size:
+                raise VqdeployError(f"the examples of stage {name} differ in {dim}", expected=sizes[dim], found=size)
+    return sizes
+
+
+def resized(
+    inputs: Mapping[str, Tensor], axes: Axes, sizes: Mapping[str, int], noise: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Examples repeated or cut to other sizes; with `noise` no two places along the open dimensions are alike.
+
+    Args:
+        inputs: Examples.
+        axes: Their open dimensions.
+        sizes: Of each open dimension.
+        noise: Where random numbers come from. Floats get noise of half their spread; whole numbers are drawn from the
+            example, slices along its other dimensions in one piece.
+    """
+    result = {}
+    for name, example in inputs.items():
+        x, own = example.detach().cpu(), axes.get(name, {})
+        if noise is not None and own and not x.is_floating_point():
+            shape = [sizes[own[axis]] if axis in own else size for axis, size in enumerate(x.shape)]
+            result[name] = _drawn(x, sorted(own), shape, noise)
+            continue
+        for axis, dim in own.items():
+            x = x.index_select(axis, torch.arange(sizes[dim]) % example.shape[axis])
+        if noise is not None and x.is_floating_point():
+            spread = float(x.float().std()) if x.numel() > 1 else 0.0
+            x = x + 0.5 * (spread or 1.0) * torch.randn(x.shape, generator=noise).to(x.dtype)
+        result[name] = x
+    return result
+
+
+def _drawn(example: Tensor, axes: list[int], shape: list[int], noise: torch.Generator) -> Tensor:
+    """Slices of an example, drawn for every place along the axes of the new shape."""
+    front = list(range(len(axes)))
+    slices = example.movedim(axes, front).flatten(0, len(axes) - 1)
+    sizes = [shape[axis] for axis in axes]
+    places = torch.randint(len(slices), sizes, generator=noise)
+    return slices[places].movedim(front, axes)
+
+
+def _accepts(shapes: Callable[..., list[tuple[int, ...]]], **changed: int) -> bool:
+    """Whether the module takes other sizes, and makes something of them."""
+    try:
+        return all(0 not in shape for shape in shapes(**changed))
+    except Exception:  # whatever the module raises
+        return False
+
+
+def _open_dimensions(
+    usual: Mapping[str, int], sizes: Mapping[str, Any], accepts: Callable[..., bool]
+) -> dict[str, Dimension]:
+    """The dimensions that may have more than one size."""
+    dims = {}
+    for name, size in usual.items():
+        if name in sizes:
+            smallest, middle, largest = sizes[name]
+        elif name == BATCH:
+            smallest, middle, largest = 1, size, max(size, _MOST_IMAGES)
+        else:
+            smallest, middle, largest = _smallest(name, size, accepts), size, _largest(name, size, accepts)
+        if smallest < largest:
+            dims[name] = Dimension(name, largest, middle, smallest)
+    alone = {name for name in dims if name not in sizes and name != BATCH}
+    for kind in ("smallest", "largest"):
+        if not accepts(**{name: getattr(dim, kind) for name, dim in dims.items() if name != BATCH}):
+            for name in alone:
+                dims[name] = dataclasses.replace(dims[name], **{kind: usual[name]})
+    return {name: dim for name, dim in dims.items() if dim.smallest < dim.largest}
+
+
+BATCH = "batch"
+_MOST_IMAGES = 64  # in a batch, where nobody says how many
+
+
+def _smallest(name: str, size: int, accepts: Callable[..., bool]) -> int:
+    if accepts(**{name: 1}):
+        return 1
+    while size % 2 == 0 and accepts(**{name: size // 2}):
+        size //= 2
+    return size
+
+
+def _largest(name: str, size: int, accepts: Callable[..., bool]) -> int:
+    for _ in range(2):
+        if accepts(**{name: 2 * size}):
+            size *= 2
+    return size
+
+
+def _output_dimensions(
+    stage: Stage, dims: Mapping[str, Dimension], shapes: Callable[..., list[tuple[int, ...]]], dynamic: Axes
+) -> tuple[dict[str, dict[int, str]], dict[str, Dimension]]:
+    """Names of the open dimensions of outputs, and those that are no input's, by name."""
+    usual = {name: dim.usual for name, dim in dims.items()}
+    other = {name: dim.largest if dim.largest > dim.usual else dim.smallest for name, dim in dims.items()}
+    if BATCH in other:
+        other[BATCH] = usual[BATCH] + 1
+    runs = [usual, *({**usual, name: size} for name, size in other.items())]
+    found = [shapes(**sizes) for sizes in runs]
+    ends = [shapes(**{n: getattr(d, k) if n != BATCH else usual[n] for n, d in dims.items()}) for k in _KINDS]
+    names: dict[str, dict[int, str]] = {}
+    derived: dict[str, Dimension] = {}
+    for o, output in enumerate(stage.outputs):
+        names[output] = {}
+        for axis in range(len(found[0][o])):
+            seen = [shape[o][axis] for shape in found]
+            if len(set(seen)) == 1:
+                continue
+            same = [name for name in dims if [sizes[name] for sizes in runs] == seen]
+            name = same[0] if same else dynamic.get(output, {}).get(axis, f"{output}_{axis}")
+            if not same and name in dims:
+                name = f"{output}_{axis}"
+            names[output][axis] = name
+            if not same:
+                smallest, middle, largest = (shape[o][axis] for shape in ends)
+                if BATCH in dims and seen[1 + list(dims).index(BATCH)] != seen[0]:
+                    smallest, largest = 1, middle * dims[BATCH].largest
+                derived[name] = Dimension(name, largest, middle, smallest)
+    return names, derived
+
+
+_KINDS = ("smallest", "usual", "largest")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+_HELP = (
+    ("data-dependent", "the module branches on the value of a tensor: use torch.where, or decide it before the export"),
+    ("Constraints violated", "an open dimension has one size only: take it from dynamic, or the number from the code"),
+    ("specialized", "an open dimension has one size only: take it from dynamic, or the number from the code"),
+    ("torchscript", "PyTorch's exporter has no ONNX operator for it"),
+)
+"""What a message of PyTorch says -> what helps."""
+
+
+def _refusal(error: Exception, name: str, module: nn.Module) -> VqdeployError:
+    """Why a stage cannot be exported, in a sentence: which part of the module, which line, and what helps."""
+    if isinstance(error, VqdeployError):
+        return error
+    message = " ".join(map(str, _chain(error)))
+    advice = [text for sign, text in _HELP if sign.lower() in message.lower()][:1]
+    advice += look_alikes(module)[:1]
+    return VqdeployError(
+        f"stage {name} cannot be exported{_place(error, module)}: {_first_line(list(_chain(error))[-1])}",
+        fix="; ".join([*advice, "quantizer_stages exports a quantizer alone"]),
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _place(error: BaseException, module: nn.Module) -> str:
+    """The innermost part of a module whose code an error passed through, and the line of it; empty if there is none."""
+    names = {id(part): name for name, part in module.named_modules()}
+    place = ""
+    for link in _chain(error):
+        for frame, line in traceback.walk_tb(link.__traceback__):
+            name = names.get(id(frame.f_locals.get("self")))
+            file = frame.f_code.co_filename
+            if name is None or file == __file__ or file.startswith(_TORCH):
+                continue
+            name = name.removeprefix("model").lstrip(".")
+            place = f" in {name or 'the module itself'} ({file}, line {line})"
+        if place:
+            break
+    return place
+
+
+_TORCH = str(Path(torch.__file__).parent)

@@ -1,0 +1,95 @@
+"""Folders of images, walked in one way by `train` and by `run`."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.images import suffixes
+
+log = logging.getLogger("vqdeploy")
+
+_JUNK = ("__MACOSX", "@eaDir")  # folders that macOS and Synology leave among images
+_NAMED = 3  # of the files and folders that a message could list
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images of a folder, in order of their paths; see `find_classes`.
+
+    Raises:
+        VqdeployError: There are none, images lie beside folders of images, or a folder cannot be read.
+    """
+    return [file for files in find_classes(folder).values() for file in files]
+
+
+def find_classes(folder: Path) -> dict[str, list[Path]]:
+    """The images of each class of a folder, both in order of their names.
+
+    The subfolders are the classes, and an image belongs to the class however deep it lies in it. Images that lie in the
+    folder itself have no class: they come under the name "". What is hidden (its name begins with a dot) and what is no
+    image by its ending is left out. Links are followed.
+
+    Raises:
+        VqdeployError: There are no images, images lie beside folders of images, or a folder cannot be read.
+    """
+    files, folders = _listed(folder)
+    loose, others = _images(files)
+    classes = {}
+    for path in folders:
+        found, rest = _images(_below(path, (_identity(folder), _identity(path))))
+        classes[path.name] = found
+        others += rest
+    if others:
+        log.info("%d files in %s are no images by their ending: %s", len(others), folder, shortened(others))
+    filled = [name for name, found in classes.items() if found]
+    if loose and filled:
+        raise VqdeployError(
+            f"{folder} holds images beside folders of images: {shortened(loose)} beside {shortened(filled)}",
+            expected="images alone, or one folder for each class",
+        )
+    if not loose and not filled:
+        raise VqdeployError(f"{folder} holds no images", expected=f"files such as {', '.join(sorted(_USUAL))}")
+    return {"": loose} if loose else classes
+
+
+def shortened(names: list[Path] | list[str]) -> str:
+    """The first few names of a list, and how many more there are."""
+    shown = ", ".join(name.name if isinstance(name, Path) else name for name in names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+_USUAL = (".png", ".jpg", ".webp", ".tif")
+
+
+def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files and the folders in a folder, in order of their names, without what is hidden."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _JUNK)
+        return [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
+    except OSError as error:
+        raise VqdeployError(f"{folder} cannot be read ({error.strerror})") from error
+
+
+def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """All files below a folder; a link to one of the folders `above`, which would never end, is left out."""
+    files, folders = _listed(folder)
+    yield from files
+    for path in folders:
+        if (identity := _identity(path)) not in above:
+            yield from _below(path, (*above, identity))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _images(files: Iterator[Path] | list[Path]) -> tuple[list[Path], list[Path]]:
+    """Parts files into images and others, by their endings."""
+    known = suffixes()
+    images: list[Path] = []
+    others: list[Path] = []
+    for file in files:
+        (images if file.suffix.lower() in known else others).append(file)
+    return images, others

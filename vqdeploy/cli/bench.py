@@ -1,0 +1,53 @@
+"""`vqdeploy bench`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vqdeploy.cli.options import Checkpoint, Device, Engine, Json, Threads, with_sampling_options
+from vqdeploy.cli.output import finish, progress
+
+
+@with_sampling_options
+def bench(
+    *,
+    engine: Engine,
+    device: Device = "auto",
+    threads: Threads = 0,
+    task: Annotated[
+        list[str] | None, typer.Option(help="generate, encode or decode; repeatable; all by default.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images a call; repeatable; 1 by default.")
+    ] = None,
+    warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Calls that are not counted.")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="Calls that are counted.")] = 5,
+    baseline: Annotated[str, typer.Option(help="PyTorch baselines, split by commas: eager,compile.")] = "",
+    sampling: dict[str, Any],
+    checkpoint: Checkpoint = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time of a step goes.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times as a PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the tasks of a plan, and the same in PyTorch."""
+    from vqdeploy import bench as benchmark
+
+    with progress("timing") as tell:
+        report = benchmark.bench(
+            engine,
+            tasks=task or (),
+            batch_sizes=batch_size or (1,),
+            warm_up=warm_up,
+            iterations=iterations,
+            baselines=[name for name in baseline.split(",") if name],
+            checkpoint=checkpoint,
+            profile=profile,
+            options=sampling,
+            progress=tell,
+            device=device,
+            threads=threads,
+        )
+    if plot:
+        benchmark.plot(report, plot)
+    finish(report, as_json, benchmark.table(report))

@@ -1,0 +1,37 @@
+"""`vqdeploy build`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vqdeploy.cli.options import Json
+from vqdeploy.cli.output import finish, progress
+
+
+def build(
+    package: Annotated[Path, typer.Argument(help="Folder that `vqdeploy export` wrote.")] = Path("rqvae-onnx"),
+    backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
+    device: Annotated[str, typer.Option(help="onnxrt: what the plan is for, cpu or cuda.")] = "cpu",
+    opt_batch: Annotated[int, typer.Option(min=1, help="TensorRT: batch that the engines are tuned for.")] = 1,
+    max_batch: Annotated[
+        int, typer.Option(min=1, max=4096, help="Largest batch of one call; larger requests are split.")
+    ] = 64,
+    plugin: Annotated[
+        str, typer.Option(help="auto, on or off: for TensorRT, whether our kernels run the quantizers.")
+    ] = "auto",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File; MODEL.plan when left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build an ONNX package into one plan."""
+    from vqdeploy.engines.build import build as build_plan
+    from vqdeploy.engines.package import read_manifest
+    from vqdeploy.runtime.manifest import SizeRange
+
+    plan = output or Path(f"{read_manifest(package).name}.plan")
+    with progress("building") as tell:
+        batch = SizeRange(1, opt_batch, max_batch)
+        manifest = build_plan(package, plan, backend, batch, tell, plugin=plugin, device=device)
+    size = plan.stat().st_size
+    result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}
+    finish(result, as_json, f"{plan}  {size / 1e6:.1f} MB for {backend}")

@@ -1,0 +1,69 @@
+"""Options that several verbs share, and those that follow from the table of sampling options."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.options import SAMPLING_OPTIONS, SamplingOption
+
+if TYPE_CHECKING:
+    from vqdeploy.systems import System
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Model = Annotated[str, typer.Option(help="System, such as rqvae; see `vqdeploy models`.")]
+Preset = Annotated[str, typer.Option(help="Named configuration; see `vqdeploy models`.")]
+Engine = Annotated[Path, typer.Option(help="The plan.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder; the shipped weights when left out.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is CUDA for plans that were built for it.")]
+Threads = Annotated[
+    int, typer.Option(min=0, max=4096, help="CPU threads of the engine; 0 for as many as there are cores.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+
+
+def find_system(model: str, preset: str, checkpoint: Path | None) -> "System":
+    """The system of a checkpoint folder, or the shipped one of a preset."""
+    from vqdeploy import checkpoint as checkpoints
+
+    return checkpoints.load(checkpoint) if checkpoint else checkpoints.default(model, preset)
+
+
+def with_sampling_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Gives a verb a parameter for each sampling option; it gets them as `sampling`, a dictionary by name."""
+
+    @functools.wraps(verb)
+    def with_options(**arguments: Any) -> None:
+        sampling = {option.name: _parsed(option, arguments.pop(option.name)) for option in SAMPLING_OPTIONS}
+        verb(sampling=sampling, **arguments)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb).parameters.values():
+        parameters += map(_parameter, SAMPLING_OPTIONS) if parameter.name == "sampling" else [parameter]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
+def _parameter(option: SamplingOption) -> inspect.Parameter:
+    """What typer makes a command line option of; a list such as `0.9,0.8,1,1` is text to it."""
+    kind = str if option.per_depth else option.type
+    text = f"{option.help} {option.values}." if option.choices else option.help
+    annotation = Annotated[kind | None, typer.Option(*option.spellings, help=text)]  # type: ignore[valid-type]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _parsed(option: SamplingOption, value: Any) -> Any:
+    """A value, or a list of one for each depth: `0.9` or `0.9,0.8,1,1`."""
+    if value is None or not option.per_depth:
+        return value
+    try:
+        values = [option.type(part) for part in value.split(",")]
+    except ValueError as error:
+        expected = "whole numbers split by commas" if option.type is int else "numbers split by commas"
+        raise VqdeployError(f"{option.spellings[0]} is malformed", expected=expected, found=value) from error
+    return values[0] if len(values) == 1 else values

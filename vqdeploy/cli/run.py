@@ -1,0 +1,80 @@
+"""`vqdeploy run`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vqdeploy.cli.options import Device, Engine, Json, Seed, Threads, with_sampling_options
+from vqdeploy.cli.output import finish
+
+
+@with_sampling_options
+def run(
+    *,
+    engine: Engine,
+    device: Device = "auto",
+    threads: Threads = 0,
+    task: Annotated[
+        str, typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features.")
+    ] = "generate",
+    label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="Images of each label, which make a row; inpaint, resample: completions of each."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    sampling: dict[str, Any],
+    inputs: Annotated[list[Path] | None, typer.Option("--input", help="Image, folder or codes; repeatable.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share of the codes to draw anew.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="decode, reconstruct: use this many codes of each position, coarse to fine.")
+    ] = None,
+    keep_levels: Annotated[
+        int | None, typer.Option(help="resample: levels to keep, from the coarsest on; 1 when left out.")
+    ] = None,
+    columns: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="decode: images in a row of the sheet.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="features: behind this many layers of the prior; all when left out.")
+    ] = None,
+    film: Annotated[
+        Path | None, typer.Option(help="generate: write the steps of the first image as a PNG strip or a GIF.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File; SYSTEM-TASK.png when left out, .npz for encode and features."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate, reconstruct or complete images with a plan, or take their codes and features.
+
+    Temperature, top-k and top-p take one number, or one for each depth or level: 0.9,0.95,1,1.
+    """
+    from vqdeploy.cli.tasks import Job
+    from vqdeploy.cli.tasks import run as run_job
+
+    job = Job(
+        engine=engine,
+        device=device,
+        threads=threads,
+        task=task,
+        labels=label or (),
+        num_images=num_images,
+        inputs=inputs or (),
+        mask=mask,
+        mask_ratio=mask_ratio,
+        depth=depth,
+        keep_levels=keep_levels,
+        columns=columns,
+        layer=layer,
+        film=film,
+        output=output,
+        options={"seed": seed, **sampling},
+    )
+    result = run_job(job)
+    finish(result, as_json, f"{result['output']}  {task} in {result['seconds']:.2f} s")

@@ -1,0 +1,52 @@
+"""`vqdeploy train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vqdeploy.cli.options import Json, Model, Preset, Seed
+from vqdeploy.cli.output import finish
+from vqdeploy.files import to_json
+
+
+def train(
+    model: Model = "rqvae",
+    preset: Preset = "tiny",
+    data: Annotated[
+        str, typer.Option(help="digits, photos, or a folder of images with one subfolder a class.")
+    ] = "digits",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the tokenizer; the recipe's when left out.")
+    ] = None,
+    prior_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the prior; the recipe's when left out.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; the recipe's when left out.")] = None,
+    perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
+    adversarial_weight: Annotated[float, typer.Option(min=0, help="Weight of the discriminator.")] = 0.0,
+    logit_laplace_weight: Annotated[float, typer.Option(min=0, help="Weight of the logit-Laplace loss.")] = 0.0,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a tokenizer and its prior."""
+    from vqdeploy.training import train as run_training
+
+    folder = output or Path(f"{model}-{preset}")
+    metrics = run_training(
+        model=model,
+        preset=preset,
+        data=data,
+        steps=steps,
+        prior_steps=prior_steps,
+        batch_size=batch_size,
+        seed=seed,
+        output=folder,
+        resume=resume,
+        perceptual_weight=perceptual_weight,
+        adversarial_weight=adversarial_weight,
+        logit_laplace_weight=logit_laplace_weight,
+    )
+    finish({"checkpoint": str(folder), **metrics}, as_json, f"{to_json(metrics, indent=2)}\n{folder}")

@@ -1,0 +1,76 @@
+"""What this machine is: for the reports of `vqdeploy bench` and `vqdeploy env`."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = (
+    "vqdeploy",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx",
+    "tensorrt",
+    "cuda-bindings",
+    "torch",
+    "triton",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "lightning",
+    "polygraphy",
+    "safetensors",
+    "pillow",
+    "typer",
+    "rich",
+)
+
+
+def versions() -> dict[str, str]:
+    """Version of each package that matters to a report and is installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, ValueError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def load() -> float | None:
+    """Processes that ran or waited during the last minute, on average; None on Windows."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def memory_mb() -> float | None:
+    """Memory of the machine in MB of 2^20 bytes; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident size of this process so far in MB of 2^20 bytes; None on Windows."""
+    try:  # getrusage on Linux counts what the parent held when it forked
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, else kilobytes
