@@ -98,7 +98,8 @@ class SamplingInfo(Config):
 class Provenance(Config):
     """Where it comes from; nothing is read of this to run it.
 
-    `producer` is the exporter and its version. For a system there are its name and preset, and the digest of its checkpoint; `source` is the format of a public checkpoint that it was imported from.
+    `producer` is the exporter and its version. For a system there are its name and preset, and the digest
+    of its checkpoint; `source` is the format of a public checkpoint that it was imported from.
     """
 
     producer: str
