@@ -1,1 +1,1 @@
-"""From an ONNX package to a plan, one module a backend."""
+"""From an ONNX package to a plan, one module per backend."""

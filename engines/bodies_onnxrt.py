@@ -1,6 +1,6 @@
-"""Bodies of the `vqdeploy` functions for ONNX Runtime, made of its own operators where those are faster.
+"""Bodies of the `vqdeploy` functions for ONNX Runtime, which use its own operators where they are faster.
 
-A package carries portable bodies. The builder for ONNX Runtime swaps these in, and tests compare the two.
+A package has portable bodies. The builder for ONNX Runtime replaces them by these, and tests compare the two.
 """
 
 import onnx
@@ -29,8 +29,8 @@ PackedAttention (qkv) => (attention)
     attention = com.microsoft.MultiHeadAttention <num_heads = {heads}, scale = 1.0> (query, key, value)
 }}"""
 
-# Sorts as many logits as the request needs: none when it cuts nothing off, the first 2,048 for top-p when their
-# probability reaches p, which in a trained prior is the rule.
+# Sorts only as many logits as needed: none without truncation, the top 2,048 for top-p if their probability reaches p,
+# as it usually does for a trained prior.
 _GUMBEL_SAMPLE = """
 <opset_import: ["" : 24], domain: "vqdeploy">
 GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
@@ -115,9 +115,9 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 }"""
 
 
-# The largest score of each vector, in blocks of vectors whose scores stay in the cache of a core: no N x K matrix
-# is ever held. ArgMax of ONNX Runtime looks at one number at a time; ReduceMax does not, and leaves 64 numbers to look
-# at. `vqdeploy.runtime.graphs` knows this function by its content: no other one may loop, and this one ends.
+# The best code of each vector, in blocks of vectors whose scores fit the cache of a core: no N x K matrix is stored.
+# ArgMax of ONNX Runtime is scalar; ReduceMax is vectorized, and leaves 64 scores for ArgMax. `vqdeploy.runtime.graphs`
+# recognizes this function by its digest: it is the only one that may contain a Loop.
 _BLOCK = 64
 _SEARCH_BY_ROWS = f"""
 <opset_import: ["" : 24], domain: "vqdeploy">
@@ -179,8 +179,8 @@ SearchByRows (vectors, directions, offsets) => (codes)
     codes = Slice (every, first, number, first)
 }}"""
 
-# A codebook laid out for a search: products with `directions` plus `offsets` are the larger the nearer a code is. What
-# fills the last block of codes is farther than every code.
+# A codebook prepared for search: the score `vector @ directions + offsets` is higher for nearer codes. The padding of
+# the last block has the lowest score.
 _LAID_OUT = {
     "l2": """
     squares{book} = Mul (table{book}, table{book})
@@ -208,7 +208,7 @@ _SHARED_BOOK = """
 
 
 def _split_books(depth: int) -> str:
-    """The codebooks of [Q, K, D] apart."""
+    """Splits the codebooks [Q, K, D]."""
     parts = ", ".join(f"part_{d}" for d in range(depth))
     apart = "".join(f"    table_{d} = Squeeze (part_{d}, first)\n" for d in range(depth))
     return f"""
@@ -219,14 +219,14 @@ def _split_books(depth: int) -> str:
 
 
 def _search(head: str, metric: str, books: list[str], shared: bool, end: str) -> str:
-    """A search at each depth for what the one before it left.
+    """A search at each depth for the residual of the one before.
 
     Args:
         head: Name, inputs and outputs of the function.
         metric: `l2`, `cosine` or `dot`.
-        books: What ends the names of the codebook of each depth.
+        books: Suffix of the codebook of each depth.
         shared: Whether all depths have one codebook.
-        end: What makes the outputs of it.
+        end: Text that computes the outputs.
     """
     steps = "".join(
         f"""
@@ -263,7 +263,7 @@ def _search(head: str, metric: str, books: list[str], shared: bool, end: str) ->
 
 
 def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
-    """The body of a quantizer's node."""
+    """The function for a quantizer node."""
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     metric = attributes["metric"].decode()
     if node.op_type.startswith("VQNearest"):
@@ -281,7 +281,7 @@ def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
 
 
 # ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map. Its
-# InstanceNormalization is fp32; what casts there are in fp32 vanish.
+# InstanceNormalization is fp32; in fp32 graphs the casts are removed.
 _GROUP_NORM = """
 <opset_import: ["" : 24], domain: "vqdeploy">
 GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
@@ -312,9 +312,9 @@ GroupNorm <num_groups, epsilon> (x, scale, bias) => (y)
 
 
 def swap_in(model: onnx.ModelProto, heads: int) -> None:
-    """Replaces the bodies of a graph's functions.
+    """Replaces the function bodies of a graph.
 
-    `heads` is the number of attention heads of the caches; with 0 cached attention keeps its body.
+    `heads` is the number of attention heads of the KV caches; with 0, cached attention keeps its portable body.
     """
     graph = model.graph
     bodies = {"GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE)}
@@ -354,15 +354,15 @@ def _keep_called(model: onnx.ModelProto) -> None:
 
 
 def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
-    """Number of dimensions of what is known of a graph's tensors."""
+    """Rank of the tensors of a graph with a known shape."""
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
     return ranks | {initializer.name: len(initializer.dims) for initializer in graph.initializer}
 
 
 def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:
-    """Lets cached attention read only the places in use, and queries, keys and values as they leave the projection."""
+    """Replaces cached attention by GroupQueryAttention, which reads only the positions in use and packed projections."""
     nodes: list[onnx.NodeProto] = []
-    extents: dict[str, list[str]] = {}  # of each tensor of positions; all layers see entries of one length
+    extents: dict[str, list[str]] = {}  # one for each tensor of positions, shared by all layers
     for node in graph.node:
         if node.op_type == "CachedAttention":
             qkv, key, value, position = node.input

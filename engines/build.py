@@ -20,7 +20,7 @@ BUILDERS: dict[str, Builder] = {
     "tensorrt": TensorrtBuilder("tensorrt"),
     "tensorrt-rtx": TensorrtBuilder("tensorrt-rtx"),
 }
-"""Backend -> what builds for it. A new backend is a new row here and one in `vqdeploy.runtime.backends`."""
+"""Backend -> its builder. Add a backend here and in `vqdeploy.runtime.backends`."""
 
 DEVICES = ("cpu", "cuda")
 
@@ -37,19 +37,19 @@ def build(
     plugin: str = "auto",
     device: str = "cpu",
 ) -> Manifest:
-    """Builds a plan, whole or not at all.
+    """Builds a plan and writes it atomically.
 
     Args:
         folder: The ONNX package.
         plan: The file to write.
         backend: One of `BUILDERS`.
         batch: Batch sizes that the plan accepts.
-        progress: Told the name of each stage as its build begins.
-        portable: For `onnxrt`: keep the package's own function bodies, to test those.
-        plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they can. With `auto` they do
-            where the libraries allow it, and a stage that cannot be built with them is built without.
-        device: For `onnxrt`, one of `DEVICES`. A plan for CUDA has the package's own function bodies too: ours are made
-            for the CPU, and the fused attention in them has no fp32 on CUDA.
+        progress: Called with the name of each stage before its build.
+        portable: For `onnxrt`: keep the portable function bodies of the package, to test them.
+        plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they support. `auto` uses them if
+            the libraries allow it, and builds a stage without them if it fails with them.
+        device: For `onnxrt`, one of `DEVICES`. A plan for CUDA keeps the portable function bodies: those for the CPU
+            have fused attention, which has no fp32 on CUDA.
 
     Raises:
         VqdeployError: A library is missing, a size is wrong, or the file cannot be written.
@@ -57,7 +57,9 @@ def build(
     """
     if not 1 <= batch.min <= batch.usual <= batch.max:
         sizes = f"{batch.min}, {batch.usual}, {batch.max}"
-        raise VqdeployError("the batch sizes are out of order", expected="1 <= min <= opt <= max", found=sizes)
+        raise VqdeployError(
+            "the batch sizes are not in ascending order", expected="1 <= min <= opt <= max", found=sizes
+        )
     for kind, choice, choices in (
         ("backend", backend, BUILDERS),
         ("plugin mode", plugin, MODES),

@@ -1,4 +1,4 @@
-"""What each backend has to bring to a build: a `Builder`."""
+"""The interface of builders, one per backend."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from vqdeploy.runtime.manifest import StageInfo
 
 @dataclass(frozen=True)
 class Options:
-    """What a plan is built for. A backend looks at those options that it knows.
+    """Options of a build. Each backend reads those that concern it.
 
     Attributes:
-        portable: ONNX Runtime: whether to keep the package's own function bodies, to test those.
-        plugin: TensorRT, one of `vqdeploy.engines.plugin.MODES`: whether our kernels run the nodes that they can. With
-            `auto` they do where the libraries allow it, and a stage that fails with them is built without.
+        portable: ONNX Runtime: whether to keep the portable function bodies of the package, to test them.
+        plugin: TensorRT, one of `vqdeploy.engines.plugin.MODES`: whether our kernels run the nodes that they support.
+            `auto` uses them if the libraries allow it, and builds a stage without them if it fails with them.
         device: ONNX Runtime: `cpu` or `cuda`.
     """
 
@@ -27,11 +27,11 @@ class Options:
 
 @dataclass(frozen=True)
 class BuiltStage:
-    """What became of a stage.
+    """A stage that was built.
 
     Attributes:
         file: The graph or engine, a member of the plan.
-        weights: Names of the tensors that the session takes from the package's weights.
+        weights: Names of the tensors that the session reads from `weights.safetensors`.
         plugins: Names of the nodes that our kernels run.
     """
 
@@ -42,12 +42,12 @@ class BuiltStage:
 
 @dataclass(frozen=True)
 class Built:
-    """What a builder made of a package.
+    """The result of a build.
 
     Attributes:
-        builder: Name and version of what built it, such as `tensorrt-rtx 1.7.1.116`.
-        targets: What the plan runs on: compute capabilities, or `cuda`; empty for the CPU.
-        stages: The stages, in the order that was given.
+        builder: Name and version of the builder, such as `tensorrt-rtx 1.7.1.116`.
+        targets: Where the plan runs: compute capabilities, or `cuda`; empty for the CPU.
+        stages: The stages, in the given order.
     """
 
     builder: str
@@ -56,7 +56,7 @@ class Built:
 
 
 class Builder(Protocol):
-    """One backend: turns the stages of a package into the members of a plan."""
+    """Turns the stages of a package into members of a plan, for one backend."""
 
     def build(
         self,
@@ -69,19 +69,19 @@ class Builder(Protocol):
         """Builds every stage.
 
         Args:
-            stages: The stages, with the sizes of the open dimensions that the plan is to accept.
-            package: Folder of their graphs and weights, which are as their digests say.
+            stages: The stages, with the sizes of the dynamic dimensions that the plan must accept.
+            package: Folder of their graphs and weights, whose digests were checked.
             folder: An empty folder to write to.
-            options: What the plan is for.
-            progress: Told the name of each stage as its build begins.
+            options: Options of the build.
+            progress: Called with the name of each stage before its build.
 
         Raises:
-            VqdeployError: A library or a device is missing, or the backend cannot do what the options say.
+            VqdeployError: A library or a device is missing, or the backend does not support the options.
             ArtifactError: A stage cannot be built; the message names it.
         """
         ...
 
 
 def refuse_plugin(reason: str) -> VqdeployError:
-    """The error when `--plugin on` cannot be had."""
-    return VqdeployError(f"the plan can have no plugin: {reason}", fix="vqdeploy build --plugin off")
+    """The error if `--plugin on` is not possible."""
+    return VqdeployError(f"a plugin is not possible: {reason}", fix="vqdeploy build --plugin off")

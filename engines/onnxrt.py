@@ -1,4 +1,4 @@
-"""Builds plans for ONNX Runtime: the graphs with bodies of its own operators, and the weights as they are."""
+"""Builds plans for ONNX Runtime: graphs with function bodies made of its own operators, and the weights as they are."""
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from vqdeploy.runtime.manifest import StageInfo
 
 
 class OnnxrtBuilder:
-    """A plan for the CPU, or one for CUDA with the package's own function bodies."""
+    """Builds plans for the CPU, or for CUDA with the portable function bodies of the package."""
 
     def build(
         self,
@@ -25,7 +25,7 @@ class OnnxrtBuilder:
     ) -> Built:
         """See `Builder`."""
         if options.plugin == "on":
-            raise refuse_plugin("onnxrt knows no plugins that are compiled ahead of time")
+            raise refuse_plugin("onnxrt has no ahead-of-time compiled plugins")
         cuda = options.device == "cuda"
         built = []
         for stage in stages:
@@ -38,7 +38,7 @@ def _build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool) 
     """Writes the graph of a stage, which refers to the weights by name."""
     try:
         model = onnx.load(package / stage.file, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no stable home
+    except Exception as error:  # the module of protobuf's DecodeError varies
         raise ArtifactError(f"{package / stage.file} is not an ONNX graph ({error})", fix="vqdeploy export") from error
     if not portable:
         swap_in(model, _cache_heads(model.graph))
@@ -48,7 +48,7 @@ def _build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool) 
 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:
-    """Number of heads of the key-value caches [B, H, T, D] of a graph; 0 if ONNX Runtime cannot take them."""
+    """Number of heads of the KV caches [B, H, T, D] of a graph; 0 if ONNX Runtime does not support them."""
     keys = {node.input[1] for node in graph.node if node.op_type == "CachedAttention"}
     shapes = [value.type.tensor_type.shape for value in (*graph.input, *graph.value_info) if value.name in keys]
     return shapes[0].dim[1].dim_value if shapes and shapes[0].dim[3].dim_value % 8 == 0 else 0

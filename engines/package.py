@@ -1,4 +1,4 @@
-"""Reading an ONNX package that may have been damaged or tampered with."""
+"""Reads ONNX packages, which may be damaged or tampered with."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ _EXPORT = "vqdeploy export"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a package and nothing else.
+    """Reads only the manifest of a package.
 
     Raises:
         VqdeployError: The folder is not a package, or cannot be read.
@@ -31,11 +31,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read(folder: Path) -> Manifest:
-    """Reads the manifest of a package, and checks every file that it lists: first its digest, then what it says.
+    """Reads the manifest of a package, and checks every file that it lists: first the digest, then the content.
 
     Raises:
         VqdeployError: The folder is not a package, or a file cannot be read.
-        ArtifactError: A file is missing, is a link, or was changed, or a graph is refused, see
+        ArtifactError: A file is missing, a link, or changed, or a graph is rejected, see
             `vqdeploy.runtime.graphs`.
     """
     manifest = read_manifest(folder)

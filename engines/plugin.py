@@ -1,40 +1,40 @@
 """TensorRT plugins that run `VQNearest` and `VQResidual` with our kernels.
 
-The nodes of a package name their plugin. Once it is registered, the ONNX parser prefers it to the node's function,
-and the builder asks for PTX, tries its variants, and keeps the fastest one in the engine: to run that takes neither
-Python nor a library of ours.
+The nodes of a package name their plugin. Once it is registered, the ONNX parser prefers it to the function of the node.
+The builder asks for PTX, times its variants, and stores the fastest one in the engine, which then needs neither Python
+nor a plugin library.
 """
 
 import importlib.util
 from typing import Any
 
 MODES = ("auto", "on", "off")
-"""Whether a plan gets plugins: where it can, or else it is an error, or never."""
+"""Whether a plan gets plugins: if possible, always (else an error), or never."""
 
 VERSIONS = ((10, 15), (12, 0))
-"""TensorRT from the first and below the second, where a node that names a plugin gets it ahead of its function."""
+"""Range of TensorRT versions, end excluded, that prefer the plugin of a node to its function."""
 
 
 def obstacle(backend: str, version: str) -> str | None:
-    """Why an engine cannot run the nodes with our kernels; None if it can.
+    """Why engines cannot run the nodes with our kernels; None if they can.
 
     Args:
         backend: `tensorrt`, `tensorrt-rtx` or `onnxrt`.
-        version: Of the backend's library.
+        version: Version of the library of the backend.
     """
     if backend != "tensorrt":
-        return f"{backend} knows no plugins that are compiled ahead of time"
+        return f"{backend} has no ahead-of-time compiled plugins"
     first, end = VERSIONS
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if not first <= numbers < end:
-        return f"TensorRT has to be at least {first[0]}.{first[1]} and below {end[0]}.{end[1]}, and this is {version}"
+        return f"TensorRT must be at least {first[0]}.{first[1]} and below {end[0]}.{end[1]}, and is {version}"
     if importlib.util.find_spec("triton") is None:
         return "Triton, which compiles the kernels, is not installed (pip install triton)"
     return None
 
 
 def register() -> None:
-    """Registers the plugins in TensorRT's registry, for all networks that this process parses from now on."""
+    """Registers the plugins with TensorRT, for all networks that this process parses from now on."""
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
@@ -43,7 +43,7 @@ def register() -> None:
     types = {trt.float32: ("FP32", "fp32"), trt.float16: ("FP16", "fp16"), trt.bfloat16: ("BF16", "bf16")}
 
     def variants(*tensors: Any) -> list[trtp.AutoTuneCombination]:
-        """The types that the network has, and a tactic for each number of vectors that a program may take."""
+        """Plugin configurations: the types of the network, and a tactic for each number of vectors per program."""
         names = [types[tensor.dtype][0] if tensor.dtype in types else "INT64" for tensor in tensors]
         return [trtp.AutoTuneCombination(", ".join(names), "LINEAR", list(kernels.WARPS))]
 

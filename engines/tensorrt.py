@@ -1,7 +1,7 @@
-"""Builds engines for TensorRT and TensorRT-RTX. Run as a module, this is the process that may die.
+"""Builds engines for TensorRT and TensorRT-RTX. Run as a module, it is the worker process, which may crash.
 
-The two libraries share one API, and Polygraphy chooses between them by an environment variable. Parsing and building
-can crash on valid graphs, so both happen in a process of their own: one for all stages, as long as it lives.
+The two libraries share one API, and Polygraphy selects one by an environment variable. Parsing and building can crash
+on valid graphs, so both happen in a worker process, which builds all stages unless it crashes.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.manifest import StageInfo
 
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
-"""What a default TensorRT-RTX engine runs on, by its documentation."""
+"""Compute capabilities of a default TensorRT-RTX engine, by its documentation."""
 
 log = logging.getLogger("vqdeploy")
 
@@ -59,7 +59,7 @@ class TensorrtBuilder:
             return Built(f"{self.backend} {worker.version}", targets, built)
 
     def _targets(self) -> tuple[str, ...]:
-        """Compute capabilities of the GPUs that engines are for; to TensorRT, that is the one of this machine."""
+        """Compute capabilities that engines are built for; for TensorRT, that of the GPU of this machine."""
         if self.backend == "tensorrt-rtx":
             return _RTX_TARGETS
         from vqdeploy.runtime import device
@@ -68,7 +68,7 @@ class TensorrtBuilder:
         return (device.compute_capability(),)
 
     def _plugin(self, mode: str, version: str) -> bool:
-        """Whether our kernels are to run nodes."""
+        """Whether to use our kernels."""
         reason = obstacle(self.backend, version)
         if mode == "on" and reason:
             raise refuse_plugin(reason)
@@ -76,7 +76,7 @@ class TensorrtBuilder:
 
 
 def check(backend: str) -> None:
-    """Looks for the libraries behind a backend, without loading them.
+    """Checks that the libraries of a backend are installed, without loading them.
 
     Raises:
         VqdeployError: One is not installed.
@@ -89,7 +89,9 @@ def check(backend: str) -> None:
 
 def _shapes(stage: StageInfo) -> dict[str, list[tuple[int, ...]]]:
     """Smallest, usual and largest shape of each input, for the optimization profile."""
-    smallest = {name: size.min for name, size in stage.dims.items()} | {"batch": 1}  # as in a request's last call
+    smallest = {name: size.min for name, size in stage.dims.items()} | {
+        "batch": 1
+    }  # the last batch of a request may be small
     usual = {name: size.usual for name, size in stage.dims.items()}
     largest = {name: size.max for name, size in stage.dims.items()}
     return {info.name: [info.concrete(sizes) for sizes in (smallest, usual, largest)] for info in stage.inputs}
@@ -103,8 +105,8 @@ class Job:
         stage: Name of the stage.
         graph: Path of its ONNX file.
         engine: Path of the file to write.
-        shapes: Input -> its smallest, usual and largest shape.
-        plugin: Whether our kernels run the nodes that they can.
+        shapes: Input -> smallest, usual and largest shape.
+        plugin: Whether our kernels run the nodes that they support.
     """
 
     stage: str
@@ -115,13 +117,13 @@ class Job:
 
 
 class _BuilderError(Exception):
-    """Why a process gave no answer."""
+    """The worker process ended without an answer."""
 
 
 class Worker:
-    """The process that parses and builds. One that has failed is not used again: the next job starts another.
+    """The worker process. After a failure the next job starts a new one.
 
-    `version` is what the library says of itself there, as it will where a session loads it.
+    `version` is the version that the library reports, which sessions will compare.
 
     Raises:
         VqdeployError: The library does not load.
@@ -135,17 +137,17 @@ class Worker:
             raise VqdeployError(f"{backend} does not load ({error})") from error
 
     def build(self, job: Job, fall_back: bool = False) -> tuple[str, ...]:
-        """Builds an engine; with `fall_back`, one that fails with plugins is built without.
+        """Builds an engine; with `fall_back`, a build that fails with plugins is repeated without.
 
         Returns:
             Names of the nodes that our kernels run.
 
         Raises:
-            ArtifactError: The builder refused the graph or died.
+            ArtifactError: The builder rejected the graph or crashed.
         """
         try:
             if self._has_plugins and not job.plugin:
-                self.close()  # the parser takes a registered plugin wherever a node names one
+                self.close()  # the parser uses a registered plugin for every node that names it
             if self._process.poll() is not None:
                 self._start()
             self._has_plugins |= job.plugin
@@ -164,7 +166,7 @@ class Worker:
 
     def _start(self) -> None:
         environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if self._backend == "tensorrt-rtx" else "0"}
-        environment["TRITON_INTERPRET"] = "0"  # an engine takes compiled kernels, whatever else a debugging user runs
+        environment["TRITON_INTERPRET"] = "0"  # compile kernels even if the user has set the interpreter
         self._has_plugins = False
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 (our own module)
@@ -178,7 +180,7 @@ class Worker:
         self.version = str(self._answer()["version"])
 
     def _answer(self, job: Job | None = None) -> dict[str, Any]:
-        """What the process says to a job, or as it starts."""
+        """The next message of the process."""
         start = self._log.stat().st_size
         assert self._process.stdin and self._process.stdout  # noqa: S101, PT018 (for mypy)
         try:
@@ -198,23 +200,23 @@ def _reason(code: int, output: str) -> str:
     """Why a process ended."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if code < 0:
-        death = f"its builder died of {signal.Signals(-code).name}"
+        death = f"its builder crashed with {signal.Signals(-code).name}"
         return f"{death} ({lines[-1]})" if lines else death
     errors = [line.removeprefix("[E] ") for line in lines if line.startswith("[E]")]
     return (errors or lines or ["it gave no reason"])[-1]
 
 
 def _work(library: str) -> None:
-    """Answers each job on standard input with a line on standard output, until there are no more."""
+    """Worker: answers each job on standard input with a line on standard output."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print, too
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print to standard output too
     print(json.dumps({"version": importlib.import_module(library).__version__}), file=answers)
     for line in sys.stdin:
         print(json.dumps({"plugins": _build(Job(**json.loads(line)))}), file=answers)
 
 
 def _build(job: Job) -> list[str]:
-    """Builds one engine with Polygraphy's loaders; returns the names of the nodes that our kernels run."""
+    """Builds one engine with Polygraphy; returns the names of the nodes that our kernels run."""
     from polygraphy.backend.trt import NetworkFromOnnxPath, Profile, engine_bytes_from_network
 
     from vqdeploy.engines import plugin
@@ -231,7 +233,7 @@ def _build(job: Job) -> list[str]:
 
 
 def _config(profile: Any) -> Any:
-    """The builder's configuration: without TF32, which is on by default, as its products have ten bits of mantissa."""
+    """The builder configuration, without TF32, which is on by default and has a 10-bit mantissa."""
     from polygraphy import func
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
     from polygraphy.backend.trt import CreateConfig
@@ -242,7 +244,7 @@ def _config(profile: Any) -> Any:
     @func.extend((CreateConfigRTX if rtx else CreateConfig)(profiles=[profile]))
     def config(builder: Any, network: Any, config: Any) -> None:  # noqa: ARG001 (Polygraphy passes all three)
         config.clear_flag(trt.BuilderFlag.TF32)
-        if rtx:  # what sessions need for CUDA graphs
+        if rtx:  # CUDA graphs need it
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
     return config

@@ -1,4 +1,4 @@
-"""From PyTorch to an ONNX package: of a system (`package.export`), or of any module (`export_module`)."""
+"""From PyTorch to an ONNX package: for a system (`package.export`) or any module (`export_module`)."""
 
 from vqdeploy.export.modules import Stage, export_module, quantizer_stages
 from vqdeploy.export.quantizers import register_quantizer

@@ -1,7 +1,7 @@
 """ONNX functions of the operators in `vqdeploy.models.ops`, and how PyTorch's exporter keeps each as one node.
 
-A node of domain `vqdeploy` travels with its function, so that any runtime can inline it. The attributes
-`plugin_namespace` and `plugin_version` let a TensorRT plugin of the same name take the node over. TensorRT looks
+A node of domain `vqdeploy` comes with its function, so that any runtime can inline it. The attributes
+`plugin_namespace` and `plugin_version` let a TensorRT plugin of the same name replace the node. TensorRT looks
 functions up by name alone: the names must differ from those of every ONNX operator.
 """
 
@@ -40,7 +40,7 @@ _OWN_ROWS = """
 
 
 def _lookup(shared: bool) -> str:
-    """`VQLookup`, of one codebook or one a depth."""
+    """`VQLookup`, with one shared codebook or one per depth."""
     return f"""
 VQLookup (codes, codebook) => (vectors)
 {{
@@ -57,7 +57,7 @@ VQLookup (codes, codebook) => (vectors)
 }}"""
 
 
-# A mask of -30000 is finite in fp16 too: a row that sees nothing must not become NaN.
+# A mask of -30000 is finite in fp16 too: a fully masked row must not become NaN.
 _CACHED_ATTENTION = """
 CachedAttention (qkv, past_key, past_value, position) => (attention, present_key, present_value)
 {
@@ -154,7 +154,7 @@ _SCORES = {
     transposed = Transpose <perm = [1, 0]> (table)
     scores = MatMul (vectors, transposed)""",
 }
-"""How near each code is; the length of the vector itself changes no rank of angles."""
+"""Scores, the higher the nearer; the norm of the vector does not change the order of angles."""
 
 
 def _nearest(metric: str) -> str:
@@ -202,7 +202,7 @@ _SHARED_BOOK = "    table = Cast <to = 1> (codebook)"
 
 
 def _split_books(depth: int) -> str:
-    """The codebooks of [Q, K, D] apart."""
+    """Splits the codebooks [Q, K, D]."""
     parts = ", ".join(f"part_{d}" for d in range(depth))
     apart = "\n".join(f"    table_{d} = Squeeze (part_{d}, first)" for d in range(depth))
     return f"""
@@ -248,7 +248,7 @@ _RESIDUAL_STEP = {
 
 
 def _search(name: str, start: str, measure: str, target: str) -> str:
-    """Largest threshold from `start` up whose survivors weigh `target`: three rounds of 64 candidates each."""
+    """Searches the largest threshold above `start` whose survivors weigh `target`: 3 rounds of 64 candidates."""
     rounds = [f"    {name}_width_0 = Sub (top, {start})\n    {name}_low_0 = Identity ({start})"]
     rounds += [
         f"""
@@ -268,8 +268,8 @@ def _search(name: str, start: str, measure: str, target: str) -> str:
     return "\n".join(rounds)
 
 
-# TensorRT sorts no more than 3,840 values, so both thresholds are searched for. What is left of the interval after
-# three rounds, a 2^-18th of the range of the logits, is far below the distance of neighbouring logits.
+# TensorRT sorts at most 3,840 values, so both thresholds are found by search. After three rounds the interval is 2^-18
+# of the range of the logits, far below the distance of neighbouring logits.
 _GUMBEL_SAMPLE = f"""
 GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 {{
@@ -305,7 +305,7 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 
 
 def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProto:
-    """A function of domain `vqdeploy` from ONNX text syntax."""
+    """Parses a function of domain `vqdeploy` from ONNX text syntax."""
     opsets = ", ".join(f'"{domain}" : {version}' for domain, version in ({"": OPSET} | (imports or {})).items())
     return onnx.parser.parse_function(f'<opset_import: [{opsets}], domain: "{DOMAIN}">{text}')
 
@@ -322,16 +322,16 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
 
 
 def function(name: str, **attributes: Any) -> onnx.FunctionProto:
-    """The portable function of an operator, made for those of its attributes that a body depends on."""
+    """The portable function of an operator, for the values of the attributes that its body depends on."""
     return parse(_FUNCTIONS[name](**attributes))
 
 
 _VARYING = ("metric", "depth", "heads")
-"""Attributes that an ONNX function cannot branch on, so that its body is made for their values."""
+"""Attributes that an ONNX function cannot branch on, so that each value needs a body of its own."""
 
 
 def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: Any) -> Callable:
-    """A translation of a PyTorch operator to one node, which needs no function yet and is not inlined."""
+    """The translation of a PyTorch operator to one node, whose function is added later and not inlined."""
     kinds = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     required = [OpSchema.Attribute(key, OpSchema.AttrType.STRING) for key in kinds]
     types = {int: OpSchema.AttrType.INT, str: OpSchema.AttrType.STRING}
@@ -377,10 +377,10 @@ def translations() -> dict[Callable, Callable]:
 
 
 def attach(model: onnx_ir.Model) -> None:
-    """Puts the function of each `vqdeploy` node of a graph beside it.
+    """Adds the function of each `vqdeploy` node to a graph.
 
-    A second node of one name that needs another body gets a name of its own, `NAME_1` and so on: functions are looked
-    up by name. TensorRT then has no plugin for it and runs the body.
+    Functions are looked up by name, so a node that needs another body than the first of its name is renamed to `NAME_1`
+    and so on. TensorRT has no plugin for that name and runs the body.
     """
     bodies: dict[str, list[dict[str, Any]]] = {}
     for node in (node for node in model.graph if node.domain == DOMAIN):
@@ -402,5 +402,5 @@ def attach(model: onnx_ir.Model) -> None:
 
 
 def variant_name(name: str, number: int) -> str:
-    """What a node is called that needs the body of this number among those of its name."""
+    """Name of a node with the body of this index among those of its operator."""
     return f"{name}_{number}" if number else name

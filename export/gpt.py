@@ -30,7 +30,7 @@ class Entries(nn.Module):
 
 
 class Step(nn.Module):
-    """The code of the position after S known entries; compare the step of RQ-VAE."""
+    """The code of the position after S known entries; compare `vqdeploy.export.rqtransformer.Step`."""
 
     body: Any  # list of InferenceBlock
 
@@ -64,7 +64,7 @@ class Step(nn.Module):
         past_value: list[Tensor],
         past_entry: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, K] behind the last entry, and what the next call takes."""
+        """Logits [B, K] after the last entry, and the states for the next call."""
         x = self.entries(codes, label, position)
         keys, values, last = [], [], []
         for i, (block, key, value) in enumerate(zip(self.body, past_key, past_value, strict=True)):
@@ -82,8 +82,8 @@ class Step(nn.Module):
 class GuidedStep(Step):
     """The step of a prior that was trained without labels too.
 
-    For guidance two rows of the batch make one image: `partner` names the row without the label, from which the logits
-    of a row are moved by `guidance` times their distance. A row that is its own partner keeps its logits.
+    With guidance an image has two batch rows. `partner` is the index of the row without the label: logits become
+    partner + guidance * (own - partner). A row that is its own partner keeps its logits.
     """
 
     def forward(  # type: ignore[override]
@@ -115,7 +115,7 @@ def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_
 
 
 class Features(nn.Module):
-    """Hidden states before the first block and behind each, averaged over the entries [B, layers + 1, width]."""
+    """Hidden states before the first block and after each, averaged over the entries [B, layers + 1, width]."""
 
     body: Any  # list of InferenceBlock
 

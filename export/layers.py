@@ -1,4 +1,4 @@
-"""Layers laid out for inference, made from trained ones. They compute the same and are exported instead."""
+"""Layers for inference, made from trained ones: the same function in a form that exports and runs better."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from vqdeploy.models.transformer import Block
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half precision as fp32, every other precision as it is."""
+    """Casts fp16 to fp32; other types stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Projection(nn.Module):
-    """One or more linear layers side by side, as MatMul and Add: the form that weight quantizers look for."""
+    """One or more linear layers, concatenated, as MatMul and Add: the pattern that weight quantizers look for."""
 
     weight: Tensor  # [inputs, outputs]
     bias: Tensor  # [outputs]
@@ -36,12 +36,12 @@ class Projection(nn.Module):
 
 
 def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`bidirectional` in plain products: TensorRT-RTX builds the Attention operator for few shapes."""
+    """`bidirectional` attention as MatMul and Softmax: TensorRT-RTX supports the Attention operator for few shapes."""
     return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
 class InferenceBlock(nn.Module):
-    """A transformer block with queries, keys and values from one product, the scale folded into the queries."""
+    """A transformer block with one projection for queries, keys and values, and the scale folded into the queries."""
 
     def __init__(self, block: Block):
         super().__init__()
@@ -55,12 +55,12 @@ class InferenceBlock(nn.Module):
         self.time_mix: Any = getattr(attention, "time_mix", None)
 
     def finish(self, x: Tensor, attention: Tensor) -> Tensor:
-        """The part behind the attention output [B, S, width]."""
+        """The part after the attention output [B, S, width]."""
         x = x + self.proj(attention)
         return x + self.mlp_out(self.activation(self.mlp_in(self.norm2(x))))
 
     def cached(self, x: Tensor, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries [B, S, width] at `position` [B], through caches [B, H, T, D] that live outside the graph."""
+        """Entries [B, S, width] at `position` [B], with KV caches [B, H, T, D] as inputs and outputs."""
         attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(self.norm1(x)), key, value, position)
         return self.finish(x, attention), key, value
 
@@ -69,7 +69,7 @@ class InferenceBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`cached` with a token shift; `before` [B, 1, width] is the last normalized entry of the call before.
 
-        Returns the last normalized entry of this one too.
+        Also returns the last normalized entry of this call.
         """
         entries = self.norm1(x)
         mixed = torch.lerp(torch.cat([before, entries[:, :-1]], 1), entries, self.time_mix)
@@ -77,7 +77,7 @@ class InferenceBlock(nn.Module):
         return self.finish(x, attention), key, value, entries[:, -1:]
 
     def in_order(self, x: Tensor) -> Tensor:
-        """All entries [B, S, width] at once, each attending to itself and those before it, without a cache."""
+        """Causal attention of all entries [B, S, width], without a cache."""
         entries = self.norm1(x)
         if self.time_mix is not None:
             entries = torch.lerp(F.pad(entries, (0, 0, 1, -1)), entries, self.time_mix)
@@ -87,11 +87,11 @@ class InferenceBlock(nn.Module):
         return self.finish(x, (scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
     def whole(self, x: Tensor) -> Tensor:
-        """All entries [B, S, width] at once, each attending to all."""
+        """Bidirectional attention of all entries [B, S, width]."""
         return self.finish(x, torch.ops.vqdeploy.packed_attention(self.qkv(self.norm1(x)), self.heads))
 
     def append(self, x: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """One entry [B, 1, width] after those in the lists, whose keys and values it joins [B, H, 1, D]."""
+        """One entry [B, 1, width] after the previous ones; appends its key and value [B, H, 1, D] to the lists."""
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         keys.append(key)
         values.append(value)
@@ -109,12 +109,12 @@ def embed_entries(
     """Entries position..position + S - 1 [B, S, width]: entry 0 is the label, entry t + 1 the codes of position t.
 
     Args:
-        codes: Codes of the positions [B, S, Q]; those of entry 0 count for nothing.
+        codes: Codes of the positions [B, S, Q]; those of entry 0 are ignored.
         label: Labels [B].
         position: [B].
-        table: A row for each code, summed over the depths [K, width].
-        labels: A row for each label [classes, width].
-        places: A row for each position [h * w, width].
+        table: Embedding of each code [K, width]; the depths of a position are summed.
+        labels: Embedding of each label [classes, width].
+        places: Embedding of each position [h * w, width].
     """
     entry = position[:, None] + torch.arange(codes.shape[1])
     x = F.embedding(codes, table).sum(2) + F.embedding((entry - 1).clamp(min=0), places)
@@ -139,9 +139,9 @@ class PackedAttention(nn.Module):
 
 
 class SplitUpsample(nn.Module):
-    """`Upsample` in 4/9 of its multiplications: four convolutions of the small map, their outputs interleaved.
+    """`Upsample` in 4/9 of its multiplications: four 2x2 convolutions of the small map, interleaved.
 
-    Of the three taps of a kernel row two always fall on the same pixel of the small map, and are added beforehand.
+    Two of the three taps of a kernel row always fall on the same pixel of the small map, and are added in advance.
     Output pixel (2i + a, 2j + b) comes from convolution 2a + b.
     """
 
@@ -161,7 +161,7 @@ class SplitUpsample(nn.Module):
 
 
 def _merge(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Three taps along an axis -> the two that an even and the two that an odd output pixel needs."""
+    """Three taps along an axis -> the two taps for even output pixels and the two for odd ones."""
     first, middle, last = kernel.detach().unbind(axis)
     return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
 
@@ -169,7 +169,7 @@ def _merge(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 class Modulation(nn.Module):
     """`SpatialNorm` with GroupNorm's own scale and shift folded into one convolution of the small map.
 
-    The maps of scales and shifts are enlarged along the rows alone; one row then serves all the rows of its block.
+    The maps of scales and shifts are upsampled along the width only; each row is broadcast to the rows of its block.
     """
 
     def __init__(self, norm: SpatialNorm):
@@ -189,13 +189,13 @@ class Modulation(nn.Module):
             maps = F.interpolate(maps, scale_factor=(1.0, float(times)))
         scale, shift = maps.unsqueeze(3).chunk(2, 1)  # [B, C, h, 1, W]
         groups = x.unflatten(1, (self.groups, -1)).flatten(2)
-        # The operator sums in the type of its input.
+        # The operator accumulates in the type of its input.
         normal = F.instance_norm(widened(groups), eps=self.eps).view_as(x).to(x.dtype)
         return (normal.unflatten(2, (rows, times)) * scale + shift).flatten(2, 3)
 
 
 class ImageInput(nn.Module):
-    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in the model's pixel range. The cast comes first: see `ImageOutput`."""
+    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in the model's pixel range. The cast comes first, see `ImageOutput`."""
 
     def __init__(self, pixel_range: tuple[float, ...]):
         super().__init__()
@@ -206,7 +206,7 @@ class ImageInput(nn.Module):
 
 
 class ImageOutput(nn.Module):
-    """float [B, 3, H, W] -> uint8 [B, H, W, 3]. The cast comes last: TensorRT does nothing else with uint8."""
+    """float [B, 3, H, W] -> uint8 [B, H, W, 3]. The cast comes last: TensorRT supports uint8 only there."""
 
     def __init__(self, pixel_range: tuple[float, ...]):
         super().__init__()

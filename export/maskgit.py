@@ -40,7 +40,7 @@ class Logits(nn.Module):
 
 
 class PlainLogits(nn.Module):
-    """`logits` of a prior as it is, but for attention."""
+    """`logits` of a prior that is exported as it is, except for attention."""
 
     def __init__(self, prior: nn.Module):
         super().__init__()
@@ -57,8 +57,8 @@ class PlainLogits(nn.Module):
 class Step(nn.Module):
     """One step of parallel decoding; see `vqdeploy.models.maskgit.unmask`.
 
-    Each image has one label or, for guidance, two; `guidance` weighs their logits. All labels of all images go through
-    the transformer as one batch.
+    Each image has one label or, with guidance, two, whose logits are summed with the weights `guidance`. All labels of
+    all images go through the transformer as one batch.
     """
 
     def __init__(self, prior: nn.Module):
@@ -88,7 +88,7 @@ class Step(nn.Module):
 
 
 def stages(prior: Any) -> list[Stage]:
-    """The graph of a prior."""
+    """The stage of a masked prior."""
     grid, size = prior.config.grid, prior.config.codebook_size
     per_code = (2, grid[-1])
     inputs: dict[str, Tensor | list[Tensor]] = {

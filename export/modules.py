@@ -1,7 +1,7 @@
 """Any PyTorch module as an ONNX package: `export_module`.
 
-The functions of the stages run on a copy of the module, whose quantizers are replaced (`vqdeploy.export.quantizers`).
-Numbers cross the border of a stage as float32, int64 or uint8, whatever the module has inside.
+The stages run on a copy of the module with replaced quantizers (`vqdeploy.export.quantizers`). Inputs and outputs of a
+stage are float32, int64 or uint8, whatever types the module uses inside.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, Provenanc
 log = logging.getLogger("vqdeploy")
 
 Axes = Mapping[str, Mapping[int, str]]
-"""Input or output -> axis -> name of the open dimension there."""
+"""Input or output -> axis -> name of its dynamic dimension."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Stage:
     Attributes:
         function: Takes the module and the inputs, in order, and returns a tensor or several. It must call the module
             that it is given.
-        inputs: Examples by name; they tell types, closed dimensions and usual sizes, and what realistic values are.
-        outputs: Names of what is returned, in order.
+        inputs: Example tensors by name, which give dtypes, static dimensions, usual sizes and realistic values.
+        outputs: Names of the returned tensors, in order.
     """
 
     function: Callable[..., Any]
@@ -62,27 +62,27 @@ def export_module(
     verify: bool = True,
     progress: Callable[[str], object] = log.info,
 ) -> Manifest:
-    """Writes the ONNX package of a module, whole or not at all; the module stays as it is.
+    """Atomically writes the ONNX package of a module, which is not modified.
 
     Args:
         model: The module. It is exported in evaluation mode.
         stages: What to export, by name.
-        folder: Where. A package that is there is replaced.
-        dynamic: The open dimensions of inputs, by axis; an output of that name has them too.
-        sizes: Smallest, usual and largest size of open dimensions. Where they are not told, a batch is 1 to 64, and
-            another dimension as small and up to four times as large as the example if the module takes that.
+        folder: Output folder. An existing package is replaced.
+        dynamic: Dynamic dimensions of inputs, by axis; an output of that name has them too.
+        sizes: Smallest, usual and largest size of dynamic dimensions. By default a batch is 1 to 64, and another
+            dimension ranges from the smallest size that the module accepts to four times the example.
         dtype: Precision of the weights, `fp32` or `fp16`; quantizers stay in fp32.
-        verify: Compare each stage with the module as it was given, at several sizes; see `vqdeploy.verify.modules`.
-        progress: Told the name of each stage as its export begins.
+        verify: Compare each stage with the original module, at several sizes; see `vqdeploy.verify.modules`.
+        progress: Called with the name of each stage before its export.
 
     Raises:
-        VqdeployError: Something is named twice or is not there, a quantizer cannot be served exactly, or a stage cannot
-            be exported; it says which part of the module is in the way.
-        ArtifactError: The graphs do not do what the module does.
+        VqdeployError: A name is duplicate or unknown, a quantizer is not supported, or a stage cannot be exported; the
+            message names the part of the module.
+        ArtifactError: The graphs do not match the module.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
-        raise VqdeployError("there is no such precision", expected=" or ".join(DTYPES), found=repr(dtype))
+        raise VqdeployError("unsupported precision", expected=" or ".join(DTYPES), found=repr(dtype))
     _check_names(stages, dynamic or {}, sizes or {})
     for sentence in look_alikes(model):
         log.warning("%s", sentence)
@@ -106,7 +106,7 @@ def export_module(
 
             report = verify_package(package, model, stages, progress)
             if not report["passed"]:
-                raise ArtifactError(f"the graphs do not do what the module does:\n{table(report)}")
+                raise ArtifactError(f"the graphs do not match the module:\n{table(report)}")
         for file in list(package.iterdir()):
             file.rename(new / file.name)
         package.rmdir()
@@ -123,14 +123,14 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def quantizer_stages(quantizer: nn.Module, vectors: Tensor) -> dict[str, Stage]:
-    """The stages of a quantizer alone, for a model whose other layers cannot be exported or need not be.
+    """The stages of a quantizer alone, for a model whose other layers cannot or need not be exported.
 
     Args:
-        quantizer: Of a registered class.
-        vectors: What goes into it.
+        quantizer: A quantizer of a registered class.
+        vectors: Example input.
 
     Returns:
-        `encode` from `vectors` to `codes`, and `decode` back where the quantizer can.
+        `encode` from `vectors` to `codes`, and `decode` back if the quantizer supports it.
     """
     with torch.no_grad():
         found = copied(quantizer)(vectors)
@@ -144,7 +144,7 @@ def quantizer_stages(quantizer: nn.Module, vectors: Tensor) -> dict[str, Stage]:
 
 
 class Call(nn.Module):
-    """A stage as a module: `forward` takes the inputs and returns all outputs, in the types of the border."""
+    """A stage as a module: `forward` takes the inputs and returns all outputs as float32, int64 or uint8."""
 
     def __init__(self, name: str, model: nn.Module, stage: Stage):
         super().__init__()
@@ -163,7 +163,7 @@ class Call(nn.Module):
 
 
 def at_border(x: Tensor) -> Tensor:
-    """A tensor in the type that it has outside of a graph."""
+    """A tensor in its type outside of a graph: float32, int64 or uint8."""
     if x.is_floating_point():
         return x.float()
     return x if x.dtype == torch.uint8 else x.to(torch.uint8 if x.dtype == torch.bool else torch.int64)
@@ -171,14 +171,14 @@ def at_border(x: Tensor) -> Tensor:
 
 @dataclass
 class _Part(graphs.Stage):
-    """One graph of a module: all its open dimensions, by input and output."""
+    """One stage of a module, with its dynamic dimensions by input and output."""
 
     axes: Axes = field(default_factory=dict)
     dims: tuple[Dimension, ...] = ()
 
     @property
     def dimensions(self) -> set[Dimension]:
-        """All open dimensions."""
+        """All dynamic dimensions."""
         return set(self.dims)
 
     def to_onnx(self, opset: int = OPSET) -> onnx_ir.Model:
@@ -198,7 +198,7 @@ class _Part(graphs.Stage):
                 custom_translation_table=translations(),
                 verbose=False,
             )
-        except Exception as error:  # PyTorch's have no common base class
+        except Exception as error:  # exceptions of the exporter have no common base class
             raise _refusal(error, self.name, self.module) from error
         attach(program.model)
         _free_names(program.model, self.name)
@@ -207,9 +207,9 @@ class _Part(graphs.Stage):
 
 
 def _free_names(model: onnx_ir.Model, stage: str) -> None:
-    """Renames what has the name of an input or output without being it: users do not know PyTorch's names.
+    """Renames values that collide with the name of an input or output.
 
-    Constants that are no parameters get a name that no value of another stage has, since stages share their weights.
+    Constants that are not parameters get names that are unique among all stages, since stages share their weights.
     """
     graph = model.graph
     border = {id(value) for value in (*graph.inputs, *graph.outputs)}
@@ -224,7 +224,7 @@ def _free_names(model: onnx_ir.Model, stage: str) -> None:
 
 
 def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
-    """Gives open dimensions our names in place of PyTorch's symbols, in the whole graph."""
+    """Replaces PyTorch's symbols of dynamic dimensions by our names, in the whole graph."""
     graph, names = model.graph, {}
     for value in graph.inputs:
         names |= {str(_dim(value, axis)): name for axis, name in axes.get(str(value.name), {}).items()}
@@ -248,7 +248,7 @@ def _check_names(stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str,
     for name, stage in stages.items():
         tensors = [*stage.inputs, *stage.outputs]
         if bad := [n for n in (name, *tensors) if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", n)]:
-            raise VqdeployError("a name will not do", expected="letters, digits, - and _", found=repr(bad[0]))
+            raise VqdeployError("a name is invalid", expected="letters, digits, - and _", found=repr(bad[0]))
         if len(set(tensors)) < len(tensors):
             raise VqdeployError(f"two tensors of stage {name} have one name", found=", ".join(tensors))
     known = {tensor for stage in stages.values() for tensor in (*stage.inputs, *stage.outputs)}
@@ -256,19 +256,19 @@ def _check_names(stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str,
         raise VqdeployError("dynamic names a tensor that no stage has", expected=sorted(known), found=unknown[0])
     dims = {dim for axes in dynamic.values() for dim in axes.values()}
     if unknown := [name for name in sizes if name not in dims]:
-        raise VqdeployError("sizes names a dimension that is not open", expected=sorted(dims), found=unknown[0])
+        raise VqdeployError("sizes names a dimension that is not dynamic", expected=sorted(dims), found=unknown[0])
     for name, (smallest, usual, largest) in sizes.items():
         if not 1 <= smallest <= usual <= largest:
             found = f"{smallest}, {usual}, {largest}"
             raise VqdeployError(
-                f"the sizes of {name} are out of order", expected="smallest, usual, largest", found=found
+                f"the sizes of {name} are not in ascending order", expected="smallest, usual, largest", found=found
             )
 
 
 def _part(
     name: str, stage: Stage, reference: nn.Module, served: nn.Module, dynamic: Axes, sizes: Mapping[str, Any]
 ) -> _Part:
-    """A stage before its export. How large its open dimensions may be is asked of the module as it was given."""
+    """A stage before its export, and the sizes of its dynamic dimensions, which are tried on the original module."""
     call = Call(name, reference, stage)
     axes = {tensor: dict(dynamic[tensor]) for tensor in stage.inputs if tensor in dynamic}
     usual = example_sizes(name, stage.inputs, axes)
@@ -281,12 +281,12 @@ def _part(
         shapes()
     except VqdeployError:
         raise
-    except Exception as error:  # whatever the module raises
+    except Exception as error:  # modules raise anything
         raise VqdeployError(f"stage {name} fails in PyTorch: {_first_line(error)}{_place(error, call)}") from error
     dims = _open_dimensions(usual, sizes, lambda **changed: _accepts(shapes, **changed))
     axes = {tensor: {i: d for i, d in own.items() if d in dims} for tensor, own in axes.items()}
     outputs, derived = _output_dimensions(stage, dims, shapes, dynamic)
-    traced = {dim: max(usual[dim], 2) for dim in dims}  # PyTorch takes 1 for a constant
+    traced = {dim: max(usual[dim], 2) for dim in dims}  # PyTorch specializes dimensions of size 1
     return _Part(
         name,
         Call(name, served, stage),
@@ -298,10 +298,10 @@ def _part(
 
 
 def example_sizes(name: str, inputs: Mapping[str, Tensor], axes: Axes) -> dict[str, int]:
-    """The size of each open dimension in the examples.
+    """The size of each dynamic dimension in the examples.
 
     Raises:
-        VqdeployError: Two examples differ in one, or an example does not have the axis.
+        VqdeployError: Two examples disagree on a size, or an example lacks the axis.
     """
     sizes: dict[str, int] = {}
     for tensor, own in axes.items():
@@ -317,14 +317,14 @@ def example_sizes(name: str, inputs: Mapping[str, Tensor], axes: Axes) -> dict[s
 def resized(
     inputs: Mapping[str, Tensor], axes: Axes, sizes: Mapping[str, int], noise: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Examples repeated or cut to other sizes; with `noise` no two places along the open dimensions are alike.
+    """Examples repeated or cropped to other sizes; with `noise`, no two slices along dynamic dimensions are equal.
 
     Args:
-        inputs: Examples.
-        axes: Their open dimensions.
-        sizes: Of each open dimension.
-        noise: Where random numbers come from. Floats get noise of half their spread; whole numbers are drawn from the
-            example, slices along its other dimensions in one piece.
+        inputs: Example tensors.
+        axes: Their dynamic dimensions.
+        sizes: New size of each dynamic dimension.
+        noise: Random generator. Floats get noise of half their standard deviation; integers are drawn from the example,
+            as whole slices along its dynamic dimensions.
     """
     result = {}
     for name, example in inputs.items():
@@ -343,7 +343,7 @@ def resized(
 
 
 def _drawn(example: Tensor, axes: list[int], shape: list[int], noise: torch.Generator) -> Tensor:
-    """Slices of an example, drawn for every place along the axes of the new shape."""
+    """Random slices of an example, one for each index along the axes of the new shape."""
     front = list(range(len(axes)))
     slices = example.movedim(axes, front).flatten(0, len(axes) - 1)
     sizes = [shape[axis] for axis in axes]
@@ -352,17 +352,17 @@ def _drawn(example: Tensor, axes: list[int], shape: list[int], noise: torch.Gene
 
 
 def _accepts(shapes: Callable[..., list[tuple[int, ...]]], **changed: int) -> bool:
-    """Whether the module takes other sizes, and makes something of them."""
+    """Whether the module accepts these sizes and returns nonempty tensors."""
     try:
         return all(0 not in shape for shape in shapes(**changed))
-    except Exception:  # whatever the module raises
+    except Exception:  # modules raise anything
         return False
 
 
 def _open_dimensions(
     usual: Mapping[str, int], sizes: Mapping[str, Any], accepts: Callable[..., bool]
 ) -> dict[str, Dimension]:
-    """The dimensions that may have more than one size."""
+    """The dimensions whose range has more than one size."""
     dims = {}
     for name, size in usual.items():
         if name in sizes:
@@ -382,7 +382,7 @@ def _open_dimensions(
 
 
 BATCH = "batch"
-_MOST_IMAGES = 64  # in a batch, where nobody says how many
+_MOST_IMAGES = 64  # default of the largest batch
 
 
 def _smallest(name: str, size: int, accepts: Callable[..., bool]) -> int:
@@ -403,7 +403,7 @@ def _largest(name: str, size: int, accepts: Callable[..., bool]) -> int:
 def _output_dimensions(
     stage: Stage, dims: Mapping[str, Dimension], shapes: Callable[..., list[tuple[int, ...]]], dynamic: Axes
 ) -> tuple[dict[str, dict[int, str]], dict[str, Dimension]]:
-    """Names of the open dimensions of outputs, and those that are no input's, by name."""
+    """Names of the dynamic dimensions of outputs, and sizes of those that no input has."""
     usual = {name: dim.usual for name, dim in dims.items()}
     other = {name: dim.largest if dim.largest > dim.usual else dim.smallest for name, dim in dims.items()}
     if BATCH in other:
@@ -440,17 +440,18 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+_ONE_SIZE = "a dynamic dimension has one size only: remove it from dynamic, or the constant from the code"
 _HELP = (
-    ("data-dependent", "the module branches on the value of a tensor: use torch.where, or decide it before the export"),
-    ("Constraints violated", "an open dimension has one size only: take it from dynamic, or the number from the code"),
-    ("specialized", "an open dimension has one size only: take it from dynamic, or the number from the code"),
+    ("data-dependent", "the module branches on the value of a tensor: use torch.where, or decide before the export"),
+    ("Constraints violated", _ONE_SIZE),
+    ("specialized", _ONE_SIZE),
     ("torchscript", "PyTorch's exporter has no ONNX operator for it"),
 )
-"""What a message of PyTorch says -> what helps."""
+"""Part of a message of PyTorch -> advice."""
 
 
 def _refusal(error: Exception, name: str, module: nn.Module) -> VqdeployError:
-    """Why a stage cannot be exported, in a sentence: which part of the module, which line, and what helps."""
+    """The error for a stage that cannot be exported: part of the module, line, reason and advice."""
     if isinstance(error, VqdeployError):
         return error
     message = " ".join(map(str, _chain(error)))
@@ -470,7 +471,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _place(error: BaseException, module: nn.Module) -> str:
-    """The innermost part of a module whose code an error passed through, and the line of it; empty if there is none."""
+    """The innermost submodule in the traceback of an error, and its line; empty if there is none."""
     names = {id(part): name for name, part in module.named_modules()}
     place = ""
     for link in _chain(error):

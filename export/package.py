@@ -1,4 +1,4 @@
-"""The ONNX package: a folder with one graph for each stage, all weights in one file, and a manifest."""
+"""Writes ONNX packages: a folder with one graph per stage, all weights in one file, and a manifest."""
 
 import dataclasses
 import hashlib
@@ -37,8 +37,8 @@ from vqdeploy.runtime.manifest import (
 )
 from vqdeploy.systems import SYSTEMS, System
 
-_NEWEST_OPSET = 25  # of those that the exporter writes
-_INLINE_BYTES = 256  # smaller constants stay in the graph, where shape inference finds them
+_NEWEST_OPSET = 25  # opset of the exporter
+_INLINE_BYTES = 256  # smaller constants stay in the graph for shape inference
 
 log = logging.getLogger("vqdeploy")
 
@@ -51,21 +51,21 @@ def export(
     progress: Callable[[str], object] = log.info,
     image_size: tuple[int, int] | None = None,
 ) -> Manifest:
-    """Writes the ONNX package of a system, whole or not at all.
+    """Atomically writes the ONNX package of a system.
 
     Args:
         system: A tokenizer, with a prior or without.
-        folder: Where. A package that is there is replaced.
+        folder: Output folder. An existing package is replaced.
         dtype: Precision of the graphs, one of `DTYPES`; see `vqdeploy.export.precision`.
         opset: ONNX opset, 24 or 25: `TensorScatter` came with 24.
-        progress: Told the name of each stage as its export begins.
+        progress: Called with the name of each stage before its export.
         image_size: Height and width of the images; those of the configuration when None.
 
     Raises:
         VqdeployError: The precision, opset or size is not supported, or the folder cannot be written.
     """
     if dtype not in DTYPES:
-        raise VqdeployError("there is no such precision", expected=" or ".join(DTYPES), found=repr(dtype))
+        raise VqdeployError("unsupported precision", expected=" or ".join(DTYPES), found=repr(dtype))
     if not OPSET <= opset <= _NEWEST_OPSET:
         raise VqdeployError("unsupported opset", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
     config = system.config
@@ -124,13 +124,13 @@ def _describe_sampling(system: System) -> SamplingInfo | None:
 def write_package(
     stages: Sequence[Stage], folder: Path, described: Manifest, progress: Callable[[str], object] = log.info
 ) -> Manifest:
-    """Writes the graphs of stages, their weights and a manifest, whole or not at all.
+    """Atomically writes the graphs of stages, their weights and a manifest.
 
     Args:
-        stages: What to export.
-        folder: Where. A package that is there is replaced.
-        described: The manifest, but for `stages` and `members`.
-        progress: Told the name of each stage as its export begins.
+        stages: The stages to export.
+        folder: Output folder. An existing package is replaced.
+        described: The manifest without `stages` and `members`.
+        progress: Called with the name of each stage before its export.
     """
     with replacing_folder(folder, (FILE, WEIGHTS, "*.onnx")) as new:
         graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
@@ -156,7 +156,7 @@ def write_package(
 
 
 def _export_stage(stage: Stage, opset: int) -> onnx_ir.Model:
-    # The exporter warns of its own deprecated calls, and at each export that torchvision is not there.
+    # The exporter warns of its own deprecated calls, and that torchvision is missing.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -164,13 +164,13 @@ def _export_stage(stage: Stage, opset: int) -> onnx_ir.Model:
 
 
 def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
-    """Renames the initializers so that equal tensors have one name in all graphs; returns each tensor once."""
+    """Deduplicates initializers over all graphs: equal tensors get one name; returns each once."""
     names: dict[str, str] = {}  # digest -> name
     weights: dict[str, np.ndarray] = {}
     for stage, model in graphs.items():
         for value in _initializers(model):
             array = value.const_value.numpy()
-            if not array.flags.c_contiguous:  # the exporter leaves transposed views, which cannot be hashed
+            if not array.flags.c_contiguous:  # the exporter leaves transposed views, whose bytes are not contiguous
                 value.const_value = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
         common.DeduplicateHashedInitializersPass(size_limit=2**40)(model)
         for value in _large(model):
@@ -192,7 +192,7 @@ def _large(model: onnx_ir.Model) -> list[Any]:
 
 
 def _point_to_file(models: Iterable[onnx_ir.Model], file: Path) -> None:
-    """Lets the graphs read their weights out of the safetensors file, as ONNX external data."""
+    """Points the initializers of the graphs at the safetensors file, as ONNX external data."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))

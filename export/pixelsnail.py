@@ -1,10 +1,11 @@
 """The stages of a hierarchy of PixelSNAILs: for each level `LEVEL_row` and `LEVEL_pixel`.
 
-A causal convolution without its centre sees the rows above and a few places to the left. What comes from the rows above
-is computed for a whole row at once, by one call of `row`. The places to the left are what is left for each place, one
-call of `pixel`. No convolution's output at a place depends on the code drawn last, so that all of a network's
-convolutions go side by side (compare Ramachandran et al., "Fast Generation for Convolutional Autoregressive Models",
-2017). A level that is conditioned on codes has a stage `LEVEL_condition`, called once an image.
+The receptive field of a causal convolution without its centre is the rows above and a few positions to the left. One
+call of `row` computes the contribution of the rows above to a whole row. One call of `pixel` per position adds that of
+the positions to the left. No output of a convolution at a position depends on the code at that position, so that all
+convolutions of a network run in parallel (compare Ramachandran et al., "Fast Generation for Convolutional
+Autoregressive Models", 2017). A level that is conditioned on codes has a stage `LEVEL_condition`, called once per
+image.
 """
 
 from collections.abc import Sequence
@@ -28,12 +29,12 @@ from vqdeploy.models.pixelsnail import (
 )
 from vqdeploy.runtime.hierarchical import level_names
 
-_PRODUCTS = 8  # for each tile of a row; more lose digits
-_PRODUCTS_IN_HALF = 4  # made with the points 0, 1 and -1 alone: the next ones would cost fp16 two bits
+_PRODUCTS = 8  # products per tile of a row; more lose precision
+_PRODUCTS_IN_HALF = 4  # uses the points 0, 1 and -1 only: further ones would cost two bits in fp16
 
 
 class CodeTable(nn.Module):
-    """Some taps of a convolution over codes: the codes under them [..., taps], -1 for none -> [..., channels]."""
+    """Some taps of a convolution over codes: codes under the taps [..., taps], -1 for none -> [..., channels]."""
 
     rows: Tensor  # [taps * (K + 1), channels], zeros in front of each tap's
     starts: Tensor  # [taps]
@@ -66,10 +67,10 @@ def _gated(network: PixelSNAIL) -> list[GatedResBlock]:
 
 
 class RowConv(nn.Module):
-    """What the rows above a row contribute to it through the causal convolutions of all L layers.
+    """The contribution of the rows above to a row, through the causal convolutions of all L layers.
 
-    By minimal filtering along the row: each of its tiles of m outputs takes n products, made of n overlapping inputs
-    that `spread` mixes. The layers and the n products go side by side, as groups of one convolution.
+    Uses minimal filtering along the row: a tile of m outputs needs n products of n overlapping inputs, which `spread`
+    transforms. The layers and the n products are groups of one convolution.
     """
 
     mixed: Tensor  # [n * tiles, w]
@@ -90,7 +91,7 @@ class RowConv(nn.Module):
         bias[:, ONE] = torch.stack([conv.bias.detach() for conv in convolutions])
         self.conv.bias = nn.Parameter(bias.flatten())
         first = m * torch.arange(self.tiles) - taps // 2
-        places = torch.arange(width) - first[:, None]  # of the row's places in each tile's inputs [tiles, w]
+        places = torch.arange(width) - first[:, None]  # selects the inputs of each tile from a row [tiles, w]
         inside = (places >= 0) & (places < n)
         self.register_buffer("mixed", (mixed[:, places.clamp(0, n - 1)] * inside).flatten(0, 1))
         self.register_buffer("outputs", outputs.contiguous())
@@ -101,9 +102,9 @@ class RowConv(nn.Module):
         return mixed.permute(0, 3, 1, 2, 4).flatten(2)
 
     def forward(self, rows: list[Tensor]) -> Tensor:
-        """The K - 1 rows above as `spread` makes them, the farthest first -> [B, w, L * outputs].
+        """The K - 1 rows above, transformed by `spread`, farthest first -> [B, w, L * outputs].
 
-        The tiles of all images lie in one row of one map, so that the weights are read once for all of them.
+        The tiles of all images form one row of one map, so that the weights are read once for all of them.
         """
         maps = torch.stack(rows).flatten(1, 2)[None]  # [1, K - 1, B * tiles, groups * inputs]
         products = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -119,10 +120,10 @@ def at_row(maps: Tensor, row: Tensor) -> Tensor:
 
 
 class Row(nn.Module):
-    """What the rows above a row contribute to all of its places, and the condition.
+    """The contribution of the rows above to all positions of a row, and that of the condition.
 
-    The activations in front of the first and of the second convolutions of all L gated layers come as the places of the
-    row right above left them, [B, L, w, C]. Those of the K - 2 rows above that one come as `RowConv` spread them.
+    The inputs of the first and of the second convolutions of all L gated layers are given as activations [B, L, w, C]
+    for the row directly above, and as transformed by `RowConv.spread` for the K - 2 rows above that one.
     """
 
     row_bias: Tensor  # [C]
@@ -157,20 +158,21 @@ class Row(nn.Module):
         label: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The contributions, and the activations of the row right above for the calls that follow.
+        """The contributions, and the transformed activations of the row directly above for later calls.
 
         Args:
-            row: Its index [B].
-            codes: Those of the rows above that the first layer sees [B, rows, w], -1 off the map.
-            row_x: Activations of the row right above, in front of the first convolutions.
-            row_y: Those in front of the second ones.
-            above_x: Spread activations of the rows above that one, the farthest first, in front of the first ones.
-            above_y: Those in front of the second ones.
-            label: [B], if the level is conditioned on anything.
-            condition: That of the codes of the level above [B, h, w, channels], if there is one.
+            row: Index of the row [B].
+            codes: Codes of the rows above in the receptive field of the first layer [B, rows, w], -1 outside the map.
+            row_x: Activations of the row directly above, inputs of the first convolutions.
+            row_y: The same for the second ones.
+            above_x: Transformed activations of the rows above that one, farthest first, for the first convolutions.
+            above_y: The same for the second ones.
+            label: Labels [B], if the level is conditioned.
+            condition: Output of `LEVEL_condition` [B, h, w, channels], if there is a level above.
 
         Returns:
-            `entry` [B, w, C], `inner` [B, w, L * inner], `gates` [B, w, L * 2C], and `row_x` and `row_y` spread.
+            `entry` [B, w, C], `inner` [B, w, L * inner], `gates` [B, w, L * 2C], and `row_x` and `row_y` after
+            `spread`.
         """
         spread_x, spread_y = self.first.spread(row_x), self.second.spread(row_y)
         inner, gates = self.first([*above_x, spread_x]), self.second([*above_y, spread_y])
@@ -220,10 +222,10 @@ class PixelExit(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """An `AttentionExit` on vectors, with caches.
+    """An `AttentionExit` on vectors, with KV caches.
 
-    A place does not attend to itself. So its key and value go to the next call, which writes them into
-    the caches: of the place before, at that place's index, and attends to everything up to there.
+    A position does not attend to itself. So its key and value go to the next call, which writes them into the caches
+    at the index of the position before and attends to all entries up to there.
     """
 
     def __init__(self, exit_: AttentionExit):
@@ -238,7 +240,7 @@ class PixelAttention(nn.Module):
     def forward(
         self, x: Tensor, out: Tensor, background: Tensor, place: Tensor, key: Tensor, value: Tensor, last: Tensor
     ) -> tuple[Tensor, ...]:
-        """`last` [B, 2 * width] is the key and the value of the place before; returns the new caches and `last` too."""
+        """`last` [B, 2 * width] is key and value of the position before; also returns the new caches and `last`."""
         pair = self.key_value(self.key_resblock(torch.cat([x, out, background], 1)))
         query = self.query(self.query_resblock(torch.cat([out, background], 1)))
         before = (place - 1).clamp(min=0)
@@ -249,11 +251,10 @@ class PixelAttention(nn.Module):
 
 
 class Pixel(nn.Module):
-    """The code of one place.
+    """The code of one position.
 
-    The activations of the few places to the left are kept for the convolutions: `left_x` [B, L * side * C] in front
-    of the first ones, `left_y` in front of the second ones. `row_x` and `row_y` collect them for the call of `Row` that
-    follows.
+    The states `left_x` and `left_y` [B, L * side * C] are the activations of the positions to the left, inputs of the
+    first and of the second convolutions. `row_x` and `row_y` collect them for the next call of `Row`.
     """
 
     background: Tensor  # [h * w, 2]
@@ -295,7 +296,7 @@ class Pixel(nn.Module):
     ) -> tuple[Tensor, ...]:
         logits, *states = self.logits(codes, row, column, entry, inner, gates, left_x, left_y, key, value, last)
         activations_x, activations_y, left_x, left_y, *caches = states
-        # Joined for a moment: TensorRT-RTX 1.7 dies of two writes of which only one follows from attention.
+        # Joined: TensorRT-RTX 1.7 crashes on two cache writes of which only one depends on attention.
         widths = activations_x.shape[2], activations_y.shape[2]
         entries = torch.cat([activations_x, activations_y], 2)[:, :, None].split(widths, 3)
         row_x, row_y = (
@@ -319,24 +320,24 @@ class Pixel(nn.Module):
         value: Sequence[Tensor] = (),
         last: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """Logits [B, K] of the place at `row` and `column` [B], and what the next calls need.
+        """Logits [B, K] of the position at `row` and `column` [B], and the states for the next calls.
 
         Args:
-            codes: Of the places to the left on this row [B, side], -1 off the map.
-            row: [B].
-            column: [B].
+            codes: Codes of the positions to the left in this row [B, side], -1 outside the map.
+            row: Index of the row [B].
+            column: Index of the column [B].
             entry: Contributions of the rows above, from `Row`.
-            inner: As `entry`.
-            gates: As `entry`.
-            left_x: Activations of the places to the left.
-            left_y: As `left_x`.
-            key: A cache [B, H, h * w, D] for each block with attention.
-            value: As `key`.
-            last: Key and value of the place before [B, 2 * width], for each block with attention.
+            inner: See `entry`.
+            gates: See `entry`.
+            left_x: Activations of the positions to the left.
+            left_y: See `left_x`.
+            key: Key cache [B, H, h * w, D] of each block with attention.
+            value: Value cache, see `key`.
+            last: Key and value of the position before [B, 2 * width], for each block with attention.
 
         Returns:
-            The logits, the place's own activations [B, L, C] twice, `left_x`, `left_y`, and `key`, `value`, `last` in
-            a row.
+            The logits, the activations of the position [B, L, C] twice, `left_x`, `left_y`, and `key`, `value`, `last`
+            of each block.
         """
         place = row * self.width + column
         entry, inner, gates = (at_row(rows, column) for rows in (entry, inner, gates))
@@ -376,7 +377,7 @@ class Pixel(nn.Module):
         )
 
     def _pushed(self, left: Tensor, new: Tensor) -> Tensor:
-        """The places to the left of the next place: without the farthest, and with this one."""
+        """Shifts the window of positions to the left: drops the farthest and appends this one."""
         places = left.unflatten(1, (self.layers, self.side, -1))
         return torch.cat([places[:, :, 1:], new[:, :, None]], 2).flatten(1)
 
@@ -387,7 +388,7 @@ def _taps(left: Any) -> Product:
 
 
 def _each(left: Tensor, products: Any) -> Tensor:
-    """Equal parts of [B, L * n] through a product each, side by side."""
+    """Applies one matrix to each of L equal parts of [B, L * n], and concatenates the results."""
     parts = left.split(left.shape[1] // len(products), 1)
     return torch.cat([product(part) for part, product in zip(parts, products, strict=True)], 1)
 
@@ -406,7 +407,7 @@ class Condition(nn.Module):
 
 
 def stages(prior: VQVAE2Prior, precision: str) -> list[Stage]:
-    """The graphs of a prior at a precision."""
+    """The stages of a prior at a precision."""
     products = _PRODUCTS if precision == "fp32" else _PRODUCTS_IN_HALF
     graphs = []
     for name, network in zip(level_names(len(prior.levels)), prior.levels, strict=True):
@@ -422,7 +423,7 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int, products: int) ->
     attention = range(config.blocks if config.attention else 0)
     cache = (2, config.heads, height * width, channels // 2 // config.heads)
 
-    def index() -> Tensor:  # the exporter takes inputs that are one tensor for one input
+    def index() -> Tensor:  # the exporter would merge inputs that are the same tensor
         return torch.zeros(2, dtype=torch.int64)
 
     stage = Row(network, products)

@@ -1,7 +1,7 @@
-"""The precision of a graph: that of its weights and of the states that pass from call to call.
+"""The precision of a graph: the type of its weights and of the states that pass from call to call.
 
-Images, codes and what a request gives, noise included, keep their types in every precision. So does whatever decides:
-the search of the codebooks and the sampling are fp32.
+Images, codes and inputs of a request, noise included, have the same types in every precision. Decisions are always in
+fp32: the search of the codebooks and the sampling.
 """
 
 import copy
@@ -17,24 +17,24 @@ from vqdeploy.export.stage import Stage
 from vqdeploy.models.quantizers import AveragedCodebook
 
 KEPT = (AveragedCodebook, Replacement)
-"""Modules that compute in fp32 in every precision, with all that is in them."""
+"""Modules that compute in fp32 in every precision, with all their submodules."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 """Name of a precision -> type of the weights."""
 
 
 def in_precision(stage: Stage, precision: str) -> Stage:
-    """A stage with weights and states of a precision, one of `DTYPES`; codebooks stay in fp32.
+    """Converts weights and states of a stage to a precision, one of `DTYPES`; codebooks stay in fp32.
 
-    Each layer takes its inputs in the type of its weights, so that no model has to know of precisions.
+    Each layer casts its inputs to the type of its weights, so that models need no code for precisions.
 
     Raises:
-        VqdeployError: A weight is too large for the precision.
+        VqdeployError: A weight overflows the precision.
     """
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return stage
-    module = copy.deepcopy(stage.module)  # the layers of a stage are those of the system
+    module = copy.deepcopy(stage.module)  # the layers belong to the system
     kept = {part for owner in module.modules() if isinstance(owner, KEPT) for part in owner.modules()}
     for part in module.modules():
         if part not in kept:

@@ -1,10 +1,9 @@
-"""What stands in for the quantizers of `vector-quantize-pytorch` in an exported graph, and the registry of them.
+"""Exportable replacements of the quantizers of `vector-quantize-pytorch`, and their registry.
 
-The library's own modules branch on tensors, repeat their codebook over the batch and freeze shapes, so most of them
-cannot be exported, or are wrong at every batch size but the traced one. Each class here serves the library's class of
-the same name in inference: it takes its tables, scales and layers from the live module, and has its calls, their
-layouts and the types of their results. Losses are zero, as nothing is learned. A quantizer computes in fp32 in every
-precision.
+The modules of the library branch on tensors, repeat their codebook over the batch and specialize shapes, so most of
+them cannot be exported, or are wrong at all batch sizes but the traced one. Each class here replaces the library's
+class of the same name in inference: it takes codebooks, scales and layers from the live module, and has the same
+methods, layouts and result types. Losses are zero. Quantizers compute in fp32 in every precision.
 """
 
 import copy
@@ -27,11 +26,11 @@ _TRAINING_ONLY = {
     "rand_quantize_dropout_fixed_seed",
     "sample_codebook_temp",
 }
-"""Arguments of the library's `forward` that change nothing in inference."""
+"""Arguments of the library's `forward` that have no effect in inference."""
 
 
 class Replacement(nn.Module):
-    """A quantizer in an exported graph; `dim` and the like are kept for whoever reads them."""
+    """A quantizer in an exported graph; it keeps public attributes such as `dim` of the original."""
 
     def __init__(self, original: nn.Module):
         super().__init__()
@@ -44,12 +43,12 @@ class Replacement(nn.Module):
         """Which codes are clearly worse than the best, given the codes before them.
 
         Args:
-            x: What went into the quantizer.
+            x: Input of the quantizer.
             codes: Codes in the layout that the quantizer returns.
-            slack: By how much the distance of a code may exceed the smallest, as a share of the largest distance.
+            slack: Allowed excess over the smallest distance, as a fraction of the largest distance.
 
         Returns:
-            Booleans in the shape of the codes.
+            Bool in the shape of the codes.
         """
         raise NotImplementedError
 
@@ -69,14 +68,14 @@ def _channels_first(x: Tensor, first: bool) -> Tensor:
 
 
 def _rows(codes: Tensor, table: Tensor) -> Tensor:
-    """Rows of a table [K, D] by codes of any shape; as in PyTorch, a negative code counts from the end."""
+    """Rows of a table [K, D] by codes of any shape; negative codes count from the end, as in PyTorch."""
     codes = codes.long()
     codes = torch.where(codes < 0, codes + len(table), codes)
     return lookup(codes.reshape(-1, 1), table).view(*codes.shape, -1)
 
 
 def _distances(z: Tensor, table: Tensor, metric: str) -> Tensor:
-    """Squared distances [N, K] of vectors from a codebook; by `dot`, what each product lacks of the largest norm."""
+    """Squared distances [N, K] of vectors from a codebook; for `dot`, the largest norm minus each product."""
     z, table = z.double(), table.double()
     if metric == "l2":
         return torch.cdist(z, table).square()
@@ -91,7 +90,7 @@ def _far(z: Tensor, table: Tensor, metric: str, codes: Tensor, slack: float) -> 
 
 
 def _trained(book: Any, owner: str) -> None:
-    """Refuses a codebook that no table stands for.
+    """Rejects a codebook that cannot be expressed as a table.
 
     Args:
         book: The library's `Codebook`.
@@ -104,7 +103,7 @@ def _trained(book: Any, owner: str) -> None:
 
 
 def _table(layer: Any, owner: str) -> Tensor:
-    """Codebooks [H, K, D] that a `VectorQuantize` searches."""
+    """The codebooks [H, K, D] of a `VectorQuantize`."""
     book = layer._codebook
     _trained(book, owner)
     with torch.no_grad():
@@ -113,17 +112,17 @@ def _table(layer: Any, owner: str) -> Tensor:
 
 
 def _metric(layer: Any) -> str:
-    """The library looks for the largest product of the normalized vector with the table as it is stored."""
+    """Cosine search of the library: the largest product of the normalized vector with the stored table."""
     return "dot" if layer.use_cosine_sim else "l2"
 
 
 def _is_first(layer: Any) -> bool:
-    """Whether a `VectorQuantize` takes the channels in dimension 1."""
+    """Whether a `VectorQuantize` has its channels in dimension 1."""
     return layer.accept_image_fmap or layer.accept_3d_fmap or not layer.channel_last
 
 
 class VectorQuantize(Replacement):
-    """One search a head: van den Oord et al. (2017), with several heads, by distance or by angle."""
+    """Vector quantization (van den Oord et al., 2017), with several heads, by distance or by angle."""
 
     tables: Tensor  # [H or 1, K, D], searched
     stored: Tensor  # [H or 1, K, D], looked up by code; the library leaves out the bridge there
@@ -148,7 +147,7 @@ class VectorQuantize(Replacement):
         self, x: Tensor, mask: Tensor | None = None, lens: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._refuse(options)
-        first = self.first and x.ndim > 2  # of one token, channels are last
+        first = self.first and x.ndim > 2  # for a single token, channels are last
         given = _channels_last(x, first)
         z = self._split(given)
         if self.separate_codebook_per_head:
@@ -185,7 +184,7 @@ class VectorQuantize(Replacement):
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
         z = self._split(_channels_last(x, self.first and x.ndim > 2))
         found = codes.reshape(z.shape[:-1])
-        used = found >= 0  # -1 stands for what is masked
+        used = found >= 0  # -1 where masked
         tables = self.tables.expand(self.heads, -1, -1)
         far = [
             _far(z[..., h, :].flatten(0, -2), table, self.metric, found[..., h].clamp(min=0).flatten(), slack)
@@ -195,13 +194,13 @@ class VectorQuantize(Replacement):
 
 
 def _masked(mask: Tensor, quantized: Tensor, codes: Tensor, given: Tensor, zeros: bool) -> tuple[Tensor, Tensor]:
-    """Vectors [B, N, D] and codes [B, N, ...] with zeros, or what was given, and -1 where the mask [B, N] is not."""
+    """Where the mask [B, N] is False, vectors [B, N, D] become zeros or the input, and codes [B, N, ...] become -1."""
     quantized = torch.where(mask[..., None], quantized, torch.zeros_like(quantized) if zeros else given)
     return quantized, torch.where(mask.view(*mask.shape, *[1] * (codes.ndim - mask.ndim)), codes, -1)
 
 
 class _Residual(Replacement):
-    """Codes [..., Q] that add up; what the residual quantizers share. -1 and missing codes add nothing."""
+    """Base of residual quantizers: codes [..., Q] whose vectors are summed. -1 and missing codes add nothing."""
 
     books: Tensor  # [Q, K, D], smaller ones filled up with zeros, or one for all depths [K, D]
 
@@ -219,7 +218,7 @@ class _Residual(Replacement):
         return lookup(codes.long().flatten(0, -2), self.books).view(*codes.shape[:-1], -1)
 
     def _each(self, codes: Tensor) -> Tensor:
-        """The vector of each code, [Q, ..., D]; zeros for those that are missing."""
+        """The vector of each code [Q, ..., D]; zeros for missing codes."""
         codes = F.pad(codes.long(), (0, len(self.sizes) - codes.shape[-1]), value=-1)
         parts = zip(codes.unbind(-1), self._tables(), strict=True)
         return torch.stack([lookup(code.reshape(-1, 1), table).view(*code.shape, -1) for code, table in parts])
@@ -236,7 +235,7 @@ class _Residual(Replacement):
 
 
 class ResidualVQ(_Residual):
-    """Zeghidour et al., SoundStream (2021), algorithm 1: a codebook a depth, or one for all."""
+    """Residual quantization (Zeghidour et al., SoundStream, 2021, algorithm 1), codebooks per depth or shared."""
 
     def __init__(self, original: Any):
         super().__init__(original)
@@ -314,7 +313,7 @@ class Grouped(Replacement):
         options["return_all_codes"] = return_all_codes
         parts = [rvq(part, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, self.along), strict=True)]
         quantized, *rest = zip(*parts, strict=True)
-        every = rest[-1:] if return_all_codes else []  # those the library leaves apart
+        every = rest[-1:] if return_all_codes else []  # the library does not concatenate these
         return torch.cat(quantized, self.along), *map(torch.stack, rest[: len(rest) - len(every)]), *every
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -330,7 +329,7 @@ class Grouped(Replacement):
 
 
 class SimVQ(Replacement):
-    """Zhu et al., SimVQ (2024): the codebook is a network's image of a frozen one, and so a constant here."""
+    """SimVQ (Zhu et al., 2024): the codebook is a transform of a frozen one, a constant here."""
 
     table: Tensor  # [K, D]
 
@@ -348,7 +347,7 @@ class SimVQ(Replacement):
         z = _channels_last(x, self.channel_first).float()
         codes = nearest(z.flatten(0, -2), self.table, "l2").view(z.shape[:-1])
         quantized = _rows(codes, self.table)
-        if self.rotation_trick:  # rotates in evaluation too, and a zero vector onto itself
+        if self.rotation_trick:  # rotates in evaluation too; a zero vector stays
             quantized = quantized * _nonzero(z)
         return _channels_first(quantized.to(x.dtype), self.channel_first), codes, torch.zeros(())
 
@@ -361,12 +360,12 @@ class SimVQ(Replacement):
 
 
 def _nonzero(z: Tensor) -> Tensor:
-    """1 for a vector of [..., D] that is not zero, else 0: [..., 1]."""
+    """1.0 for nonzero vectors [..., D], else 0.0; [..., 1]."""
     return z.abs().amax(-1, keepdim=True).gt(0).to(z.dtype)
 
 
 class ResidualSimVQ(_Residual):
-    """`SimVQ` by depth."""
+    """`SimVQ` at each depth of a residual quantizer."""
 
     of_zero: Tensor  # [Q], the codes of a zero vector
 
@@ -409,7 +408,7 @@ class ResidualSimVQ(_Residual):
 
 
 class Scalar(Replacement):
-    """`FSQ`, `LFQ` and `LatentQuantize`: these can be exported, and stay as they are, in fp32.
+    """`FSQ`, `LFQ` and `LatentQuantize`, which can be exported as they are, in fp32.
 
     Mentzer et al., FSQ (2024); Yu et al., MAGVIT-v2 (2024); Hsu et al., latent quantization (2023).
     """
@@ -427,12 +426,12 @@ class Scalar(Replacement):
         return self.original.indices_to_codes(indices, **options)
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
-        """Which codes have a digit that no shift of the input by the slack, of its largest number, makes."""
+        """Which codes have a digit that no change of the input by `slack` times its largest magnitude yields."""
         return _far_digits(self.original, _inner(self.original, x), codes, slack)
 
 
 def _inner(quantizer: Any, x: Tensor) -> Tensor:
-    """What a scalar quantizer rounds: [..., C, d] of its input."""
+    """The values that a scalar quantizer rounds: [..., C, d] of its input."""
     first = getattr(quantizer, "channel_first", None)
     first = x.ndim >= 4 or bool(first) if first is not True else True
     if type(quantizer).__name__ == "LatentQuantize":
@@ -467,7 +466,7 @@ def _digits(quantizer: Any, codes: Tensor) -> Tensor:
 
 
 class ResidualScalar(_Residual):
-    """`ResidualFSQ` and `ResidualLFQ`: the way to codes can be exported as it is, the way back is a sum of tables."""
+    """`ResidualFSQ` and `ResidualLFQ`: encoding is exported as it is, decoding is a sum of table lookups."""
 
     def __init__(self, original: Any):
         super().__init__(original)
@@ -509,7 +508,7 @@ class ResidualScalar(_Residual):
 
 
 class RandomProjectionQuantizer(Replacement):
-    """Chiu et al., BEST-RQ (2022): codes of random projections, one a codebook."""
+    """Codes of random projections, one per codebook (Chiu et al., BEST-RQ, 2022)."""
 
     rand_projs: Tensor  # [H, dim, D]
 
@@ -550,7 +549,7 @@ _SERVED: dict[str, Callable[[Any], nn.Module]] = {
     "LatentQuantize": Scalar,
     "RandomProjectionQuantizer": RandomProjectionQuantizer,
 } | dict.fromkeys(["FSP", "EvoLFQ", "BinaryMapper", "HierarchicalVQ"], _refuse)
-"""Name of a class of the library -> what serves it."""
+"""Class name of the library -> its replacement."""
 
 _registered: dict[type, Callable[[Any], nn.Module]] = {}
 
@@ -564,16 +563,16 @@ _LOOKS = {
     "LFQ": ("codebook_scale", "mask"),
     "RandomProjectionQuantizer": ("rand_projs", "vq"),
 }
-"""Class of the library -> attributes by which a copy of it is known; the first that fits."""
+"""Class of the library -> attributes that identify a copy of it; the first match counts."""
 
 
 def register_quantizer(kind: type, function: Callable[[Any], nn.Module]) -> None:
-    """Serves a class of quantizers that is not the library's own, such as a copy inside another project.
+    """Registers a replacement for a class of quantizers, such as a copy of the library in another project.
 
     Args:
         kind: The class itself; subclasses are not included.
-        function: From a module of that class to one that can be exported and does the same in inference, such as
-            `vqdeploy.export.quantizers.ResidualVQ`. Verification against the module holds it to that.
+        function: Maps a module of that class to an exportable one with the same inference behaviour, such as
+            `vqdeploy.export.quantizers.ResidualVQ`. `export_module` verifies the result against the original.
     """
     _registered[kind] = function
 
@@ -587,12 +586,12 @@ def _server(module: nn.Module) -> Callable[[Any], nn.Module] | None:
 def _serve(module: nn.Module) -> nn.Module:
     server = _server(module)
     if server is None:
-        raise VqdeployError(f"{type(module).__name__} is no registered quantizer", fix="register_quantizer")
+        raise VqdeployError(f"{type(module).__name__} is not a registered quantizer", fix="register_quantizer")
     return server(module)
 
 
 def quantizers(model: nn.Module) -> dict[str, nn.Module]:
-    """The registered quantizers of a model by name, each once, without those inside another one."""
+    """The outermost registered quantizers of a model by name, each once."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if _server(module) and not _inside(name, found):
@@ -605,7 +604,7 @@ def _inside(name: str, outer: Iterable[str]) -> bool:
 
 
 def look_alikes(model: nn.Module) -> list[str]:
-    """A sentence on each module that is no registered quantizer and looks like one of the library."""
+    """A warning for each module that looks like a quantizer of the library and is not registered."""
     found = quantizers(model)
     alike: list[str] = []
     sentences = []
@@ -627,16 +626,16 @@ def look_alikes(model: nn.Module) -> list[str]:
 
 
 def replace_quantizers(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """A copy of a model with its quantizers replaced; the model stays as it is, and shares its weights.
+    """A copy of a model with its quantizers replaced; it shares weights with the model, which is not modified.
 
     Args:
-        model: Any module, a quantizer itself too.
+        model: Any module, or a quantizer itself.
 
     Returns:
-        The copy, and what stands in it for each quantizer, by name.
+        The copy, and the replacement of each quantizer by name.
 
     Raises:
-        VqdeployError: A quantizer cannot be served exactly; it is named.
+        VqdeployError: A quantizer is not supported; the message names it.
     """
     reference, served = copied(model), {}
     found = quantizers(reference)
@@ -649,15 +648,15 @@ def replace_quantizers(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module
 
 
 def copied(model: nn.Module, stand_ins: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A copy of a model on the CPU and in fp32, in evaluation; tensors that are so already are shared.
+    """A copy of a model on the CPU, in fp32 and evaluation mode; tensors that need no conversion are shared.
 
     Args:
         model: The model.
-        stand_ins: Modules to put in the place of others, by the `id` of those.
+        stand_ins: Replacements, by the `id` of the replaced module.
     """
-    memo: dict[int, Any] = {}  # of what deepcopy takes for copied already
+    memo: dict[int, Any] = {}  # entries of the memo of deepcopy
     for module in model.modules():
-        # Weight norm leaves tensors with a history, which cannot be copied, beside the parameters.
+        # Weight norm leaves non-leaf tensors in attributes, which deepcopy rejects.
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(tensor, Tensor):
                 memo[id(tensor)] = _plain(tensor)

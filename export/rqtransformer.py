@@ -16,8 +16,8 @@ class Step(nn.Module):
     """Codes of the position after S known entries.
 
     Entry 0 is the condition, entry t + 1 the codes of position t. A call takes entries position..position + S - 1,
-    writes their keys and values into the caches, and samples the codes of position `position + S - 1`: S = 1 in the
-    sampling loop, more for a known prefix.
+    writes their keys and values into the KV caches, and samples the codes of position `position + S - 1`: S = 1 in the
+    sampling loop, more for prefill.
     """
 
     body: Any  # list of InferenceBlock
@@ -35,7 +35,7 @@ class Step(nn.Module):
         self.body = nn.ModuleList(InferenceBlock(block) for block in prior.body_transformer.blocks)
         self.head = nn.ModuleList(InferenceBlock(block) for block in prior.head_transformer.blocks)
         self.norm, self.classifier = prior.classifier.layer_norm, Projection(prior.classifier.linear)
-        # Both products act linearly on rows of the codebook, so each is a table; biases go where they count once.
+        # Both projections are linear in rows of the codebook, so each becomes a table; biases are added once.
         self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())
         self.register_buffer("head_table", (prior.codebook @ prior.head_mlp.weight.T).detach())
         self.register_buffer("labels", (prior.cond_emb.weight + prior.pos_emb_cond[0]).detach())
@@ -82,7 +82,7 @@ class Step(nn.Module):
 
 
 def stages(prior: RQTransformer) -> list[Stage]:
-    """The graph of a prior.
+    """The stage of a prior.
 
     Raises:
         VqdeployError: The prior is conditioned on text.

@@ -12,7 +12,7 @@ from vqdeploy.export.functions import OPSET, attach, translations
 
 @dataclass(frozen=True)
 class Dimension:
-    """A dimension that stays open: its name, and its largest, usual and smallest size."""
+    """A dynamic dimension: name, and largest, usual and smallest size."""
 
     name: str
     largest: int
@@ -20,7 +20,7 @@ class Dimension:
     smallest: int = 1
 
 
-_LARGEST = 4096  # that the exporter is told of any dimension; a tighter bound could enter the graph
+_LARGEST = 4096  # upper bound for the exporter; a tighter one could end up in the graph
 
 BATCH = Dimension("batch", _LARGEST)
 """The first dimension of every input and output of the stages of a system."""
@@ -30,9 +30,9 @@ BATCH = Dimension("batch", _LARGEST)
 class Stage:
     """A module with example inputs (batch first, batch size 2) and the names of its outputs.
 
-    A list of tensors is spread over inputs `NAME.0`, `NAME.1` and so on. `dynamic` tells the open dimensions other than
-    the batch, `aliases` the output that a backend may write over an input. `states` names the inputs that hold what
-    earlier calls left and so follow the precision; whatever a request gives, noise too, keeps its type.
+    A list of tensors becomes inputs `NAME.0`, `NAME.1` and so on. `dynamic` has the dynamic dimensions other than the
+    batch, `aliases` the outputs that a backend may write in place of an input. `states` names the inputs that come from
+    earlier calls and so follow the precision; inputs of a request, noise too, keep their types.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Stage:
 
     @property
     def input_names(self) -> list[str]:
-        """Names of the graph's inputs, lists spread."""
+        """Names of the graph inputs, one for each tensor of a list."""
         spread = (
             [name] if isinstance(x, Tensor) else [f"{name}.{i}" for i in range(len(x))]
             for name, x in self.inputs.items()
@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def dimensions(self) -> set[Dimension]:
-        """All open dimensions."""
+        """All dynamic dimensions."""
         return {BATCH, *(dimension for axes in self.dynamic.values() for dimension in axes.values())}
 
     def to_onnx(self, opset: int = OPSET) -> onnx_ir.Model:

@@ -16,7 +16,7 @@ _FASTER: dict[type, Any] = {Upsample: SplitUpsample, SpatialNorm: Modulation, vi
 
 
 def _laid_out(tokenizer: Any) -> Any:
-    """A copy of a tokenizer with layers that are laid out for inference."""
+    """A copy of a tokenizer with layers for inference."""
     tokenizer = copy.deepcopy(tokenizer)
     for module in list(tokenizer.modules()):
         for name, child in module.named_children():
@@ -38,7 +38,7 @@ class Encode(nn.Module):
 
 
 class Decode(nn.Module):
-    """Codes int64 [B, h, w, Q], -1 for a residual depth to leave out -> image uint8 [B, H, W, 3]."""
+    """Codes int64 [B, h, w, Q], -1 for a residual depth to skip -> image uint8 [B, H, W, 3]."""
 
     def __init__(self, tokenizer: Any):
         super().__init__()
@@ -50,7 +50,7 @@ class Decode(nn.Module):
 
 
 def maps_of(tokenizer: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-    """Height, width and depth of each code map of an image of a height and a width.
+    """Height, width and depth of each code map, for images of the given size.
 
     Raises:
         VqdeployError: The tokenizer does not take images of that size.
@@ -75,7 +75,7 @@ def _shown(size: tuple[int, int]) -> str:
 
 
 def stages(tokenizer: Any, size: tuple[int, int] | None = None) -> list[Stage]:
-    """Both graphs of a tokenizer, for images of a height and a width; its own where that is None."""
+    """Both stages of a tokenizer, for images of a height and width; by default those of its configuration."""
     height, width = size or (tokenizer.config.resolution,) * 2
     maps = maps_of(tokenizer, (height, width))
     image = torch.zeros(2, height, width, 3, dtype=torch.uint8)

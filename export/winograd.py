@@ -8,7 +8,7 @@ from torch import Tensor
 
 _POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 4.0, -4.0, 0.25, -0.25)
 ONE = 1
-"""Index of the product whose value every output has as a summand."""
+"""Index of the product that is a summand of every output."""
 
 
 def minimal_filtering(outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,6 +23,6 @@ def minimal_filtering(outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _values(n: int, coefficients: int) -> Tensor:
-    """What n - 1 points and infinity make of the coefficients of a polynomial [n, coefficients]."""
+    """Evaluates a polynomial at n - 1 points and infinity: a matrix [n, coefficients]."""
     points = torch.tensor(_POINTS[: n - 1], dtype=torch.float64)[:, None] ** torch.arange(coefficients)
     return torch.cat([points, torch.eye(coefficients, dtype=torch.float64)[-1:]])

@@ -1,4 +1,4 @@
-"""Runs plans, with numpy and one engine library, and never PyTorch."""
+"""Runs plans with numpy and one engine library, without PyTorch."""
 
 from vqdeploy.runtime.pipeline import Output, Pipeline, Step, load
 

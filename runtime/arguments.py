@@ -1,4 +1,4 @@
-"""What callers give from Python: as arrays, or refused in one sentence."""
+"""Validates arguments from Python and converts them to arrays."""
 
 from numbers import Integral, Real
 from typing import Any
@@ -8,16 +8,20 @@ import numpy as np
 from vqdeploy.errors import VqdeployError
 
 LARGEST = 2**62
-"""Bound of seeds and image indices, which key the noise."""
+"""Upper bound of seeds and image indices, which key the noise."""
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; True and False are none."""
+    """Whether a value is an integer; bool does not count."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_whole(lowest: int = 0, **named: Any) -> None:
-    """Refuses values that are no whole numbers, or out of range."""
+    """Rejects values that are not integers in `lowest`..`LARGEST`.
+
+    Raises:
+        VqdeployError: It names the first such argument.
+    """
     for name, value in named.items():
         if not is_whole(value) or not lowest <= value <= LARGEST:
             expected = f"a whole number in {lowest}..{LARGEST}"
@@ -25,7 +29,11 @@ def check_whole(lowest: int = 0, **named: Any) -> None:
 
 
 def as_array(name: str, value: Any) -> np.ndarray:
-    """Anything that has one length in each dimension."""
+    """`value` as a numpy array.
+
+    Raises:
+        VqdeployError: It is ragged.
+    """
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -33,7 +41,11 @@ def as_array(name: str, value: Any) -> np.ndarray:
 
 
 def as_numbers(name: str, value: Any, whole: bool = False) -> np.ndarray:
-    """A number, or an array of them: float, or int64 when they must be whole. Text and bool are not taken for such."""
+    """A number or nested list as an array: float64, or int64 with `whole`. Strings and bool are rejected.
+
+    Raises:
+        VqdeployError: An element has another type.
+    """
     try:
         array = np.asarray(value, object)
         if all(is_whole(item) if whole else _is_number(item) for item in array.flat):
@@ -49,5 +61,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value on one short line."""
+    """A value as one short line of text."""
     return " ".join(str(value).split())[:80]

@@ -1,4 +1,4 @@
-"""Key-value cached sampling: one engine call a position."""
+"""Autoregressive sampling with KV caches: one engine call per position."""
 
 from collections.abc import Mapping
 
@@ -15,8 +15,8 @@ from vqdeploy.runtime.session import Binding, Session
 class AutoregressiveSampler(Sampler):
     """Runs the stage `step` of an autoregressive prior.
 
-    With guidance a slot has two rows of the batch: its own, and `slots` further on one without a label, which gets the
-    codes of the first. `partner` names for each row the one from whose logits its own are moved.
+    With guidance a slot takes two batch rows: row `slot` with the label, and row `slot + slots` without it, which gets
+    the same codes. The graph input `partner` gives, for each row, the row that guidance moves its logits away from.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class AutoregressiveSampler(Sampler):
         self._binding = session.bind(dims, self._held)
         height, width, self._depth = self._shape
         self._positions = height * width
-        # By engine call, so that one copy keeps what all slots drew, wherever each of them is.
+        # Indexed by engine call: one copy stores the codes of all slots, whatever the position of each.
         self._drawn = session.array(np.zeros((self._positions, slots, self._depth), np.int64))
         self._known = session.array(np.zeros((slots, self._positions, self._depth), np.int64))
         self._calls = 0
-        self._first = np.zeros(slots, np.int64)  # position that is drawn first
-        self._next = np.full(slots, self._positions)  # that is drawn next
-        self._since = np.zeros(slots, np.int64)  # calls before that of the first position
-        self._fixed: dict[int, frozenset[int]] = {}  # positions behind the first that are known
+        self._first = np.zeros(slots, np.int64)  # first position to draw
+        self._next = np.full(slots, self._positions)  # next position to draw
+        self._since = np.zeros(slots, np.int64)  # number of calls before the first position was drawn
+        self._fixed: dict[int, frozenset[int]] = {}  # known positions after the first one to draw
         self._greedy: dict[int, np.ndarray] = {}
         self._used: set[int] = set()
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
-        """What the sampler writes to, stage by stage."""
+        """The graph inputs that the sampler writes, by stage."""
         depth = tokenizer.maps[0][2]
         per_code = dict.fromkeys(("codes", "temperature", "top_k", "top_p"), (depth,))
         numbers = ("label", "position", *(() if sampling.no_label is None else ("partner", "guidance")))
@@ -59,7 +59,7 @@ class AutoregressiveSampler(Sampler):
 
     @classmethod
     def rows(cls, guided: bool) -> int:
-        """Rows of the engine's batch that a slot takes."""
+        """Batch rows per slot."""
         return 2 if guided else 1
 
     def left(self, slot: int) -> int:
@@ -69,7 +69,7 @@ class AutoregressiveSampler(Sampler):
     def codes(self, slot: int) -> np.ndarray:
         """Codes int64 [h, w, Q] so far, -1 where nothing is drawn yet.
 
-        What was drawn is kept for as many calls as there are positions: who goes on without reading loses it.
+        Codes are overwritten after as many engine calls as there are positions: read them before that.
         """
         codes = self._items[slot].known.reshape(self._positions, -1).copy()
         first, until = self._first[slot], self._next[slot]
@@ -103,7 +103,7 @@ class AutoregressiveSampler(Sampler):
                 self._prefill(row, item, label, known[:first])
 
     def _write(self, binding: Binding, row: int, item: Item, label: int | None) -> np.ndarray:
-        """Writes what an image keeps for all of its steps into a row, which is its own partner."""
+        """Writes the inputs that stay the same for all steps of an image; the row becomes its own partner."""
         inputs = binding.inputs
         inputs["label"][row] = label
         if "partner" in inputs:
@@ -111,14 +111,14 @@ class AutoregressiveSampler(Sampler):
         return write_options(item.options, inputs, row, self._depth, inputs["noise"].shape[-1])
 
     def _clear(self, row: int) -> None:
-        """Zeros into the caches of a row: 0 times the NaN that another image may have left is NaN."""
+        """Zeroes the KV cache of a row: a NaN left by an earlier image would survive masking, as 0 * NaN is NaN."""
         if row in self._used:
             for name in self._past:
                 self._held[name][row] = 0
         self._used.add(row)
 
     def _prefill(self, row: int, item: Item, label: int | None, known: np.ndarray) -> None:
-        """One call for a known prefix [S, Q], on the row's own part of the caches."""
+        """Prefill: one call for a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
         caches = {name: self._held[name][row : row + 1] for name in in_place}
         binding = self._session.bind({"batch": 1, "length": len(known)}, caches)
@@ -140,7 +140,7 @@ class AutoregressiveSampler(Sampler):
         self._run("step", binding)
         for name, state in carried(binding).items():
             binding.inputs[name][:] = state
-        # On a GPU the codes stay there: nothing here waits for one.
+        # On a GPU the codes stay on the device: nothing here synchronizes.
         drawn, codes = self._held["next_codes"], self._held["codes"]
         self._drawn[self._calls % self._positions] = drawn[:slots]
         for row in range(0, len(codes), slots):

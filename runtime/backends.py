@@ -7,11 +7,11 @@ from importlib import import_module
 from vqdeploy.runtime.session import Backend
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Backend -> Python module, of those with engines of NVIDIA's."""
+"""TensorRT backends -> their Python module."""
 
 
 def source(backend: str) -> str:
-    """Where the library of a backend comes from."""
+    """Where to get the library of a TensorRT backend, for error messages."""
     return "from NVIDIA's TensorRT download" if backend == "tensorrt" else "from PyPI"
 
 
@@ -24,4 +24,4 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnxrt": partial(_imported, "vqdeploy.runtime.onnxrt"),
     **{name: partial(_imported, "vqdeploy.runtime.tensorrt", name) for name in LIBRARIES},
 }
-"""Backend of a manifest -> what runs its plans, whose library is imported by then. To add a backend, add it here."""
+"""Backend name in a manifest -> factory of its `Backend`. Add a backend here; its library is imported on use."""

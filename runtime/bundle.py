@@ -27,8 +27,8 @@ ALIGNMENT = 4096
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign uses
 _ZIP64_EXTRA = 20  # zipfile appends this many bytes when it writes sizes in 64 bits
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_DIRECTORY_BYTES = 1 << 20  # of the ZIP: a member takes some hundred
-_HEADER_BYTES = 1 << 26  # of the manifest, and of the weights: as many tensors as no model has
+_DIRECTORY_BYTES = 1 << 20  # limit of the ZIP directory: an entry takes a few hundred
+_HEADER_BYTES = 1 << 26  # limit of the manifest and of the safetensors header, far above any model
 _CHUNK = 1 << 22
 _REBUILD = "vqdeploy build PACKAGE"
 _DAMAGE = (
@@ -41,11 +41,11 @@ _DAMAGE = (
     ArithmeticError,
     EOFError,
 )
-"""What parsers raise of bytes that somebody else wrote."""
+"""What parsers raise on malformed bytes."""
 
 
 def write(path: Path, manifest: Manifest, files: Iterable[Path]) -> None:
-    """Writes a plan of a manifest and the files that it lists, whole or not at all."""
+    """Atomically writes a plan: the manifest and the files that it lists."""
     with replacing_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry(FILE), json.dumps(manifest.to_dict(), indent=1))
         for file in files:
@@ -58,7 +58,7 @@ def write(path: Path, manifest: Manifest, files: Iterable[Path]) -> None:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # equal content gives equal files
+    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # reproducible: equal content gives equal bytes
 
 
 def sha256(file: Path) -> str:
@@ -68,10 +68,10 @@ def sha256(file: Path) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file to read, and neither a pipe nor a device, which might never end.
+    """Opens a regular file for reading. Pipes and devices are rejected: reading one may never end.
 
     Raises:
-        OSError: It cannot be opened, or is no regular file.
+        OSError: It cannot be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -83,8 +83,8 @@ def open_regular(path: Path) -> BinaryIO:
 class Bundle:
     """An opened plan. Reading the manifest needs only the standard library; members are views of a memory map.
 
-    What is small is read and not mapped: the file may be cut while it is open, and a process that touches what is no
-    longer there is ended.
+    Small members are read, not mapped: if the file is truncated while it is open, touching a mapped page that is gone
+    kills the process with SIGBUS.
 
     Raises:
         VqdeployError: The file does not exist or cannot be read.
@@ -121,21 +121,21 @@ class Bundle:
             raise ArtifactError(f"{self.path} has a member with a forbidden name, {bad[0]!r}")
 
     def close(self) -> None:
-        """Gives the file back, once nothing views it any more."""
+        """Closes the file. The memory map goes when its last view does."""
         self._closed()
         with contextlib.suppress(BufferError):
             self._map.close()
 
     def member(self, name: str) -> memoryview:
-        """The bytes of a member, not copied."""
+        """The bytes of a member, as a view of the memory map."""
         start, stop = self._spans[name]
         return memoryview(self._map)[start:stop]
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small member, copied: what is done to the file later changes nothing.
+        """A copy of the bytes of a small member, which later changes of the file do not affect.
 
         Raises:
-            ArtifactError: It is not small, or the file was cut.
+            ArtifactError: It is too large, or the file was truncated.
         """
         start, stop = self._spans[name]
         if stop - start > _HEADER_BYTES:
@@ -152,10 +152,10 @@ class Bundle:
             yield chunk
 
     def verify(self) -> None:
-        """Compares the digest of every member.
+        """Checks the sha256 of every member.
 
         Raises:
-            ArtifactError: One differs.
+            ArtifactError: A digest differs.
         """
         for name, expected in self.manifest.members.items():
             digest = hashlib.sha256()
@@ -170,11 +170,11 @@ class Bundle:
                 )
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each member."""
+        """Size of each member in bytes."""
         return {name: stop - start for name, (start, stop) in self._spans.items()}
 
     def extract(self, folder: Path) -> list[Path]:
-        """Writes every member into a folder, after comparing the digests."""
+        """Checks the digests, then writes every member into a folder and returns the paths."""
         self.verify()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -187,14 +187,14 @@ class Bundle:
 
 
 class _Sparing:
-    """A file from which nobody reads much at once: a directory that says it is huge is not read."""
+    """A file that limits the size of one read, against a ZIP directory that claims to be huge."""
 
     def __init__(self, stream: BinaryIO):
         self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
         self._read = stream.read
 
     def read(self, size: int = -1) -> bytes:
-        """As a file's, or refused."""
+        """As of a file, up to the limit."""
         content = self._read(_DIRECTORY_BYTES + 1 if size < 0 else min(size, _DIRECTORY_BYTES + 1))
         if len(content) > _DIRECTORY_BYTES:
             raise ValueError("its directory is too large")
@@ -202,7 +202,7 @@ class _Sparing:
 
 
 def _directory(stream: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Where the members of a plan lie."""
+    """The byte range of each member of a plan."""
     spans, end = {}, os.fstat(stream.fileno()).st_size
     with zipfile.ZipFile(_Sparing(stream)) as archive:  # type: ignore[arg-type]
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -225,7 +225,7 @@ def _directory(stream: BinaryIO) -> dict[str, tuple[int, int]]:
 
 
 class Weight(NamedTuple):
-    """Type, shape and place of a tensor in a safetensors file, whose place counts from the end of the header."""
+    """Type, shape and byte range of a tensor in a safetensors file; offsets count from the end of the header."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -234,7 +234,7 @@ class Weight(NamedTuple):
 
 
 def tensors(blob: memoryview) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as views, not copied.
+    """The tensors of a safetensors file as views of its bytes.
 
     Raises:
         ArtifactError: The header is malformed.
@@ -248,7 +248,7 @@ def tensors(blob: memoryview) -> dict[str, np.ndarray]:
 
 
 def read_weights(file: Path) -> dict[str, Weight]:
-    """What lies in a safetensors file, of which no more than the header is read.
+    """The tensors that a safetensors file declares; only the header is read.
 
     Raises:
         ArtifactError: The file is damaged.
@@ -261,7 +261,7 @@ def read_weights(file: Path) -> dict[str, Weight]:
 
 
 def weights(header: bytes, size: int) -> dict[str, Weight]:
-    """What the header of a safetensors file says, when it fits the bytes behind it.
+    """Parses the header of a safetensors file and checks it against the number of bytes that follow.
 
     Raises:
         ArtifactError: The header is malformed.

@@ -1,4 +1,4 @@
-"""Sessions on ONNX Runtime's CUDA provider, and what is missing where it does not run."""
+"""Sessions on ONNX Runtime's CUDA execution provider, and a check of what it needs."""
 
 import contextlib
 import ctypes
@@ -28,7 +28,7 @@ log = logging.getLogger("vqdeploy")
 
 
 def check() -> None:
-    """Loads the libraries that CUDA needs, as ONNX Runtime itself tells of a missing one in its log alone.
+    """Loads the shared libraries that CUDA needs: ONNX Runtime reports a missing one only in its log.
 
     Raises:
         VqdeployError: A package, the driver or the GPU is missing.
@@ -41,7 +41,7 @@ def check() -> None:
             fix=_INSTALL,
         )
     device.check()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
         ort.preload_dlls()
     for library, package in _libraries(ort.cuda_version).items():
         try:
@@ -54,7 +54,7 @@ def check() -> None:
 
 
 def _libraries(cuda: str) -> dict[str, str]:
-    """What ONNX Runtime loads, and the package of each, by the version of CUDA that it was built for."""
+    """The shared libraries that ONNX Runtime loads and their PyPI packages, by its CUDA version."""
     major = cuda.partition(".")[0]
     suffix = f"-cu{major}" if int(major) < 13 else ""
     return {
@@ -67,17 +67,17 @@ def _libraries(cuda: str) -> dict[str, str]:
 
 
 class CudaSession(DeviceSession, OnnxrtSession):
-    """One stage of a plan on ONNX Runtime's CUDA provider. All sessions of a plan share a stream.
+    """One stage of a plan on ONNX Runtime's CUDA execution provider. All sessions of a plan share a stream.
 
-    ONNX Runtime replays bindings as CUDA graphs where it can capture the stage: when it sees that it cannot, it refuses
-    to open the session, which is then opened without. `host_inputs` are those that it takes on the CPU, as it does when
-    no operator on the GPU takes them; nor can such a stage be captured.
+    ONNX Runtime replays bindings as CUDA graphs if it can capture the stage. If not, opening the session fails, and it
+    is then opened without CUDA graphs. `host_inputs` are inputs that it reads on the CPU, because no GPU operator
+    consumes them; such a stage cannot be captured.
     """
 
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream, profile: Path | None = None):
-        # With TF32 the products would have ten bits of mantissa, and codes would differ from those of the CPU.
+        # TF32 has a 10-bit mantissa: codes would differ from those of the CPU.
         options = {"use_tf32": "0", "user_compute_stream": str(stream.handle)}
-        self.graphs = profile is None  # a trace has the operators of the first call of a graph alone
+        self.graphs = profile is None  # a CUDA graph appears in a trace only once, at its first call
         if self.graphs:
             try:
                 self._open(bundle, stage, None, options | {"enable_cuda_graph": "1"})
@@ -98,18 +98,18 @@ class CudaSession(DeviceSession, OnnxrtSession):
         self.host_inputs = [info.name for info, memory in places if memory.name.lower() != _MEMORY]
 
     def run_options(self, graph: int) -> "ort.RunOptions":
-        """Options of a run that captures or replays the graph of this number, where stages can be captured."""
+        """Run options that capture or replay the CUDA graph of this number, if the stage can be captured."""
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph if self.graphs else _NO_GRAPH))
         return options
 
     def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> "CudaBinding":
-        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
+        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too."""
         return CudaBinding(self, self._session, next(self._numbers), dims, shared or {}, self._stream)
 
 
 class CudaBinding(DeviceBinding):
-    """A binding that becomes a CUDA graph in its second call; the first may be the only one, as of a prefix."""
+    """A binding that becomes a CUDA graph at its second call; prefill, for one, makes a single call."""
 
     def __init__(
         self,
@@ -139,8 +139,8 @@ class CudaBinding(DeviceBinding):
             self._io.bind_input(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
 
     def enqueue(self) -> None:
-        """Queues one engine call."""
-        if self._host_inputs:  # ONNX Runtime copies them when they are bound
+        """Enqueues one engine call."""
+        if self._host_inputs:  # ONNX Runtime copies them at binding time
             self._stream.synchronize()
             self._bind_inputs(self._host_inputs)
         try:

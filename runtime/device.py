@@ -1,8 +1,8 @@
-"""The memory of a GPU and the work that is queued for it, through cuda-python.
+"""GPU memory and the CUDA stream, through cuda-python.
 
-Everything is queued on one stream and happens in order. The host waits when it reads an array (`np.asarray`) or gives
-memory back, and when it is several engine calls ahead of the GPU. CUDA may make it wait when it writes values of its
-own into an array; the inputs of a `DeviceBinding` are spared that.
+All work is enqueued on one stream and runs in order. The host waits when it reads an array (`np.asarray`), when it
+frees memory, and when it is several engine calls ahead of the GPU. Copies from pageable host memory may wait too; the
+inputs of a `DeviceBinding` go through pinned memory, which does not.
 """
 
 import math
@@ -21,13 +21,17 @@ try:
 except ImportError as error:
     raise VqdeployError("plans on a GPU need cuda-python", fix="pip install cuda-bindings") from error
 
-_AHEAD = 3  # engine calls that the host may prepare before the first of them has run
+_AHEAD = 3  # engine calls that the host may enqueue ahead of the GPU
 _CPU = "vqdeploy build PACKAGE --backend onnxrt"
-_ALIGNMENT = 256  # bytes; what TensorRT asks of addresses
+_ALIGNMENT = 256  # bytes; TensorRT requires this alignment
 
 
 def _check(answer: tuple[Any, ...]) -> Any:
-    """What a function of CUDA returns beside its status."""
+    """The result of a CUDA call, without its status.
+
+    Raises:
+        VqdeployError: The call failed.
+    """
     status, *values = answer
     if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
         raise VqdeployError("the GPU has too little memory free", fix="vqdeploy build PACKAGE --max-batch N")
@@ -37,7 +41,7 @@ def _check(answer: tuple[Any, ...]) -> Any:
 
 
 def check() -> None:
-    """Asks for a GPU.
+    """Checks that a GPU can be used.
 
     Raises:
         VqdeployError: There is no driver, it is too old, or no GPU answers.
@@ -54,7 +58,7 @@ def check() -> None:
 
 
 def compute_capability() -> str:
-    """That of the GPU in use, such as `sm_90`."""
+    """Compute capability of the GPU in use, such as `sm_90`."""
     kinds = cudart.cudaDeviceAttr
     parts = kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor
     major, minor = (_check(cudart.cudaDeviceGetAttribute(part, 0)) for part in parts)
@@ -62,14 +66,14 @@ def compute_capability() -> str:
 
 
 def used_memory() -> int:
-    """Bytes of the GPU's memory that are in use, by other processes too."""
+    """Bytes of GPU memory in use, by all processes."""
     status, free, total = cudart.cudaMemGetInfo()
     _check((status,))
     return total - free
 
 
 class Stream:
-    """A queue of work for the GPU, and where arrays on it come from."""
+    """A CUDA stream, and the allocator of arrays on the GPU."""
 
     def __init__(self) -> None:
         self.handle = int(_check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
@@ -83,7 +87,7 @@ class Stream:
         return array
 
     def array(self, values: np.ndarray) -> "DeviceArray":
-        """A new array with a copy of values of the host."""
+        """A new array with a copy of host values."""
         array = self._empty(values.shape, values.dtype)
         array[...] = values
         return array
@@ -93,22 +97,22 @@ class Stream:
         return DeviceArray(self, memory, _view(memory.address, shape, dtype))
 
     def reserve(self, size: int) -> None:
-        """Announces that an engine needs this many bytes while it runs."""
+        """Announces that an engine needs this many bytes of scratch memory."""
         self._scratch_size = max(self._scratch_size, size)
 
     def scratch(self) -> "_Memory":
-        """Memory for engines to use while they run, one after the other, as large as was ever reserved."""
+        """Scratch memory that engines share, since they run one after the other; of the largest size ever reserved."""
         if self._scratch.size < self._scratch_size:
             self._scratch = _Memory(self._scratch_size)
         return self._scratch
 
     def synchronize(self) -> None:
-        """Waits until all work is done."""
+        """Synchronizes: waits until all enqueued work is done."""
         _check(cudart.cudaStreamSynchronize(self.handle))
 
     def capture(self, enqueue: Callable[[], None]) -> "Graph":
-        """Records what a function queues, without running it."""
-        # Relaxed, since Python may give memory back at any time.
+        """Captures what a function enqueues as a CUDA graph, without running it."""
+        # Relaxed, since the garbage collector may free memory at any time.
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         _check(cudart.cudaStreamBeginCapture(self.handle, mode))
         graph = None
@@ -125,7 +129,7 @@ class Stream:
 
 
 class _Memory:
-    """A stretch of the GPU's memory, in bytes, given back when nothing refers to it any more."""
+    """A GPU allocation, in bytes, freed with its last reference."""
 
     def __init__(self, size: int):
         self.address, self.size = int(_check(cudart.cudaMalloc(max(1, size)))), size
@@ -133,27 +137,27 @@ class _Memory:
 
 
 class Graph:
-    """Recorded work, which is queued at once."""
+    """A captured CUDA graph."""
 
     def __init__(self, stream: Stream, handle: int):
         self._stream, self._handle = stream, handle
         weakref.finalize(self, cudart.cudaGraphExecDestroy, handle)
 
     def launch(self) -> None:
-        """Queues the work."""
+        """Enqueues the graph."""
         _check(cudart.cudaGraphLaunch(self._handle, self._stream.handle))
 
 
 class DeviceArray:
-    """An array in the memory of a GPU, with some of numpy's ways.
+    """An array in GPU memory, with a part of numpy's interface.
 
-    Indexing by whole numbers and slices gives a view. Assignment, of a number or of an array on either side, is queued.
-    `np.asarray` waits for all that was queued and copies to the host.
+    Indexing by integers and slices gives a view. Assignment, of a number or an array on host or GPU, is enqueued.
+    `np.asarray` synchronizes and copies to the host.
     """
 
     def __init__(self, stream: Stream, memory: _Memory, view: np.ndarray):
         self._stream, self._memory = stream, memory
-        self._view = view  # an array of numpy at the GPU's address: never to be read or written, but numpy can slice it
+        self._view = view  # a numpy array at the GPU address: only for slicing, never to be read or written
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,7 +171,7 @@ class DeviceArray:
 
     @property
     def address(self) -> int:
-        """Of the first value, in the GPU's memory."""
+        """GPU address of the first element."""
         return _address(self._view)
 
     def __len__(self) -> int:
@@ -180,7 +184,7 @@ class DeviceArray:
                 raise TypeError(
                     f"an array on a GPU is indexed by whole numbers and slices, not by {type(each).__name__}"
                 )
-        # With an ellipsis numpy gives a view of a single value too, and does not read it.
+        # With an ellipsis numpy returns a view of a single element too, instead of reading it.
         view = self._view[index if Ellipsis in index else (*index, ...)]
         return DeviceArray(self._stream, self._memory, view)
 
@@ -215,16 +219,16 @@ def _address(view: np.ndarray) -> int:
 
 
 def _copy(target: np.ndarray, source: np.ndarray, kind: Any, stream: int) -> None:
-    """Queues a copy between arrays of one shape and type."""
+    """Enqueues a copy between arrays of equal shape and type."""
     for (to, to_pitch), (of, of_pitch), width, height in _blocks(target, source):
-        if height == 1:  # a pitch has bounds that a width has not
+        if height == 1:  # a pitch has a limit that a width has not
             _check(cudart.cudaMemcpyAsync(to, of, width, kind, stream))
         else:
             _check(cudart.cudaMemcpy2DAsync(to, to_pitch, of, of_pitch, width, height, kind, stream))
 
 
 def _fill(target: np.ndarray, value: int, stream: int) -> None:
-    """Queues a write of one value into every byte of an array."""
+    """Enqueues a memset of every byte of an array."""
     for (to, pitch), _, width, height in _blocks(target, target):
         if height == 1:
             _check(cudart.cudaMemsetAsync(to, value, width, stream))
@@ -233,7 +237,7 @@ def _fill(target: np.ndarray, value: int, stream: int) -> None:
 
 
 def _blocks(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[tuple[int, int], tuple[int, int], int, int]]:
-    """Two arrays of one shape as pairs of blocks: address and pitch of each, width in bytes, number of rows."""
+    """Two arrays of equal shape as pairs of 2-d blocks: address and pitch of each, width in bytes, number of rows."""
     if target.size == 0:
         return
     if target.dtype != source.dtype:
@@ -255,7 +259,7 @@ def _blocks(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[tuple[int,
 
 
 class _Staged:
-    """Arrays of the host that go to the GPU in one copy, from memory that the host does not touch until it is done."""
+    """Host arrays that go to the GPU in one copy, from pinned memory that stays untouched until the copy is done."""
 
     def __init__(self, stream: Stream, infos: list[TensorInfo], dims: dict[str, int]):
         self._stream = stream
@@ -270,18 +274,18 @@ class _Staged:
         self.addresses = {name: self._device.address + place for name, place in places.items()}
 
     def upload(self) -> None:
-        """Queues a copy of what the arrays hold now."""
+        """Enqueues a copy of the present values."""
         if not self._host.size:
             return
         if len(self._slots) < _AHEAD:
             self._slots.append(_Slot(self._host.size))
         else:
-            self._slots.rotate(-1)  # before it is used: who is interrupted in the wait must not lose it
+            self._slots.rotate(-1)  # before it is used, so that an interrupt during the wait does not lose it
         self._slots[-1].send(self._host, self._device.address, self._stream)
 
 
 class _Slot:
-    """Memory of the host that CUDA can copy from by itself, and the event that tells when it has."""
+    """Pinned host memory, and the event that marks the end of the copy from it."""
 
     def __init__(self, size: int):
         address = int(_check(cudart.cudaMallocHost(size)))
@@ -306,15 +310,15 @@ def _give_back(library: Any, address: int, event: Any) -> None:
 class DeviceBinding:
     """Inputs and outputs of fixed shape on a GPU. Write into `inputs`, call `run`, read from `outputs`.
 
-    Inputs that are shared with other bindings are arrays on the GPU. The others are arrays of the host, which `run`
-    copies: it takes them as they are when it is called. Outputs are arrays on the GPU.
+    Inputs that are shared with other bindings are arrays on the GPU. The others are host arrays, which `run` copies at
+    the time of the call. Outputs are arrays on the GPU.
     """
 
     inputs: dict[str, Any]
     outputs: dict[str, DeviceArray]
 
     def __init__(self, stage: StageInfo, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
-        places = {o.name: stage.aliases.get(o.name, o.name) for o in stage.outputs}  # whose buffer an output goes to
+        places = {o.name: stage.aliases.get(o.name, o.name) for o in stage.outputs}  # buffer of an output
         missing = [name for name in places.values() if name not in shared]
         held = buffers(stage, dims, missing, stream) | shared
         kept = {i.name: held[i.name] for i in stage.inputs if i.name in held}
@@ -326,33 +330,33 @@ class DeviceBinding:
         self.shapes = {i.name: i.concrete(dims) for i in (*stage.inputs, *stage.outputs)}
 
     def run(self) -> None:
-        """Queues one engine call, with the inputs of the host as they are now."""
+        """Enqueues one engine call, with the present values of the host inputs."""
         self._staged.upload()
         self.enqueue()
 
     def enqueue(self) -> None:
-        """Queues one engine call."""
+        """Enqueues one engine call."""
         raise NotImplementedError
 
     def clear(self) -> None:
-        """Zeros into every input, shared ones too."""
+        """Zeroes every input, shared ones too."""
         for array in self.inputs.values():
             array[...] = 0
 
 
 class DeviceSession:
-    """What sessions on a GPU have in common: where their buffers lie."""
+    """Base of sessions on a GPU: allocates their buffers."""
 
     device = "cuda"
     stage: StageInfo
     _stream: Stream
 
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, DeviceArray]:
-        """Empty buffers of inputs and outputs, for bindings to share."""
+        """Zeroed buffers of the named inputs and outputs, for bindings to share."""
         return buffers(self.stage, dims, names, self._stream)
 
     def array(self, values: np.ndarray) -> DeviceArray:
-        """A copy of an array where the buffers lie."""
+        """A copy of an array on the device."""
         return self._stream.array(values)
 
 

@@ -1,4 +1,4 @@
-"""Folders of images, walked in one way by `train` and by `run`."""
+"""Image folders: one rule for `train` and `run`."""
 
 import logging
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from vqdeploy.runtime.images import suffixes
 log = logging.getLogger("vqdeploy")
 
 _JUNK = ("__MACOSX", "@eaDir")  # folders that macOS and Synology leave among images
-_NAMED = 3  # of the files and folders that a message could list
+_NAMED = 3  # names listed in a message
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -25,9 +25,9 @@ def find_images(folder: Path) -> list[Path]:
 def find_classes(folder: Path) -> dict[str, list[Path]]:
     """The images of each class of a folder, both in order of their names.
 
-    The subfolders are the classes, and an image belongs to the class however deep it lies in it. Images that lie in the
-    folder itself have no class: they come under the name "". What is hidden (its name begins with a dot) and what is no
-    image by its ending is left out. Links are followed.
+    The subfolders are the classes; an image belongs to its class at any depth. Images in the folder itself have no
+    class and come under the name "". Hidden files (names that begin with a dot) and files without an image extension
+    are skipped. Links are followed.
 
     Raises:
         VqdeployError: There are no images, images lie beside folders of images, or a folder cannot be read.
@@ -53,7 +53,7 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def shortened(names: list[Path] | list[str]) -> str:
-    """The first few names of a list, and how many more there are."""
+    """The first few names of a list, and the number of the others."""
     shown = ", ".join(name.name if isinstance(name, Path) else name for name in names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
@@ -62,7 +62,7 @@ _USUAL = (".png", ".jpg", ".webp", ".tif")
 
 
 def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files and the folders in a folder, in order of their names, without what is hidden."""
+    """The files and the folders in a folder, sorted by name, without hidden ones."""
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _JUNK)
         return [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
@@ -71,7 +71,7 @@ def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """All files below a folder; a link to one of the folders `above`, which would never end, is left out."""
+    """All files below a folder. A link to one of the folders `above`, an endless loop, is skipped."""
     files, folders = _listed(folder)
     yield from files
     for path in folders:
@@ -85,7 +85,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _images(files: Iterator[Path] | list[Path]) -> tuple[list[Path], list[Path]]:
-    """Parts files into images and others, by their endings."""
+    """Splits files into images and others, by extension."""
     known = suffixes()
     images: list[Path] = []
     others: list[Path] = []

@@ -1,8 +1,8 @@
-"""Which graphs may be opened: a check against a table of operators, before an engine's library sees the bytes.
+"""Checks graphs against a table of allowed operators, before an engine library sees the bytes.
 
-ONNX Runtime and TensorRT check much of a graph and not all of it: some nodes that no exporter writes end the process,
-or keep it busy for ever. So a graph may hold only what stands in `vqdeploy.runtime.operators`, in the forms that stand
-there. Functions that a graph brings are followed into, with the attributes of each call.
+ONNX Runtime and TensorRT do not validate a graph fully: some nodes that no exporter writes crash the process or never
+return. So a graph may contain only the operators of `vqdeploy.runtime.operators`, with the attributes listed there.
+Model-local functions are checked too, with the attributes of each call.
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from vqdeploy.runtime.operators import OPERATORS, OPSETS
 from vqdeploy.runtime.rules import Operator
 
 FUNCTIONS = "vqdeploy"
-"""The domain of the functions that a graph may bring."""
+"""The domain of the model-local functions that a graph may have."""
 
 NODES = 20_000
-"""Nodes of a graph, those within functions counted at each call."""
+"""Most nodes of a graph; those inside functions count at each call."""
 
 BYTES = 1 << 26
-"""Bytes of a graph: weights lie in their own file."""
+"""Most bytes of a graph, without its weights, which have a file of their own."""
 
 LOOP = "ca58c2791056729e3a6ee2f08a6b5f5bf0d55d24bdde09917f5ed958b2226586"
-"""Digest of the one function that may loop: `SearchByRows` of `vqdeploy.engines.bodies_onnxrt`, which ends."""
+"""Digest of the only function that may contain a Loop: `SearchByRows` of `vqdeploy.engines.bodies_onnxrt`."""
 
-_CALLS = 8  # of functions within one another
-_BRANCHES = 4  # of conditions within one another
+_CALLS = 8  # nesting of functions
+_BRANCHES = 4  # nesting of conditions
 _RANK = 8
 _NAME = 1024  # characters
-_FEW = 64  # numbers that are worth knowing
+_FEW = 64  # elements of a constant that are kept for the checks
 _IR_VERSIONS = range(10, 14)
 _ATTRIBUTES = {1: "FLOAT", 2: "INT", 3: "STRING", 4: "TENSOR", 5: "GRAPH", 6: "FLOATS", 7: "INTS"}
 _FIELDS = {"FLOAT": "f", "INT": "i", "STRING": "s", "TENSOR": "t", "GRAPH": "g", "FLOATS": "floats", "INTS": "ints"}
@@ -60,9 +60,9 @@ _EXTERNAL = 1
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a value before anything runs: its type as ONNX numbers it, and its numbers if they are few.
+    """What is known of a value statically: its ONNX element type, and its elements if they are few.
 
-    A constant depends on no input of the graph, so that an engine may work it out while it opens the graph.
+    A constant depends on no graph input, so that an engine may fold it while it loads the graph.
     """
 
     dtype: int | None = None
@@ -74,7 +74,7 @@ Values = dict[str, Known]
 
 
 class Shaped(Protocol):
-    """A tensor, or what is known of one."""
+    """A tensor, or the static information about one."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -94,10 +94,10 @@ def check(graph: bytes | memoryview, weights: Weights) -> None:
 
     Args:
         graph: An ONNX file.
-        weights: The tensors that it may take from the file of weights.
+        weights: The tensors that it may read from the weights file.
 
     Raises:
-        ArtifactError: The graph has what is not in the table of operators, is too large, or is no graph.
+        ArtifactError: The graph has an operator that is not in the table, is too large, or is malformed.
     """
     if len(graph) > BYTES:
         _refuse(f"it has more than {BYTES} bytes, weights aside")
@@ -114,7 +114,7 @@ def _shown(name: object) -> str:
 
 @cache
 def _parameters(text: str) -> tuple[list[str], int, bool]:
-    """The types (input names) of inputs or outputs, how many there must be, and whether the last is repeated."""
+    """The names or types of inputs or outputs, how many are required, and whether the last one is variadic."""
     parts = text.split()
     needed = max((place + 1 for place, part in enumerate(parts) if "?" not in part), default=0)
     return parts, needed, bool(parts) and "*" in parts[-1]
@@ -155,7 +155,7 @@ class _Checker:
     def _graph(
         self, graph: Message, outer: Values, attributes: dict[str, Message], calls: int, branches: int
     ) -> tuple[int, list[Known]]:
-        """The number of nodes of a graph, and what is known of its outputs."""
+        """The number of nodes of a graph, and the static information about its outputs."""
         if branches > _BRANCHES:
             _refuse("its conditions lie too deep in one another")
         values = dict(outer)
@@ -179,7 +179,7 @@ class _Checker:
             _refuse(f"the shape of {_shown(info['name'])} is malformed")
 
     def _tensor(self, tensor: Message, name: str) -> Known:
-        """What is known of a tensor, when it holds as many bytes as its shape says."""
+        """The static information about a tensor, after checking its number of bytes against its shape."""
         dtype, dims = tensor["data_type"], tensor["dims"]
         if len(dims) > _RANK or any(size < 0 for size in dims):
             _refuse(f"the shape of {_shown(name)} is malformed")
@@ -231,7 +231,7 @@ class _Checker:
         return count
 
     def _attributes(self, node: Message, bound: dict[str, Message]) -> dict[str, Message]:
-        """The attributes of a node by name, those of its function in place of references to them."""
+        """The attributes of a node by name, with references resolved to the attributes of its function."""
         attributes: dict[str, Message] = {}
         for attribute in node["attribute"]:
             name, kind = attribute["name"], _ATTRIBUTES.get(attribute["type"])
@@ -246,7 +246,7 @@ class _Checker:
                 if bound[reference]["type"] != attribute["type"]:
                     _refuse(f"the attribute {_shown(name)} of {_shown(node['op_type'])} is of another type")
                 attributes[name] = bound[reference]
-            # A reference to what the call leaves out is as if it were not there.
+            # A reference to an attribute that the call omits counts as absent.
         return attributes
 
     def _operator(
@@ -259,7 +259,7 @@ class _Checker:
         calls: int,
         branches: int,
     ) -> tuple[int, list[Known]]:
-        """Checks one node of the table; the number of nodes within it, and what is known of its outputs."""
+        """Checks one node against the table; returns its number of nodes and what is known of its outputs."""
         kind = node["op_type"]
         for names, text in ((node["input"], operator.inputs), (node["output"], operator.outputs)):
             parts, needed, repeated = _parameters(text)
@@ -292,7 +292,7 @@ class _Checker:
     def _results(
         self, operator: Operator, node: Message, attributes: dict[str, Message], values: Values
     ) -> list[Known]:
-        """What is known of a node's outputs."""
+        """The static information about the outputs of a node."""
         if node["op_type"] == "Constant":
             return [self._constant(attributes)]
         constant = all(values.get(name, _ANYTHING).constant for name in node["input"] if name)
@@ -338,7 +338,7 @@ class _Checker:
     def _open(
         self, function: Message, attributes: dict[str, Message], inputs: Sequence[Known], calls: int
     ) -> tuple[int, list[Known]]:
-        """The nodes within a function, and what is known of its outputs, when it is called in this way."""
+        """The number of nodes of a function, and the static information about its outputs, for one call."""
         if calls >= _CALLS:
             _refuse("its functions call one another too deeply")
         bound = {entry["name"]: entry for entry in function["attribute_proto"]} | attributes
@@ -355,7 +355,7 @@ class _Checker:
 
 
 def digest(function: Message) -> str:
-    """Sha256 of what a function is, however its bytes are put."""
+    """Sha256 of the content of a function, independent of its serialization."""
     content = json.dumps(function, default=lambda raw: bytes(raw).hex(), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -374,17 +374,17 @@ def _split(node: Message, attributes: dict[str, Message], values: Values) -> str
 
 
 def _division(node: Message, attributes: dict[str, Message], values: Values) -> str:
-    """The processor stops a program that divides the smallest whole number by -1."""
+    """Dividing the smallest integer by -1 raises SIGFPE."""
     dividend, divisor = (values.get(name, _ANYTHING) for name in node["input"])
     if _FLOATS & {dividend.dtype, divisor.dtype}:
-        return ""  # both are: no engine takes two types
+        return ""  # both are: engines require equal types
     if divisor.numbers is None or not all(number > 0 for number in divisor.numbers):
-        return "of whole numbers needs divisors that are known, and positive"
+        return "of integers needs constant, positive divisors"
     return ""
 
 
 def _layer(node: Message, attributes: dict[str, Message], values: Values) -> str:
-    """What works on a request has no constant input; worked out while a graph opens, some of these end the process."""
+    """These operators crash some engines when their input is constant and folded at load time."""
     first = next((name for name in node["input"] if name), "")
     return "works on a constant" if values.get(first, _ANYTHING).constant else ""
 
@@ -393,4 +393,4 @@ _LAYERS = """Attention AveragePool BatchNormalization Conv ConvInteger ConvTrans
 GridSample GroupNormalization GroupQueryAttention InstanceNormalization LayerNormalization LpNormalization LRN
 MatMulInteger MatMulNBits MaxPool MultiHeadAttention RMSNormalization RotaryEmbedding"""
 _PROBLEMS = {"Split": _split, "Div": _division, "Mod": _division, **dict.fromkeys(_LAYERS.split(), _layer)}
-"""What neither numbers of inputs nor ranges of attributes say of an operator."""
+"""Conditions on an operator beyond its number of inputs and the ranges of its attributes."""

@@ -1,4 +1,4 @@
-"""Sampling of a hierarchy of code maps, top first: one engine call a row and one a place in each level."""
+"""Sampling of a hierarchy of code maps, top level first: one engine call per row and one per position."""
 
 import math
 import time
@@ -21,8 +21,8 @@ _LEFT = ("past_left_x", "past_left_y", "past_row_x", "past_row_y")
 class HierarchicalSampler(Sampler):
     """Runs the stages `LEVEL_row`, `LEVEL_pixel` and, if codes condition it, `LEVEL_condition` of each level.
 
-    All slots go through the places together, so that images join only when none is there. A level whose codes are all
-    known is not run. Options may differ from level to level.
+    All slots visit the positions together, so that images can join only while no slot is in use. A level whose codes
+    are all known is skipped. Options may differ between levels.
     """
 
     joins = "when empty"
@@ -47,7 +47,7 @@ class HierarchicalSampler(Sampler):
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
-        """What the sampler writes to, stage by stage."""
+        """The graph inputs that the sampler writes, by stage."""
         stages: dict[str, Inputs] = {}
         above: tuple[int, ...] = ()
         for name, (height, width, _) in zip(level_names(len(tokenizer.maps)), tokenizer.maps, strict=True):
@@ -64,11 +64,11 @@ class HierarchicalSampler(Sampler):
 
     @classmethod
     def most_slots(cls, stages: Mapping[str, StageInfo], device: str) -> int:
-        """How many slots are worth having: each has caches of some 100 MB at published sizes."""
+        """Most slots of a sampler: each has KV caches of about 100 MB at published sizes."""
         return 16
 
     def left(self, slot: int) -> int:
-        """Engine calls until the images are done, those of the places alone."""
+        """Engine calls per position until the images are done; calls per row are not counted."""
         return self._left
 
     def codes(self, slot: int) -> np.ndarray:
@@ -88,7 +88,7 @@ class HierarchicalSampler(Sampler):
         self._left = sum(math.prod(part.shape[1:]) for part in known if (part < 0).any())
 
     def release(self, slot: int) -> None:
-        """Frees a slot, whether its image is done or not."""
+        """Frees a slot; its image need not be done."""
         super().release(slot)
         if not self._items:
             self._maps, self._places, self._left = [], iter(()), 0
@@ -104,12 +104,12 @@ class HierarchicalSampler(Sampler):
         for slot, item in self._items.items():
             known[slot] = item.known
         parts = [part[..., 0] for part in self._layout.split(known)]
-        # On a GPU these stay there: nothing in the loop waits for a code.
+        # On a GPU these stay on the device: the loop never waits for a code.
         self._maps, given = ([level.array(p) for level, p in zip(self._levels, parts, strict=True)] for _ in range(2))
         self._places = self._all_places(parts, given)
 
     def _all_places(self, known: list[np.ndarray], given: list[Any]) -> Iterator[None]:
-        """Draws the unknown codes of all levels, one place after the other."""
+        """Draws the unknown codes of all levels, one position after the other; yields at each."""
         first = 0
         for index, (level, codes) in enumerate(self._running_levels()):
             unknown = known[index] < 0
@@ -126,7 +126,7 @@ class HierarchicalSampler(Sampler):
             first += math.prod(level.grid)
 
     def _of_level(self, index: int) -> tuple[dict[int, int], dict[int, dict[str, Any]]]:
-        """The label of each slot, and its options in a level as the graph takes them."""
+        """The label of each slot, and its options at a level in the form of the graph inputs."""
         labels, options = {}, {}
         for slot, item in self._items.items():
             labels[slot] = item.label
@@ -136,7 +136,7 @@ class HierarchicalSampler(Sampler):
 
 
 class _Buffers(NamedTuple):
-    """Bindings of the stages of a level, which share what one leaves for the other; its codes within margins."""
+    """Bindings of the stages of a level, which share buffers, and its codes with padding."""
 
     condition: Binding | None
     rows: list[Binding]
@@ -145,7 +145,7 @@ class _Buffers(NamedTuple):
 
 
 class _Level:
-    """The stages of one level, for a number of slots; `greedy` tells of each whether it takes the likeliest code."""
+    """The stages of one level, for a number of slots; `greedy` tells for each whether it takes the most likely code."""
 
     def __init__(
         self,
@@ -162,15 +162,15 @@ class _Level:
         self.greedy: dict[int, np.ndarray] = {}
 
     def array(self, codes: np.ndarray) -> Any:
-        """A copy of codes where the engine can take them from without a wait."""
+        """A copy of codes on the device of the engine, to read without a wait."""
         return self._pixel.array(codes)
 
     def places(
         self, codes: Any, above: Any, labels: dict[int, int], options: dict[int, dict[str, Any]]
     ) -> Iterator[tuple[int, int, Binding]]:
-        """Row, column and the buffers of each place, in raster order, when all but the noise is written there.
+        """Yields row, column and binding of each position in raster order, with all inputs but the noise written.
 
-        Who takes them runs the binding, and writes the codes of the place into `codes` [B, h, w] before the next.
+        The caller runs the binding and writes the codes of the position into `codes` [B, h, w] before it goes on.
         `above` are the codes of the level above [B, h / 2, w / 2] or None; `labels` and `options` are those of slots.
         """
         height, width = self.grid
@@ -204,7 +204,7 @@ class _Level:
 
     def _write(self, options: dict[int, dict[str, Any]], pixel: Binding) -> None:
         for name in ("temperature", "top_k", "top_p"):
-            pixel.inputs[name][:] = 1  # of slots that are free
+            pixel.inputs[name][:] = 1  # for free slots
         for slot, values in options.items():
             for name, value in values.items():
                 pixel.inputs[name][slot] = value
@@ -232,10 +232,9 @@ class _Level:
 
 
 def _bound_rows(row: Session, dims: dict[str, int], shared: dict[str, Any]) -> list[Binding]:
-    """Bindings of `row`, one for each row above that it sees.
+    """Bindings of the stage `row`, one for each row above in its receptive field.
 
-    Those rows stay where they are: from call to call their buffers change roles, and the new row goes where the
-    farthest one was.
+    The buffers of those rows form a ring: from call to call they change roles, and the new row overwrites the farthest.
     """
     seen = 1 + sum(info.name.startswith("above_x.") for info in row.stage.inputs)
     window = row.buffers(dims, "codes")

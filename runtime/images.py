@@ -1,4 +1,4 @@
-"""Images in and out of files."""
+"""Reads and writes image files."""
 
 import warnings
 from pathlib import Path
@@ -13,15 +13,15 @@ from vqdeploy.errors import ArtifactError, shown
 from vqdeploy.files import check_regular, replacing_file, to_json
 
 GREY = 128
-"""What is shown in place of what is unknown."""
+"""Grey level that stands for unknown pixels."""
 
 MOST_PIXELS = 2**27
-"""Of an image that is read: a file of a few bytes may say that it is larger than the memory."""
+"""Most pixels of an input image: a small file may declare a size beyond the memory."""
 
 _FORMATS = (
     "PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "DDS", "ICO", "PCX", "SGI",
 )  # fmt: skip
-"""What is read. Pillow knows more, but runs another program for EPS, and only names others, such as HDF5."""
+"""Supported formats. Pillow has more, but runs an external program for EPS and cannot decode others, such as HDF5."""
 
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _FRAME_MS, _LAST_FRAME_MS = 250, 1500
@@ -30,16 +30,16 @@ _FRAME_MS, _LAST_FRAME_MS = 250, 1500
 def read(path: Path, side: int | None = None, width: int | None = None) -> np.ndarray:
     """An image file as training, `run` and the metrics see it, uint8 [H, W, 3].
 
-    It is turned upright as its EXIF data say, 16-bit grey becomes 8-bit grey, and what is transparent lies on white.
+    The EXIF orientation is applied, 16-bit grey becomes 8-bit grey, and transparent pixels are composited on white.
 
     Args:
-        path: The file; its content decides about the format.
+        path: The file; its content determines the format.
         side: Resize the centre square to this many pixels; None for the whole image.
-        width: Of the result, where it is no square: its `side` is the height then.
+        width: Width of a result that is not square; `side` is its height then.
 
     Raises:
         VqdeployError: The file does not exist.
-        ArtifactError: It is damaged, no image, too large, or of a mode whose range is not known.
+        ArtifactError: It is damaged, not an image, too large, or of a mode whose range is unknown.
     """
     image = open_image(path)
     if side is None or width in (None, side):
@@ -48,7 +48,7 @@ def read(path: Path, side: int | None = None, width: int | None = None) -> np.nd
 
 
 def read_mask(path: Path, side: int) -> np.ndarray:
-    """Where the centre square of an image file is lighter than middle grey, bool [side, side]; transparent is black.
+    """Where the centre square of an image file is lighter than grey level 127, bool [side, side]; transparent is black.
 
     Raises:
         VqdeployError: The file does not exist.
@@ -58,17 +58,17 @@ def read_mask(path: Path, side: int) -> np.ndarray:
 
 
 def open_image(path: Path, background: int = 255) -> Image.Image:
-    """The image of `read` as RGB, before it is cut; what is transparent lies on a grey level, white by default."""
+    """The image of `read` as RGB, before it is cropped; transparent pixels are composited on a grey level."""
     path = Path(path)
     check_regular(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
             with Image.open(path, formats=_formats()) as image:
                 _check_size(image)
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)
                 return _on_background(upright if bits == 8 else _eight_bits(upright, bits), background)
-    except Exception as error:  # Pillow raises what its decoders raise
+    except Exception as error:  # decoders of Pillow raise anything
         raise ArtifactError(f"{path} is not an image that can be read ({_reason(error)})") from error
 
 
@@ -76,11 +76,11 @@ def square(image: Image.Image, side: int, share: float = 1.0, x: float = 0.5, y:
     """A square of an image, resized to `side` pixels; the largest in the centre by default.
 
     Args:
-        image: Where from.
-        side: Height and width of the result.
-        share: Side of the square, as a share of the shorter side of the image.
-        x: Where it lies between the left and the right border, 0..1.
-        y: Where it lies between the upper and the lower border, 0..1.
+        image: The image.
+        side: Height and width of the result in pixels.
+        share: Side of the square, as a fraction of the shorter side of the image.
+        x: Position between the left border (0) and the right one (1).
+        y: Position between the upper border (0) and the lower one (1).
     """
     length = share * min(image.size)
     left, top = x * (image.width - length), y * (image.height - length)
@@ -88,7 +88,7 @@ def square(image: Image.Image, side: int, share: float = 1.0, x: float = 0.5, y:
 
 
 def suffixes() -> frozenset[str]:
-    """The endings of image files that can be read, such as `.png`."""
+    """The file extensions of supported formats, such as `.png`."""
     formats = _formats()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
@@ -99,13 +99,13 @@ def _formats() -> list[str]:
 
 
 def _check_size(image: Image.Image) -> None:
-    """Refuses what its header says is too large, before anything is unpacked."""
+    """Rejects an image whose header declares too many pixels, before it is decoded."""
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits of a pixel's channel, where the mode has a range that says what is black and what is white."""
+    """Bits per channel, for modes with a defined black and white."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ValueError(f"its mode {image.mode} has no known range; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -114,7 +114,7 @@ def _bits(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
-    """Grey of more than 8 bits as 8-bit grey; Pillow would cut it off at 255."""
+    """Grey of more than 8 bits as 8-bit grey; Pillow would clip it at 255."""
     values, most = np.asarray(image).astype(np.uint32), 2**bits - 1
     grey = Image.fromarray(((values * 255 + most // 2) // most).clip(0, 255).astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -131,7 +131,7 @@ def _on_background(image: Image.Image, grey: int) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with an image, in a few words."""
+    """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "its format is not known, or its first bytes are damaged"
     if isinstance(error, Image.DecompressionBombError):
@@ -155,7 +155,7 @@ def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any
 
 
 def veil(images: np.ndarray, unknown: np.ndarray, opacity: float = 1.0) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] under grey where their codes [N, h, w, Q] are unknown, by the share that is."""
+    """Blends images uint8 [N, H, W, 3] with grey by the fraction of unknown codes bool [N, h, w, Q] of each cell."""
     side = images.shape[1] // unknown.shape[1]
     share = opacity * np.kron(unknown.mean(3), np.ones((1, side, side)))[..., None]
     return (images * (1 - share) + GREY * share).round().astype(np.uint8)

@@ -1,7 +1,7 @@
-"""What TensorRT-RTX compiled for this GPU, kept on disk for the next process.
+"""Disk cache of the kernels that TensorRT-RTX compiled for this GPU.
 
-Such a file is code, as a plan is. So it is read only from a folder that nobody but this user can write to, under the
-digest of the engine that it belongs to, and as it was written.
+Such a file is native code, as a plan is. It is read only if no other user can write to it or its folder, its name has
+the digest of the engine, and its own digest fits.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ log = logging.getLogger("vqdeploy")
 
 
 def folder() -> Path | None:
-    """Where the files lie: `vqdeploy/tensorrt-rtx` in XDG_CACHE_HOME or in `~/.cache`; None without a home."""
+    """The folder: `vqdeploy/tensorrt-rtx` in XDG_CACHE_HOME or in `~/.cache`; None without a home directory."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         return (base if base.is_absolute() else Path.home() / ".cache") / "vqdeploy" / "tensorrt-rtx"
@@ -31,7 +31,7 @@ def folder() -> Path | None:
 class KernelCache:
     """The runtime cache of one engine.
 
-    `name` is that of the file: whatever of the environment the library does not compare by itself must be part of it.
+    `name` is that of the file. It must contain all of the environment that the library does not compare by itself.
     """
 
     def __init__(self, name: str):
@@ -41,7 +41,7 @@ class KernelCache:
         self._saved = b""
 
     def attach(self, config: Any) -> None:
-        """Gives the cache to an `IRuntimeConfig`, with what is on disk when it is the first."""
+        """Attaches the cache to an `IRuntimeConfig`; the first call loads the file."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._saved = _read(self._file) if self._file else b""
@@ -50,7 +50,7 @@ class KernelCache:
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Writes what is not on disk yet; without a place to write to, nothing happens but a warning."""
+        """Writes new kernels to disk; logs a warning if it cannot."""
         serialized = self._cache.serialize()
         if self._file is None or serialized is None or (compiled := bytes(serialized)) == self._saved:
             return
@@ -69,7 +69,7 @@ class KernelCache:
 
 
 def _read(file: Path) -> bytes:
-    """What was saved; nothing if the file is not there, is damaged, or may have been written by another user."""
+    """The saved kernels; empty if the file is missing, damaged, or writable by another user."""
     try:
         with open(file, "rb", opener=_open) as stream:
             if not (_private(file.parent.stat()) and _private(os.fstat(stream.fileno()))):
@@ -90,7 +90,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def _private(status: os.stat_result) -> bool:
-    """Whether only this user can write there; Windows keeps a user's folders to that user by itself."""
+    """Whether only this user can write there; on Windows the folders of a user are private anyway."""
     if os.name == "nt":
         return True
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,4 +1,4 @@
-"""Codes of an image as arrays: one map [h, w, Q], or the maps of several levels in a row [N]."""
+"""Array layout of the codes of an image: one map [h, w, Q], or the maps of several levels concatenated [N]."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,23 +8,27 @@ import numpy as np
 
 from vqdeploy.runtime.noise import gumbel
 
-_MASK_DRAW = 2**32  # index of the noise that chooses a random mask; steps stay far below it
+_MASK_DRAW = 2**32  # draw index of the noise for random masks, far above that of any step
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`maps` are height, width and depth Q of each code map, coarse to fine."""
+    """The code maps of an image.
+
+    Attributes:
+        maps: Height, width and depth Q of each code map, coarse to fine.
+    """
 
     maps: tuple[tuple[int, ...], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the codes of one image: rows, columns and depth; or the number of codes of all maps."""
+        """Shape of the codes of one image: [h, w, Q] of a single map, else the total number of codes [N]."""
         return self.maps[0] if len(self.maps) == 1 else (sum(map(math.prod, self.maps)),)
 
     @property
     def depth(self) -> int:
-        """Number of sampling options that may differ: one for each depth of a single map, or for each of several."""
+        """How many values a per-depth sampling option has: one per depth of a single map, else one per map."""
         return self.maps[0][2] if len(self.maps) == 1 else len(self.maps)
 
     def split(self, codes: np.ndarray) -> list[np.ndarray]:
@@ -39,16 +43,15 @@ class Layout:
         return joined.reshape(-1, *self.shape)
 
     def enlarged(self, codes: np.ndarray) -> list[np.ndarray]:
-        """Codes [B, *shape] -> each map, all as large as the last."""
+        """Codes [B, *shape] -> each map, upsampled to the size of the last."""
         maps = self.split(codes)
         height, width = maps[-1].shape[1:3]
         return [part.repeat(height // part.shape[1], 1).repeat(width // part.shape[2], 2) for part in maps]
 
     def masked(self, mask: np.ndarray, raster: bool) -> np.ndarray:
-        """The codes to draw [B, *shape], where pixels are unknown [B, H, W].
+        """The codes to draw, bool [B, *shape], for unknown pixels bool [B, H, W].
 
-        With `raster`, as a prior draws that goes from the top left to the bottom right: in each map everything from the
-        first row on that the mask touches.
+        With `raster`, for priors that draw in raster order: in each map all rows from the first that the mask touches.
         """
         cells = [cells_of(mask, *each[:2]) for each in self.maps]
         if raster:
@@ -56,9 +59,9 @@ class Layout:
         return self.join(np.repeat(part[..., None], each[2], -1) for part, each in zip(cells, self.maps, strict=True))
 
     def share(self, ratio: float, raster: bool, images: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
-        """A share of the codes of each image [B, *shape], chosen at random by the seed.
+        """A random fraction of the codes of each image, bool [B, *shape], determined by the seed.
 
-        With `raster` the rows at the bottom of each map instead.
+        With `raster` the bottom rows of each map instead.
         """
         if raster:
             rows = (np.arange(each[0]) >= int(each[0] * (1 - ratio) + 1e-9) for each in self.maps)
@@ -71,7 +74,7 @@ class Layout:
 
 
 def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Which cells of a grid [B, height, width] a mask of pixels [B, H, W] touches."""
+    """The grid cells, bool [B, height, width], that a pixel mask bool [B, H, W] touches."""
     pixels = mask.reshape(len(mask), height, mask.shape[1] // height, width, -1)
     return np.logical_or.reduce(pixels, (2, 4))
 

@@ -1,6 +1,6 @@
-"""The manifest of an ONNX package and of a plan: what is inside, how to drive it, and how to check it.
+"""The manifest of an ONNX package and of a plan: its stages, tokenizer, sampling and digests.
 
-A plan describes itself: whoever runs it needs no knowledge of the system or the module that it was made of.
+A plan describes itself: running it needs no knowledge of the system or module that it was made from.
 """
 
 import math
@@ -12,7 +12,7 @@ from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError
 
 FORMAT = 1
-"""Version of the manifest. A reader refuses every other one."""
+"""Format version of the manifest. Other versions are rejected."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _MOST_LEVELS, _LARGEST = 64, 2**31  # beyond what any graph has
@@ -26,20 +26,20 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class TensorInfo(Config):
-    """Name, numpy dtype and shape of a graph's input or output; an open dimension is given by its name."""
+    """Name, numpy dtype and shape of a graph's input or output; a dynamic dimension is given by its name."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
 
     def concrete(self, dims: dict[str, int]) -> tuple[int, ...]:
-        """The shape with every open dimension replaced by its size."""
+        """The shape with every dynamic dimension replaced by its size."""
         return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
 
 
 @dataclass(frozen=True)
 class SizeRange(Config):
-    """Smallest, usual and largest size of an open dimension; a plan is tuned for the usual one."""
+    """Smallest, usual and largest size of a dynamic dimension; a plan is tuned for the usual one."""
 
     min: int = 1
     usual: int = 1
@@ -50,8 +50,15 @@ class SizeRange(Config):
 class StageInfo(Config):
     """One graph or engine.
 
-    `dims` gives the sizes of its open dimensions, `aliases` pairs each output that may be written over an input with
-    that input. `plugins` names the nodes that our kernels run in an engine; it is empty in a package.
+    Attributes:
+        name: Name of the stage.
+        file: Member with the graph or engine.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        weights: Tensors of `weights.safetensors` that it reads.
+        aliases: Output -> the input whose buffer it may share, for in-place updates.
+        dims: Size range of each dynamic dimension.
+        plugins: Nodes that our kernels run in an engine; empty in a package.
     """
 
     name: str
@@ -66,11 +73,14 @@ class StageInfo(Config):
 
 @dataclass(frozen=True)
 class TokenizerInfo(Config):
-    """What goes into the stage `encode` and comes out of `decode`, and the codes between.
+    """Images and codes of a plan.
 
-    `image` is height, width and channels. `maps` are the code maps of an image, height, width and depth Q of each, from
-    coarse to fine: one map is an array [B, h, w, Q] of codes, several lie in a row [B, N], see
-    `vqdeploy.runtime.layout`. Where `omits_depths`, `decode` takes -1 for a code of a position to be left out.
+    Attributes:
+        image: Height, width and channels of an image uint8, the input of `encode` and the output of `decode`.
+        maps: Height, width and depth Q of each code map, coarse to fine. Codes are int64 [B, h, w, Q] with one map, and
+            [B, N], all maps concatenated, with several; see `vqdeploy.runtime.layout`.
+        codebook_size: Number of codes.
+        omits_depths: Whether `decode` accepts -1 for a depth to leave out.
     """
 
     image: tuple[int, ...]
@@ -83,9 +93,11 @@ class TokenizerInfo(Config):
 class SamplingInfo(Config):
     """How codes are drawn.
 
-    `kind` chooses the sampler, see `vqdeploy.runtime.pipeline.SAMPLERS`. `classes` is the number of labels, 1 for an
-    unconditional prior; `no_label` stands for none of them, if the prior was trained without labels too. `options` are
-    the sampling options that it has, with their defaults.
+    Attributes:
+        kind: The sampler, a key of `vqdeploy.runtime.pipeline.SAMPLERS`.
+        classes: Number of labels; 1 for an unconditional prior.
+        no_label: The label of the unconditional branch of guidance; None if the prior has none.
+        options: The sampling options of the prior with their defaults.
     """
 
     kind: str
@@ -96,10 +108,14 @@ class SamplingInfo(Config):
 
 @dataclass(frozen=True)
 class Provenance(Config):
-    """Where it comes from; nothing is read of this to run it.
+    """Where a package or plan comes from; the runtime does not use it.
 
-    `producer` is the exporter and its version. For a system there are its name and preset, and the digest
-    of its checkpoint; `source` is the format of a public checkpoint that it was imported from.
+    Attributes:
+        producer: The exporter and its version.
+        system: Name of the system; None for an own module.
+        preset: Preset of the system.
+        checkpoint: Digest of the checkpoint or module.
+        source: Format of the public checkpoint that it was imported from.
     """
 
     producer: str
@@ -111,12 +127,23 @@ class Provenance(Config):
 
 @dataclass(frozen=True)
 class Manifest(Config):
-    """Everything that is known of a package or a plan without opening a graph.
+    """The description of a package or a plan.
 
-    `name` is the default name of files that are made of it. Without a `tokenizer` its stages are about arrays and not
-    images, without `sampling` nothing is drawn. `labels` names the classes, in order. `config` is the configuration of
-    the system, for provenance: nothing here reads it. `members` are the sha256 of every
-    other file. `backend`, `builder` and `targets` are set in plans only.
+    Attributes:
+        format: Format version, `FORMAT`.
+        name: Default name of files made from it.
+        precision: One of `PRECISIONS`.
+        opset: ONNX opset of the graphs.
+        provenance: Where it comes from.
+        stages: Its graphs or engines.
+        members: The sha256 of every other file.
+        tokenizer: Images and codes; None if the stages take plain arrays.
+        sampling: How codes are drawn; None without a prior.
+        labels: Names of the classes, in order; empty if they have none.
+        config: Configuration of the system, for provenance; the runtime does not read it.
+        backend: Plans only: name of the backend.
+        builder: Plans only: name and version of the builder.
+        targets: Plans only: compute capabilities or `cuda`; empty for the CPU.
     """
 
     format: int
@@ -136,10 +163,10 @@ class Manifest(Config):
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Checks the format version before anything else, and that the parts fit each other.
+        """Parses a manifest: checks the format version first, then that its parts are consistent.
 
         Raises:
-            ArtifactError: The manifest is malformed or of another version; the field is named.
+            ArtifactError: The manifest is malformed or of another version; the message names the field.
         """
         found = data.get("format") if isinstance(data, dict) else data
         if found != FORMAT:
@@ -176,7 +203,7 @@ class Manifest(Config):
 
     @property
     def batch(self) -> SizeRange:
-        """Sizes of a batch that every stage takes."""
+        """Batch sizes that every stage accepts."""
         ranges = [stage.dims["batch"] for stage in self.stages if "batch" in stage.dims] or [SizeRange()]
         return SizeRange(max(r.min for r in ranges), min(r.usual for r in ranges), min(r.max for r in ranges))
 

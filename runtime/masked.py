@@ -1,4 +1,4 @@
-"""Parallel masked decoding: one engine call a step, every masked code drawn in each.
+"""Parallel decoding of masked codes: one engine call per step, which draws every masked code.
 
 Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), section 3.2 and its public code.
 """
@@ -16,12 +16,12 @@ from vqdeploy.runtime.sampler import Inputs, Item, Sampler, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 from vqdeploy.runtime.session import Session
 
-_CALL_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # more images at once are no faster on a CPU and need more memory
+_CALL_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # larger batches are no faster on a CPU and need more memory
 
 
 @dataclass
 class _Progress:
-    """Where an image is: the number of steps done, and how many codes each step masks again [T]."""
+    """Progress of an image: the number of steps done, and how many codes each step masks again [T]."""
 
     done: int
     counts: np.ndarray
@@ -30,7 +30,7 @@ class _Progress:
 
 
 class MaskedSampler(Sampler):
-    """Runs the stage `step` of a masked prior, with two labels an image when it takes guidance."""
+    """Runs the stage `step` of a masked prior, with two labels per image under guidance."""
 
     raster = False
 
@@ -47,14 +47,14 @@ class MaskedSampler(Sampler):
         session = sessions["step"]
         self._shape, self._size = Layout(tokenizer.maps).shape, tokenizer.codebook_size
         dims = {"batch": slots, "conditions": 2 if guided else 1}
-        # The codes that one step leaves for the next stay with the engine.
+        # The codes stay on the device of the engine from step to step.
         self._binding = session.bind(dims, session.buffers(dims, "codes", "given"))
         self._result = session.array(np.zeros((slots, *self._shape), np.int64))
         self._progress: dict[int, _Progress] = {}
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
-        """What the sampler writes to, stage by stage."""
+        """The graph inputs that the sampler writes, by stage."""
         grid = tokenizer.maps[0]
         codes = dict.fromkeys(("codes", "given", "choice_noise"), grid) | {"noise": (*grid, tokenizer.codebook_size)}
         options = dict.fromkeys(("temperature", "top_k", "top_p"), grid[2:])
@@ -62,7 +62,7 @@ class MaskedSampler(Sampler):
 
     @classmethod
     def most_slots(cls, stages: Mapping[str, StageInfo], device: str) -> int:
-        """How many slots are worth having."""
+        """Most slots of a sampler, for speed."""
         logits = next(info for info in stages["step"].inputs if info.name == "noise")
         return max(1, _CALL_LOGITS[device] // math.prod(size for size in logits.shape if isinstance(size, int)))
 
@@ -72,7 +72,7 @@ class MaskedSampler(Sampler):
         return len(progress.counts) - progress.done
 
     def codes(self, slot: int) -> np.ndarray:
-        """Codes int64 [h, w, Q] so far; -1 - c where c would be put for now, -1 before the first step."""
+        """Codes int64 [h, w, Q] so far: -1 - c for a tentative code c, -1 before the first step."""
         if self._progress[slot].done == 0:
             return self._items[slot].known.copy()
         if self.left(slot) == 0:
@@ -90,7 +90,7 @@ class MaskedSampler(Sampler):
         self._progress[slot] = _Progress(0, counts, by_order, greedy)
         self._result[slot] = item.known
         inputs["codes"][slot] = inputs["given"][slot] = np.where(item.known < 0, self._size, item.known)
-        # A label that weighs nothing: what is multiplied by 0 and added changes no logit.
+        # A label of weight 0 changes no logit.
         scale = options["guidance_scale"] if self.guides(item) else 1
         ballast = item.label if self.no_label is None else self.no_label
         inputs["label"][slot], inputs["guidance"][slot] = ballast, 1 - scale
@@ -109,7 +109,7 @@ class MaskedSampler(Sampler):
         self._run("step", binding)
         drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
         inputs["codes"][:] = remaining
-        # By order, codes found earlier are drawn again.
+        # The Halton order draws earlier codes again.
         if any(progress.by_order for progress in running.values()):
             for slot in (slot for slot, progress in running.items() if not progress.by_order):
                 inputs["given"][slot] = remaining[slot]
@@ -121,7 +121,7 @@ class MaskedSampler(Sampler):
                 self._result[slot] = drawn[slot]
 
     def _fill_choice(self, running: Mapping[int, _Progress]) -> None:
-        """The noise on the confidence, which fades out."""
+        """The choice noise, added to the confidence; it fades out over the steps."""
         noise, heat = self._binding.inputs["choice_noise"], self._binding.inputs["choice_temperature"]
         items = {slot: self._items[slot] for slot in running}
         keys = [(item.seed, item.image, 2 * running[slot].done + 1) for slot, item in items.items()]

@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed, the image and the step, and on nothing else."""
+"""Random numbers that depend only on the seed, the image and the draw."""
 
 import os
 import threading
@@ -11,12 +11,12 @@ import numpy as np
 from vqdeploy.runtime.threads import cores
 
 Key = tuple[int, int, int]
-"""Seed, index of the image and index of the draw, each at least 0."""
+"""Seed, index of the image and index of the draw, all nonnegative."""
 
 Draw = Callable[[Sequence[Key], Iterable[np.ndarray]], None]
-"""Fills arrays float32 with noise, each by its key."""
+"""Fills each array float32 with noise, from its key."""
 
-_SMALLEST = np.float32(2**-25)  # stands for u = 0, whose logarithm is infinite
+_SMALLEST = np.float32(2**-25)  # in place of u = 0, whose logarithm is infinite
 _STEP = np.float32(2**-24)
 _WORTH_A_THREAD = 2**14  # draws
 
@@ -25,20 +25,20 @@ def gumbel(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
     """Fills each row float32 with standard Gumbel noise, -log(-log(u)).
 
     Philox is keyed by (seed, image) and its counter starts at the index of the draw, so that an image gets the same
-    noise alone, in any batch, and on any backend. Only its raw bits are taken: their stream is what numpy promises.
+    noise alone, in any batch, and on any backend. Only raw bits are used: numpy guarantees their stream.
 
     Args:
-        keys: One for each row.
-        rows: Where the noise goes, contiguous.
+        keys: One per row.
+        rows: Output, contiguous.
     """
     for key, row in zip(keys, rows, strict=True):
         _fill(key, row)
 
 
 class ThreadedNoise:
-    """`gumbel` on several threads, 0 for as many as there are cores; numpy releases the interpreter while it draws.
+    """`gumbel` on several threads, 0 for one per core; numpy releases the GIL while it draws.
 
-    The threads start when they are first needed, and again in a process that was forked.
+    The threads start on first use, and again in a forked process.
     """
 
     def __init__(self, threads: int = 0):
@@ -60,7 +60,7 @@ class ThreadedNoise:
 
 
 class _Philox(threading.local):
-    """A generator of each thread; to set its state takes a third of the time that a new one takes."""
+    """One generator per thread: setting its state takes a third of the time of making a new one."""
 
     def __init__(self) -> None:
         self._bits = np.random.Philox(key=0)

@@ -1,8 +1,7 @@
-"""A reader of ONNX files that trusts no byte of them; it needs no `onnx` and is as strict as a file of ours allows.
+"""A strict parser of ONNX files, for untrusted input; it does not need `onnx`.
 
-Protobuf's readers are lenient: they skip fields that they do not know, merge a message that is there twice, and take
-the last of two numbers. A check is worth something only when the engine cannot read another graph than the one that was
-checked. So whatever two readers could read in two ways is refused.
+Protobuf parsers are lenient: they skip unknown fields, merge a repeated message, and take the last of two scalars. A
+check is only sound if the engine parses the same graph that was checked. So every ambiguity is an error.
 """
 
 import struct
@@ -11,13 +10,13 @@ from typing import Any
 from vqdeploy.errors import ArtifactError
 
 Message = dict[str, Any]
-"""A field that may be repeated is a list, and is always there; another one is None when it is not."""
+"""A parsed message: a repeated field is a list, a missing field is None."""
 
-_DEPTH = 32  # of messages in one another: a graph in a branch is three deeper than its node
+_DEPTH = 32  # nesting of messages: the graph of a branch is three levels below its node
 _FIELDS = 2_000_000
 
-# Messages and fields as in `onnx.proto`; `*` marks those that may be repeated. What no file of ours has is left out:
-# training, sparse tensors, sequences, names of devices, tensors of strings.
+# Messages and fields as in `onnx.proto`; `*` marks repeated fields. Not supported, since we write none: training,
+# sparse tensors, sequences, device names, string tensors.
 _SCHEMA = """
 Model: 1 ir_version int, 2 producer_name text, 3 producer_version text, 4 domain text, 5 model_version int,
     6 doc_string text, 7 graph Graph, 8 opset_import Opset*, 14 metadata_props Entry*, 25 functions Function*
@@ -65,7 +64,7 @@ def read(data: bytes | memoryview) -> Message:
     """The model in an ONNX file, as nested dictionaries.
 
     Raises:
-        ArtifactError: The bytes are no such file, or one that readers could read in different ways.
+        ArtifactError: The bytes are malformed, or parsers could read them differently.
     """
     try:
         return _Reader(memoryview(data)).message("Model", 0, len(data), 0)
@@ -78,7 +77,7 @@ class _Reader:
         self._data, self._fields = data, 0
 
     def _varint(self, at: int, stop: int) -> tuple[int, int]:
-        """An unsigned number of at most 64 bits, and where it ends."""
+        """A varint of at most 64 bits, and its end."""
         value = shift = 0
         while at < stop:
             byte = self._data[at]

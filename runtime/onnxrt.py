@@ -1,4 +1,4 @@
-"""Sessions on ONNX Runtime: buffers that are bound once and reused, caches that are updated in place."""
+"""Sessions on ONNX Runtime: buffers are bound once and reused, KV caches are updated in place."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "te
 
 
 def failure(what: str, error: Exception) -> ArtifactError:
-    """ONNX Runtime's exceptions share no base class but `Exception`, and run over many lines."""
+    """An error with the reason of ONNX Runtime, whose messages span many lines, on one line."""
     return ArtifactError(f"{what} ({' '.join(str(error).split())[:500]})")
 
 
@@ -64,11 +64,11 @@ class Binding:
         """One engine call."""
         try:
             self._session.run_with_iobinding(self._io)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+        except Exception as error:  # the only base class of ONNX Runtime's exceptions
             raise failure(f"stage {self._name} failed", error) from error
 
     def clear(self) -> None:
-        """Zeros into every input, shared ones too."""
+        """Zeroes every input, shared ones too."""
         for buffer in self.inputs.values():
             buffer[...] = 0
 
@@ -97,15 +97,15 @@ class OnnxrtSession:
         options.enable_profiling = profile is not None
         options.profile_file_prefix = str(profile)
         options.intra_op_num_threads = threads or cores()
-        options.log_severity_level = 4  # failures come back as exceptions
+        options.log_severity_level = 4  # failures are raised as exceptions
         options.add_session_config_entry("session.force_spinning_stop", "1")  # the host works between calls
-        # All weights come from the plan: a graph that names a file must find none.
+        # All weights come from the plan: a graph must not read files.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-        # Constants that double from node to node would take all memory before anything runs.
+        # Folding a chain of constants that double in size would use up the memory at load time.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _FOLDED_BYTES)
         weights = tensors(bundle.member(WEIGHTS)) if stage.weights else {}
         try:
-            # ONNX Runtime borrows this memory: the views must live as long as the session.
+            # ONNX Runtime borrows this memory: the views must outlive the session.
             self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
             graph = bundle.read(stage.file)
@@ -117,7 +117,7 @@ class OnnxrtSession:
             raise ArtifactError(f"stage {stage.name} of {bundle.path} is not the graph that its manifest describes")
 
     def _described(self) -> bool:
-        """Whether the manifest has the tensors of the graph, and pairs only such."""
+        """Whether the manifest has the inputs, outputs and aliases of the graph."""
         pairs = (
             (self.stage.inputs, self._session.get_inputs(), list(self.stage.aliases.values())),
             (self.stage.outputs, self._session.get_outputs(), list(self.stage.aliases)),
@@ -131,20 +131,20 @@ class OnnxrtSession:
         )
 
     def end_profile(self) -> list[dict[str, Any]]:
-        """The events of the trace so far, in the Chrome trace format."""
+        """The events of the profile so far, in the Chrome trace format."""
         return json.loads(Path(self._session.end_profiling()).read_text())
 
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
-        """Empty buffers of inputs and outputs, for bindings to share."""
+        """Zeroed buffers of the named inputs and outputs, for bindings to share."""
         infos = [info for info in (*self.stage.inputs, *self.stage.outputs) if info.name in names]
         return {info.name: np.zeros(info.concrete(dims), info.dtype) for info in infos}
 
     def array(self, values: np.ndarray) -> Any:
-        """A copy of an array where the buffers lie."""
+        """A copy of an array on the device."""
         return values.copy()
 
     def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> Any:
-        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
+        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too."""
         return Binding(self._session, self.stage, dims, shared or {})
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -160,7 +160,7 @@ class OnnxrtBackend:
     """Plans for ONNX Runtime, on the CPU or on CUDA."""
 
     def place(self, manifest: Manifest, device: str) -> str:
-        """`cuda` for a plan that was built for it where that runs and nothing else is wanted, else `cpu`."""
+        """`cuda` if the plan was built for it, it runs here and `cpu` was not asked for; else `cpu`."""
         if device == "cpu" or (device == "auto" and "cuda" not in manifest.targets):
             return "cpu"
         if "cuda" not in manifest.targets:
@@ -172,7 +172,7 @@ class OnnxrtBackend:
         except VqdeployError as error:
             if device == "cuda":
                 raise
-            # A GPU that lies idle is worth a warning.
+            # Not using a GPU deserves a warning.
             idle = "CUDAExecutionProvider" in ort.get_available_providers()
             log.log(logging.WARNING if idle else logging.INFO, "running on the CPU: %s", error)
             return "cpu"

@@ -16,7 +16,7 @@ from vqdeploy.runtime.rules import (
 )
 
 OPSETS = {"": (24, 25), "com.microsoft": (1,)}
-"""The versions of each domain whose operators these are."""
+"""Opset versions of each domain that the table is valid for."""
 
 ONNX = {
     "Abs": Operator("X", "Y=X", {}, ()),

@@ -1,4 +1,4 @@
-"""Sampling options in force: checked against the table of all of them, and as the graphs take them."""
+"""Resolves sampling options: defaults, validation, and conversion to graph inputs."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.options import SAMPLING_OPTIONS, SamplingOption
 from vqdeploy.runtime.arguments import as_numbers
 
-_COLDEST, _HOTTEST = 1e-20, 1e20  # temperatures beyond which quotients of logits leave fp32
+_COLDEST, _HOTTEST = 1e-20, 1e20  # range of temperatures for which logits / temperature fits fp32
 _OPTIONS = {option.name: option for option in SAMPLING_OPTIONS}
 
 
 def choose(given: dict[str, Any], defaults: dict[str, Any], depth: int, codebook_size: int) -> dict[str, Any]:
-    """The options in force, as numbers, names, or lists of one number for each depth.
+    """The effective options: numbers, names, or lists with one number per depth.
 
     Args:
-        given: Some of the options; None for the default.
-        defaults: All options that the system has, with the checkpoint's values.
+        given: Options of a request; None means the default.
+        defaults: All options of the system, with the defaults of the checkpoint.
         depth: Codes per position.
         codebook_size: Number of codes.
 
@@ -54,7 +54,7 @@ def _check(option: SamplingOption, value: Any, depth: int, codebook_size: int) -
 
 
 def for_graph(chosen: dict[str, Any], depth: int, codebook_size: int) -> dict[str, np.ndarray]:
-    """Options as the graph takes them [Q]: temperature above 0, `top_k` in 1..K."""
+    """Options as graph inputs [Q]: `temperature` float32 above 0, `top_k` int64 in 1..K, `top_p` float32."""
     temperature = np.broadcast_to(np.clip(np.asarray(chosen["temperature"], float), 0, _HOTTEST), depth)
     top_k = np.broadcast_to(np.asarray(chosen["top_k"], np.int64), depth)
     greedy = temperature < _COLDEST

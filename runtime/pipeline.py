@@ -1,4 +1,4 @@
-"""A loaded plan, ready for requests."""
+"""`load` and `Pipeline`: a plan and its tasks."""
 
 import contextlib
 import os
@@ -32,25 +32,26 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "masked": MaskedSampler,
     "hierarchical": HierarchicalSampler,
 }
-"""Kind of sampling in a manifest -> sampler. To add a kind, add it here."""
+"""Kind of sampling in a manifest -> its sampler. Add a kind here."""
 
 _CALL_PIXELS = {"cpu": 256 * 256, "cuda": 16 * 256 * 256}
-_FEATURE_IMAGES = 8  # of one call
-# Samplers that outlive a request; on a GPU as many as the calls of one request have, since buffers, contexts and graphs
-# take long to make there.
+_FEATURE_IMAGES = 8  # images per encoder or decoder call
+# Samplers kept for later requests; on a GPU one for each batch size of a split request, since buffers, contexts and
+# graphs are slow to make there.
 _KEPT_SAMPLERS = {"cpu": 1, "cuda": 2}
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback is told after each step of a generation.
+    """The progress of a generation, passed to a callback after each step.
 
     Attributes:
-        step: Its number, from 1.
-        steps: How many there are, for these images.
-        images: Which images of the request these are: a large request is split, and each part takes its own steps.
-        codes: Theirs so far, int64 [B, *grid]. A code that is not settled is negative: -1 - c where a masked prior
-            would put c for now, -1 where nothing is drawn yet.
+        step: Number of the step, from 1.
+        steps: Number of steps for these images.
+        images: Indices in the request of the images in this batch. A large request is split into batches, one after the
+            other, each with steps 1..`steps`.
+        codes: Codes so far, int64 [B, *grid]. Negative where not final: -1 - c for a tentative code c of a masked
+            prior, -1 where nothing has been drawn.
     """
 
     step: int
@@ -69,9 +70,9 @@ class Output:
     Attributes:
         images: uint8 [B, H, W, 3].
         codes: int64 [B, *grid].
-        options: Those in force.
-        timings: Seconds, by wall clock: `steps_s` of engine calls of the prior, waits for a GPU included, `host_s` of
-            what is done between them, `decode_s` of the decoder, `total_s`.
+        options: The effective sampling options, see `Pipeline.options`, with `seed` and `labels`.
+        timings: Wall-clock seconds. `steps_s`: engine calls of the prior, including waits for a GPU. `host_s`: work
+            between them (noise, schedules, callbacks). `decode_s`: the decoder. `total_s`: their sum.
     """
 
     images: np.ndarray
@@ -81,17 +82,17 @@ class Output:
 
 
 def load(path: str | Path, device: str = "auto", threads: int = 0, *, verify: bool = True) -> "Pipeline":
-    """Opens a plan: reads its manifest, checks the device and all digests. Stages open when they are first used.
+    """Opens a plan: reads its manifest, checks the device and all digests. Stages open on first use.
 
     Args:
         path: The plan.
-        device: `auto`, `cpu` or `cuda`. `auto` is CUDA for a plan of ONNX Runtime that was built for it, where that
-            runs. Plans for TensorRT have no other device.
-        threads: Threads of the engine and of the noise; 0 for as many as there are cores.
-        verify: Whether to compare the digests; False for a file that was just checked.
+        device: `auto`, `cpu` or `cuda`. `auto` is CUDA if the plan was built for it and CUDA works here, else the CPU.
+            Plans for TensorRT always run on CUDA.
+        threads: CPU threads of the engine and of the noise; 0 for one per core.
+        verify: Whether to check the digests; False for a file that was just checked.
 
     Raises:
-        VqdeployError: The file does not exist, its library is not installed, or its device is not here.
+        VqdeployError: The file does not exist, its library is not installed, or the device is not available.
         ArtifactError: The file is damaged, tampered with or of another version.
     """
     bundle = Bundle(path)
@@ -111,19 +112,19 @@ def load(path: str | Path, device: str = "auto", threads: int = 0, *, verify: bo
 
 
 class Pipeline:
-    """The tasks of a plan. Several threads may use one at once: their engine calls take turns.
+    """A plan and its tasks.
 
-    It is a context manager; `close` gives memory and engines back. After a fork the child opens the stages anew, where
-    they are on the CPU.
+    Threads may share a pipeline: engine calls are serialized. Use it as a context manager, or call `close`, to free
+    engines and memory. After a fork, the child reopens stages on the CPU; a GPU cannot be used there.
     """
 
     def __init__(self, bundle: Bundle, device: str, open_stages: Callable[[], Opener], threads: int = 0):
-        """Makes a pipeline that opens stages when they are used.
+        """Makes a pipeline that opens stages on first use.
 
         Args:
             bundle: The plan.
-            device: Where its stages run, `cpu` or `cuda`.
-            open_stages: Makes what opens the stages; see `vqdeploy.runtime.session.Backend`.
+            device: Device of its stages, `cpu` or `cuda`.
+            open_stages: Returns an opener of stages; see `vqdeploy.runtime.session.Backend`.
             threads: As for `load`.
 
         Raises:
@@ -133,7 +134,7 @@ class Pipeline:
         self._sessions = _Sessions(bundle, device, open_stages)
         self._batch = bundle.manifest.batch
         self._noise = ThreadedNoise(threads)
-        self._lock = threading.RLock()  # an engine call at a time
+        self._lock = threading.RLock()  # serializes engine calls
         self._samplers: dict[tuple[int, bool], Sampler] = {}
         if self.manifest.sampling:
             _check_sampler(bundle)
@@ -148,7 +149,7 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Closes the stages and the file; whatever is asked for afterwards is refused. To close twice is fine."""
+        """Closes the stages and the file. Later requests raise `VqdeployError`; closing twice is allowed."""
         with self._lock:
             self._samplers.clear()
             self._sessions.close()
@@ -156,10 +157,10 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> TokenizerInfo:
-        """What images and codes are.
+        """Shapes of images and codes, and the size of the codebook.
 
         Raises:
-            VqdeployError: The plan is about arrays and not images.
+            VqdeployError: The plan has no tokenizer.
         """
         if self.manifest.tokenizer is None:
             names = ", ".join(self.stages)
@@ -181,22 +182,22 @@ class Pipeline:
 
     @property
     def layout(self) -> Layout:
-        """How the codes of an image lie in arrays."""
+        """Array layout of the codes of an image."""
         return Layout(self.tokenizer.maps)
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Shape of the codes of one image: rows, columns, depth; or the number of codes of all levels, see `maps`."""
+        """Shape of the codes of one image: (h, w, Q), or (N,) for several levels, see `maps`."""
         return self.layout.shape
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Height, width and channels of an image."""
+        """Shape of an image: height, width, channels."""
         return self.tokenizer.image
 
     @property
     def codebook_size(self) -> int:
-        """Number of codes."""
+        """Number of codes in the codebook, K."""
         return self.tokenizer.codebook_size
 
     @property
@@ -214,7 +215,7 @@ class Pipeline:
         return tuple(stage.name for stage in self.manifest.stages)
 
     def session(self, stage: str) -> Session:
-        """The session of one stage, to drive it call by call.
+        """The session of one stage, for direct engine calls.
 
         Raises:
             ArtifactError: There is no such stage, or it cannot be opened.
@@ -223,18 +224,18 @@ class Pipeline:
         return self._sessions[stage]
 
     def run(self, stage: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """One call of a stage, whatever it is about.
+        """Runs one stage on arrays.
 
         Args:
-            stage: Its name.
-            **arrays: One for each input, of the shape and type that the manifest says.
+            stage: Name of the stage.
+            **arrays: One array per input, with the shape and dtype that the manifest gives.
 
         Returns:
             The outputs by name.
 
         Raises:
-            VqdeployError: An input is missing, unknown, or of another shape or type.
-            ArtifactError: There is no such stage, or it failed.
+            VqdeployError: An input is missing, unknown, or has another shape or dtype.
+            ArtifactError: There is no such stage, or the engine failed.
         """
         info = self.manifest.stage(stage)
         given = {name: as_array(name, array) for name, array in arrays.items()}
@@ -244,7 +245,7 @@ class Pipeline:
 
     @property
     def keeps_pixels(self) -> bool:
-        """Whether `inpaint` draws what a mask covers and nothing else, so that the other pixels stay as they are.
+        """Whether `inpaint` draws only the masked codes, so that all other pixels stay as they are.
 
         Raises:
             VqdeployError: The plan has no prior.
@@ -252,7 +253,7 @@ class Pipeline:
         return not self._sampler_class.raster
 
     def maps(self, codes: np.ndarray) -> list[np.ndarray]:
-        """Codes [B, *grid] -> the map of each level [B, h, w, depth], top first; most systems have one level.
+        """Codes [B, *grid] -> the map of each level [B, h, w, Q], coarse to fine; most systems have one level.
 
         Raises:
             VqdeployError: The array has another shape.
@@ -266,8 +267,8 @@ class Pipeline:
         """The label of a class.
 
         Args:
-            name: Its number, an int; or its name. Text that is no name but a number is the number of the class, unless
-                classes are named by numbers: "7" is then the class of this name or none.
+            name: Number (int) or name (str) of the class. A numeric string that is not a name is taken as the number,
+                unless the class names are numbers themselves.
 
         Raises:
             VqdeployError: There is no such class.
@@ -286,7 +287,7 @@ class Pipeline:
         """Images uint8 [B, H, W, 3] -> codes int64 [B, *grid].
 
         Raises:
-            VqdeployError: The images have the wrong shape or type.
+            VqdeployError: The images have the wrong shape or dtype.
         """
         expected = self.image_shape
         images = as_array("images", images)
@@ -304,10 +305,10 @@ class Pipeline:
 
         Args:
             codes: The codes.
-            depth: Use only this many codes of each position, from coarse to fine; all when None.
+            depth: Use only the first codes of each position, coarse to fine; None for all.
 
         Raises:
-            VqdeployError: The codes have the wrong shape or type or are out of range, or the depth is.
+            VqdeployError: The codes have the wrong shape or dtype, or codes or depth are out of range.
         """
         codes = self._check_codes(codes)
         if depth is not None:
@@ -324,17 +325,17 @@ class Pipeline:
             return self._sessions[stage].run(**arrays)
 
     def features(self, images: np.ndarray, labels: Sequence[int] | None = None) -> np.ndarray:
-        """Hidden states of the prior before its first layer and behind each, averaged over the positions.
+        """Hidden states of the prior before its first layer and after each, averaged over the positions.
 
         Args:
             images: uint8 [B, H, W, 3].
-            labels: Class of each image; None for none.
+            labels: Class of each image; None for no label.
 
         Returns:
             float32 [B, layers + 1, width].
 
         Raises:
-            VqdeployError: The plan has no features, or an argument is malformed.
+            VqdeployError: The plan has no stage `features`, or an argument is malformed.
         """
         if "features" not in self.stages:
             raise VqdeployError(
@@ -348,7 +349,7 @@ class Pipeline:
         )
 
     def reconstruct(self, images: np.ndarray, depth: int | None = None) -> np.ndarray:
-        """Images -> their codes -> images, as `encode` and `decode`."""
+        """Images uint8 [B, H, W, 3] -> codes -> images uint8 [B, H, W, 3]; see `encode` and `decode`."""
         return self.decode(self.encode(images), depth)
 
     def generate(self, labels: Sequence[int] | None = None, *, num_images: int | None = None, **options: Any) -> Output:
@@ -356,7 +357,7 @@ class Pipeline:
 
         Args:
             labels: Class of each image; None for `num_images` of an unconditional prior.
-            num_images: How many images when `labels` is None, 1 by default.
+            num_images: Number of images if `labels` is None; 1 by default.
             **options: `seed`, `first_image`, `callback` and sampling options; see `complete`.
 
         Raises:
@@ -387,23 +388,22 @@ class Pipeline:
         first_image: int = 0,
         **options: Any,
     ) -> Output:
-        """Keeps a part of each image and samples the rest.
+        """Keeps a part of the codes of each image and samples the rest.
 
-        A masked prior samples what is unknown and nothing else; with a mask, pixels outside of it stay as they are. An
-        autoregressive prior goes from the top left to the bottom right: everything from the first row of codes that
-        the mask touches is sampled anew.
+        A masked prior samples the masked codes alone, and with a mask, pixels outside it stay as they are. An
+        autoregressive prior draws in raster order: it samples all codes from the first row that the mask touches.
 
         Args:
             images: uint8 [B, H, W, 3].
             labels: Class of each image; None for an unconditional prior, and for no label if the prior takes guidance.
-            mask: True where pixels are unknown, bool [B, H, W] or [H, W].
-            mask_ratio: Instead of a mask, the share of codes to sample: chosen at random by the seed for a masked
-                prior, from the bottom up for an autoregressive one.
-            completions: How many to sample of each image, N. The result holds N * B images: the first of each image,
+            mask: Bool [B, H, W] or [H, W], True for unknown pixels.
+            mask_ratio: Instead of a mask, the fraction of codes to sample: random positions, by the seed, for a masked
+                prior, the bottom rows for an autoregressive one.
+            completions: Number of samples per image, N. The result has N * B images: the first sample of each image,
                 then the second of each, and so on.
-            seed: As for `complete`.
-            first_image: As for `complete`.
-            **options: As for `complete`.
+            seed: See `complete`.
+            first_image: See `complete`.
+            **options: See `complete`.
 
         Raises:
             VqdeployError: An argument is out of range or missing.
@@ -430,14 +430,14 @@ class Pipeline:
         completions: int = 1,
         **options: Any,
     ) -> Output:
-        """Keeps the coarse codes of each image and samples the finer ones: the details change, the picture stays.
+        """Keeps the codes of the coarse levels of each image and samples those of the finer ones.
 
         Args:
             images: uint8 [B, H, W, 3].
             labels: Class of each image; None for an unconditional prior.
-            keep: How many levels stay as they are, from the top.
-            completions: As for `inpaint`.
-            **options: As for `complete`.
+            keep: Number of levels to keep, coarsest first.
+            completions: See `inpaint`.
+            **options: See `complete`.
 
         Raises:
             VqdeployError: The system's codes have one level, or an argument is out of range.
@@ -454,7 +454,7 @@ class Pipeline:
         return self.complete(known, self._repeated(labels, len(codes), completions), **options)
 
     def _repeated(self, labels: Sequence[int] | None, count: int, completions: int) -> list[int] | None:
-        """The labels of several completions of a number of images; an unconditional prior has one label."""
+        """The labels of all completions; an unconditional prior has one label, 0."""
         if labels is None:
             return [0] * (count * completions) if self.classes == 1 else None
         return np.tile(self._check_labels(labels, count), completions).tolist()
@@ -468,7 +468,7 @@ class Pipeline:
         seed: int = 0,
         first_image: int = 0,
     ) -> np.ndarray:
-        """The codes that `inpaint` samples, bool [B, *grid], for a number of images; the rest as there.
+        """The codes that `inpaint` samples, bool [B, *grid], for `count` images; other arguments as for `inpaint`.
 
         Raises:
             VqdeployError: An argument is out of range or missing, or the plan has no prior.
@@ -499,25 +499,25 @@ class Pipeline:
     ) -> Output:
         """Samples the codes that are -1, given the others.
 
-        An autoregressive prior takes whole positions, and what comes before each in raster order.
+        An autoregressive prior draws all codes of a position at once, given those before it in raster order.
 
         Args:
-            known: Codes int64 [B, *grid], -1 where a code is to be sampled.
+            known: Codes int64 [B, *grid], -1 for codes to sample.
             labels: Class of each image [B]; None for no label, if the prior takes guidance.
-            seed: Seed of the noise, at least 0.
-            first_image: Index of the first image: image i of any batch is drawn from (seed, first_image + i).
-            callback: Called after every step; see `Callback`.
-            **given: Sampling options; the default of the checkpoint where one is left out or None.
+            seed: Seed of the noise, a nonnegative integer.
+            first_image: Index of the first image: the noise of image i depends on (seed, first_image + i).
+            callback: Called with a `Step` after each step. On a GPU, each call waits for the codes.
+            **given: Sampling options; None or no value means the default of the checkpoint.
                 `temperature` divides the logits; 0 takes the most likely code.
                 `top_k` keeps the k most likely codes; 0 keeps all.
                 `top_p` keeps the most likely codes until their probability reaches p.
-                These three may be lists of one value for each depth or level.
-                `guidance_scale` s: logits are u + s * (c - u) with c given the label and u without; 1 is no guidance.
-                Priors that were trained without labels too take it: masked ones and GPTs.
-                Masked priors also take:
+                These three may be lists, with one value per depth or level.
+                `guidance_scale` s: logits are u + s * (c - u), conditional c and unconditional u; 1 is no guidance.
+                Only priors that were trained with label dropout have it: masked ones and GPTs.
+                Masked priors also have:
                 `steps`, the number of engine calls.
                 `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
-                `choice_temperature` scales the noise on the confidence, which falls to 0 at the last step.
+                `choice_temperature`, the scale of the noise on the confidence, which falls to 0 at the last step.
 
         Raises:
             VqdeployError: An argument is out of range, or the plan has no prior.
@@ -539,7 +539,7 @@ class Pipeline:
         return Output(images, codes, {"seed": seed, "labels": named, **chosen}, timings)
 
     def options(self, **given: Any) -> dict[str, Any]:
-        """The sampling options in force: those given, and the checkpoint's defaults.
+        """The effective sampling options: those given, else the defaults of the checkpoint.
 
         Raises:
             VqdeployError: An option is malformed or out of range, or the system does not have it.
@@ -555,7 +555,7 @@ class Pipeline:
         chosen: dict[str, Any] | None = None,
         callback: Callback | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """The codes of `complete`, and the seconds that each stage took of it; `chosen` comes from `options`."""
+        """The codes of `complete`, and the seconds of each stage; `chosen` comes from `options`."""
         known = self._check_codes(known, lowest=-1)
         classes = self._check_labels(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
@@ -575,7 +575,7 @@ class Pipeline:
     def _all_codes(
         self, sampler: Sampler, items: Sequence[Item], images: range, callback: Callback | None
     ) -> list[np.ndarray]:
-        """The codes of items, each of which is admitted to a slot of its own."""
+        """The codes of items that fit one sampler, a slot each."""
         with self._lock:
             for slot, item in enumerate(items):
                 sampler.admit(slot, item)
@@ -590,11 +590,11 @@ class Pipeline:
 
     @contextlib.contextmanager
     def sampler(self, slots: int, guided: bool = False) -> Iterator[Sampler]:
-        """A sampler of this plan with empty slots, to step by hand; afterwards it is kept for the next request.
+        """A context manager with a sampler of empty slots, to admit images and step by step; see `Sampler`.
 
         Args:
-            slots: How many images it holds.
-            guided: Whether it takes images with guidance.
+            slots: Number of images that it holds.
+            guided: Whether it supports guidance.
 
         Raises:
             VqdeployError: The plan has no prior.
@@ -605,7 +605,7 @@ class Pipeline:
             if sampler is None:
                 sampler = kind(self._sessions, self.sampling, self.tokenizer, slots, guided, self._noise)
         yield sampler
-        # One that an error left in the middle of a call is not worth keeping.
+        # A sampler that an error left in the middle of a call is not reused.
         sampler.draw = self._noise
         for slot in range(slots):
             sampler.release(slot)
@@ -615,8 +615,8 @@ class Pipeline:
                 del self._samplers[next(iter(self._samplers))]
 
     def _start_again(self) -> None:
-        """In a forked child: what the parent opened stays open, but nobody runs it here."""
-        self._lost = self._samplers, self._lock  # closed here, sessions would wait for threads that only the parent has
+        """In a forked child: forgets the sessions of the parent, whose threads do not exist here."""
+        self._lost = self._samplers, self._lock  # closing a session here would wait for threads of the parent
         self._samplers, self._lock = {}, threading.RLock()
         self._sessions.start_again()
 
@@ -625,7 +625,7 @@ class Pipeline:
         return SAMPLERS[self.sampling.kind]
 
     def _call_images(self, guided: bool) -> int:
-        """How many images one call takes: what the plan's largest batch holds, or fewer where more are no faster."""
+        """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster."""
         rows = self._sampler_class.rows(guided)
         if rows > self._batch.max:
             raise VqdeployError(
@@ -669,7 +669,7 @@ class Pipeline:
         return codes.astype(np.int64)
 
     def _image_batches(self, count: int) -> list[slice]:
-        """Batches for the tokenizer, small enough for the feature maps to stay in a CPU's caches or a GPU's memory."""
+        """Batches for the tokenizer, small enough for CPU caches or GPU memory."""
         return self._batches(
             count,
             min(self._batch.max, max(1, _CALL_PIXELS[self.device] // (self.image_shape[0] * self.image_shape[1]))),
@@ -677,12 +677,12 @@ class Pipeline:
 
     def _batches(self, count: int, size: int) -> list[slice]:
         if count == 0:
-            raise VqdeployError("nothing was asked for", expected="at least one image", found=0)
+            raise VqdeployError("the request has no images", expected="at least one image", found=0)
         return [slice(start, start + size) for start in range(0, count, size)]
 
 
 class _Sessions(Mapping[str, Session]):
-    """The sessions of a plan by stage, each opened when it is first asked for."""
+    """The sessions of a plan by stage, each opened on first use."""
 
     def __init__(self, bundle: Bundle, device: str, open_stages: Callable[[], Opener]):
         self._bundle, self._device, self._open_stages = bundle, device, open_stages
@@ -703,7 +703,7 @@ class _Sessions(Mapping[str, Session]):
         return self._opened[name]
 
     def start_again(self) -> None:
-        """In a forked child: forgets what is open, and does not close it."""
+        """In a forked child: forgets the open sessions without closing them."""
         self._lost += [self._opened, self._opener]
         if self._device != "cpu" and self._opener:
             fix = "load the plan in the process that uses it"
@@ -735,7 +735,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _check_sampler(bundle: Bundle) -> None:
-    """Refuses a plan whose stages do not fit its sampler."""
+    """Rejects a plan whose stages do not fit its sampler."""
     manifest = bundle.manifest
     tokenizer, sampling = manifest.tokenizer, manifest.sampling
     if sampling is None or tokenizer is None or sampling.kind not in SAMPLERS:
@@ -759,7 +759,7 @@ def _check_sampler(bundle: Bundle) -> None:
 
 
 def _check_arrays(stage: StageInfo, given: dict[str, np.ndarray]) -> None:
-    """Refuses arrays that are not what a stage takes."""
+    """Rejects arrays that do not fit the inputs of a stage."""
     names = [info.name for info in stage.inputs]
     if set(names) != set(given):
         found = ", ".join(given) or "none"

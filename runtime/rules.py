@@ -1,4 +1,4 @@
-"""What inputs, outputs and attributes of an operator may be: the words of `vqdeploy.runtime.operators`."""
+"""Rules for the inputs, outputs and attributes of an operator, used by `vqdeploy.runtime.operators`."""
 
 import math
 import re
@@ -15,35 +15,35 @@ class Ints:
     kind = "INT"
 
     def allows(self, value: Any) -> bool:
-        """Whether an attribute may have this value."""
+        """Whether the rule accepts a value."""
         return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some values."""
+    """One of several values."""
 
     values: tuple[Any, ...]
     kind: str
 
     def allows(self, value: Any) -> bool:
-        """Whether an attribute may have this value."""
+        """Whether the rule accepts a value."""
         return value in self.values
 
 
 def Strings(*values: str) -> OneOf:  # noqa: N802 (beside Ints and Floats)
-    """One of some strings."""
+    """One of several strings."""
     return OneOf(tuple(value.encode() for value in values), "STRING")
 
 
 @dataclass(frozen=True)
 class Floats:
-    """Any number that is not NaN."""
+    """Any float but NaN."""
 
     kind = "FLOAT"
 
     def allows(self, value: Any) -> bool:
-        """Whether an attribute may have this value."""
+        """Whether the rule accepts a value."""
         return not math.isnan(value)
 
 
@@ -55,7 +55,7 @@ class Matching:
     kind = "STRING"
 
     def allows(self, value: Any) -> bool:
-        """Whether an attribute may have this value."""
+        """Whether the rule accepts a value."""
         return self.pattern.fullmatch(value) is not None
 
 
@@ -72,18 +72,18 @@ class List:
         return f"{self.each.kind}S"
 
     def allows(self, value: Any) -> bool:
-        """Whether an attribute may have this value."""
+        """Whether the rule accepts a value."""
         return len(value) <= self.most and all(map(self.each.allows, value))
 
 
 @dataclass(frozen=True)
 class Inner:
-    """A graph or a tensor, which is checked by itself."""
+    """A graph or a tensor, which is checked separately."""
 
     kind: str
 
     def allows(self, value: Any) -> bool:
-        """Whether an attribute may have this value."""
+        """Whether the rule accepts a value."""
         return True
 
 
@@ -92,13 +92,13 @@ Rule = Ints | OneOf | Floats | Matching | List | Inner
 FLAG, AXIS, ANY = Ints(0, 1), Ints(-8, 7), Ints(-(2**63), 2**63 - 1)
 FLOAT, GRAPH, TENSOR = Floats(), Inner("GRAPH"), Inner("TENSOR")
 DTYPES = OneOf((1, 2, 3, 6, 7, 9, 10, 11, 16, 21, 22), "INT")
-"""float32, uint8, int8, int32, int64, bool, float16, float64, bfloat16, uint4, int4, as ONNX numbers them."""
+"""ONNX numbers of float32, uint8, int8, int32, int64, bool, float16, float64, bfloat16, uint4 and int4."""
 EQUATION = Matching(re.compile(rb"[A-Za-z., ]{1,64}(->[A-Za-z. ]{0,32})?"))
 
 
 @dataclass(frozen=True)
 class Operator:
-    """Inputs and outputs by name, `?` behind those that may be left out and `*` behind one that may be repeated."""
+    """Inputs and outputs by name; `?` marks optional ones, `*` a variadic one."""
 
     inputs: str
     outputs: str

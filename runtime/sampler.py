@@ -1,4 +1,4 @@
-"""Sampling as an object that steps: images join an engine's batch, go on together, and leave."""
+"""The base of samplers: images join the batch of an engine, step together, and leave (continuous batching)."""
 
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.session import Binding, Session
 
 Inputs = Mapping[str, tuple[int, ...]]
-"""Inputs of a graph by name, and what the shape of each must end with."""
+"""Graph inputs by name, with the trailing dimensions of each."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Item:
     """One image to sample.
 
     Attributes:
-        known: Codes int64 of the plan's shape, -1 where one is to be drawn.
-        label: Its class, or the label that stands for none.
-        seed: With `image`, the key of its noise.
-        image: Its index.
+        known: Codes int64 [*grid], -1 for codes to draw.
+        label: Its class, or `no_label` of the manifest.
+        seed: Seed of its noise.
+        image: Index of the image, which with `seed` keys its noise.
         options: Sampling options, from `vqdeploy.runtime.options.choose`.
     """
 
@@ -39,17 +39,17 @@ class Item:
 
 
 class Sampler(ABC):
-    """A batch of an engine as slots, each of which holds one image.
+    """The batch of an engine as slots, each of which holds one image.
 
-    `admit` puts an image into a free slot, `step` is one engine call for all slots, `codes` reads what a slot has so
-    far, and `release` frees it, done or not. Nothing is shared by the images but the call: labels, options, noise and
-    place in the process are each slot's own, so that an image gets the codes that it gets alone.
+    `admit` puts an image into a free slot, `step` makes one engine call for all slots, `codes` reads the codes of a
+    slot so far, and `release` frees it. Images share the call and nothing else: label, options, noise and progress
+    belong to the slot, so that an image gets the codes that it would get alone.
 
     Attributes:
-        joins: When `admit` may be called: before any step, or only when no slot is in use.
-        raster: Whether codes are drawn from the top left to the bottom right, and so depend on those before alone.
-        seconds: Time that each stage took, waits for a GPU included.
-        last: The binding of the last engine call, to look at its inputs and outputs.
+        joins: `any step` if images may join before any step, `when empty` if only while no slot is in use.
+        raster: Whether codes are drawn in raster order, each given those before it.
+        seconds: Seconds in each stage so far, including waits for a GPU.
+        last: The binding of the last engine call, to inspect its inputs and outputs.
     """
 
     joins: ClassVar[Literal["any step", "when empty"]] = "any step"
@@ -68,11 +68,11 @@ class Sampler(ABC):
         """Makes a sampler of a number of slots.
 
         Args:
-            sessions: The stages of the plan.
-            info: Of the plan.
-            tokenizer: Of the plan.
-            slots: How many images it holds.
-            guided: Whether it takes images with guidance, at twice the work for every slot.
+            sessions: The sessions of the plan, by stage.
+            info: `sampling` of the manifest.
+            tokenizer: `tokenizer` of the manifest.
+            slots: Number of images that it holds.
+            guided: Whether it supports guidance, at twice the work for every slot.
             draw: Fills the noise.
         """
         self._sessions, self._tokenizer = sessions, tokenizer
@@ -81,22 +81,22 @@ class Sampler(ABC):
         self.draw = draw
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
-        self._copies: dict[int, tuple[Any, np.ndarray]] = {}  # of buffers, since the last step
+        self._copies: dict[int, tuple[Any, np.ndarray]] = {}  # host copies of buffers since the last step
         self._begun = False
 
     @classmethod
     @abstractmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
-        """What the sampler writes to, stage by stage."""
+        """The graph inputs that the sampler writes, by stage."""
 
     @classmethod
     def rows(cls, guided: bool) -> int:
-        """Rows of the engine's batch that a slot takes."""
+        """Batch rows per slot."""
         return 1
 
     @classmethod
     def most_slots(cls, stages: Mapping[str, StageInfo], device: str) -> int:
-        """How many slots are worth having, whatever the engine's largest batch."""
+        """Most slots of a sampler for speed, apart from the largest batch of the engine."""
         return 2**31
 
     def guides(self, item: Item) -> bool:
@@ -121,8 +121,8 @@ class Sampler(ABC):
         self._running.add(slot)
 
     def step(self) -> list[int]:
-        """One engine call for all images that are not done, if there are any; the slots that are now done."""
-        done = self._leave()  # those that had nothing to draw
+        """Makes one engine call for all unfinished images, if any, and returns the slots that are now done."""
+        done = self._leave()  # images that had no code to draw
         if self._running:
             self._begun = True
             self._copies.clear()
@@ -130,13 +130,13 @@ class Sampler(ABC):
         return sorted(done | self._leave())
 
     def _leave(self) -> set[int]:
-        """Takes out of the running slots those that are done."""
+        """Removes finished slots from the running ones and returns them."""
         done = {slot for slot in self._running if self.left(slot) == 0}
         self._running -= done
         return done
 
     def release(self, slot: int) -> None:
-        """Frees a slot, whether its image is done or not."""
+        """Frees a slot; its image need not be done."""
         self._items.pop(slot, None)
         self._running.discard(slot)
         self._begun = self._begun and bool(self._items)
@@ -147,10 +147,9 @@ class Sampler(ABC):
 
     @abstractmethod
     def codes(self, slot: int) -> np.ndarray:
-        """Codes int64 of the plan's shape so far; on a GPU this waits.
+        """Codes int64 [*grid] of a slot so far; on a GPU this synchronizes.
 
-        A code that is not settled is negative: -1 - c where a masked prior would put c for now, -1 where nothing is
-        drawn yet.
+        Negative where not final: -1 - c for a tentative code c of a masked prior, -1 where nothing has been drawn.
         """
 
     @abstractmethod
@@ -160,16 +159,16 @@ class Sampler(ABC):
     def _call(self) -> None: ...
 
     def _run(self, stage: str, binding: Binding) -> None:
-        """One engine call, its time added to that of the stage."""
+        """One engine call; adds its time to that of the stage."""
         start = time.perf_counter()
         binding.run()
         self.seconds[stage] += time.perf_counter() - start
         self.last = binding
 
     def _read(self, stage: str, values: Any) -> np.ndarray:
-        """What engine calls left in a buffer [...]; the wait for it counts as time of the stage.
+        """A host copy of a buffer; the wait for it counts as time of the stage.
 
-        Between two steps a buffer is copied once, whichever slots are asked for: on a GPU each copy waits.
+        A buffer is copied once per step, for all slots: on a GPU each copy synchronizes.
         """
         if id(values) not in self._copies:
             start = time.perf_counter()
@@ -178,10 +177,10 @@ class Sampler(ABC):
         return self._copies[id(values)][1]
 
     def _fill_noise(self, noise: Any, draws: Mapping[int, int], greedy: Mapping[int, np.ndarray]) -> None:
-        """Noise of the draw of each slot into its row of `noise` [rows, ..., Q, K].
+        """Writes the noise of the draw of each slot into its row of `noise` [rows, ..., Q, K].
 
-        There is none where only the likeliest code may be drawn, by `greedy` [Q]: logits in half precision often tie,
-        and what ties is kept together, so that noise would draw one of them.
+        Depths that are `greedy` [Q] get zeros. Logits in fp16 often tie, top-k keeps ties, and noise would then choose
+        among them at random.
         """
         drawn = [slot for slot in draws if not greedy[slot].all()]
         keys: list[Key] = [(self._items[s].seed, self._items[s].image, draws[s]) for s in drawn]
@@ -192,7 +191,7 @@ class Sampler(ABC):
 
 
 def needs_guidance(options: Mapping[str, Any], label: int, no_label: int | None) -> bool:
-    """Whether an image is sampled with guidance: not without a scale, nor without a label to guide to."""
+    """Whether an image is sampled with guidance: it has a label and a scale other than 1."""
     return options.get("guidance_scale", 1.0) != 1 and label != no_label
 
 
@@ -200,14 +199,14 @@ def write_options(options: dict[str, Any], inputs: Mapping[str, Any], row: int, 
     """Writes sampling options into a row of the inputs [rows, Q] of a graph.
 
     Args:
-        options: From `vqdeploy.runtime.options.choose`.
-        inputs: Of a binding.
-        row: The row.
-        depth: Q.
-        size: Of the codebook.
+        options: Effective options, from `vqdeploy.runtime.options.choose`.
+        inputs: Inputs of a binding.
+        row: Batch row to write.
+        depth: Codes per position, Q.
+        size: Size of the codebook, K.
 
     Returns:
-        At which depths [Q] only the likeliest code may be drawn.
+        Bool [Q]: the depths at which only the most likely code may be drawn.
     """
     values: dict[str, np.ndarray] = for_graph(options, depth, size)
     for name, value in values.items():
@@ -217,6 +216,6 @@ def write_options(options: dict[str, Any], inputs: Mapping[str, Any], row: int, 
 
 
 def carried(binding: Binding) -> dict[str, Any]:
-    """What a call leaves for the next, by the name of its input there, apart from what is updated in place."""
+    """States of a call for the next one, by input name, without those that are updated in place."""
     outputs = binding.outputs
     return {n.replace("present_", "past_", 1): outputs[n] for n in outputs if n.startswith("present_")}

@@ -1,4 +1,4 @@
-"""Which codes a parallel decoder settles, and when: mask counts and the Halton order."""
+"""Schedules of parallel decoding: mask counts per step, and the Halton order."""
 
 import math
 from collections.abc import Callable
@@ -14,21 +14,22 @@ _SHARES: dict[str, Callable[[float, int], float]] = {
     "exp": lambda r, n: 1 - 2 ** (-math.log2(n) * (1 - r)),
     "log": lambda r, n: -math.log2(r) / math.log2(n),
 }
-"""Share of n codes that stays masked after a share r of the steps, as in google-research/maskgit."""
+"""Schedule -> f(r, n), the fraction of n codes that stays masked after a fraction r of the steps, as in
+google-research/maskgit."""
 
 SCHEDULES = (*_SHARES, "arccos", "halton")
-"""`arccos` counts as valeoai/Maskgit-pytorch does. `halton` goes through the positions in a fixed order that spreads
-over the image, whatever the confidence, as valeoai/Halton-MaskGIT does."""
+"""All schedules. `arccos` has the counts of valeoai/Maskgit-pytorch. `halton` draws the positions in a fixed
+low-discrepancy order, independent of the confidence, as valeoai/Halton-MaskGIT does."""
 
 
 def masked_counts(schedule: str, unknown: int, steps: int) -> np.ndarray:
     """Number of codes to mask again after each step [steps] int64, when none tie.
 
-    The last is of no consequence: the answer is what the last step draws.
+    The last count has no effect: the result is what the last step draws.
 
     Args:
         schedule: One of `SCHEDULES`.
-        unknown: Number of codes to find, N.
+        unknown: Number of unknown codes, N.
         steps: Number of steps, T, at least 1.
     """
     if unknown == 0:
@@ -41,7 +42,7 @@ def masked_counts(schedule: str, unknown: int, steps: int) -> np.ndarray:
 
 
 def _wanted(schedule: str, unknown: int, steps: int) -> list[int]:
-    # In Python's own arithmetic: numpy's differs in the last bit from one processor to the next.
+    # Python's math: numpy's last bit differs between processors.
     shares = [step / steps for step in range(1, steps + 1)]
     if schedule == "arccos":
         return (unknown - np.cumsum(_arccos_gains(unknown, steps))).tolist()
@@ -52,7 +53,7 @@ def _wanted(schedule: str, unknown: int, steps: int) -> list[int]:
 
 
 def _arccos_gains(unknown: int, steps: int) -> list[int]:
-    """Codes that each step settles: the arc cosine of a falling line, scaled to their number and rounded."""
+    """Codes that each step fixes: the arc cosine of a falling line, scaled to their number and rounded."""
     values = [math.acos(1 - step / (steps - 1)) for step in range(steps)] if steps > 1 else [1.0]
     total = sum(values)
     gains = [max(round(value / total * unknown), 1) for value in values]
@@ -61,18 +62,18 @@ def _arccos_gains(unknown: int, steps: int) -> list[int]:
 
 
 BY_ORDER = 1e6
-"""Choice temperature beside which a log-probability counts for nothing."""
+"""Choice temperature at which the log-probability is negligible."""
 
 
 def choice_temperature(start: float, step: int, steps: int) -> float:
-    """Weight of the noise on the confidence in a step, counted from 0: it fades out in a line."""
+    """Weight of the choice noise at a step, counted from 0; it falls linearly to 0."""
     return start * (1 - (step + 1) / steps)
 
 
 def order_noise(grid: tuple[int, ...]) -> np.ndarray:
-    """In place of the choice noise, to settle codes by order [h, w, Q]: minus the rank of each in Halton order.
+    """Replaces the choice noise to fix codes in Halton order: minus the rank of each code, float32 [h, w, Q].
 
-    The channels of a position come one after the other.
+    The channels of a position follow each other.
     """
     height, width, depth = grid
     ranks = np.argsort(halton_order(height, width)).reshape(height, width, 1)
@@ -91,7 +92,7 @@ def halton_order(height: int, width: int) -> np.ndarray:
 
 
 def _cell(index: int, base: int, size: int) -> int:
-    """The cell, of `size`, of a member of the van der Corput sequence: its digits mirrored at the point."""
+    """A member of the van der Corput sequence (mirrored digits), scaled to 0..size-1."""
     numerator, denominator = 0, 1
     while index:
         index, digit = divmod(index, base)

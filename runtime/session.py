@@ -1,4 +1,4 @@
-"""What pipelines and samplers ask of a backend: arrays, bindings, sessions."""
+"""The interfaces between pipelines and backends: arrays, bindings, sessions."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +11,10 @@ from vqdeploy.runtime.manifest import Manifest, StageInfo
 
 
 class Array(Protocol):
-    """An array where an engine reads and writes, with some of numpy's ways: a numpy array is one.
+    """An array in the memory of an engine, with a part of numpy's interface; a numpy array is one.
 
-    Indexing by whole numbers and slices gives a view. Assignment takes numbers and arrays. On a GPU it is queued, and
-    `np.asarray` waits.
+    Indexing by integers and slices gives a view. Assignment takes numbers and arrays. On a GPU assignment is enqueued,
+    and `np.asarray` synchronizes.
     """
 
     @property
@@ -43,17 +43,17 @@ class Binding(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, Any]:
-        """Arrays by name, without those that are written over an input."""
+        """Arrays by name, without outputs that are written in place of an input."""
 
     def run(self) -> None:
         """One engine call."""
 
     def clear(self) -> None:
-        """Zeros into every input, shared ones too."""
+        """Zeroes every input, shared ones too."""
 
 
 class Session(Protocol):
-    """One stage, ready to run."""
+    """An open stage."""
 
     stage: StageInfo
     device: str
@@ -62,13 +62,13 @@ class Session(Protocol):
         """One call with fresh outputs."""
 
     def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> Binding:
-        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
+        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too."""
 
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
-        """Empty buffers of inputs and outputs, for bindings to share."""
+        """Zeroed buffers of the named inputs and outputs, for bindings to share."""
 
     def array(self, values: np.ndarray) -> Any:
-        """A copy of an array where the buffers lie."""
+        """A copy of an array on the device."""
 
 
 Opener = Callable[[StageInfo], Session]
@@ -79,15 +79,15 @@ class Backend(Protocol):
     """Runs the plans of one builder."""
 
     def place(self, manifest: Manifest, device: str) -> str:
-        """Where a plan runs, `cpu` or `cuda`, for a wish of `auto`, `cpu` or `cuda`.
+        """Resolves the device of a plan, `cpu` or `cuda`, from `auto`, `cpu` or `cuda`.
 
         Raises:
-            VqdeployError: The library or the device is not there.
+            VqdeployError: The library or the device is not available.
             ArtifactError: The plan is for another version or another kind of GPU.
         """
 
     def opener(self, bundle: Bundle, device: str, threads: int, profile: Path | None) -> Opener:
-        """Opens the stages of a plan on a device, with a number of threads for each engine.
+        """Returns a function that opens the stages of a plan on a device, with `threads` CPU threads per engine.
 
-        With `profile` the engine writes traces into that folder, where it can.
+        With `profile` the engine writes traces into that folder, if it can.
         """

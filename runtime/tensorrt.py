@@ -1,4 +1,4 @@
-"""Sessions on TensorRT and TensorRT-RTX, whose Python interfaces are one but for what is compiled at run time."""
+"""Sessions on TensorRT and TensorRT-RTX. Their Python APIs differ only in run-time compilation."""
 
 import importlib
 import logging
@@ -24,13 +24,13 @@ log = logging.getLogger("vqdeploy")
 
 
 class TensorrtBackend:
-    """Plans for TensorRT or TensorRT-RTX, which run on a GPU alone."""
+    """Runs plans for TensorRT or TensorRT-RTX, on a GPU only."""
 
     def __init__(self, name: str):
         self.name = name
 
     def place(self, manifest: Manifest, device: str) -> str:
-        """`cuda`, when everything is there."""
+        """`cuda`, after checking the library and the GPU."""
         if device == "cpu":
             what = f"this plan was built for {self.name}, which runs on a GPU"
             raise VqdeployError(what, fix="vqdeploy build PACKAGE --backend onnxrt")
@@ -38,7 +38,7 @@ class TensorrtBackend:
         return "cuda"
 
     def opener(self, bundle: Bundle, device: str, threads: int, profile: Path | None) -> Opener:
-        """Opens the stages of a plan, which share a stream."""
+        """Returns an opener of the stages of a plan, which share a stream."""
         if profile is not None:
             raise VqdeployError("engines of TensorRT have no profile here", expected="a plan for onnxrt")
         stream = Stream()
@@ -49,11 +49,11 @@ backend = TensorrtBackend
 
 
 def check(manifest: Manifest) -> None:
-    """Looks for the library of a plan, in the version that it was built with, and for a GPU of the kind it is for.
+    """Checks that the library has the version that built the plan, and that the GPU is of the right kind.
 
     Raises:
-        VqdeployError: It is not installed or does not load, or there is no GPU.
-        ArtifactError: The version or the GPU is another.
+        VqdeployError: The library is not installed or does not load, or there is no GPU.
+        ArtifactError: The version or the GPU differs.
     """
     fix = f"vqdeploy build PACKAGE --backend {manifest.backend}"
     device.check()
@@ -61,7 +61,7 @@ def check(manifest: Manifest) -> None:
     if found != manifest.builder:
         what = "an engine runs on the version that built it, and on no other"
         raise ArtifactError(what, expected=manifest.builder, found=found, fix=fix)
-    # TensorRT-RTX compiles for the GPU that is there, and knows best which ones it can do that for.
+    # TensorRT-RTX compiles for the present GPU, and checks by itself whether it can.
     if manifest.backend == "tensorrt" and (gpu := device.compute_capability()) not in manifest.targets:
         expected = " or ".join(manifest.targets)
         raise ArtifactError("this plan is for another kind of GPU", expected=expected, found=gpu, fix=fix)
@@ -81,10 +81,10 @@ class TensorrtSession(DeviceSession):
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream):
         self.stage, self._stream = stage, stream
         self._engine = Engine(bundle, stage, stream)
-        self._bound = kept(partial(_bound, self._engine, stream), self.device)  # the buffers of `run`
+        self._bound = kept(partial(_bound, self._engine, stream), self.device)  # cached buffers of `run`
 
     def bind(self, dims: dict[str, int], shared: dict[str, DeviceArray] | None = None) -> "TensorrtBinding":
-        """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
+        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too."""
         return TensorrtBinding(self._engine, dims, shared or {}, self._stream)
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -103,9 +103,11 @@ class TensorrtSession(DeviceSession):
 
 
 class Engine:
-    """An engine of a plan, and the contexts that it runs in.
+    """An engine of a plan and its execution contexts.
 
-    `in_place` are those of the stage's aliases that the engine writes in place; `stage` is the stage.
+    Attributes:
+        stage: The stage.
+        in_place: The aliases of the stage that the engine writes in place.
     """
 
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream):
@@ -133,7 +135,7 @@ class Engine:
             self._runtime = self._trt.Runtime(self._logger)
             self._runtime.engine_host_code_allowed = False
             engine = self._runtime.deserialize_cuda_engine(blob)
-        except (TypeError, RuntimeError, AttributeError) as error:  # of pybind11, when the library made no object
+        except (TypeError, RuntimeError, AttributeError) as error:  # of pybind11, when the library returns no object
             raise VqdeployError(f"{what} ({self._backend} does not start: {error})") from error
         if engine is None:
             fix = f"vqdeploy build PACKAGE --backend {self._backend}, on this machine"
@@ -150,7 +152,7 @@ class Engine:
         return ", ".join(names) or self._logger.reason
 
     def _described(self) -> bool:
-        """Whether the manifest has the tensors of the engine, all on the GPU, and pairs only such."""
+        """Whether the manifest has the inputs, outputs and aliases of the engine, all on the GPU."""
         engine, mode = self._engine, self._trt.TensorIOMode
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
 
@@ -174,19 +176,19 @@ class Engine:
         )
 
     def common_context(self) -> Any:
-        """A context for calls of any shape."""
+        """The shared execution context, for calls of any shape."""
         if self._common is None:
             self._common = self._new_context(specialize=False)
         return self._common
 
     def own_context(self, binding: "TensorrtBinding") -> Any:
-        """A context of one binding; TensorRT-RTX compiles kernels for its shapes before it first runs."""
+        """An execution context of one binding; TensorRT-RTX compiles kernels for its shapes."""
         context = self._new_context(specialize=True)
         self.prepare(context, binding)
         return context
 
     def _new_context(self, specialize: bool) -> Any:
-        """A context in the memory that all share."""
+        """A new execution context on the shared scratch memory."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is None:
             context = self._engine.create_execution_context(strategy)
@@ -204,10 +206,10 @@ class Engine:
         return context
 
     def prepare(self, context: Any, binding: "TensorrtBinding") -> None:
-        """Gives a context the shapes and addresses of a binding.
+        """Sets the shapes and addresses of a binding on a context.
 
         Raises:
-            VqdeployError: The engine was not built for such a size.
+            VqdeployError: The engine was not built for these sizes.
         """
         for info in self.stage.inputs:
             if not context.set_input_shape(info.name, binding.shapes[info.name]):
@@ -222,12 +224,12 @@ class Engine:
                 raise ArtifactError(f"stage {self.stage.name} takes no {name} ({self._logger.reason})")
 
     def execute(self, context: Any) -> None:
-        """Queues one call."""
+        """Enqueues one call."""
         if not context.execute_async_v3(self._stream.handle):
             raise ArtifactError(f"stage {self.stage.name} failed ({self._logger.reason})")
 
     def captured(self, context: Any) -> Graph | None:
-        """A call as a graph; None if the engine does what cannot be captured."""
+        """A call as a CUDA graph; None if it cannot be captured."""
         try:
             if self._backend == "tensorrt-rtx" and not context.is_stream_capturable(self._stream.handle):
                 raise VqdeployError("TensorRT-RTX cannot be captured in it")
@@ -237,17 +239,17 @@ class Engine:
             return None
 
     def keep_kernels(self) -> None:
-        """Writes what was compiled at run time to disk, for the next process."""
+        """Writes the kernels compiled at run time to disk, for the next process."""
         if self._cache is not None:
             self._cache.save()
 
 
 class TensorrtBinding(DeviceBinding):
-    """A binding that becomes a CUDA graph when it is used more than once.
+    """A binding that becomes a CUDA graph on repeated use.
 
-    The first call goes through the context that all bindings share: a prefix has no other. The second goes through a
-    context of its own, since a graph is bound to one, and TensorRT sets itself up in the first call with new shapes,
-    which cannot be captured. The third call is captured.
+    The first call runs in the shared context; prefill makes no other. The second runs in a context of its own, since a
+    graph is bound to its context and TensorRT initializes itself at the first call with new shapes, which cannot be
+    captured. The third call is captured.
     """
 
     def __init__(self, engine: Engine, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
@@ -261,7 +263,7 @@ class TensorrtBinding(DeviceBinding):
         self._graph: Graph | None = None
 
     def enqueue(self) -> None:
-        """Queues one engine call."""
+        """Enqueues one engine call."""
         if self._calls == 0:
             context = self._engine.common_context()
             self._engine.prepare(context, self)
@@ -279,7 +281,7 @@ class TensorrtBinding(DeviceBinding):
                 self._engine.execute(self._context)
         for output, name in self._copied.items():
             self.inputs[name][...] = self.outputs[output]
-        self._calls += 1  # a call that failed is made again in the same way
+        self._calls += 1  # a failed call does not count
 
 
 def _bound(engine: Engine, stream: Stream, *dims: tuple[str, int]) -> TensorrtBinding:
@@ -288,7 +290,7 @@ def _bound(engine: Engine, stream: Stream, *dims: tuple[str, int]) -> TensorrtBi
 
 @cache
 def _logger(trt: Any) -> Any:
-    """The one logger of a library, which keeps the first it is given; this one remembers the last error."""
+    """The logger of a library, which uses only the first one it gets. It remembers the last error."""
 
     class Logger(trt.ILogger):
         reason = "it gave no reason"

@@ -1,13 +1,12 @@
-"""Fuzzes vqdeploy: damaged and hostile files and arguments, kills at random moments, and a soak.
+"""Fuzzes vqdeploy: damaged and hostile files and arguments, kills at random times, and a soak test.
 
     python tools/fuzz.py --cases 20000                  # of all kinds in turn, in processes that may die
     python tools/fuzz.py --kinds "plan graph" --first 7000 --cases 500
     python tools/fuzz.py --kill 40                      # export, build, run and train, ended at random moments
     python tools/fuzz.py --soak                       # 2,000 generations, 200 loads: memory and handles stay flat
 
-It exits with 1 when there was a fault: a signal, a traceback, a wait without end, a message that cannot be shown, a
-file half-written. A case is a kind and a number, which the report names: `--kinds KIND --first NUMBER --cases 1` makes it
-again.
+It exits with 1 on any fault: a signal, a traceback, a hang, an unprintable message, a partial file. A case is a kind
+and a number; `--kinds KIND --first NUMBER --cases 1` reproduces it.
 """
 
 import argparse
@@ -32,11 +31,11 @@ from typing import Any
 from fuzz_cases import KINDS, SYSTEMS, Material, run_case
 
 _MEMORY = 8 << 30  # bytes of address space of a process
-_LIFE = 400  # cases of a process, so that what one leaves behind does not pile up
+_LIFE = 400  # cases per process, against leaks
 
 
 def prepare(folder: Path, systems: tuple[str, ...]) -> Material:
-    """Exports and builds what is not there yet."""
+    """Exports and builds missing artifacts."""
     folder.mkdir(parents=True, exist_ok=True)
     for system in systems:
         package = folder / f"{system}-onnx"
@@ -62,7 +61,7 @@ def work(material: Material) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with open(os.devnull, "r+b") as nowhere:
         for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)  # what libraries print is not for the parent
+            os.dup2(nowhere.fileno(), stream)  # keep output of libraries away from the parent
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for line in sys.stdin:
         kind, number = json.loads(line)
@@ -73,7 +72,7 @@ def work(material: Material) -> None:
 
 
 class Worker:
-    """A process of the pool, made anew when it dies."""
+    """A process of the pool, restarted when it dies."""
 
     def __init__(self, material: Material, limit: float):
         self._material, self._limit = material, limit
@@ -111,7 +110,7 @@ class Worker:
 
 
 def fuzz(material: Material, kinds: list[str], first: int, count: int, jobs: int, limit: float) -> bool:
-    """Runs cases of all kinds in turn and prints what came of them; whether there was no fault."""
+    """Runs cases of all kinds in turn and prints a summary; returns whether there was no fault."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     faults: list[tuple[str, int, str]] = []
     waiting = iter([(kinds[i % len(kinds)], first + i // len(kinds)) for i in range(count)])
@@ -151,7 +150,7 @@ def fuzz(material: Material, kinds: list[str], first: int, count: int, jobs: int
 
 
 def kill(material: Material, count: int, seed: int) -> bool:
-    """Ends export, build, run and train at random moments; whether nothing was left half-written."""
+    """Kills export, build, run and train at random times; returns whether no partial file was left."""
     rnd = random.Random(seed)  # noqa: S311
     usual: dict[str, float] = {}
     faults = []
@@ -185,7 +184,7 @@ def kill(material: Material, count: int, seed: int) -> bool:
 
 
 def _long_command(verb: str, material: Material, folder: Path) -> tuple[list[str], Path]:
-    """A command that takes a while, and what it writes."""
+    """A command that takes a while, and its output."""
     system = material.systems[0]
     words: dict[str, list[object]] = {
         "export": ["export", "--model", system, "--no-verify", "-o", "out"],
@@ -197,7 +196,7 @@ def _long_command(verb: str, material: Material, folder: Path) -> tuple[list[str
 
 
 def _left_behind(verb: str, folder: Path, output: Path, sent: signal.Signals, said: str) -> list[str]:
-    """What is wrong after a command was ended."""
+    """Problems after a command was killed."""
     problems = []
     if "Traceback" in said and "KeyboardInterrupt" not in said:
         problems.append(f"a traceback: {said.strip().splitlines()[-1][:200]}")
@@ -215,7 +214,7 @@ def _left_behind(verb: str, folder: Path, output: Path, sent: signal.Signals, sa
 
 
 def _damage(verb: str, output: Path) -> str:
-    """Why an output cannot be used; nothing when it can."""
+    """Why an output is unusable; empty if it is usable."""
     from PIL import Image
     from safetensors import safe_open
 
@@ -245,7 +244,7 @@ def _damage(verb: str, output: Path) -> str:
 
 
 def soak(material: Material, generations: int, loads: int) -> bool:
-    """Generates and loads many times; whether memory and handles stay flat."""
+    """Generates and loads many times; returns whether memory and file handles stay flat."""
     from vqdeploy.runtime import load
 
     flat = True

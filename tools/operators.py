@@ -2,10 +2,10 @@
 
 `python tools/operators.py` writes the file; with `--check` it fails when the file is not what would be written.
 
-Which operators stand in the table, and what an attribute may be, is said here; how many inputs and outputs there are
-and which may be left out comes from the schemas of ONNX and ONNX Runtime. Not in the table are operators that need not
-end (Loop, Scan), that have no one result (random numbers, dropout), that hold what is no tensor (sequences, optionals,
-strings), and those that nobody exports.
+This file lists the operators and the allowed values of attributes; the number of inputs and outputs, and which of them
+are optional, come from the schemas of ONNX and ONNX Runtime. Excluded are operators that may not terminate (Loop,
+Scan), are not deterministic (random numbers, dropout), have values that are not tensors (sequences, optionals,
+strings), or are never exported.
 """
 
 import argparse
@@ -79,7 +79,7 @@ INTEGERS: dict[str, str] = {
     "causal": "Ints(-1, 1)",
     **dict.fromkeys(("to", "dtype", "output_dtype", "precision", "softmax_precision", "stash_type"), "DTYPES"),
 }
-"""How whole numbers are bounded; those that are not named here are flags."""
+"""Ranges of integer attributes; all others are flags."""
 STRINGS: dict[str, tuple[str, ...]] = {
     "approximate": ("none", "tanh"),
     "auto_pad": ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"),
@@ -105,7 +105,7 @@ MODES = {
     "TensorScatter": ("circular", "linear"),
 }
 INPUTS = {"GroupQueryAttention": 9, "MultiHeadAttention": 8}
-"""How many inputs of an operator are in use here; what else it takes is refused."""
+"""Number of inputs of an operator that are allowed; further ones are rejected."""
 LEFT_OUT = {
     "sparse_value",
     "value_string",
@@ -115,11 +115,11 @@ LEFT_OUT = {
     "v_quant_type",
     "kv_cache_bit_width",
 }
-"""Attributes that no graph of ours has."""
+"""Attributes that our graphs never have."""
 
 
 def signature(parameters: Any) -> str:
-    """Names of inputs or outputs; `?` marks those that may be left out, `*` a last one that may be repeated."""
+    """Names of inputs or outputs; `?` marks optional ones, `*` a variadic last one."""
     marks = {"Single": "", "Optional": "?", "Variadic": "*"}
     return " ".join(str(p.name) + marks[str(p.option).rpartition(".")[2]] for p in parameters)
 
@@ -128,12 +128,12 @@ LITERALS = {f"tensor({name})": name.upper() for name in ("bool", "float", "int32
 
 
 def type_of(parameter: Any) -> str:
-    """The type, or the name of the types, of a parameter; ONNX Runtime spells the field in another way."""
+    """The type, or the type variable, of a parameter; ONNX Runtime names the field differently."""
     return str(parameter.type_str if hasattr(parameter, "type_str") else parameter.typeStr)
 
 
 def results(schema: Any) -> str:
-    """As `signature`, of the outputs; `=` tells which input, or which type, an output's type is that of."""
+    """As `signature`, for the outputs; `=` gives the input, or the type, that determines the type of an output."""
     types = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
     inputs = {type_of(p): p.name for p in reversed(schema.inputs) if not str(p.option).endswith("Optional")}
     texts = signature(schema.outputs).split()
@@ -147,7 +147,7 @@ def results(schema: Any) -> str:
 
 
 def rule(operator: str, name: str, attribute: Any) -> str:
-    """What an attribute may be, as source text."""
+    """The rule of an attribute, as source text."""
     kind = str(attribute.type).rpartition(".")[2]
     if kind.startswith("INT"):
         text = INTEGERS.get(name, "FLAG")
@@ -186,7 +186,7 @@ def table() -> str:
 from vqdeploy.runtime.rules import {WORDS}
 
 OPSETS = {{"": {OPSETS}, "com.microsoft": (1,)}}
-"""The versions of each domain whose operators these are."""
+"""Opset versions of each domain that the table is valid for."""
 
 ONNX = {{{", ".join(rows)}}}
 
@@ -198,7 +198,7 @@ OPERATORS = {{"": ONNX, "com.microsoft": MICROSOFT}}
 
 
 def formatted(text: str) -> str:
-    """As `ruff format` leaves it."""
+    """Formats source text with `ruff format`."""
     command = [str(Path(sys.executable).with_name("ruff")), "format", "--stdin-filename", str(TARGET), "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout  # noqa: S603
 

@@ -420,10 +420,10 @@ class TestRefusals:
         [
             ({"dynamic": {"q": {0: "batch"}}}, "dynamic names a tensor that no stage has"),
             ({"dynamic": {"x": {7: "batch"}}}, "lacks the axis batch"),
-            ({"sizes": {"length": (1, 2, 3)}}, "sizes names a dimension that is not open"),
-            ({"sizes": {"batch": (3, 2, 4)}}, "out of order"),
+            ({"sizes": {"length": (1, 2, 3)}}, "sizes names a dimension that is not dynamic"),
+            ({"sizes": {"batch": (3, 2, 4)}}, "not in ascending order"),
             ({"dtype": "int3"}, "precision"),
-            ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["../y"])}, "a name will not do"),
+            ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["../y"])}, "a name is invalid"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["x"])}, "have one name"),
         ],
     )

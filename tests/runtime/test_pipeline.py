@@ -443,7 +443,7 @@ def test_completing_what_are_no_codes(pipeline, known):
 
 
 def test_generating_nothing(pipeline):
-    assert "nothing was asked for; expected at least one image" in refused(pipeline.generate, [])
+    assert "the request has no images; expected at least one image" in refused(pipeline.generate, [])
 
 
 @pytest.mark.parametrize(("name", "label"), [("cat", 0), ("eel", 2), ("0", 0), ("2", 2), (2, 2), (np.int64(1), 1)])
