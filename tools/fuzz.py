@@ -6,8 +6,8 @@
     python tools/fuzz.py --soak                         # 2,000 generations and 200 loads: memory and handles stay flat
 
 It exits with 1 when there was a fault: a signal, a traceback, a wait without end, a message that cannot be shown, a
-file half-written. A case is a kind and a number, which the report names: `--kinds KIND --first NUMBER --cases 1` makes it
-again.
+file half-written. A case is a kind and a number, which the report names: `--kinds KIND --first NUMBER --cases 1` makes
+it again.
 """
 
 import argparse
@@ -280,7 +280,7 @@ def _is_flat(what: str, once: Any, count: int) -> bool:
             sizes.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))))
     (memory, handles), (memory_after, handles_after) = sizes
     print(
-        f"{what}, {count}: {memory:.1f} MiB, {handles} handles half-way, {memory_after:.1f} MiB, {handles_after} at last"
+        f"{what}, {count}: {memory:.1f} MiB, {handles} handles half-way, {memory_after:.1f} MiB, {handles_after} after"
     )
     return memory_after - memory < max(8, 0.02 * memory) and handles_after <= handles
 
