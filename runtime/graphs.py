@@ -62,7 +62,8 @@ _EXTERNAL = 1
 class Known:
     """What is known of a value before anything runs: its type as ONNX numbers it, and its numbers if they are few.
 
-    One is `positive` that is a largest of numbers of which one is known and positive. A constant depends on no input of the graph, so that an engine may work it out while it opens the graph.
+    A largest of numbers of which one is known and positive is `positive`. A constant depends on no input of the graph,
+    so that an engine may work it out while it opens the graph.
     """
 
     dtype: int | None = None

@@ -19,9 +19,9 @@ from torch.nn.modules import module as torch_module
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json, replacing_folder, write_json
-from vqdeploy.systems import System, SystemConfig, create, preset
+from vqdeploy.systems import System, SystemConfig, create, definition, preset
 
-FILES = ("config.json", "model.safetensors", "training.json", "reconstructions.png", "samples.png")
+FILES = ("config.json", "model.safetensors", "training.json", "import.json", "reconstructions.png", "samples.png")
 """What a checkpoint folder holds; the pictures are for people."""
 
 _SHARES = ("decay", "dropout")
@@ -216,6 +216,8 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
     Raises:
         VqdeployError: It is another checkpoint.
     """
+    if folder is None and config["preset"] not in definition(config["model"]).presets:
+        raise VqdeployError(f"{plan} was made of a checkpoint that does not ship", fix="add --checkpoint FOLDER")
     system = load(folder) if folder else default(config["model"], config["preset"])
     check_digest(system, expected, plan)
     return system

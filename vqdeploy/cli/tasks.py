@@ -278,7 +278,7 @@ def _files(job: Job) -> list[Path]:
 
 
 def _read_images(pipeline: Pipeline, files: Sequence[Path]) -> np.ndarray:
-    return np.stack([read(file, pipeline.image_shape[0]) for file in files])
+    return np.stack([read(file, *pipeline.image_shape[:2]) for file in files])
 
 
 def _read_codes(file: Path) -> np.ndarray:

@@ -235,7 +235,7 @@ def _origins(
     handles = [module.register_forward_hook(number) for module in modules.values()]
     try:
         outputs = dict(zip(call.outputs, call(*inputs), strict=True))
-    except Exception:  # noqa: BLE001 (a module that looks such codes up fails: it makes something of them)
+    except Exception:
         return {}
     finally:
         for handle in handles:
