@@ -360,7 +360,7 @@ def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
 
 
 def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:
-    """Replaces cached attention by GroupQueryAttention, which reads only the positions in use and packed projections."""
+    """Replaces cached attention by GroupQueryAttention on packed projections, which reads only positions in use."""
     nodes: list[onnx.NodeProto] = []
     extents: dict[str, list[str]] = {}  # one for each tensor of positions, shared by all layers
     for node in graph.node:

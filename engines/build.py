@@ -57,9 +57,7 @@ def build(
     """
     if not 1 <= batch.min <= batch.usual <= batch.max:
         sizes = f"{batch.min}, {batch.usual}, {batch.max}"
-        raise VqdeployError(
-            "the batch sizes are not in ascending order", expected="1 <= min <= opt <= max", found=sizes
-        )
+        raise VqdeployError("the batch sizes are not ascending", expected="1 <= min <= opt <= max", found=sizes)
     for kind, choice, choices in (
         ("backend", backend, BUILDERS),
         ("plugin mode", plugin, MODES),

@@ -89,9 +89,7 @@ def check(backend: str) -> None:
 
 def _shapes(stage: StageInfo) -> dict[str, list[tuple[int, ...]]]:
     """Smallest, usual and largest shape of each input, for the optimization profile."""
-    smallest = {name: size.min for name, size in stage.dims.items()} | {
-        "batch": 1
-    }  # the last batch of a request may be small
+    smallest = {name: size.min for name, size in stage.dims.items()} | {"batch": 1}  # for the last of a split request
     usual = {name: size.usual for name, size in stage.dims.items()}
     largest = {name: size.max for name, size in stage.dims.items()}
     return {info.name: [info.concrete(sizes) for sizes in (smallest, usual, largest)] for info in stage.inputs}

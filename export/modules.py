@@ -202,6 +202,7 @@ class _Part(graphs.Stage):
             raise _refusal(error, self.name, self.module) from error
         attach(program.model)
         _free_names(program.model, self.name)
+        _bound_divisors(program.model)
         _name_dimensions(program.model, self.axes)
         return program.model
 
@@ -221,6 +222,21 @@ def _free_names(model: onnx_ir.Model, stage: str) -> None:
     for value in constants:
         if "." not in str(value.name):
             value.name = f"{stage}.{value.name}"
+
+
+def _bound_divisors(model: onnx_ir.Model) -> None:
+    """Clamps integer divisors to 1 or more: plans must not divide by 0, and PyTorch's shape arithmetic divides."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type in ("Div", "Mod") and node.domain in ("", "ai.onnx")]:
+        divisor = node.inputs[1]
+        if divisor.dtype in (onnx_ir.DataType.INT64, onnx_ir.DataType.INT32) and divisor.const_value is None:
+            one = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(1, dtype=divisor.dtype)})
+            bound = onnx_ir.node("Max", [divisor, one.outputs[0]])
+            for output in (one.outputs[0], bound.outputs[0]):
+                output.name = f"{node.outputs[0].name}.{output.producer().op_type}"
+                output.type, output.shape = divisor.type, divisor.shape
+            graph.insert_before(node, [one, bound])
+            node.replace_input_with(1, bound.outputs[0])
 
 
 def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
@@ -261,7 +277,7 @@ def _check_names(stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str,
         if not 1 <= smallest <= usual <= largest:
             found = f"{smallest}, {usual}, {largest}"
             raise VqdeployError(
-                f"the sizes of {name} are not in ascending order", expected="smallest, usual, largest", found=found
+                f"the sizes of {name} are not ascending", expected="smallest, usual, largest", found=found
             )
 
 

@@ -62,12 +62,14 @@ _EXTERNAL = 1
 class Known:
     """What is known of a value statically: its ONNX element type, and its elements if they are few.
 
-    A constant depends on no graph input, so that an engine may fold it while it loads the graph.
+    A constant depends on no graph input, so that an engine may fold it while it loads the graph. `positive` is the
+    maximum of values with a positive constant among them.
     """
 
     dtype: int | None = None
     numbers: tuple[int, ...] | None = None
     constant: bool = False
+    positive: bool = False
 
 
 Values = dict[str, Known]
@@ -300,6 +302,10 @@ class _Checker:
             return [Known(self._constant(attributes).dtype if attributes else _FLOAT, None, constant)]
         if node["op_type"] == "Cast":
             return [Known(attributes["to"]["i"], None, constant)]
+        if node["op_type"] == "Max":
+            inputs = [values.get(name, _ANYTHING) for name in node["input"]]
+            dtype = next((known.dtype for known in inputs if known.dtype), None)
+            return [Known(dtype, None, constant, any(known.numbers and min(known.numbers) > 0 for known in inputs))]
         by_name = dict(zip((part.rstrip("?*") for part in operator.inputs.split()), node["input"], strict=False))
         results = []
         for part in operator.outputs.split():
@@ -378,8 +384,8 @@ def _division(node: Message, attributes: dict[str, Message], values: Values) -> 
     dividend, divisor = (values.get(name, _ANYTHING) for name in node["input"])
     if _FLOATS & {dividend.dtype, divisor.dtype}:
         return ""  # both are: engines require equal types
-    if divisor.numbers is None or not all(number > 0 for number in divisor.numbers):
-        return "of integers needs constant, positive divisors"
+    if not divisor.positive and (divisor.numbers is None or not all(number > 0 for number in divisor.numbers)):
+        return "of integers needs divisors that are known to be positive"
     return ""
 
 

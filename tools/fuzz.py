@@ -2,7 +2,7 @@
 
     python tools/fuzz.py --cases 20000                  # of all kinds in turn, in processes that may die
     python tools/fuzz.py --kinds "plan graph" --first 7000 --cases 500
-    python tools/fuzz.py --kill 40                      # export, build, run and train, ended at random moments
+    python tools/fuzz.py --kill 40                      # export, build, run and train, killed at random times
     python tools/fuzz.py --soak                       # 2,000 generations, 200 loads: memory and handles stay flat
 
 It exits with 1 on any fault: a signal, a traceback, a hang, an unprintable message, a partial file. A case is a kind

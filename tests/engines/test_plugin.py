@@ -144,8 +144,8 @@ def triton_is(monkeypatch):
         ("tensorrt", "12.0.0", True, "below 12.0"),
         ("tensorrt", "unknown", True, "this is unknown"),
         ("tensorrt", "11.4.0", False, "pip install triton"),
-        ("tensorrt-rtx", "1.7.1", True, "tensorrt-rtx knows no plugins"),
-        ("onnxrt", "1.23.2", True, "onnxrt knows no plugins"),
+        ("tensorrt-rtx", "1.7.1", True, "tensorrt-rtx has no ahead-of-time compiled plugins"),
+        ("onnxrt", "1.23.2", True, "onnxrt has no ahead-of-time compiled plugins"),
     ],
 )
 def test_what_stands_in_the_way_is_named(triton_is, backend, version, triton, expected):
@@ -229,7 +229,7 @@ def test_with_the_plugin_on_a_failure_is_an_error(package, tmp_path, builder):
 
 
 def test_a_plugin_that_a_backend_cannot_have_is_refused_when_asked_for(package, tmp_path):
-    with pytest.raises(VqdeployError, match=r"onnxrt knows no plugins.*--plugin off"):
+    with pytest.raises(VqdeployError, match=r"onnxrt has no ahead-of-time compiled plugins.*--plugin off"):
         build(package, tmp_path / "a.plan", plugin="on")
     with pytest.raises(VqdeployError, match="auto or on or off"):
         build(package, tmp_path / "a.plan", plugin="yes")

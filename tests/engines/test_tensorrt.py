@@ -18,6 +18,8 @@ from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle, sha256
 from vqdeploy.runtime.manifest import FILE, SizeRange
 
+pytestmark = pytest.mark.slow
+
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (it is on PyPI)"
 )
@@ -182,7 +184,7 @@ def test_a_package_says_itself_what_to_build(package_of, tmp_path):
 @needs_rtx
 @pytest.mark.parametrize(
     ("graph", "reason"),
-    [(crashing_graph, "its builder died of SIG(SEGV|ABRT)"), (refused_graph, "Bernoulli")],
+    [(crashing_graph, "its builder crashed with SIG(SEGV|ABRT)"), (refused_graph, "Bernoulli")],
 )
 def test_a_builder_that_dies_or_refuses_is_an_error(package_of, tmp_path, graph, reason):
     folder = package_of(graph())
