@@ -16,12 +16,12 @@ __all__ = ["__version__", "load"]
 
 logging.getLogger("vqdeploy").addFilter(show_record)
 
-# ONNX Runtime reports to its makers unless this is set before its first import, here and in processes that we start.
+# Disables the telemetry of ONNX Runtime; it must be set before the first import, and subprocesses inherit it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the runtime only when a plan is to be opened."""
+    """Imports the runtime on first use of `load`."""
     if name == "load":
         return import_module("vqdeploy.runtime").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

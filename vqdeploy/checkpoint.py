@@ -22,10 +22,10 @@ from vqdeploy.files import read_json, replacing_folder, write_json
 from vqdeploy.systems import System, SystemConfig, create, definition, preset
 
 FILES = ("config.json", "model.safetensors", "training.json", "import.json", "reconstructions.png", "samples.png")
-"""What a checkpoint folder holds; the pictures are for people."""
+"""Files of a checkpoint folder; the pictures are for people."""
 
 _SHARES = ("decay", "dropout")
-_WEIGHTS_MADE = 2  # for each that a model has in the end, at most: some are tied, or made anew
+_WEIGHTS_MADE = 2  # parameters made per weight in the file, at most: some are tied or replaced
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -33,21 +33,21 @@ SHIPPED = Path(__file__).parent / "weights"
 def save(
     system: System, folder: str | Path, training: dict[str, Any] | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes a checkpoint, replacing one that is there.
+    """Atomically writes a checkpoint; an existing one is replaced.
 
     Args:
-        system: What to write.
-        folder: Where.
+        system: The system to write.
+        folder: Output folder.
         training: Recipe, seed and metrics, for `training.json`.
-        dtype: Type of the stored weights, for example `torch.float16`; as they are when None.
+        dtype: Type of the stored weights, for example `torch.float16`; None keeps their types.
 
     Raises:
         VqdeployError: The folder holds something else, or cannot be written to.
-        ArtifactError: A weight is not finite, or not in this type.
+        ArtifactError: A weight is not finite, or overflows the type.
     """
     with replacing_folder(Path(folder), FILES) as new:
         write_json(new / "config.json", system.config.to_dict())
-        weights = system.state_dict().items()  # copied, because safetensors takes no tied ones
+        weights = system.state_dict().items()  # copied, because safetensors rejects tied weights
         stored = {name: weight.to(dtype or weight.dtype, copy=True).contiguous() for name, weight in weights}
         check_finite(stored, folder)
         save_file(stored, new / "model.safetensors")
@@ -87,13 +87,13 @@ def load(folder: str | Path) -> System:
 
 
 def _check_config(file: Path, config: SystemConfig) -> None:
-    """Refuses a configuration whose parts do not fit each other: graphs made of it would fail late, or silently."""
+    """Rejects an inconsistent configuration, whose graphs would fail late or silently."""
     tokenizer, prior = config.tokenizer, config.prior
     for part in (tokenizer, prior):
         _check_numbers(file, part)
     if len(tokenizer.pixel_range) != 2 or tokenizer.pixel_range[0] >= tokenizer.pixel_range[1]:
         found = list(tokenizer.pixel_range)
-        raise ArtifactError(f"pixel_range in {file} is no range", expected="two rising numbers", found=found)
+        raise ArtifactError(f"pixel_range in {file} is not a range", expected="two ascending numbers", found=found)
     sides = [side for side, *_ in getattr(tokenizer, "level_grids", (tokenizer.grid,))]
     if any(side < 1 or tokenizer.resolution % side for side in sides):
         raise ArtifactError(f"the resolution in {file} does not fit its levels", found=tokenizer.resolution)
@@ -105,7 +105,7 @@ def _check_config(file: Path, config: SystemConfig) -> None:
             raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=wanted, found=given)
     if config.labels and len(config.labels) != prior.classes:
         raise ArtifactError(f"{file} names a wrong number of labels", expected=prior.classes, found=len(config.labels))
-    from vqdeploy.runtime.options import choose  # to import this module takes no runtime
+    from vqdeploy.runtime.options import choose  # importing this module must not import the runtime
 
     try:
         choose({}, config.sampling.to_dict(), prior.depth, prior.codebook_size)
@@ -114,7 +114,7 @@ def _check_config(file: Path, config: SystemConfig) -> None:
 
 
 def _check_sizes(file: Path, config: SystemConfig, elements: int) -> None:
-    """Refuses sizes and counts beyond the number of weights there are, before anything is made of that size."""
+    """Rejects sizes and counts above the number of stored weights, before anything of that size is allocated."""
     for part in (config.tokenizer, config.prior):
         for name, number in _numbers(part):
             if isinstance(number, int) and number > elements:
@@ -123,7 +123,7 @@ def _check_sizes(file: Path, config: SystemConfig, elements: int) -> None:
 
 
 def _numbers(part: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """All numbers of a configuration, each under the name of its field."""
+    """All numbers of a configuration, with the names of their fields."""
     if isinstance(part, Config):
         for field in dataclasses.fields(part):
             yield from _numbers(getattr(part, field.name), field.name)
@@ -136,7 +136,7 @@ def _numbers(part: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
 
 @contextlib.contextmanager
 def _at_most(weights: int) -> Iterator[None]:
-    """Stops the making of a model that has far more weights than there are; a few more are made and dropped again."""
+    """Aborts the construction of a model that has far more weights than the file."""
     owner, left = threading.get_ident(), _WEIGHTS_MADE * weights + _WEIGHTS_MADE
 
     def count(*_: object) -> None:
@@ -154,7 +154,7 @@ def _at_most(weights: int) -> Iterator[None]:
 
 
 def _check_numbers(file: Path, part: Config | None) -> None:
-    """Refuses sizes and counts below 1, or below 0 where that is the default, shares outside 0..1, and infinities."""
+    """Rejects sizes and counts below 1 (or 0 if that is the default), shares outside 0..1, and infinities."""
     hints = typing.get_type_hints(type(part))
     for field in dataclasses.fields(part) if part else ():
         value = getattr(part, field.name)
@@ -184,10 +184,10 @@ def _check_weights(file: Path, weights: dict[str, torch.Tensor], expected: dict[
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], where: Path | str) -> None:
-    """Refuses weights that hold NaN or infinities: what comes out of them is nothing that can be compared.
+    """Rejects weights with NaN or infinities.
 
     Raises:
-        ArtifactError: It names the first such weight, and `where` it is.
+        ArtifactError: It names the first such weight and `where`.
     """
     for name, weight in weights.items():
         if weight.is_floating_point() and not weight.isfinite().all():
@@ -195,7 +195,7 @@ def check_finite(weights: Mapping[str, torch.Tensor], where: Path | str) -> None
 
 
 def digest(system: System) -> str:
-    """sha256 of a system, hexadecimal: over what differs in its configuration from the defaults, and the weights."""
+    """Hexadecimal sha256 of a system: of the non-default fields of its configuration, and of its weights."""
     config = json.dumps(system.config.differences(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     total = hashlib.sha256(config.encode())
     for name, weight in sorted(system.state_dict().items()):
@@ -205,16 +205,16 @@ def digest(system: System) -> str:
 
 
 def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Path) -> System:
-    """The checkpoint that a plan was made of: the one in `folder`, or the default of its preset when None.
+    """The checkpoint that a plan was made from: the one in `folder`, or the shipped one of its preset if None.
 
     Args:
         config: `config` of the plan's manifest.
         expected: Its digest in the manifest.
         folder: Checkpoint folder.
-        plan: The plan, for the error.
+        plan: The plan, for error messages.
 
     Raises:
-        VqdeployError: It is another checkpoint.
+        VqdeployError: The digest differs.
     """
     if folder is None and config["preset"] not in definition(config["model"]).presets:
         raise VqdeployError(f"{plan} was made of a checkpoint that does not ship", fix="add --checkpoint FOLDER")
@@ -224,7 +224,7 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
 
 
 def check_digest(system: System, expected: str, plan: Path) -> None:
-    """Refuses a system that is not the one with this digest, which `plan` was made of."""
+    """Rejects a system whose digest is not the one that `plan` was made from."""
     if (found := digest(system)) != expected:
         raise VqdeployError(
             f"{plan} was made of another checkpoint",
@@ -235,7 +235,7 @@ def check_digest(system: System, expected: str, plan: Path) -> None:
 
 
 def default(model: str, name: str = "tiny", seed: int = 0) -> System:
-    """The shipped checkpoint of a preset, or random weights for one that ships none."""
+    """The shipped checkpoint of a preset, or random weights if none is shipped."""
     config = preset(model, name)
     shipped = SHIPPED / model / name
     return load(shipped) if shipped.is_dir() and any(shipped.iterdir()) else create(config, seed)

@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses, JSON on disk, unknown keys refused."""
+"""Configurations: frozen dataclasses that read and write JSON and reject unknown keys."""
 
 import dataclasses
 import types
@@ -10,7 +10,7 @@ from vqdeploy.errors import ArtifactError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of every configuration."""
+    """Base class of configurations."""
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
@@ -31,13 +31,13 @@ class Config:
             raise ArtifactError(f"{cls.__name__} is incomplete: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON types."""
+        """The configuration as JSON types."""
         return dataclasses.asdict(self)
 
     def differences(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as plain JSON types; nested configurations likewise.
+        """The fields that differ from their defaults as JSON types; nested configurations likewise.
 
-        A new field with a default changes nothing here, and 1.0 is 1.
+        So a new field with a default does not change digests, and 1.0 equals 1.
         """
         return {
             field.name: _plain(getattr(self, field.name))
@@ -65,7 +65,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        # bool is an int, and float takes one too: the first option of the value's own type, else the first.
+        # bool is an int, and float accepts int: prefer the option of the exact type, else the first match.
         options = tuple(option for option in options if option is not type(None))
         hint = next((option for option in options if option is type(value)), options[0])
     if isinstance(hint, type) and issubclass(hint, Config):

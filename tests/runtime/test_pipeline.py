@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vqdeploy.cli.tasks import Job, run
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.pixels import channels_first, channels_last, to_range, to_uint8
-from vqdeploy.run import Job, run
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import FILE
 from vqdeploy.runtime.noise import gumbel

@@ -1,4 +1,4 @@
-"""`vqdeploy bench`: latency of a plan's tasks, against PyTorch in the same run."""
+"""`vqdeploy bench`: latency of the tasks of a plan, compared with PyTorch in the same process."""
 
 import gc
 import os
@@ -31,12 +31,12 @@ _NOT_OF_THE_PRIOR = ("encode", "decode", "features")
 _RATES = {"read_bandwidth_gb_s": "read_bandwidth", "matmul_gflop_s": "matmul_rate"}
 
 Phases = dict[str, float]
-"""Seconds of the parts of one call, `total` among them."""
+"""Seconds of the phases of one call; `total` is the whole call."""
 
 
 @dataclass
 class Runner:
-    """Something that can be timed: a call that returns its phases."""
+    """A named call to time, which returns its phases."""
 
     name: str
     call: Callable[[], Phases]
@@ -58,25 +58,41 @@ def bench(
 ) -> dict[str, Any]:
     """Times tasks of a plan, and the same tasks in PyTorch.
 
-    The plan and its baselines take turns, call by call, so that all see the same machine.
+    Calls of the plan and of the baselines alternate, so that all see the same machine.
 
     Args:
         engine: The plan.
-        tasks: Some of `TASKS`; all that the plan has when empty. `generate` is the prior alone; `decode` turns its
-            codes into images.
+        tasks: Some of `TASKS`; all of the plan if empty. `generate` times the prior alone, `decode` the decoder.
         batch_sizes: Images per call.
-        warm_up: Calls of each that are not counted.
-        iterations: Calls of each that are.
+        warm_up: Untimed calls of each.
+        iterations: Timed calls of each.
         baselines: Some of `BASELINES`.
-        checkpoint: Weights of the baselines; those that the plan was made of, when None.
-        profile: Add the time of each kind of operator in the step, under `profile`, by ONNX Runtime's profiler.
+        checkpoint: Checkpoint folder for the baselines; by default the shipped one of the plan.
+        profile: Whether to add `profile`, from the profiler of ONNX Runtime.
         options: Sampling options that differ from the checkpoint's, for `generate`.
-        progress: Told what is being timed.
+        progress: Called with a description before each measurement.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs there too.
-        threads: CPU threads of the plan's engine, as for `vqdeploy.runtime.load`; 0 for as many as there are cores.
+        threads: CPU threads of the engine, as for `vqdeploy.runtime.load`; 0 for one per core.
 
     Returns:
-        `{"results": [...], "ratios": {...}, "environment": {...}}`; times in milliseconds, ratios of medians.
+        A dictionary of JSON types:
+
+        - `results`: a list with a dictionary for each task, batch size and runner. `name` is `vqdeploy` or the
+        baseline;
+          `task`; `batch_size` in images; `median_ms`, `p90_ms` and `p99_ms`, times of a call in milliseconds;
+          `images_per_s` by the median; `iterations`, the number of timed calls. `generate` of the plan has medians of
+          `steps_ms` (engine calls of the prior; for a hierarchy `STAGE_ms` of each stage) and `host_ms` (noise and
+          schedules between them), and figures per step, set against the roofline of this machine on a CPU: `step_ms`;
+          autoregressive: `weight_mb_per_step` (1e6 bytes), `weight_gb_s`, `share_of_read_bandwidth` (0..1); masked:
+          `gflop_per_step`, `gflop_s`, `share_of_matmul_rate` (0..1); hierarchical: `parts`, for each stage its `calls`,
+          `call_ms`, `share` of the median (0..1), `weight_mb`, `weight_gb_s`, `gflop` and `gflop_s` of a call.
+        - `ratios`: speedups, see `ratios`.
+        - `environment`: `cpu`, `cores`, `load` (average of one minute), `python`, `versions`, `load_s` (seconds to open
+          the plan), `peak_memory_mb` (2^20 bytes, of this process), `plan`; on a GPU `gpu` (compute capability) and
+          `gpu_memory_mb` (2^20 bytes in use); the roofline as far as it was measured: `read_bandwidth_gb_s`,
+          `matmul_gflop_s`.
+        - `options`: the effective sampling options.
+        - `profile`, with `profile`: a list of `op`, `ms`, `share` (0..1) and `calls` of one generation, descending.
 
     Raises:
         VqdeployError: A task, baseline or size is not known.
@@ -186,7 +202,7 @@ def _summary(name: str, task: str, batch: int, phases: list[Phases]) -> dict[str
 
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
-    """How many times faster the plan is than each baseline, by median, keyed `TASK/bBATCH/BASELINE`."""
+    """Speedup over each baseline, median / median, keyed `TASK/bBATCH/BASELINE`."""
     plan = {(r["task"], r["batch_size"]): r["median_ms"] for r in results if r["name"] == "vqdeploy"}
     return {
         f"{r['task']}/b{r['batch_size']}/{r['name']}": r["median_ms"] / plan[r["task"], r["batch_size"]]
@@ -196,7 +212,7 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _bound(pipeline: Pipeline) -> dict[str, float]:
-    """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
+    """The roofline of a step on this machine: read bandwidth in GB/s, fp32 matrix products in GFLOP/s."""
     names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"]}
     prior = pipeline.manifest.config.get("prior") or {}
     counted = {"width", "layers"} <= set(prior) and prior.get("network", "plain") == "plain"
@@ -208,7 +224,7 @@ def _bound(pipeline: Pipeline) -> dict[str, float]:
 def _step_figures(
     pipeline: Pipeline, options: dict[str, Any], result: dict[str, Any], bound: dict[str, float]
 ) -> dict[str, Any]:
-    """Time of a step, and how near it is to what bounds it."""
+    """Time of a step, and its share of the roofline."""
     if pipeline.sampling.kind == "hierarchical":
         return {"parts": _parts(pipeline, result)} if bound else {}
     steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
@@ -233,10 +249,10 @@ def _step_figures(
 
 
 def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What each stage of a hierarchy takes of a generation, reads of its weights and computes with them.
+    """Time, weight traffic and arithmetic of each stage of a hierarchy in one generation.
 
-    A weight counts once a call for the reading. For the arithmetic it counts once for each place of the call's output,
-    a kernel of the rows once for each tile of places.
+    Each weight is read once per call. It multiplies once per position of the output of a call; a row kernel multiplies
+    once per tile of positions.
     """
     parts = {}
     maps = pipeline.layout.maps
@@ -267,9 +283,9 @@ def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, fl
 
 
 def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Operators of the prior's graphs by the time they took in one generation, most first.
+    """Operators of the prior by time in one generation, descending.
 
-    The profiler itself costs a few microseconds an operator, which the small ones show.
+    The profiler adds a few microseconds per operator, visible for small ones.
     """
     with tempfile.TemporaryDirectory() as folder:
         backend, bundle, device = BACKENDS[str(pipeline.manifest.backend)](), pipeline.bundle, pipeline.device
@@ -290,24 +306,23 @@ def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> lis
 
 
 def _matrices(pipeline: Pipeline, stage: str) -> dict[str, np.ndarray]:
-    """The weights that a stage multiplies by; tables that are only gathered from are none of them."""
+    """The weights of matrix products and convolutions of a stage, without embedding tables."""
     weights = tensors(pipeline.bundle.member(WEIGHTS))
     names = [name for name in pipeline.manifest.stage(stage).weights if name.endswith(".weight")]
     return {name: weights[name] for name in names if weights[name].ndim > 1}
 
 
 def step_weight_bytes(pipeline: Pipeline) -> int:
-    """Bytes of weights that one step of an autoregressive prior reads, as the plan holds them.
+    """Bytes of weights that one step of an autoregressive prior reads, in the precision of the plan.
 
-    The depth transformer and the classifier count once for each depth: no cache of a core holds them from one depth to
-    the next.
+    The depth transformer and the classifier count once per depth, since they do not fit the cache of a core.
     """
     sizes = {name: weight.nbytes for name, weight in _matrices(pipeline, "step").items()}
     return sum(size * (1 if name.startswith("body.") else pipeline.grid[-1]) for name, size in sizes.items())
 
 
 def step_gflop(pipeline: Pipeline) -> float:
-    """Arithmetic of one step of a masked prior for one image and label, in 1e9 multiplications and additions."""
+    """GFLOP of one step of a masked prior for one image and label."""
     prior = pipeline.manifest.config["prior"]
     entries = 1 + pipeline.grid[0] * pipeline.grid[1]
     attention = 2 * entries**2 * prior["width"] * prior["layers"]
@@ -315,7 +330,7 @@ def step_gflop(pipeline: Pipeline) -> float:
 
 
 def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
-    """1e9 multiplications and additions a second of all cores in a product of fp32 matrices, the best of several."""
+    """GFLOP/s of all cores in a product of fp32 matrices, best of several."""
     a = np.random.default_rng(0).random((size, size), np.float32)
     best = 0.0
     for _ in range(repeats):
@@ -326,13 +341,13 @@ def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
 
 
 def read_bandwidth(megabytes: int = 1024, repeats: int = 5) -> float:
-    """GB/s at which all cores together read memory that is not in a cache, the best of several tries.
+    """GB/s at which all cores together read uncached memory, best of several.
 
-    Each thread takes the dot product of its share with itself, which BLAS does as fast as the data comes.
+    Each thread computes the dot product of its part with itself, which BLAS does at memory speed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     data = np.ones(megabytes * 2**20 // 4, np.float32)
-    # Several streams a thread: one alone does not keep the memory busy.
+    # Several streams per thread: one does not saturate the memory.
     parts = [np.array_split(part, 8) for part in np.array_split(data, cores)]
     best = 0.0
     for _ in range(repeats):
@@ -347,7 +362,7 @@ def read_bandwidth(megabytes: int = 1024, repeats: int = 5) -> float:
 
 
 def _measure_apart(function: str) -> float:
-    """A function of this module in a process of its own, so that its memory does not count as the plan's."""
+    """Runs a function of this module in a subprocess, so that its memory does not count for the plan."""
     script = f"from vqdeploy.bench import {function}; print({function}())"
     return float(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)  # noqa: S603
 
@@ -358,7 +373,7 @@ def _read(parts: list[np.ndarray]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Processor and versions."""
+    """CPU, cores, load and versions; see `bench`."""
     return {
         "cpu": machine.cpu(),
         "cores": os.cpu_count(),
@@ -439,7 +454,7 @@ def _bound_line(result: dict[str, Any], facts: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Bars of the median time of each task and batch size, one colour a runner.
+    """Bar chart of the median times by task and batch size, one colour per runner.
 
     Raises:
         VqdeployError: matplotlib is not installed, or the file cannot be written.

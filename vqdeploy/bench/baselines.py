@@ -1,4 +1,4 @@
-"""PyTorch as the baseline of `vqdeploy bench`: what the public implementations do, eager or compiled."""
+"""PyTorch baselines of `vqdeploy bench`: the algorithms of the public implementations, eager or compiled."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ _TIMED_ROWS = 5
 
 
 class Reference:
-    """The checkpoint behind a plan, with the same tokens, batch and precision."""
+    """The checkpoint of a plan in PyTorch, with the same codes, batch and precision."""
 
     def __init__(self, pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]):
         manifest, self.options, self.device = pipeline.manifest, options, pipeline.device
@@ -33,13 +33,13 @@ class Reference:
         if self.device == "cuda":
             if not torch.cuda.is_available():
                 raise VqdeployError("this PyTorch has no CUDA", fix="pip install torch")
-            torch.backends.cudnn.allow_tf32 = False  # a plan of fp32 has none either
+            torch.backends.cudnn.allow_tf32 = False  # plans in fp32 have none either
         self.system = checkpoints.source(manifest.config, origin.checkpoint, checkpoint, pipeline.bundle.path)
         self.dtype = DTYPES[manifest.precision]
         self.system.to(self.device, self.dtype)
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
-        """A call that does the task once; if it returns a number, that is the seconds it would have taken."""
+        """A call that does the task once. If it returns a number, that is its extrapolated time in seconds."""
         run = {"encode": self._encode, "decode": self._decode, "generate": self._generate}[task](
             batch, pipeline, compiled
         )
@@ -65,7 +65,7 @@ class Reference:
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **self.options))
         labels = torch.arange(batch, device=self.device) % pipeline.classes
         if compiled:
-            # Each layer's cache, empty and filled, is a case of its own.
+            # The cache of each layer, empty or filled, is compiled separately.
             torch._dynamo.config.recompile_limit = 256
             prior = copy.copy(prior)
             prior._modules = dict(prior._modules)
@@ -76,16 +76,16 @@ class Reference:
 
 
 def _finished(call: Callable[[], object]) -> object:
-    """A GPU goes on working when a call has returned."""
+    """Adds a synchronization, since calls on a GPU are asynchronous."""
     result = call()
     torch.cuda.synchronize()
     return result
 
 
 def extrapolate(prior: VQVAE2Prior, batch: int, compiled: bool, device: str = "cpu") -> float:
-    """Seconds that the public sampler of VQ-VAE-2 would need, which runs the whole network for each place.
+    """Extrapolated seconds of the public sampler of VQ-VAE-2, which runs the whole network for each position.
 
-    A few places are timed, in rows from the first to the last; between them the time is taken to grow evenly.
+    Times a few positions, in rows from the first to the last, and interpolates linearly between them.
     """
     seconds = 0.0
     labels, above = torch.zeros(batch, dtype=torch.int64, device=device), None
@@ -106,13 +106,13 @@ def extrapolate(prior: VQVAE2Prior, batch: int, compiled: bool, device: str = "c
 
 
 def enlarge_first(norm: SpatialNorm, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    """`SpatialNorm` in the order of the public code: enlarge the condition, then convolve it."""
+    """`SpatialNorm` in the order of the public code: upsample the condition, then convolve it."""
     enlarged = F.interpolate(condition, x.shape[-2:])
     return norm.norm_layer(x) * norm.conv_y(enlarged) + norm.conv_b(enlarged)
 
 
 def _noise(index: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The plan's own noise."""
+    """The noise that the plan would use."""
     out = np.empty(shape, np.float32)
     gumbel([(0, image, index) for image in range(shape[0])], out)
     return torch.from_numpy(out)

@@ -1,4 +1,4 @@
-"""The command line: one file a verb. Each imports what it needs inside its function, so that help is quick."""
+"""The command line, one file per verb. Verbs import their dependencies inside functions, to keep `--help` fast."""
 
 import io
 import logging
@@ -23,7 +23,7 @@ from vqdeploy.cli.train import train
 from vqdeploy.cli.verify import verify
 from vqdeploy.errors import LONGEST, VqdeployError, missing, shown
 
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that typer brings
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of the copy vendored by typer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,18 +33,18 @@ app = typer.Typer(
     help="Take a vector-quantized image generator from PyTorch to one deployable file, and run it.",
 )
 for _verb in (models, train, import_checkpoint, export, build, run, verify, bench, inspect, env):
-    app.command("import" if _verb is import_checkpoint else None)(_verb)  # the word is Python's
+    app.command("import" if _verb is import_checkpoint else None)(_verb)  # a Python keyword
 
 
 def main() -> None:
-    """Entry point: errors become one sentence and an exit code, without a traceback unless `-vv` is given."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as clean as an interrupt
+    """Entry point: turns errors into one sentence and an exit code; tracebacks only with `-vv`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up as after an interrupt
     prepare_streams()
     sys.exit(_exit_code())
 
 
 def _exit_code() -> int:
-    """Runs the verb that was typed."""
+    """Runs the command line and returns the exit code."""
     try:
         return app(standalone_mode=False) or 0
     except _UsageError as error:
@@ -73,7 +73,7 @@ def _exit_code() -> int:
 
 
 def _refuse(error: Exception) -> int:
-    """Prints what typer says of wrong usage, which repeats what was typed."""
+    """Prints the usage error of typer, escaped, since it repeats arguments."""
     text = io.StringIO()
     error.show(text)  # type: ignore[attr-defined]
     for line in text.getvalue().splitlines():
@@ -89,7 +89,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
-    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Tell more; -vv shows tracebacks.")] = 0,
+    verbose: Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log more; -vv shows tracebacks.")] = 0,
     show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
 ) -> None:
     """Options of every verb."""

@@ -21,9 +21,9 @@ def bench(
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Images a call; repeatable; 1 by default.")
     ] = None,
-    warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Calls that are not counted.")] = 1,
-    iterations: Annotated[int, typer.Option(min=1, help="Calls that are counted.")] = 5,
-    baseline: Annotated[str, typer.Option(help="PyTorch baselines, split by commas: eager,compile.")] = "",
+    warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Untimed calls.")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
+    baseline: Annotated[str, typer.Option(help="PyTorch baselines, comma-separated: eager,compile.")] = "",
     sampling: dict[str, Any],
     checkpoint: Checkpoint = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time of a step goes.")] = False,

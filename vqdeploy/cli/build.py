@@ -12,15 +12,15 @@ from vqdeploy.cli.output import finish, progress
 def build(
     package: Annotated[Path, typer.Argument(help="Folder that `vqdeploy export` wrote.")] = Path("rqvae-onnx"),
     backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
-    device: Annotated[str, typer.Option(help="onnxrt: what the plan is for, cpu or cuda.")] = "cpu",
-    opt_batch: Annotated[int, typer.Option(min=1, help="TensorRT: batch that the engines are tuned for.")] = 1,
+    device: Annotated[str, typer.Option(help="onnxrt: target of the plan, cpu or cuda.")] = "cpu",
+    opt_batch: Annotated[int, typer.Option(min=1, help="TensorRT: batch size that the engines are tuned for.")] = 1,
     max_batch: Annotated[
-        int, typer.Option(min=1, max=4096, help="Largest batch of one call; larger requests are split.")
+        int, typer.Option(min=1, max=4096, help="Largest batch of an engine call; larger requests are split.")
     ] = 64,
     plugin: Annotated[
-        str, typer.Option(help="auto, on or off: for TensorRT, whether our kernels run the quantizers.")
+        str, typer.Option(help="TensorRT: whether our kernels run the quantizers, auto, on or off.")
     ] = "auto",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File; MODEL.plan when left out.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Output file; NAME.plan by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build an ONNX package into one plan."""

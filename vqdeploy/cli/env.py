@@ -13,7 +13,7 @@ _VARIABLES = (
     "VIRTUAL_ENV",
     "CONDA_PREFIX",
 )
-"""What changes how vqdeploy runs and is worth a line in a report."""
+"""Environment variables that affect vqdeploy."""
 
 
 def env(as_json: Json = False) -> None:
@@ -41,7 +41,7 @@ def env(as_json: Json = False) -> None:
 
 
 def _gpu() -> str:
-    """The kind of GPU that plans can use here, or why there is none."""
+    """Compute capability of the GPU that plans can use, or why there is none."""
     try:
         from vqdeploy.runtime import device
 

@@ -11,7 +11,7 @@ from vqdeploy.errors import VqdeployError
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Height and width: `512` or `384x640`."""
+    """Parses height and width: `512` or `384x640`."""
     if text is None:
         return None
     parts = text.lower().split("x")
@@ -29,13 +29,13 @@ def export(
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
     image_size: Annotated[
-        str | None, typer.Option(help="512, or height x width as 384x640, for tokenizers of convolutions.")
+        str | None, typer.Option(help="Size of images for convolutional tokenizers: 512, or height x width, 384x640.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the package with PyTorch.")] = True,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; MODEL-onnx when left out.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Output folder; MODEL-onnx by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as an ONNX package."""
+    """Export a checkpoint to an ONNX package."""
     from vqdeploy.export.package import export as export_package
 
     system = find_system(model, preset, checkpoint)

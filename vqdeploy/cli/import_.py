@@ -13,21 +13,22 @@ def import_checkpoint(
     format_: Annotated[
         str | None,
         typer.Option(
-            "--format", help="The public code that wrote the weights; guessed from their names when left out."
+            "--format", help="Code base that wrote the weights; detected from their names by default."
         ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="File or folder of the tokenizer; left out where the prior's file has it too.")
+        Path | None, typer.Option(help="File or folder of the tokenizer; not needed if the file of the prior has it.")
     ] = None,
     prior: Annotated[
-        list[Path] | None, typer.Option(help="File or folder of the prior; repeatable, one for each level.")
+        list[Path] | None, typer.Option(help="File or folder of the prior; repeatable, one per level.")
     ] = None,
     tokenizer_config: Annotated[
-        Path | None, typer.Option(help="YAML or JSON of the tokenizer; the one beside the weights when left out.")
+        Path | None, typer.Option(help="Configuration of the tokenizer, YAML or JSON; by default the one beside the
+        weights.")
     ] = None,
-    prior_config: Annotated[Path | None, typer.Option(help="The same of the prior.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Names of the classes, one a line, or JSON.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take the weights where a file has their averages too.")] = False,
+    prior_config: Annotated[Path | None, typer.Option(help="The same for the prior.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="File with class names, one per line, or JSON.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights instead of their moving averages.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder.")] = Path("imported"),
     as_json: Json = False,
 ) -> None:

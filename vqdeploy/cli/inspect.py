@@ -22,9 +22,9 @@ _ELSEWHERE = (
     "provenance",
     "members",
 )
-"""Fields that the first lines tell, or that have lines of another form; all others are walked."""
+"""Fields with a line format of their own."""
 
-_SHARE = 4  # plain values of one line
+_SHARE = 4  # short values per line
 
 
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
     extract: Annotated[Path | None, typer.Option(help="Write the engines into this folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show all that a plan says of itself, its stages, sizes and digests, without opening an engine."""
+    """Show the manifest of a plan, with sizes and digests, without opening an engine."""
     from vqdeploy.runtime.bundle import Bundle
 
     bundle = Bundle(file)
@@ -64,7 +64,7 @@ def _body(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
 
 
 def _stage(stage: dict[str, Any]) -> Iterator[str]:
-    """A stage: its file, the tensors that go in and out, and whatever else is said of it."""
+    """Lines for a stage: file, inputs, outputs and other fields."""
     yield f"stage {shown(stage['name'])} ({shown(stage['file'])})"
     for kind, tensors in (("in ", stage["inputs"]), ("out", stage["outputs"])):
         for info in tensors:
@@ -78,7 +78,7 @@ def _stage(stage: dict[str, Any]) -> Iterator[str]:
 
 
 def _tree(name: object, value: Any, depth: int = 0) -> Iterator[str]:
-    """A part of the manifest, one line for each value in it; a few plain values share one."""
+    """Lines for a part of the manifest, one per value; a few short values share one."""
     start = "  " * depth + shown(name)
     if isinstance(value, dict) and (len(value) > _SHARE or any(map(_nests, value.values()))):
         yield start
@@ -96,7 +96,7 @@ def _nests(value: Any) -> bool:
 
 
 def _listed(value: Any) -> str:
-    """Values on one line; a map or a shape stands in brackets."""
+    """Values on one line, nested lists in brackets."""
     if isinstance(value, dict):
         return shown(", ".join(f"{key} {item}" for key, item in value.items()) or "none")
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and those that follow from the table of sampling options."""
+"""Options shared by several verbs, and those generated from the table of sampling options."""
 
 import functools
 import inspect
@@ -18,12 +18,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Model = Annotated[str, typer.Option(help="System, such as rqvae; see `vqdeploy models`.")]
 Preset = Annotated[str, typer.Option(help="Named configuration; see `vqdeploy models`.")]
 Engine = Annotated[Path, typer.Option(help="The plan.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder; the shipped weights when left out.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto is CUDA for plans that were built for it.")]
-Threads = Annotated[
-    int, typer.Option(min=0, max=4096, help="CPU threads of the engine; 0 for as many as there are cores.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Checkpoint folder; the shipped weights by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes CUDA for plans built for it.")]
+Threads = Annotated[int, typer.Option(min=0, max=4096, help="CPU threads of the engine; 0 for one per core.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")]
 
 
 def find_system(model: str, preset: str, checkpoint: Path | None) -> "System":
@@ -34,7 +32,7 @@ def find_system(model: str, preset: str, checkpoint: Path | None) -> "System":
 
 
 def with_sampling_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Gives a verb a parameter for each sampling option; it gets them as `sampling`, a dictionary by name."""
+    """Adds an option for each sampling option to a verb, which receives them as the dictionary `sampling`."""
 
     @functools.wraps(verb)
     def with_options(**arguments: Any) -> None:
@@ -50,7 +48,7 @@ def with_sampling_options(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(option: SamplingOption) -> inspect.Parameter:
-    """What typer makes a command line option of; a list such as `0.9,0.8,1,1` is text to it."""
+    """The parameter annotation for typer; lists such as `0.9,0.8,1,1` are parsed from text."""
     kind = str if option.per_depth else option.type
     text = f"{option.help} {option.values}." if option.choices else option.help
     annotation = Annotated[kind | None, typer.Option(*option.spellings, help=text)]  # type: ignore[valid-type]
@@ -58,12 +56,12 @@ def _parameter(option: SamplingOption) -> inspect.Parameter:
 
 
 def _parsed(option: SamplingOption, value: Any) -> Any:
-    """A value, or a list of one for each depth: `0.9` or `0.9,0.8,1,1`."""
+    """Parses a value, or a list with one per depth: `0.9` or `0.9,0.8,1,1`."""
     if value is None or not option.per_depth:
         return value
     try:
         values = [option.type(part) for part in value.split(",")]
     except ValueError as error:
-        expected = "whole numbers split by commas" if option.type is int else "numbers split by commas"
+        expected = "comma-separated integers" if option.type is int else "comma-separated numbers"
         raise VqdeployError(f"{option.spellings[0]} is malformed", expected=expected, found=value) from error
     return values[0] if len(values) == 1 else values

@@ -1,4 +1,4 @@
-"""What the command line prints. All of it goes through `write`: escaped, and no error when nobody reads it."""
+"""All output of the command line: escaped, and without an error on a closed pipe."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from vqdeploy.files import to_json
 
 
 def write(text: str, stream: TextIO) -> None:
-    """Prints lines. When the reader has gone, as `head` does, this and all that follows is dropped.
+    """Prints lines. After a broken pipe, as with `head`, this and all later output is dropped.
 
     Raises:
         VqdeployError: The stream cannot be written to, as on a full disk.
@@ -29,24 +29,24 @@ def write(text: str, stream: TextIO) -> None:
 
 
 def _mute(stream: TextIO) -> None:
-    """Lets a stream end nowhere: what is still in its buffer would fail once more when Python ends."""
+    """Redirects a broken stream to the null device: flushing its buffer at exit would fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def say(message: str) -> None:
-    """Prints to stderr: progress, notes and errors."""
+    """Prints progress, notes and errors to stderr."""
     write(message, sys.stderr)
 
 
 def finish(result: dict[str, Any], as_json: bool, message: str) -> None:
-    """Prints what a verb has found to stdout: one JSON object, or a message."""
+    """Prints the result of a verb to stdout: one JSON object, or a message."""
     write(to_json(result) if as_json else message, sys.stdout)
 
 
 def fail(error: Exception, exit_code: int) -> int:
-    """Prints an error as one sentence, with its traceback for `-vv`; returns the exit code."""
+    """Prints an error as one sentence, with a traceback under `-vv`; returns the exit code."""
     if logging.getLogger("vqdeploy").isEnabledFor(logging.DEBUG):
         say(traceback.format_exc())
     say(f"error: {shown(error, LONGEST)}")
@@ -55,7 +55,7 @@ def fail(error: Exception, exit_code: int) -> int:
 
 @contextlib.contextmanager
 def progress(verb: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr that names what is being worked on; a line for each where stderr is not a terminal."""
+    """A spinner on stderr that shows the current item; one line per item if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda name: say(f"{verb} {shown(name)}")
         return
@@ -69,15 +69,15 @@ def progress(verb: str) -> Iterator[Callable[[str], None]]:
 
 
 class LineFormatter(logging.Formatter):
-    """Log records on one line, shortened, of whichever library."""
+    """Formats log records of any library on one line, escaped and shortened."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (of logging)
-        """The line without a traceback."""
+        """The message without a traceback."""
         return shown(super().formatMessage(record), LONGEST)
 
 
 def prepare_streams() -> None:
-    """Lets names through that an ASCII terminal or log cannot show: as escapes, and not as a traceback."""
+    """Makes the standard streams escape characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -20,46 +20,45 @@ def run(
         typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features; generate by itself."),
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Run one stage on the arrays of an NPZ, as plans of own modules do.")
+        str | None, typer.Option(help="Run one stage on the arrays of an NPZ, for plans of your own modules.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
     num_images: Annotated[
         int | None,
         typer.Option(
-            min=1, max=10_000, help="Images of each label, which make a row; inpaint, resample: completions of each."
+            min=1, max=10_000, help="Images per label, a row each; inpaint, resample: completions per image."
         ),
     ] = None,
     seed: Seed = 0,
     sampling: dict[str, Any],
     inputs: Annotated[
         list[Path] | None, typer.Option("--input", help="Image, folder, codes or arrays; repeatable.")
-    ] = None,
-    mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
-    mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share of the codes to draw anew.")] = None,
-    depth: Annotated[
-        int | None, typer.Option(help="decode, reconstruct: use this many codes of each position, coarse to fine.")
+    ] = None, mask: Annotated[Path | None, typer.Option(help="inpaint: mask image, white where pixels are unknown.")] =
+    None, mask_ratio: Annotated[float | None, typer.Option(help="inpaint: fraction of the codes to sample instead of a
+    mask.")] = None, depth: Annotated[
+        int | None, typer.Option(help="decode, reconstruct: number of codes to use per position, coarse to fine.")
     ] = None,
     keep_levels: Annotated[
-        int | None, typer.Option(help="resample: levels to keep, from the coarsest on; 1 when left out.")
+        int | None, typer.Option(help="resample: number of levels to keep, coarsest first; 1 by default.")
     ] = None,
     columns: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="decode: images in a row of the sheet.")
+        int | None, typer.Option(min=1, max=10_000, help="decode: images per row of the grid.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="features: behind this many layers of the prior; all when left out.")
+        int | None, typer.Option(help="features: number of layers of the prior to pass; all by default.")
     ] = None,
     film: Annotated[
-        Path | None, typer.Option(help="generate: write the steps of the first image as a PNG strip or a GIF.")
+        Path | None, typer.Option(help="generate: write the steps of the first image, as a GIF or a PNG strip.")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="File; SYSTEM-TASK.png when left out, .npz for encode, features and stages."
+            "-o", "--output", help="Output file; NAME-TASK.png by default, .npz for encode, features and stages."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate, reconstruct or complete images with a plan, or take their codes and features.
+    """Generate, reconstruct or complete images with a plan, or extract codes and features.
 
     Temperature, top-k and top-p take one number, or one for each depth or level: 0.9,0.95,1,1.
     """

@@ -16,11 +16,11 @@ from vqdeploy.runtime import Pipeline, Step, load
 from vqdeploy.runtime.folder import find_images
 from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
-_CLASSES_SHOWN = 10  # rows of the grid when no label is named
+_CLASSES_SHOWN = 10  # rows of the grid without --label
 _COLUMNS = 8
-_LARGEST_ARRAYS = 2**30  # bytes of what is read; an archive of a few kilobytes may unpack to any number
-_FILM_FRAMES = 256  # at most; a published prior takes thousands of steps
-_FILM_VEIL = 0.75  # lets what is drawn for now shine through
+_LARGEST_ARRAYS = 2**30  # bytes of arrays that are read, against decompression bombs
+_FILM_FRAMES = 256  # frames of a film; a published prior has thousands of steps
+_FILM_VEIL = 0.75  # tentative codes stay visible
 
 
 @dataclass
@@ -92,12 +92,12 @@ def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 
 def _frames(pipeline: Pipeline, seen: Sequence[np.ndarray]) -> np.ndarray:
-    """An image by its codes [1, *grid] after each step, under a veil where it is not settled."""
+    """The image of codes [1, *grid] after a step, greyed out where codes are not final."""
     shown = np.linspace(0, len(seen) - 1, min(len(seen), _FILM_FRAMES)).astype(int)
     codes = np.concatenate([seen[step] for step in shown])
     images = pipeline.decode(np.where(codes < 0, -1 - codes, codes))
     *coarser, open_codes = pipeline.layout.enlarged(codes < 0)
-    for level in reversed(coarser):  # nothing of a level is drawn while one above it is open
+    for level in reversed(coarser):  # a level starts only after the one above it is done
         open_codes = np.where(level.any((1, 2, 3), keepdims=True), level, open_codes)
     return veil(images, open_codes, opacity=_FILM_VEIL)
 
@@ -109,7 +109,7 @@ def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 
 def _depth(pipeline: Pipeline, job: Job) -> dict[str, int]:
-    """The number of depths that went into images, for the note in their file."""
+    """The number of depths that were decoded, for the note in the PNG."""
     return {"depth": job.depth or pipeline.grid[-1]} if len(pipeline.grid) == 3 else {}
 
 
@@ -141,7 +141,7 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 
 def _labels(pipeline: Pipeline, job: Job, count: int) -> list[int] | None:
-    """The labels of a number of images: one named for each, or one for all, or none."""
+    """Labels of `count` images: one `--label` for each, one for all, or none."""
     labels = [pipeline.label(name) for name in job.labels]
     return labels * count if len(labels) == 1 else labels or None
 
@@ -163,7 +163,7 @@ def _features(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 
 def _write_archive(output: Path, name: str, array: np.ndarray, files: Sequence[Path]) -> dict[str, Any]:
-    """Writes an array, and as `files` the names of those that its rows come from."""
+    """Writes an NPZ with an array, and under `files` the input file of each row."""
     contents: dict[str, Any] = {name: array, "files": np.array([str(file) for file in files])}
     with replacing_file(output) as file, file.open("wb") as stream:
         np.savez_compressed(stream, **contents)
@@ -190,7 +190,7 @@ def _stage(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 
 class Task(NamedTuple):
-    """What a task runs, how its file ends, and the options that it takes; with `samples` those of sampling too."""
+    """A task: its function, the extension of its output, and its options; `samples` adds the sampling options."""
 
     run: Callable[[Pipeline, Job, Path], dict[str, Any]]
     suffix: str
@@ -198,7 +198,7 @@ class Task(NamedTuple):
     samples: bool = False
 
     def takes(self, option: str) -> bool:
-        """Whether the task takes an option; one that `_OPTIONS` does not hold is of sampling."""
+        """Whether the task has an option; those not in `_OPTIONS` are sampling options."""
         return option in self.options.split() or (self.samples and option not in _OPTIONS)
 
 
@@ -229,7 +229,7 @@ TASKS = {
 
 
 def _check_options(job: Job) -> None:
-    """Refuses options of other tasks, which would change nothing."""
+    """Rejects options that the task would ignore."""
     sampling = {option.spellings[0]: job.options.get(option.name) for option in SAMPLING_OPTIONS}
     for option, value in ({option: getattr(job, name) for option, name in _OPTIONS.items()} | sampling).items():
         if value not in (None, (), []) and not TASKS[job.task].takes(option):
@@ -238,14 +238,14 @@ def _check_options(job: Job) -> None:
 
 
 def _check_output(job: Job, suffix: str) -> None:
-    """Refuses a name that says another format than the one that is written."""
+    """Rejects an output name with the extension of another format."""
     given = job.output.suffix.lower() if job.output else suffix
     if given != suffix and given in (".npz", *Image.registered_extensions()):
         raise VqdeployError(f"{job.task} writes a file {suffix}", expected=f"-o FILE{suffix}", found=job.output)
 
 
 def _write(output: Path, pipeline: Pipeline, images: np.ndarray, columns: int, note: dict[str, Any]) -> dict[str, Any]:
-    # Timings differ from run to run, and the same request must give the same file.
+    # No timings: the same request must give the same file.
     stable = {key: value for key, value in note.items() if key != "timings"}
     write_grid(output, images, columns, {**_source(pipeline), **stable})
     return {"images": len(images), **note}
@@ -256,7 +256,7 @@ def _source(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _check_film(job: Job) -> None:
-    """Refuses a film before the work is done."""
+    """Rejects an invalid --film before any work is done."""
     if job.film is None:
         return
     if job.film.suffix.lower() not in (".gif", ".png") or job.film.is_dir():
@@ -266,7 +266,7 @@ def _check_film(job: Job) -> None:
 
 
 def _files(job: Job) -> list[Path]:
-    """The images that the inputs name, and those in the folders that they name."""
+    """The image files of the inputs, folders expanded."""
     files: list[Path] = []
     for path in job.inputs:
         files += find_images(path) if path.is_dir() else [path]
@@ -295,7 +295,7 @@ def _read_archive(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         with np.load(file, allow_pickle=False) as archive:
             size = sum(archive.zip.getinfo(f"{name}.npy").file_size for name in names)
             arrays = {name: archive[name] for name in names} if size <= _LARGEST_ARRAYS else {}
-    except Exception as error:  # numpy raises what its parsers raise
+    except Exception as error:  # parsers of numpy raise anything
         expected = f"an NPZ with {', '.join(names)}"
         raise ArtifactError(f"{file} does not hold the arrays", expected=expected, found=str(error)[:200]) from error
     if not arrays:
