@@ -12,9 +12,7 @@ from vqdeploy.cli.output import finish, progress
 def import_checkpoint(
     format_: Annotated[
         str | None,
-        typer.Option(
-            "--format", help="Code base that wrote the weights; detected from their names by default."
-        ),
+        typer.Option("--format", help="Code base that wrote the weights; detected from their names by default."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="File or folder of the tokenizer; not needed if the file of the prior has it.")
@@ -23,8 +21,8 @@ def import_checkpoint(
         list[Path] | None, typer.Option(help="File or folder of the prior; repeatable, one per level.")
     ] = None,
     tokenizer_config: Annotated[
-        Path | None, typer.Option(help="Configuration of the tokenizer, YAML or JSON; by default the one beside the
-        weights.")
+        Path | None,
+        typer.Option(help="Configuration of the tokenizer, YAML or JSON; by default the one beside the weights."),
     ] = None,
     prior_config: Annotated[Path | None, typer.Option(help="The same for the prior.")] = None,
     labels: Annotated[Path | None, typer.Option(help="File with class names, one per line, or JSON.")] = None,

@@ -25,25 +25,24 @@ def run(
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=10_000, help="Images per label, a row each; inpaint, resample: completions per image."
-        ),
+        typer.Option(min=1, max=10_000, help="Images per label, a row each; inpaint, resample: completions per image."),
     ] = None,
     seed: Seed = 0,
     sampling: dict[str, Any],
     inputs: Annotated[
         list[Path] | None, typer.Option("--input", help="Image, folder, codes or arrays; repeatable.")
-    ] = None, mask: Annotated[Path | None, typer.Option(help="inpaint: mask image, white where pixels are unknown.")] =
-    None, mask_ratio: Annotated[float | None, typer.Option(help="inpaint: fraction of the codes to sample instead of a
-    mask.")] = None, depth: Annotated[
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="inpaint: mask image, white where pixels are unknown.")] = None,
+    mask_ratio: Annotated[
+        float | None, typer.Option(help="inpaint: fraction of the codes to sample instead of a mask.")
+    ] = None,
+    depth: Annotated[
         int | None, typer.Option(help="decode, reconstruct: number of codes to use per position, coarse to fine.")
     ] = None,
     keep_levels: Annotated[
         int | None, typer.Option(help="resample: number of levels to keep, coarsest first; 1 by default.")
     ] = None,
-    columns: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="decode: images per row of the grid.")
-    ] = None,
+    columns: Annotated[int | None, typer.Option(min=1, max=10_000, help="decode: images per row of the grid.")] = None,
     layer: Annotated[
         int | None, typer.Option(help="features: number of layers of the prior to pass; all by default.")
     ] = None,

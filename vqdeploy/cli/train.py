@@ -21,12 +21,17 @@ def train(
     ] = None,
     prior_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the prior; those of the recipe by default.")
-    ] = None, batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step; those of the recipe by
-    default.")] = None, perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per step; those of the recipe by default.")
+    ] = None,
+    perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of LPIPS.")] = 0.0,
     adversarial_weight: Annotated[float, typer.Option(min=0, help="Weight of the discriminator.")] = 0.0,
-    logit_laplace_weight: Annotated[float, typer.Option(min=0, help="Weight of the logit-Laplace loss.")] = 0.0, seed:
-    Seed = 0, resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False, output:
-    Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint folder.")] = None, as_json: Json = False,
+    logit_laplace_weight: Annotated[float, typer.Option(min=0, help="Weight of the logit-Laplace loss.")] = 0.0,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint folder.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Train a tokenizer and its prior."""
     from vqdeploy.training import train as run_training
