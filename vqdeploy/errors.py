@@ -1,14 +1,14 @@
-"""The two errors that users see, and text from outside as it may be shown.
+"""The two errors that users see, and escaping of untrusted text.
 
-The command line prints an error as one sentence and exits with its code. What comes out of a file or was typed may hold
-escape sequences, lone surrogates or a megabyte of text: every sentence, and every message to the logger `vqdeploy`, is
+The command line prints an error as one sentence and exits with its code. Text from files and arguments may contain
+escape sequences, lone surrogates or megabytes: every error message, and every message to the logger `vqdeploy`, is
 escaped and shortened here.
 """
 
 import logging
 
 LONGEST = 480
-"""Characters of an error's sentence, at most."""
+"""Most characters of an error message."""
 
 _EXTRAS = {
     "cuda": "onnxrt-gpu",
@@ -29,13 +29,13 @@ _EXTRAS = {
 
 
 class VqdeployError(Exception):
-    """Usage or set-up is at fault: a wrong option, a missing file or package, no GPU.
+    """Wrong usage or set-up: an invalid option, a missing file or package, no GPU.
 
     Args:
         what: What went wrong, without a full stop.
-        expected: What would have been right.
-        found: What was there instead.
-        fix: A command that mends it.
+        expected: The valid values.
+        found: The actual value.
+        fix: A command that fixes it.
     """
 
     exit_code = 2
@@ -46,39 +46,39 @@ class VqdeployError(Exception):
 
 
 class ArtifactError(VqdeployError):
-    """A file is at fault: damaged, tampered with, of another version, or a check on it failed."""
+    """A bad file: damaged, tampered with, of another version, or it failed a check."""
 
     exit_code = 1
 
 
 def missing(package: str) -> VqdeployError:
-    """The error for a package that cannot be imported: it names the extra that brings it."""
+    """The error for a package that cannot be imported; it names the extra that installs it."""
     root = package.partition(".")[0]
     wanted = f'"vqdeploy[{_EXTRAS[root]}]"' if root in _EXTRAS else root
     return VqdeployError(f"this needs the package {package}", fix=f"pip install {wanted}")
 
 
 def shown(value: object, longest: int = 120) -> str:
-    r"""A value from outside, for a terminal or a log: on one line, with `\x1b` for what would control a terminal.
+    r"""Untrusted text for a terminal or a log: on one line, control characters escaped as `\x1b`.
 
     Args:
-        value: Text, or anything that has some.
-        longest: Characters at most; the middle of a longer text is left out.
+        value: Text, or any object.
+        longest: Most characters; longer text is elided in the middle.
     """
     text = _text(value)
-    if len(text) > 2 * longest:  # a megabyte need not be escaped to be left out
+    if len(text) > 2 * longest:  # elide before escaping, for speed
         text = text[:longest] + text[-longest:]
     return _shortened(escaped(text), longest)
 
 
 def show_record(record: logging.LogRecord) -> bool:
-    """A filter of log records that shows their messages as `shown` does; it lets all pass."""
+    """A log filter that passes all records and applies `shown` to their messages."""
     record.msg, record.args = shown(record.getMessage(), LONGEST), None
     return True
 
 
 def escaped(text: str) -> str:
-    """Text with escapes in the place of control characters, lone surrogates and whatever else does not print."""
+    """Escapes control characters, lone surrogates and all other characters that are not printable."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -87,7 +87,7 @@ def escaped(text: str) -> str:
 def _text(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # of any object's own; a number of more than 4300 digits has no text either
+    except Exception:  # str() of any object may fail, also of an int of more than 4300 digits
         return f"<{type(value).__name__}>"
 
 
@@ -99,7 +99,7 @@ def _shortened(text: str, longest: int) -> str:
 
 
 def _sentence(parts: dict[str, object]) -> str:
-    """The parts that are not None, each behind its joint; the longest are shortened until all fit."""
+    """Joins the parts that are not None with their separators; shortens the longest until all fit."""
     texts = {joint: shown(" ".join(_text(part).split()), LONGEST) for joint, part in parts.items() if part is not None}
     room = LONGEST - 1 - sum(map(len, texts))
     fitting = (size for size in range(room, 0, -1) if sum(min(len(text), size) for text in texts.values()) <= room)

@@ -1,4 +1,4 @@
-"""Writes that either happen or leave nothing behind, and JSON that any reader takes."""
+"""Atomic writes, and strict JSON."""
 
 import contextlib
 import errno
@@ -17,19 +17,19 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 
 try:
     import fcntl
-except ImportError:  # Windows, where what a killed process leaves behind stays
+except ImportError:  # Windows, where leftovers of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
 _ELSEWHERE = "name another place with -o"
-_TEMPORARY = ".vqdeploy-"  # what names of temporary folders start with
+_TEMPORARY = ".vqdeploy-"  # prefix of temporary folders
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_LARGEST_JSON = 64 * 2**20  # bytes; manifests of large models have some hundred kilobytes
-_DEEPEST_JSON = 64  # lists and objects within each other; ours have eight at most
+_LARGEST_JSON = 64 * 2**20  # bytes; manifests of large models have a few hundred kilobytes
+_DEEPEST_JSON = 64  # nesting depth; ours is eight at most
 
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes its name when the block ends well and vanishes otherwise.
+    """Yields a temporary path, which replaces `path` atomically if the block succeeds and is deleted otherwise.
 
     Raises:
         VqdeployError: The folder cannot be written to, the disk is full, or the path is not a regular file.
@@ -43,14 +43,14 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
-    """Refuses a place that holds anything but files that we write.
+    """Rejects a folder that contains files other than ours.
 
     Args:
-        path: A folder, which need not exist.
-        ours: Patterns of the names of such files.
+        path: A folder, which may be missing.
+        ours: Name patterns of our files.
 
     Raises:
-        VqdeployError: The place is taken by something else, or cannot have such a name.
+        VqdeployError: It is not a folder, contains other files, or the name is invalid.
     """
     try:
         names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
@@ -64,12 +64,12 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which takes its place when the block ends well.
+    """Yields a temporary folder, which replaces `path` atomically if the block succeeds.
 
-    A folder that is there already is replaced only when it holds nothing but files of ours; see `check_replaceable`.
+    An existing folder is replaced only if it contains nothing but our files; see `check_replaceable`.
 
     Raises:
-        VqdeployError: The folder is there and holds something else, or the place cannot be written to.
+        VqdeployError: The folder contains other files, or cannot be written.
     """
     if path.name in ("", ".."):
         path = path.resolve()
@@ -80,7 +80,7 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
         old.parent.mkdir()
         yield new
         for file in new.iterdir():
-            file.chmod(new.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
+            file.chmod(new.stat().st_mode & 0o666)  # safetensors makes its files readable by the owner only
         if path.exists():
             os.replace(path, old)
         try:
@@ -93,12 +93,12 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder beside `path`, for what is to take its place, and removes it afterwards.
+    """Yields a temporary folder beside `path`, and removes it afterwards.
 
-    A process that is killed cannot remove its folder. The next one that writes there does.
+    The folder of a killed process is removed by the next one that writes there.
 
     Raises:
-        VqdeployError: The place cannot be written to, or the disk is full.
+        VqdeployError: The folder cannot be written, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,20 +121,20 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _why_not_written(error: Exception, folder: Path) -> str | None:
-    """What kept a file in a folder from being written, if that is what an error says."""
+    """Why a file in a folder could not be written, if the error is about that; else None."""
     if isinstance(error, OSError) and error.filename is not None:
         return error.strerror if folder in Path(os.fsdecode(error.filename)).parents else None
-    # A full disk is found by `write`, which knows no names; safetensors tells it in words alone.
+    # ENOSPC from `write` has no file name; safetensors reports it as text only.
     return next((text for text in map(os.strerror, _FULL) if text in str(error)), None)
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int | None]:
-    """A new folder, and the lock on it that ends with this process; None where folders cannot be locked."""
+    """A new folder, and a lock on it that ends with this process; None if folders cannot be locked."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
         try:
             lock = _lock(folder)
-        except BlockingIOError:  # taken for abandoned before it was locked
+        except BlockingIOError:  # removed as abandoned before it was locked
             continue
         if folder.exists():
             return folder, lock
@@ -143,7 +143,7 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Locks a folder until the descriptor is closed, at the latest by the end of this process.
+    """Locks a folder until the descriptor is closed, at the latest when this process ends.
 
     Raises:
         BlockingIOError: Another one holds the lock.
@@ -159,14 +159,14 @@ def _lock(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         raise
-    except OSError:  # this file system has no locks
+    except OSError:  # no locks on this file system
         os.close(descriptor)
         return None
     return descriptor
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Removes what killed processes of this user left behind, and brings back what they had moved away."""
+    """Removes the temporary folders of killed processes of this user, and restores what they had moved."""
     for folder in parent.glob(f"{_TEMPORARY}*"):
         try:
             lock = _lock(folder)
@@ -184,10 +184,10 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses what is no regular file: reading a pipe or a device may never end.
+    """Rejects anything but a regular file: reading a pipe or a device may never end.
 
     Raises:
-        VqdeployError: There is no such file.
+        VqdeployError: The file does not exist.
         ArtifactError: It is a folder, a pipe, a device or a socket, or cannot be reached.
     """
     try:
@@ -201,7 +201,7 @@ def check_regular(path: Path) -> None:
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """JSON in ASCII. It has no NaN and no infinity: null stands for them."""
+    """JSON in ASCII, with null for NaN and infinities."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
@@ -219,10 +219,10 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON from outside.
+    """Parses untrusted JSON.
 
     Raises:
-        ValueError: It is not JSON, holds a number that is not finite, or is too large or too deep to be ours.
+        ValueError: It is not JSON, has a number that is not finite, or is too large or too deeply nested.
     """
     if len(content) > _LARGEST_JSON:
         raise ValueError(f"it has more than {_LARGEST_JSON >> 20} MB")
@@ -233,7 +233,7 @@ def parse_json(content: bytes) -> Any:
     else:
         deep = _depth(data) > _DEEPEST_JSON
     if deep:
-        raise ValueError(f"more than {_DEEPEST_JSON} lists and objects lie within each other")
+        raise ValueError(f"more than {_DEEPEST_JSON} levels of nested lists and objects")
     return data
 
 
@@ -247,7 +247,7 @@ def _parse_float(text: str) -> float:
 
 
 def _depth(data: Any) -> int:
-    """How many lists and objects lie within each other."""
+    """Nesting depth of lists and objects."""
     depth, level = 0, [data]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1

@@ -1,10 +1,10 @@
 """Kernels of `VQNearest` and `VQResidual` in Triton: on CUDA tensors, as PTX, and on the CPU in Triton's interpreter.
 
-A program takes some vectors and goes through the codebook once for each depth, tile by tile, like a product of
-matrices of which only the best column of each row is kept. Scores are fp32 whatever the input, without TF32; of equal
-scores the lowest index wins. Multichannel quantization is `VQNearest` of the split channels.
+A program takes a block of vectors and scans the codebook once per depth, tile by tile, like a matrix product of which
+only the arg-max of each row is kept. Scores are fp32 for all input types, without TF32; ties go to the lowest index.
+Multichannel quantization is `VQNearest` on the split channels.
 
-Importing this module imports Triton, so whoever may do without imports it in a function.
+Importing this module imports Triton, so import it in a function where Triton is optional.
 """
 
 import re
@@ -16,21 +16,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 WARPS = {16: 4, 64: 8}
-"""Vectors a program takes -> its warps. Few vectors spread over more programs, many share what they read."""
+"""Vectors per program -> warps. Small blocks give more programs, large ones reuse the codebook tiles."""
 
 _ENTRIES = 64
-"""Vectors of the codebook in a tile."""
+"""Codebook vectors per tile."""
 
 _STATIC_SHARED_MEMORY = 48 * 1024
-"""More than this a kernel has to ask the driver for, which a launch by TensorRT does not."""
+"""Limit of static shared memory: TensorRT does not request more from the driver."""
 
 _PTX_VERSIONS = {80: 80, 86: 80, 89: 80, 90: 80, 120: 87}
-"""Compute capability -> the oldest PTX that has it: a driver refuses PTX that is newer than itself."""
+"""Compute capability -> oldest PTX version that supports it: drivers reject newer PTX."""
 
 
 @triton.jit
 def _vectors(pointer, rows, count, columns, D: tl.constexpr):
-    """Columns of rows of a matrix in fp32, zero outside."""
+    """Loads columns of rows of a matrix as fp32, zero outside."""
     inside = (rows[:, None] < count) & (columns[None, :] < D)
     places = rows[:, None].to(tl.int64) * D + columns[None, :]
     return tl.load(pointer + places, mask=inside, other=0.0).to(tl.float32)
@@ -38,7 +38,7 @@ def _vectors(pointer, rows, count, columns, D: tl.constexpr):
 
 @triton.jit
 def _book(codebook, depth, k, D: tl.constexpr, SHARED: tl.constexpr):
-    """The codebook of a depth, which is the only one where it is shared."""
+    """Pointer to the codebook of a depth, or to the shared one."""
     return codebook if SHARED else codebook + depth * k.to(tl.int64) * D
 
 
@@ -56,7 +56,7 @@ def _search(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Codes nearest to what is left of vectors after the codes `chosen` at earlier depths."""
+    """Nearest codes of the residuals of vectors after the codes `chosen` at earlier depths."""
     own_book = _book(codebook, len(chosen), k, D, SHARED)
     best = tl.full((rows.shape[0],), float("-inf"), tl.float32)
     codes = tl.zeros((rows.shape[0],), tl.int32)
@@ -147,7 +147,7 @@ def nearest(z: Any, codebook: Any, codes: Any, metric: str) -> None:
     Args:
         z: Vectors [N, D].
         codebook: Codebook [K, D].
-        codes: Where the codes [N] int64 go.
+        codes: Output, codes [N] int64.
         metric: `l2`, `cosine` or `dot`.
     """
     _launch(vq_nearest, z, codebook, codes, METRIC=metric)
@@ -158,9 +158,9 @@ def residual_quantize(z: Any, codebook: Any, codes: Any, quantized: Any, metric:
 
     Args:
         z: Vectors [N, D].
-        codebook: One codebook for all depths [K, D], or one a depth [Q, K, D].
-        codes: Where the codes [N, Q] int64 go.
-        quantized: Where the sums of their vectors [N, D] go.
+        codebook: Shared codebook [K, D], or one per depth [Q, K, D].
+        codes: Output, codes [N, Q] int64.
+        quantized: Output, sums of their vectors [N, D].
         metric: `l2`, `cosine` or `dot`.
     """
     shared = codebook.ndim == 2
@@ -191,12 +191,12 @@ def compile_nearest(
     """PTX of `vq_nearest` for one dimension and metric, and any number of vectors and codes. Needs no GPU.
 
     Args:
-        types: Of z and of the codebook: `fp32`, `fp16` or `bf16`.
-        dim: D.
+        types: Types of z and of the codebook: `fp32`, `fp16` or `bf16`.
+        dim: Dimension of the vectors, D.
         metric: `l2`, `cosine` or `dot`.
-        rows: Vectors a program takes, of `WARPS`: the grid has one program for as many.
-        capability: Compute capability. PTX for 80 runs on every later GPU too, that for 90 and 120 on these only.
-        **options: Further options of Triton's compiler.
+        rows: Vectors per program, a key of `WARPS`.
+        capability: Compute capability. PTX for 80 runs on later GPUs too, PTX for 90 and 120 on these only.
+        **options: Further compiler options of Triton.
     """
     pointers = {"z": types[0], "codebook": types[1], "codes": "i64"}
     return _compile(vq_nearest, pointers, capability, options, METRIC=metric, **_tiles(dim, rows))
@@ -214,7 +214,7 @@ def compile_residual(
 ) -> Ptx:
     """PTX of `vq_residual` for one dimension, depth and metric; otherwise as `compile_nearest`.
 
-    `shared` says whether all depths have one codebook.
+    `shared` tells whether all depths share one codebook.
     """
     pointers = {"z": types[0], "codebook": types[1], "codes": "i64", "quantized": types[0]}
     constants = {"DEPTH": depth, "METRIC": metric, "SHARED": shared} | _tiles(dim, rows)
@@ -224,7 +224,7 @@ def compile_residual(
 def _compile(kernel: Any, pointers: dict[str, str], capability: int, options: dict[str, Any], **constants: Any) -> Ptx:
     kinds = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
-    # Every tensor of TensorRT starts at a multiple of 16 bytes; knowing that, loads are wide.
+    # TensorRT aligns tensors to 16 bytes, which allows wide loads.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {
@@ -234,7 +234,7 @@ def _compile(kernel: Any, pointers: dict[str, str], capability: int, options: di
         "enable_fp_fusion": True,
     } | options
     with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # it names the folder that Python ran from
+        triton.knobs.compilation.disable_line_info = True  # it contains the working directory
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     metadata = compiled.metadata
     if metadata.shared > _STATIC_SHARED_MEMORY and options["num_stages"] > 1:
@@ -252,10 +252,7 @@ _ENTRY = re.compile(r"(?<=\.visible \.entry )(?P<name>\w+)\((?P<parameters>[^)]*
 
 
 def _without_scratch(text: str, arguments: int) -> str:
-    """PTX without the pointers to scratch memory that Triton appends to its arguments.
-
-    TensorRT passes exactly the arguments that it knows of.
-    """
+    """PTX without the scratch pointers that Triton appends to the parameters, which TensorRT does not pass."""
     entry = _ENTRY.search(text)
     if entry is None:
         raise ValueError("Triton's PTX has no entry")

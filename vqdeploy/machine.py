@@ -1,4 +1,4 @@
-"""What this machine is: for the reports of `vqdeploy bench` and `vqdeploy env`."""
+"""Facts about this machine, for `vqdeploy bench` and `vqdeploy env`."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Version of each package that matters to a report and is installed."""
+    """Versions of the relevant packages that are installed."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -49,12 +49,12 @@ def cpu() -> str:
 
 
 def load() -> float | None:
-    """Processes that ran or waited during the last minute, on average; None on Windows."""
+    """Load average of the last minute; None on Windows."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def memory_mb() -> float | None:
-    """Memory of the machine in MB of 2^20 bytes; None where the system does not tell."""
+    """Memory of the machine in MB of 2^20 bytes; None if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
     except (AttributeError, ValueError, OSError):
@@ -62,8 +62,8 @@ def memory_mb() -> float | None:
 
 
 def peak_memory_mb() -> float | None:
-    """Largest resident size of this process so far in MB of 2^20 bytes; None on Windows."""
-    try:  # getrusage on Linux counts what the parent held when it forked
+    """Peak resident set size of this process in MB of 2^20 bytes; None on Windows."""
+    try:  # getrusage on Linux includes memory of the parent at the fork
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM:"))
     except (OSError, ValueError, StopIteration):

@@ -1,24 +1,24 @@
-"""The sampling options: one table, from which the checks, the command line and the README's table follow."""
+"""The sampling options: one table for validation, the command line and the README."""
 
 import math
 from dataclasses import dataclass
 
-_STRONGEST = 1e6  # far from where confidence in known codes or fp32 ends
+_STRONGEST = 1e6  # far below the limits of fp32 and of the confidence of known codes
 
 
 @dataclass(frozen=True)
 class SamplingOption:
-    """What may be asked of a sampler.
+    """A sampling option.
 
     Args:
-        name: As in Python and in manifests; `guidance_scale`.
+        name: Name in Python and in manifests, such as `guidance_scale`.
         type: `int`, `float` or `str`.
         help: One sentence.
         low: Smallest value.
-        high: Largest value; infinity for any finite one, None for the size of the codebook.
-        per_depth: Whether it takes one value, or one for each depth or level.
+        high: Largest value; infinity for no limit, None for the size of the codebook.
+        per_depth: Whether it may have one value per depth or level.
         choices: The values of a `str`.
-        aliases: Spellings on the command line beside the name's.
+        aliases: Further spellings on the command line.
     """
 
     name: str
@@ -32,12 +32,12 @@ class SamplingOption:
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """On the command line, the usual one first."""
+        """Spellings on the command line, the usual one first."""
         return ("--" + self.name.replace("_", "-"), *self.aliases)
 
     @property
     def values(self) -> str:
-        """The values that it takes, in words."""
+        """The valid values, as text."""
         if self.choices:
             return ", ".join(self.choices)
         if self.high is None:
@@ -46,20 +46,31 @@ class SamplingOption:
 
 
 SAMPLING_OPTIONS = (
-    SamplingOption("temperature", float, "Divides the logits; 0 takes the likeliest code.", per_depth=True),
-    SamplingOption("top_k", int, "Keeps the k likeliest codes; 0 keeps all.", high=None, per_depth=True),
-    SamplingOption("top_p", float, "Keeps the likeliest codes up to this probability.", high=1, per_depth=True),
-    SamplingOption("guidance_scale", float, "Pull to the label; 1 is none.", high=_STRONGEST, aliases=("--cfg-scale",)),
+    SamplingOption("temperature", float, "Divides the logits; 0 takes the most likely code.", per_depth=True),
+    SamplingOption("top_k", int, "Keeps the k most likely codes; 0 keeps all.", high=None, per_depth=True),
+    SamplingOption("top_p", float, "Keeps the most likely codes up to this probability.", high=1, per_depth=True),
     SamplingOption(
-        "steps", int, "Engine calls of a masked prior.", low=1, high=10_000, aliases=("--num-inference-steps",)
+        "guidance_scale",
+        float,
+        "Strength of classifier-free guidance; 1 is none.",
+        high=_STRONGEST,
+        aliases=("--cfg-scale",),
+    ),
+    SamplingOption(
+        "steps",
+        int,
+        "Steps of a masked prior, one engine call each.",
+        low=1,
+        high=10_000,
+        aliases=("--num-inference-steps",),
     ),
     SamplingOption(
         "schedule",
         str,
-        "How many codes a masked prior leaves masked after each step.",
+        "Number of codes that stay masked after each step.",
         choices=("cosine", "linear", "square", "cubic", "exp", "log", "arccos", "halton"),
     ),
     SamplingOption(
-        "choice_temperature", float, "Noise on the confidence by which a masked prior keeps codes.", high=_STRONGEST
+        "choice_temperature", float, "Scale of the noise on the confidence of a masked prior.", high=_STRONGEST
     ),
 )

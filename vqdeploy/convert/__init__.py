@@ -1,1 +1,1 @@
-"""Weights of public implementations in our layout, one file a code base."""
+"""Importers of public weights, one file per code base."""

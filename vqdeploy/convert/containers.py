@@ -1,6 +1,6 @@
-"""Files of weights as others write them: safetensors, PyTorch's pickles, flax's msgpack, and their configurations.
+"""Readers of weight files: safetensors, PyTorch pickles, flax msgpack, and configurations.
 
-Every file is data: nothing in it is imported or called. What it is is read off its first bytes, and not off its name.
+Files are data: nothing in them is imported or called. The format is detected from the first bytes, not the name.
 """
 
 import json
@@ -22,7 +22,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 Weights = dict[str, Tensor]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_NAMES = (  # of a folder, best first
+_NAMES = (  # names of weight files in a folder, by priority
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
     "model.safetensors.index.json",
@@ -34,25 +34,25 @@ _NAMES = (  # of a folder, best first
     "last.ckpt",
     "model.ckpt",
 )
-_SUBFOLDERS = ("movq", "vqvae", "vqgan")  # of a pipeline of diffusers
+_SUBFOLDERS = ("movq", "vqvae", "vqgan")  # subfolders of a diffusers pipeline
 _AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 _RAW = ("state_dict", "model_state_dict", "model", "module", "net", "params", "generator", "vqvae", "vqgan")
 _OTHERS = re.compile(r"optim|lr_sched|scheduler|discriminator|disc$|scaler|callbacks|loops|lpips|^loss|hyper_param")
 _WRAPPERS = ("module.", "_forward_module.", "model.")
 _LARGEST_CONFIG = 1 << 20  # bytes
-_DEEPEST = 64  # dictionaries in one another
+_DEEPEST = 64  # nesting depth of dictionaries
 
 
 @dataclass
 class Source:
-    """Weights by their public names, as they were found.
+    """Weights of a file, by their public names.
 
     Attributes:
         path: The file.
         weights: The weights.
-        taken: Which of the file's dictionaries they were in; empty for the whole file.
-        config: What the configuration file says; None when there is none.
-        raw: Whether moving averages are to be left alone.
+        taken: Path of their dictionary in the file; empty for the whole file.
+        config: The configuration; None without one.
+        raw: Whether to ignore moving averages.
     """
 
     path: Path
@@ -63,16 +63,16 @@ class Source:
 
 
 def read(path: Path, raw: bool = False, config: Path | None = None) -> Source:
-    """Reads the weights of a file or a folder, and the configuration beside them.
+    """Reads the weights of a file or a folder, and their configuration.
 
     Args:
         path: File of weights, index of shards, or folder that holds one.
-        raw: Take the weights themselves where a file also has their moving averages.
-        config: The configuration, YAML or JSON; `config.json` or `config.yaml` beside the weights when None.
+        raw: Whether to ignore moving averages of the weights.
+        config: The configuration, YAML or JSON; by default `config.json` or `config.yaml` beside the weights.
 
     Raises:
-        VqdeployError: There is no such file, or a package that reads it is missing.
-        ArtifactError: The file is damaged, or holds no weights that can be read as data.
+        VqdeployError: The file does not exist, or a package to read it is missing.
+        ArtifactError: The file is damaged, or has no weights that can be read as data.
     """
     file = _file(path)
     tree = _tree(file)
@@ -136,7 +136,7 @@ def _safetensors(file: Path) -> Weights:
 
 
 def _shards(index: Path) -> Weights:
-    """All weights of an index, each out of the shard that it names."""
+    """All weights of an index of shards."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(shard) for name, shard in places.items()}
@@ -172,7 +172,7 @@ def _zipped(file: Path) -> Any:
 
 
 def _pickle_of(file: Path, names: list[str]) -> str:
-    """Which member of an archive is the pickle of a checkpoint."""
+    """Name of the member of an archive that is the pickle of a checkpoint."""
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise ArtifactError(
             f"{file} is a TorchScript program, which would have to be run; where you trust it, save "
@@ -198,7 +198,7 @@ def _of(file: Path, error: ArtifactError) -> ArtifactError:
 
 
 class _Archive:
-    """The storages of a zipped checkpoint, mapped where they lie in it uncompressed."""
+    """The storages of a zipped checkpoint, memory-mapped if uncompressed."""
 
     def __init__(self, file: Path, archive: zipfile.ZipFile, folder: str):
         self.file, self.archive, self.folder = file, archive, folder
@@ -213,7 +213,7 @@ class _Archive:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass  # the tensors keep the map open
+        pass  # tensors keep the map alive
 
     def __call__(self, key: str, dtype: torch.dtype, size: int) -> Tensor:
         if key not in self.read:
@@ -263,7 +263,7 @@ def _legacy(stream: BinaryIO, file_size: int) -> Any:
 
 
 def _without_modules(file: Path, tree: Any) -> Any:
-    """Refuses a pickle that is an object of a class, and not a dictionary."""
+    """Rejects a pickle of a class instance instead of a dictionary."""
     if isinstance(tree, pickles.StandIn):
         raise ArtifactError(
             f"{file} holds an object of {tree.name} and not its weights; where you trust it, load it with the project "
@@ -276,7 +276,7 @@ def _without_modules(file: Path, tree: Any) -> Any:
 
 
 def _msgpack(file: Path) -> Weights:
-    """The weights of a file of flax, its dictionaries joined to names by slashes."""
+    """The weights of a flax file; keys of nested dictionaries are joined by slashes."""
     try:
         import msgpack
     except ModuleNotFoundError as error:
@@ -318,7 +318,7 @@ _FLAX_DTYPES = {
 
 
 def _flax_array(code: int, data: bytes) -> Any:
-    """Extension types of flax.serialization: 1 is an array, 3 a numpy scalar, which are both (shape, type, bytes)."""
+    """Extension types of flax.serialization: 1 is an array, 3 a numpy scalar, both as (shape, dtype, bytes)."""
     import msgpack
 
     if code not in (1, 3):
@@ -336,7 +336,7 @@ def _flax_array(code: int, data: bytes) -> Any:
 
 
 def _choose(file: Path, tree: Any, raw: bool) -> tuple[str, Weights]:
-    """The weights of a tree, and the name of the dictionary they were in."""
+    """The weights of a tree, and the path of their dictionary."""
     found = dict(_dictionaries(tree, "", set()))
     averaged = {name: weights for name, weights in found.items() if _last(name) in _AVERAGED}
     plain = {name: weights for name, weights in found.items() if name not in averaged}
@@ -366,7 +366,7 @@ def _last(name: str) -> str:
 
 
 def _dictionaries(tree: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Weights]]:
-    """All dictionaries that are mostly tensors, by the path to them."""
+    """All dictionaries that contain mostly tensors, by path."""
     if not isinstance(tree, dict) or id(tree) in seen or name.count("/") > _DEEPEST:
         return
     seen.add(id(tree))
@@ -380,7 +380,7 @@ def _dictionaries(tree: Any, name: str, seen: set[int]) -> Iterator[tuple[str, W
 
 
 def _unwrapped(weights: Mapping[str, Tensor]) -> Weights:
-    """Names without what DDP, DeepSpeed, Lightning and torch.compile put in front of all of them."""
+    """Strips the common prefixes of DDP, DeepSpeed, Lightning and torch.compile from all names."""
     names = {key.replace("_orig_mod.", ""): weight for key, weight in weights.items()}
     while wrapper := next((w for w in _WRAPPERS if names and all(key.startswith(w) for key in names)), None):
         names = {key.removeprefix(wrapper): weight for key, weight in names.items()}
@@ -391,11 +391,11 @@ def _unwrapped(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def read_config(file: Path) -> Any:
-    """Reads a configuration, YAML or JSON, as data: no tag makes anything but a list of a tuple.
+    """Reads a configuration, YAML or JSON, as data: the only supported tag is a tuple, read as a list.
 
     Raises:
-        VqdeployError: There is no such file, or PyYAML is missing.
-        ArtifactError: It is malformed, or a tag in it asks for an object.
+        VqdeployError: The file does not exist, or PyYAML is missing.
+        ArtifactError: It is malformed, or has a tag that creates an object.
     """
     if not file.is_file():
         raise VqdeployError(f"{file} does not exist")

@@ -1,4 +1,4 @@
-"""The shape of a convolutional tokenizer, read off its weights, for all code bases that took VQGAN's."""
+"""Infers the configuration of a VQGAN-like tokenizer from its weights, for all code bases that share it."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,8 +19,8 @@ def read_conv(source: Source, public: Callable[[str], str], resolution: int | No
 
     Args:
         source: The weights.
-        public: The public name of one of our names; only those of the encoder are asked for.
-        resolution: Side of the images; 256 when None.
+        public: Maps our names to public names; only names of the encoder are looked up.
+        resolution: Side of the images in pixels; 256 if None.
     """
 
     def width(name: str) -> int:
@@ -50,7 +50,7 @@ def read_conv(source: Source, public: Callable[[str], str], resolution: int | No
 
 
 def check_ddconfig(source: Source, ddconfig: Mapping[str, Any], conv: ConvConfig) -> None:
-    """Refuses the configuration of another model, in taming's terms."""
+    """Rejects a configuration that contradicts the weights, in the terms of taming-transformers."""
 
     def numbers(key: str) -> list[int] | None:
         values = ddconfig.get(key)
@@ -76,17 +76,17 @@ def check_ddconfig(source: Source, ddconfig: Mapping[str, Any], conv: ConvConfig
 
 
 def averaged(source: Source, shadow: Callable[[str], str]) -> tuple[Source, tuple[str, ...]]:
-    """The moving averages that `LitEma` kept in the place of the weights, and a note that they were taken.
+    """Replaces weights by the moving averages of `LitEma`, and adds a note.
 
-    It keeps a buffer for each parameter, called by the parameter's name without its dots. Which dots were there is not
-    to be told from that name, so the names of the weights themselves are asked for.
+    `LitEma` has a buffer for each parameter, named like it without dots. This is not invertible, so the mapping starts
+    from the names of the parameters.
 
     Args:
-        source: The weights, with averages or without.
-        shadow: The name of the average of a weight.
+        source: The weights, with or without averages.
+        shadow: Maps the name of a weight to that of its average.
 
     Raises:
-        ArtifactError: Some weights have an average and some have none.
+        ArtifactError: Only some weights have an average.
     """
     own = [key for key in source.weights if re.match(r"(encoder|decoder|quantize|quant_conv|post_quant_conv)\.", key)]
     shadows = {key: shadow(key) for key in own}
@@ -102,10 +102,10 @@ def averaged(source: Source, shadow: Callable[[str], str]) -> tuple[Source, tupl
 
 
 def refuse_what_has_no_codes(source: Source) -> None:
-    """Names autoencoders that look like a VQ model and are none.
+    """Rejects autoencoders without a codebook, which look like VQ models.
 
     Raises:
-        ArtifactError: The file holds no codebook.
+        ArtifactError: The file has no codebook.
     """
     keys = source.weights
     if any("quantize" in key or "codebook" in key for key in keys):

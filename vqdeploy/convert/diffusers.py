@@ -35,7 +35,7 @@ _OURS = (
 
 
 def tokenizer(source: Source) -> Part:
-    """A `VQModel`. What is not in `config.json` takes the defaults of its constructor."""
+    """A `VQModel`. Fields missing from `config.json` have the defaults of its constructor."""
     declared: Mapping[str, Any] = source.config if isinstance(source.config, dict) else {}
     _check_kinds(source, declared)
     source.weights = {_modern(key): weight for key, weight in source.weights.items()}
@@ -74,7 +74,7 @@ def tokenizer(source: Source) -> Part:
             "norm_type": "spatial" if modulation else "group",
         },
     )
-    # The pipelines of the models that look codes up (aMUSEd, Meissonic) take pixels in [0, 1].
+    # Pipelines of models with `lookup_from_codebook` (aMUSEd, Meissonic) have pixels in [0, 1].
     pixels = (0.0, 1.0) if declared.get("lookup_from_codebook") else (-1.0, 1.0)
     config = MoVQConfig(conv, codes, dim, groups=1, modulation=modulation, pixel_range=pixels)
     given = learned(take(source, "quantize.embedding.weight"))
@@ -86,7 +86,7 @@ def tokenizer(source: Source) -> Part:
 
 
 def _check_kinds(source: Source, declared: Mapping[str, Any]) -> None:
-    """Refuses a configuration that asks for what our layers are not."""
+    """Rejects configurations that our layers do not support."""
     kind = declared.get("_class_name", "VQModel")
     if kind not in ("VQModel", "VQDiffusionVQModel"):
         raise ArtifactError(
@@ -106,7 +106,7 @@ def _check_kinds(source: Source, declared: Mapping[str, Any]) -> None:
 
 
 def _modern(key: str) -> str:
-    """New names of attention for those of old files."""
+    """Renames attention weights of old files."""
     return re.sub(
         r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda match: f"{match[1]}.{_ATTENTION[match[2]]}.", key
     )

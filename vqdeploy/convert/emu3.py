@@ -20,7 +20,7 @@ def tokenizer(source: Source) -> Part:
     """The tokenizer for one image."""
     declared = section(source.config, "codebook_size", "ch_mult")
     conv = read_conv(source, lambda ours: ours, None)
-    levels = [conv.resolution >> level for level in declared.get("attn_resolutions", ())]  # here they are levels
+    levels = [conv.resolution >> level for level in declared.get("attn_resolutions", ())]  # level index of ours
     check_ddconfig(source, {**declared, "attn_resolutions": levels} if declared else {}, conv)
     codes, dim = shape(source, "quantize.embedding.weight")
     halvings = count(source, lambda i: f"encoder.time_conv.{i}.conv.conv.weight")
@@ -41,7 +41,7 @@ def tokenizer(source: Source) -> Part:
 
 
 def _folded(source: Source, halvings: int) -> Weights:
-    """What one image needs of the layers over time."""
+    """Folds the temporal layers for a single image."""
     folded = {}
     for key, weight in source.weights.items():
         name = re.sub(r"^(encoder|decoder)\.time", r"temporal_\1.time", key)
@@ -58,12 +58,12 @@ def _folded(source: Source, halvings: int) -> Weights:
 
 
 def _halved(weight: Tensor, inputs: int, outputs: int) -> Tensor:
-    """A convolution over time of 4 taps and stride 2, two zeros in front, on frames that lie side by side as channels.
+    """A temporal convolution (4 taps, stride 2, two zeros before) as a 2-d one, with frames as channels.
 
     Args:
         weight: [C, C, 4, 3, 3].
-        inputs: How many frames differ; 1 for a still clip, whose frames are all the first.
-        outputs: How many frames it makes.
+        inputs: Number of distinct frames; 1 for a still clip.
+        outputs: Number of output frames.
 
     Returns:
         [outputs * C, inputs * C, 3, 3].
@@ -78,7 +78,7 @@ def _halved(weight: Tensor, inputs: int, outputs: int) -> Tensor:
 
 
 def _normed(weights: Weights, key: str, name: str) -> Weights:
-    """Batch normalization with its statistics as a scale and a shift."""
+    """Batch normalization in inference as scale and shift."""
     layer, ours = key.rpartition(".")[0], name.rpartition(".")[0]
     scale = weights[f"{layer}.weight"] * torch.rsqrt(weights[f"{layer}.running_var"] + _EPSILON)
     shift = weights[f"{layer}.bias"] - weights[f"{layer}.running_mean"] * scale

@@ -13,7 +13,7 @@ PRIOR = r"(transformer\.)?(tok_emb_code\.weight|blocks\.0\.attn\.time_mix)"
 
 
 def tokenizer(source: Source) -> Part:
-    """A ViT-VQGAN, alone or the first stage of a larger file."""
+    """A ViT-VQGAN, from a file of its own or as first stage of a larger one."""
     if any(key.startswith("stage1_model.") for key in source.weights):
         source = submodel(source, "stage1_model.", "stage1")
     declared = section(source.config, "image_size", "patch_size")
@@ -49,7 +49,7 @@ def _vit(source: Source, name: str) -> ViTConfig:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """The GPT. Its condition has a table of its own, without a row for none."""
+    """The GPT. Its condition has an embedding of its own, without a row for no label."""
     (source,) = sources
     if any(key.startswith("transformer.") for key in source.weights):
         source = submodel(source, "transformer.", "transformer")

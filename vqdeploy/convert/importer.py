@@ -1,4 +1,4 @@
-"""`vqdeploy import`: published weights to a checkpoint folder, whatever public code wrote them."""
+"""`vqdeploy import`: turns published weights of any supported code base into a checkpoint folder."""
 
 import json
 import re
@@ -41,21 +41,21 @@ PRESET = "imported"
 
 
 class TokenizerFormat(NamedTuple):
-    """What a name of a public code base's tokenizer looks like, and what reads the weights."""
+    """A public tokenizer format: a pattern that identifies its weight names, and its reader."""
 
     sign: str
     read: Callable[[Source], Part]
 
 
 class PriorFormat(NamedTuple):
-    """The same of a prior, and the kind of tokenizer that it is for."""
+    """A public prior format, and the kind of tokenizer that it needs."""
 
     sign: str
     read: Callable[[list[Source], Part], Part]
     tokenizer: type[Config]
 
 
-# The first that fits is taken, so those with more particular signs come first.
+# The first match counts, so more specific patterns come first.
 TOKENIZERS = {
     "emu3": TokenizerFormat(emu3.TOKENIZER, emu3.tokenizer),
     "movqgan": TokenizerFormat(movqgan.TOKENIZER, movqgan.tokenizer),
@@ -78,7 +78,7 @@ PRIORS = {
 FORMATS = tuple(sorted({*TOKENIZERS, *PRIORS}))
 """Names of the public code bases."""
 
-_STAGES = ("first_stage_model.", "stage1_model.")  # prefixes of the tokenizer in files that hold a whole system
+_STAGES = ("first_stage_model.", "stage1_model.")  # prefixes of the tokenizer in files of whole systems
 
 
 def import_checkpoint(
@@ -91,24 +91,24 @@ def import_checkpoint(
     labels: Path | None = None,
     raw: bool = False,
 ) -> dict[str, Any]:
-    """Reads public weights and writes them as a checkpoint folder.
+    """Reads public weights and writes a checkpoint folder.
 
     Args:
         output: The folder.
-        tokenizer: File or folder of the tokenizer; None where the prior's file has it too.
-        priors: Files of the prior, one or one for each level.
-        name: The public code base, one of `FORMATS`; guessed when None.
-        tokenizer_config: Its configuration; the one beside the weights when None.
-        prior_config: The same of the prior.
-        labels: Names of the classes, one a line or as a JSON list.
-        raw: Take the weights themselves and not their moving averages.
+        tokenizer: File or folder of the tokenizer; None if the file of the prior has it.
+        priors: Files of the prior, one per level.
+        name: The public code base, one of `FORMATS`; None to detect it.
+        tokenizer_config: Configuration of the tokenizer; by default the one beside the weights.
+        prior_config: Configuration of the prior, likewise.
+        labels: File with class names, one per line or JSON.
+        raw: Whether to ignore moving averages.
 
     Returns:
-        What was written: `checkpoint`, `model`, `formats`, `parameters`, `notes`.
+        `checkpoint` (folder), `model`, `formats`, `parameters` (number by part) and `notes` (messages).
 
     Raises:
-        VqdeployError: A file or a part of the configuration is missing.
-        ArtifactError: A file is damaged, or holds something else.
+        VqdeployError: A file or a value of the configuration is missing.
+        ArtifactError: A file is damaged or has other content.
     """
     if name is not None and name not in FORMATS:
         raise VqdeployError("there is no such format", expected=", ".join(FORMATS), found=repr(name))
@@ -141,7 +141,7 @@ def import_checkpoint(
 
 
 def _format(source: Source, formats: Mapping[str, TokenizerFormat | PriorFormat], kind: str, name: str | None) -> str:
-    """The format of a file, which is the first that fits; another may be named only where that has no such files."""
+    """The format of a file: the first match, which must agree with the requested one."""
     fits = next((key for key, known in formats.items() if any(re.match(known.sign, n) for n in source.weights)), None)
     if fits is not None and (name is None or name == fits or name not in formats):
         return fits
@@ -157,7 +157,7 @@ def _format(source: Source, formats: Mapping[str, TokenizerFormat | PriorFormat]
 
 
 def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
-    """A prior, if the tokenizer is of the kind that it draws codes for."""
+    """Reads a prior; its tokenizer must be of the right kind."""
     if not isinstance(tokenizer.config, known.tokenizer):
         raise ArtifactError(
             f"the prior in {sources[0].path} is not for such a tokenizer",
@@ -168,7 +168,7 @@ def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
 
 
 def _labels(file: Path) -> tuple[str, ...]:
-    """Names of classes: a line each, a JSON list, or a JSON object of numbers with names or lists that end with one."""
+    """Class names: one per line, a JSON list, or a JSON object from numbers to names or to lists that end with one."""
     if file.suffix != ".json":
         if not file.is_file():
             raise VqdeployError(f"{file} does not exist")
@@ -203,7 +203,7 @@ def _write(folder: Path, config: SystemConfig, parts: Mapping[str, Part], proven
 
 
 def _stream(weights: dict[str, Tensor], file: Path) -> None:
-    """Writes safetensors one tensor at a time: the library's own writer holds all of them in memory once more."""
+    """Writes safetensors one tensor at a time: the writer of the library copies all of them in memory."""
     header: dict[str, Any] = {}
     end = 0
     for name, weight in weights.items():

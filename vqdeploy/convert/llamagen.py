@@ -1,4 +1,4 @@
-"""FoundationVision/LlamaGen: the VQ-16 and VQ-8 tokenizers, also as Janus carries them in its own files."""
+"""FoundationVision/LlamaGen: the VQ-16 and VQ-8 tokenizers, also from files of Janus."""
 
 import re
 
@@ -13,7 +13,7 @@ _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
 def tokenizer(source: Source) -> Part:
-    """A tokenizer, whose codes are unit vectors. Attention follows the blocks of its last level."""
+    """A tokenizer with unit codebook vectors. Attention follows the blocks of its last level."""
     if any(key.startswith("gen_vision_model.") for key in source.weights):
         source = submodel(source, "gen_vision_model.", "gen_vision_config")
     levels = sum(bool(re.fullmatch(r"encoder\.conv_blocks\.\d+\.res\.0\.conv1\.weight", key)) for key in source.weights)

@@ -1,7 +1,7 @@
-"""google-research/maskgit: the tokenizer and the transformer, files of flax; also open-muse's port of the tokenizer.
+"""google-research/maskgit: the tokenizer and the transformer, flax files; also the tokenizer port of open-muse.
 
-Names are those of flax, which numbers layers in the order in which they are made. Kernels of convolutions are stored
-[height, width, inputs, outputs], those of linear layers [inputs, outputs].
+Flax numbers layers in order of their creation. Kernels of convolutions are stored [height, width, inputs, outputs],
+those of linear layers [inputs, outputs].
 """
 
 import re
@@ -36,7 +36,7 @@ _TRANSFORMER = (
 
 
 def tokenizer(source: Source) -> Part:
-    """The tokenizer. The size of its images is not in the file: it is the same network at 256 and at 512 pixels."""
+    """The tokenizer. The image size is not in the file: the network is the same for 256 and 512 pixels."""
     flax = "encoder.conv_in.weight" not in source.weights
     codebook_name = "quantizer/codebook" if flax else "quantize.embedding.weight"
     if flax:
@@ -56,10 +56,10 @@ def tokenizer(source: Source) -> Part:
 
 
 def _tokenizer_config(source: Source, flax: bool, book: Tensor, side: int) -> MaskGITVQGANConfig:
-    """The shape of the network: a level begins where a residual block follows a pooling, which leaves no weights.
+    """Infers the configuration. Pooling has no weights, so levels are not visible in the names.
 
-    flax numbers the residual blocks of the encoder through all levels; as many as each level has follow at the end.
-    Each decoder level but the last has a convolution of its own behind it.
+    Flax numbers the residual blocks of the encoder through all levels, and as many as one level has follow at the end.
+    Each decoder level but the last ends with a convolution of its own.
     """
     if flax:
         blocks = count(source, lambda i: f"encoder/ResBlock_{i}/GroupNorm_0/scale")
@@ -81,7 +81,7 @@ def _tokenizer_config(source: Source, flax: bool, book: Tensor, side: int) -> Ma
 
 
 def _flax_name(ours: str, levels: int, blocks: int) -> str:
-    """The name of flax: residual blocks and convolutions are numbered as they are called."""
+    """The flax name of one of ours: residual blocks and convolutions are numbered in call order."""
     part, _, rest = ours.partition(".")
 
     def block(number: int, inner: str) -> str:
@@ -92,7 +92,7 @@ def _flax_name(ours: str, levels: int, blocks: int) -> str:
 
     if match := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(.+)", rest):
         level, index = int(match[2]), int(match[3])
-        order = level if match[1] == "down" else levels - level  # the decoder begins with its middle
+        order = level if match[1] == "down" else levels - level  # the decoder begins with its middle blocks
         return block(order * blocks + index, match[4])
     if match := re.fullmatch(r"mid\.(\d+)\.(.+)", rest):
         return block(int(match[1]) + (levels * blocks if part == "encoder" else 0), match[2])
@@ -143,7 +143,7 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
 
 
 def _rows(words: Tensor, size: int) -> Tensor:
-    """The rows of the codes and of the mask, which is the last of the vocabulary."""
+    """The embedding rows of the codes and of the mask, the last of the vocabulary."""
     return torch.cat([words[:size], words[-1:]])
 
 
@@ -157,7 +157,7 @@ def _transformer_name(ours: str) -> str:
 
 
 def _dense(key: str, weight: Tensor) -> Tensor:
-    """Our layout of a weight: linear layers [outputs, inputs], heads side by side."""
+    """A weight in our layout: linear layers [outputs, inputs], heads concatenated."""
     if key.endswith("/out/kernel"):
         return weight.flatten(0, 1).T
     if re.search(r"/(query|key|value)/(kernel|bias)$", key):

@@ -1,6 +1,6 @@
 """valeoai/Maskgit-pytorch and Halton-MaskGIT: two versions of the transformer.
 
-The tokenizer of the first is taming's VQGAN of 1024 codes, that of the second LlamaGen's VQ-16, in files of their own.
+The first uses the VQGAN of taming-transformers with 1024 codes, the second VQ-16 of LlamaGen, both in separate files.
 """
 
 from vqdeploy.convert.containers import Source, Weights
@@ -12,12 +12,12 @@ from vqdeploy.models.maskgit import MaskGITConfig
 
 PRIOR = r"first_layer\.0\.weight|reg_tokens\.weight"
 
-_HEADS = 16  # of every published size of the first version
-_HEADS_BY_WIDTH = {384: 6, 512: 6, 768: 12, 1024: 16, 1152: 16}  # of the second
+_HEADS = 16  # heads of all published sizes of the first version
+_HEADS_BY_WIDTH = {384: 6, 512: 6, 768: 12, 1024: 16, 1152: 16}  # of the second version
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """Either version."""
+    """Reads either version."""
     (source,) = sources
     return _first(source, tokenizer) if "first_layer.0.weight" in source.weights else _second(source, tokenizer)
 
@@ -34,7 +34,7 @@ def _grid(source: Source, tokenizer: Part, positions: int) -> tuple[int, int, in
 
 
 def _first(source: Source, tokenizer: Part) -> Part:
-    """The class is the last token. In the vocabulary the mask follows the codes, then the classes, then none."""
+    """First version: the class is the last token; vocabulary: codes, mask, classes, no label."""
     size, words, bias = tokenizer.config.codebook_size, take(source, "tok_emb.weight"), take(source, "bias")
     classes = len(words) - size - 2
     if classes < 1:
@@ -79,7 +79,7 @@ def _first_name(ours: str) -> str:
 
 
 def _second(source: Source, tokenizer: Part) -> Part:
-    """The class enters through the norms. The head is tied to the embedding, and may be missing from the file."""
+    """Second version: adaptive norms; the head is tied to the embedding and may be missing from the file."""
     if "head.weight" not in source.weights:
         source.weights["head.weight"] = source.weights["tok_emb.weight"]
     rows, width = shape(source, "tok_emb.weight")

@@ -1,4 +1,4 @@
-"""ai-forever/MoVQGAN: VQGAN's layers with a decoder that the code vectors modulate."""
+"""ai-forever/MoVQGAN: VQGAN with a decoder modulated by the code vectors."""
 
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import averaged
@@ -9,7 +9,7 @@ TOKENIZER = r"decoder\.norm_out\.conv_y\.weight"
 
 
 def tokenizer(source: Source) -> Part:
-    """A MoVQGAN, by its moving averages where the file has them."""
+    """A MoVQGAN, from its moving averages if the file has them."""
     source, notes = averaged(source, _shadow)
     declared = section(source.config, "ddconfig")
     return convolutional(source, "movq", declared, section(declared.get("ddconfig")), notes, modulation=True)

@@ -1,4 +1,4 @@
-"""From weights under public names to a part of ours: each of our names asks for one, and nothing may be left over."""
+"""Maps weights under public names to our models: every weight must be used and none may be missing."""
 
 import math
 import re
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from vqdeploy.convert.containers import Source, Weights
 from vqdeploy.errors import ArtifactError, VqdeployError
 
-_SHOWN = 3  # names in an error
+_SHOWN = 3  # names listed in an error
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tokenizer or a prior of ours.
+    """An imported tokenizer or prior.
 
     Attributes:
-        model: The system that it belongs to.
+        model: Name of its system.
         config: Its configuration.
         weights: Its state_dict.
-        notes: What to tell the user.
-        sampling: Options that its publishers sampled with.
+        notes: Messages for the user.
+        sampling: Sampling options of its publishers.
     """
 
     model: str
@@ -41,16 +41,16 @@ def fit(
     given: Mapping[str, Tensor] | None = None,
     ignored: str = "(?!)",
 ) -> Weights:
-    """The state_dict of a model, each weight taken from the public name of ours.
+    """The state_dict of a model, with weights looked up by public names.
 
-    Trailing dimensions of 1 may differ: a linear layer is a convolution of one tap.
+    Trailing dimensions of 1 are ignored: a linear layer equals a 1x1 convolution.
 
     Args:
         source: The weights.
-        make: Makes the model; it is made without memory.
-        public: The public name of one of our names.
-        given: Weights of the model that are not taken from the file by name, by our names.
-        ignored: Pattern of public names that nothing asks for, and that are known to be no weights of the model.
+        make: Makes the model, on the meta device.
+        public: Maps our names to public names.
+        given: Weights that are computed otherwise, by our names.
+        ignored: Pattern of public names that are not weights of the model.
 
     Raises:
         ArtifactError: Weights are missing, left over, or of the wrong shape.
@@ -99,21 +99,21 @@ def _squeezed(tensor: Tensor) -> list[int]:
 
 
 def submodel(source: Source, prefix: str, config: str) -> Source:
-    """The weights behind a prefix, and what the configuration says under a key."""
+    """The weights with a prefix, and the configuration under a key."""
     weights = {key.removeprefix(prefix): w for key, w in source.weights.items() if key.startswith(prefix)}
     inner = next((value for key, value in _entries(source.config) if key == config), source.config)
     return replace(source, weights=weights, config=inner)
 
 
 def section(config: Any, *keys: str) -> dict[str, Any]:
-    """The first section of a configuration that has all of these keys; empty when there is none."""
+    """The first section of a configuration with all of these keys; empty without one."""
     if isinstance(config, dict) and set(keys) <= set(config):
         return config
     return next((value for _, value in _entries(config) if isinstance(value, dict) and set(keys) <= set(value)), {})
 
 
 def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
-    """All entries of a configuration, whatever section they are in."""
+    """All entries of a configuration, from all sections."""
     seen, left = set(), [config]
     while left:
         node = left.pop(0)
@@ -126,7 +126,7 @@ def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def whole(values: Mapping[str, Any], key: str) -> int | None:
-    """A whole number of a configuration, which may be text; None when it is not there."""
+    """An integer of a configuration, which may be given as text; None if missing."""
     value = values.get(key)
     if value is None:
         return None
@@ -140,10 +140,10 @@ def whole(values: Mapping[str, Any], key: str) -> int | None:
 
 
 def need(value: int | None, key: str, source: Source, option: str) -> int:
-    """A number that the weights do not tell.
+    """A number that cannot be inferred from the weights.
 
     Raises:
-        VqdeployError: The configuration does not tell it either.
+        VqdeployError: It is missing from the configuration too.
     """
     if value is None:
         raise VqdeployError(
@@ -153,12 +153,12 @@ def need(value: int | None, key: str, source: Source, option: str) -> int:
 
 
 def check(source: Source, declared: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Refuses a configuration that is of other weights.
+    """Rejects a configuration that contradicts the weights.
 
     Args:
         source: The weights.
-        declared: Values by the names of the public configuration, None where it is silent.
-        found: The same, read off the weights.
+        declared: Values of the public configuration by name, None if missing.
+        found: The same values, inferred from the weights.
     """
     for key, value in declared.items():
         if value is not None and value != found[key]:
@@ -168,7 +168,7 @@ def check(source: Source, declared: Mapping[str, Any], found: Mapping[str, Any])
 
 
 def count(source: Source, name: Callable[[int], str]) -> int:
-    """How many of the numbered names there are, from 0 on."""
+    """Number of consecutively numbered names, from 0."""
     number = 0
     while name(number) in source.weights:
         number += 1
@@ -176,7 +176,7 @@ def count(source: Source, name: Callable[[int], str]) -> int:
 
 
 def learned(codebook: Tensor) -> Weights:
-    """The buffers of an `AveragedCodebook` for a codebook that was learned otherwise, by our names."""
+    """Initial buffers of an `AveragedCodebook` for a codebook without moving averages, by our names."""
     ones = torch.ones(len(codebook))
     return {
         "quantizer.codebook": codebook,
@@ -189,7 +189,7 @@ def shape(source: Source, key: str) -> list[int]:
     """The shape of a weight.
 
     Raises:
-        ArtifactError: It is not there.
+        ArtifactError: It is missing.
     """
     if key not in source.weights:
         raise ArtifactError(f"{source.path} lacks {key}")
@@ -197,17 +197,17 @@ def shape(source: Source, key: str) -> list[int]:
 
 
 def take(source: Source, key: str) -> Tensor:
-    """A weight, which leaves the source.
+    """Removes a weight from the source and returns it.
 
     Raises:
-        ArtifactError: It is not there.
+        ArtifactError: It is missing.
     """
     shape(source, key)
     return source.weights.pop(key)
 
 
 def square(source: Source, positions: int) -> int:
-    """The side of a square map of so many positions.
+    """The side of a square map with this number of positions.
 
     Raises:
         ArtifactError: The map is not square.

@@ -1,9 +1,9 @@
-"""Pickles as data: nothing that a file names is imported or called.
+"""Reads pickles as data: nothing that a file names is imported or called.
 
-`torch.load(weights_only=True)` refuses most training checkpoints, because somewhere beside the weights lies an object
-of a class that it does not know; the weights never need that object. And a key that is a deep enough tuple ends the
-process (torch 2.13). So this reader, which takes all that `weights_only=True` takes, runs the opcodes of a pickle on a
-stack of its own: tensors, numpy arrays and plain containers are rebuilt here; every other class becomes a `StandIn`.
+`torch.load(weights_only=True)` rejects most training checkpoints, because they contain objects of unknown classes
+beside the weights. And a dictionary key that is a deeply nested tuple crashes the process (torch 2.13). This reader
+accepts all that `weights_only=True` accepts. It interprets the opcodes on a stack of its own: tensors, numpy arrays and
+plain containers are rebuilt; objects of any other class become a `StandIn`.
 """
 
 import pickletools
@@ -17,17 +17,17 @@ from torch import Tensor
 from vqdeploy.errors import ArtifactError
 
 Storage = Callable[[str, torch.dtype, int], Tensor]
-"""Gives the flat tensor behind a key, of a type and a number of elements."""
+"""(Key, dtype, number of elements) -> flat tensor."""
 
 
 class Global(NamedTuple):
-    """What a pickle names and would import: `module.name`."""
+    """A global that a pickle names: `module.name`."""
 
     name: str
 
 
 class StandIn:
-    """An object whose class is not known here: its name, what it would be made of, and the state it would be given."""
+    """An object of an unknown class: its name, arguments and state."""
 
     def __init__(self, name: str, arguments: Any):
         self.name, self.arguments, self.state = name, arguments, None
@@ -37,18 +37,18 @@ class StandIn:
 
 
 class _Dict(dict[Any, Any]):
-    """A dictionary out of a pickle; what its class would keep beside the items is dropped."""
+    """A dictionary of a pickle; other state of its class is dropped."""
 
 
 class _Array:
-    """A numpy array that waits for its state."""
+    """A numpy array before its state is set."""
 
     def __init__(self) -> None:
         self.value = np.zeros(0)
 
 
 class _Dtype:
-    """A type of numpy that waits for its byte order."""
+    """A numpy dtype before its byte order is set."""
 
     def __init__(self, name: Any, *_: Any):
         self.value = np.dtype(str(name))
@@ -72,21 +72,21 @@ _DICTS = ("collections.OrderedDict", "collections.defaultdict", "collections.Cou
 _LISTS = ("builtins.list", "builtins.set", "builtins.tuple", "builtins.frozenset", "collections.deque", "torch.Size")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _IGNORED = ("PROTO", "FRAME")
-_DEEPEST = 64  # dictionaries in one another
+_DEEPEST = 64  # nesting depth of dictionaries
 
 
 def load(stream: IO[bytes], storage: Storage | None = None) -> Any:
-    """Reads one pickle; the stream stands behind its end afterwards.
+    """Reads one pickle, and leaves the stream after its end.
 
     Args:
         stream: The pickle, at its start.
-        storage: Where the elements of tensors are; None when the pickle has no tensors.
+        storage: Looks up storages of tensors; None if the pickle has no tensors.
 
     Returns:
         Numbers, strings, bytes, lists, tuples, dictionaries, tensors and `StandIn`s. Sets are lists.
 
     Raises:
-        ArtifactError: It is no pickle, or one of a kind that holds no weights.
+        ArtifactError: It is malformed, or uses opcodes that weights never need.
     """
     try:
         return _Machine(storage).run(stream)
@@ -106,7 +106,7 @@ def load(stream: IO[bytes], storage: Storage | None = None) -> Any:
 
 
 class _Machine:
-    """The stack of a pickle, with the marks in it as indices, and its memo."""
+    """The virtual machine of a pickle: stack, marks (indices into the stack) and memo."""
 
     def __init__(self, storage: Storage | None):
         self.storage = storage
@@ -128,7 +128,7 @@ class _Machine:
         raise ValueError("it has no end")
 
     def _value(self, opcode: Any, argument: Any) -> None:
-        """Numbers, strings and bytes, which carry their value."""
+        """Opcodes with a value: numbers, strings and bytes."""
         if not opcode.arg or opcode.stack_before or not opcode.stack_after or opcode.name.startswith(("EXT", "NEXT")):
             raise ValueError(f"opcode {opcode.name} is not supported")
         self.stack.append(argument)
@@ -144,7 +144,7 @@ class _Machine:
         return self.stack[-1]
 
     def items(self) -> list[Any]:
-        """What lies above the last mark, which goes too."""
+        """Pops the values above the last mark, and the mark."""
         start = self.marks.pop()
         taken = self.stack[start:]
         del self.stack[start:]
@@ -227,7 +227,7 @@ class _Machine:
     _additems = _appends
 
     def _extend(self, values: list[Any]) -> None:
-        if not isinstance(self.stack[-1], StandIn):  # a class that is a list
+        if not isinstance(self.stack[-1], StandIn):  # a subclass of list
             self.top(list).extend(values)
 
     def _setitem(self) -> None:
@@ -239,10 +239,10 @@ class _Machine:
         self._update(items[::2], items[1::2])
 
     def _update(self, keys: list[Any], values: list[Any]) -> None:
-        if not isinstance(self.stack[-1], StandIn):  # a class that is a dictionary
+        if not isinstance(self.stack[-1], StandIn):  # a subclass of dict
             _fill(self.top(dict), keys, values)
 
-    # What would be imported and called
+    # Globals and calls
 
     def _global(self, names: str) -> None:
         self.stack.append(_named(*names.split(" ", 1)))
@@ -283,7 +283,7 @@ class _Machine:
     def _binpersid(self) -> None:
         persistent = self.pop()
         if isinstance(persistent, tuple) and len(persistent) == 4 and persistent[0] == "module":
-            self.stack.append(persistent[1])  # a class, with its source
+            self.stack.append(persistent[1])  # a class with its source code
             return
         kind, storage_type, key, _, size, *view = persistent
         if kind != "storage" or self.storage is None or any(part is not None for part in view):
@@ -294,7 +294,7 @@ class _Machine:
         raise ValueError("it holds what is no storage of a tensor")
 
     def make(self, made: Any, arguments: Any) -> Any:
-        """What calling `made` would give, for what is known here."""
+        """The result of calling `made`, for known globals."""
         if not isinstance(made, Global):
             return StandIn(type(made).__name__, arguments)
         name = made.name.replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
@@ -317,7 +317,7 @@ def _named(module: Any, name: Any) -> Global:
 
 def _fill(target: dict[Any, Any], keys: Iterable[Any], values: Iterable[Any]) -> None:
     for key, value in zip(keys, values, strict=True):
-        # Only plain keys are hashed: a tuple may be as deep as it likes.
+        # Only plain keys are hashed: hashing a deeply nested tuple would overflow the stack.
         target[key if isinstance(key, str | int | float | StandIn | Global | None) else StandIn("key", key)] = value
 
 
@@ -389,7 +389,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 
 
 def plain(tree: Any) -> Any:
-    """A tree of dictionaries with its numpy arrays as tensors; what is shared stays shared, and loops stay loops."""
+    """Converts numpy arrays in a tree of dictionaries to tensors; preserves sharing and cycles."""
     seen: dict[int, Any] = {}
 
     def convert(value: Any, depth: int) -> Any:

@@ -18,7 +18,7 @@ _CODEBOOK = "quantizer.codebooks.0."
 
 
 def tokenizer(source: Source) -> Part:
-    """An RQ-VAE. One codebook serves all depths, and stands in the file once for each."""
+    """An RQ-VAE with one shared codebook, which the file stores once per depth."""
     ddconfig = section(section(source.config, "ddconfig").get("ddconfig"))
     declared = section(source.config, "code_shape")
     depth = count(source, lambda d: f"quantizer.codebooks.{d}.weight")
@@ -29,7 +29,7 @@ def tokenizer(source: Source) -> Part:
     if isinstance(latent, list) and isinstance(code, list) and latent[:2] != code[:2]:
         raise ArtifactError(f"{source.path} folds places of the map into one, which is not supported", found=code)
     size = whole(ddconfig, "resolution")
-    source.weights["quantizer"] = books[0]  # for what looks for a codebook
+    source.weights["quantizer"] = books[0]  # marks the file as having a codebook
     conv = read_conv(source, lambda ours: ours, size)
     del source.weights["quantizer"]
     check_ddconfig(source, ddconfig, conv)
@@ -52,7 +52,7 @@ def tokenizer(source: Source) -> Part:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """An RQ-Transformer. It embeds codes by the vectors of the tokenizer's codebook, which its file does not hold."""
+    """An RQ-Transformer. It embeds codes by the codebook of the tokenizer, which its file does not have."""
     (source,) = sources
     declared = section(source.config, "vocab_size", "block_size")
     body = section(section(declared, "body").get("body"), "block").get("block")
@@ -93,7 +93,7 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
 
 
 def _sampling(source: Source, codes: int) -> dict[str, Any]:
-    """What the publishers sampled with, where the configuration says so."""
+    """Sampling options of the publishers, if the configuration has them."""
     given = section(source.config, "top_k", "top_p")
     options: dict[str, Any] = {}
     for key, ours in (("temp", "temperature"), ("top_p", "top_p")):

@@ -1,7 +1,7 @@
 """CompVis/taming-transformers: VQGAN, Gumbel VQGAN, and Net2Net with its GPT; also the VQ models of latent diffusion.
 
-A file of Lightning holds one model, or a whole Net2Net: `transformer.*`, `first_stage_model.*` and, for conditions that
-are images, `cond_stage_model.*`.
+A Lightning checkpoint has one model, or a whole Net2Net: `transformer.*`, `first_stage_model.*` and, for conditions
+that are images, `cond_stage_model.*`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _LEFT_OVER = r"^loss\.|^colorize$|^(model_)?ema[._]|^scale_factor$|^quantize\.us
 
 
 def tokenizer(source: Source) -> Part:
-    """A VQGAN, alone or the first stage of a larger file."""
+    """A VQGAN, from a file of its own or as first stage of a larger one."""
     if any(key.startswith("first_stage_model.") for key in source.weights):
         source = submodel(source, "first_stage_model.", "first_stage_config")
     declared = section(source.config, "ddconfig")
@@ -44,16 +44,16 @@ def convolutional(
     modulation: bool = False,
     gumbel: bool = False,
 ) -> Part:
-    """A tokenizer of VQGAN's layers under taming's names, for every code base that has them.
+    """A tokenizer with the layers and names of taming-transformers, for all code bases that share them.
 
     Args:
         source: The weights.
-        model: The system that it belongs to.
-        declared: `n_embed` and `embed_dim` of the configuration, as far as they are there.
-        ddconfig: The section of the encoder and decoder.
-        notes: What to tell the user.
+        model: Name of its system.
+        declared: `n_embed` and `embed_dim` of the configuration, None if missing.
+        ddconfig: Configuration section of encoder and decoder.
+        notes: Messages for the user.
         modulation: Whether the norms of the decoder are modulated.
-        gumbel: Whether a linear layer chooses the codes.
+        gumbel: Whether a linear layer scores the codes.
     """
     public = _gumbel_name if gumbel else _name
     resolution = whole(ddconfig, "resolution")
@@ -82,7 +82,7 @@ def _gumbel_name(ours: str) -> str:
 def prior(sources: list[Source], tokenizer: Part) -> Part:
     """The GPT of a Net2Net.
 
-    The condition is looked up in the table of the codes, without an offset: here both have tables of their own.
+    Conditions and codes share one embedding table there, without an offset; here each has its own table.
     """
     (source,) = sources
     source = submodel(source, "transformer.", "transformer_config")
@@ -118,7 +118,7 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
         "tok_emb_cond.weight": tokens[:classes],
         "tok_emb_code.weight": tokens[:codes],
         "pos_emb_cond": places[:, :1],
-        # Code t enters at place t + 1; the last code never enters.
+        # Code t has entry t + 1; the last code is never an input.
         "pos_emb_code": torch.cat([places[:, 1 : config.positions], torch.zeros_like(places[:, :1])], 1),
         "head.weight": source.weights["head.weight"][:codes],
     }
@@ -131,7 +131,7 @@ def _gpt_name(ours: str) -> str:
 
 
 def _classes(source: Source) -> int:
-    """How many labels there are; 1 for an unconditional prior, whose one label is the token 0."""
+    """Number of labels; 1 for an unconditional prior, whose only label is token 0."""
     if any(key.startswith("cond_stage_model.") for key in source.weights):
         raise ArtifactError(f"the prior in {source.path} is conditioned on images, which is not supported")
     condition = section(source.config, "cond_stage_config").get("cond_stage_config")

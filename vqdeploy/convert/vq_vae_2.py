@@ -42,7 +42,7 @@ _CAUSAL = re.compile(r"blocks\.\d+\.resblocks\.\d+\.conv[12]")
 
 
 def tokenizer(source: Source) -> Part:
-    """The tokenizer of two levels. Nothing in its file depends on the size of images."""
+    """The tokenizer, with two levels. Its file does not depend on the image size."""
     side = whole(section(source.config, "resolution"), "resolution")
     dim, codes = shape(source, "quantize_t.embed")
     first = next((i for i in range(3, 9) if f"enc_b.blocks.{i}.conv.1.weight" in source.weights), 5)
@@ -81,7 +81,7 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
 
 
 def _level(source: Source) -> tuple[PixelSNAILConfig, dict[str, Tensor]]:
-    """One network, its shape read off its weights."""
+    """One network; its configuration is inferred from the weights."""
     try:
         grid = tuple(source.weights["background"].shape[2:])
         weights = prior_weights(source.weights)
@@ -155,11 +155,11 @@ def prior_weights(state: State) -> dict[str, Tensor]:
 
 
 def fold(state: State) -> dict[str, Tensor]:
-    """Weight normalization multiplied out: g * v / |v|, the norm over all dimensions but the first.
+    """Folds weight normalization: g * v / |v|, the norm over all dimensions but the first.
 
-    Old names (`weight_g`, `weight_v`) and those of parametrizations are taken. Modules called `conv`, which wrap one
-    another, leave the names. Taps that a causal convolution must not see are zeroed before the norm is taken: the
-    public code zeroes them at each pass, and a file may hold what an optimizer has made of them since.
+    Supports old names (`weight_g`, `weight_v`) and those of parametrizations, and drops wrapper modules called `conv`.
+    Masked taps of causal convolutions are zeroed before the norm: the public code zeroes them at each forward pass, and
+    an optimizer step may have changed them before the file was written.
     """
     public = {key.removeprefix("module."): weight for key, weight in state.items()}
     for ours, theirs in (("weight_g", "original0"), ("weight_v", "original1")):
@@ -189,7 +189,7 @@ def _tables(weight: Tensor) -> Tensor:
 
 
 def _entry(horizontal: Tensor, vertical: Tensor) -> Tensor:
-    """Both convolutions of the first layer as tables [taps, K, C], added up where they see the same code."""
+    """Both convolutions of the first layer as one set of tables [taps, K, C], summed where taps coincide."""
     reach = horizontal.shape[2]
     square = horizontal.new_zeros(reach + 1, 2 * reach + 1, *horizontal.shape[1::-1])
     square[:-1] += _tables(horizontal)

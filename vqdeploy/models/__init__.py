@@ -1,1 +1,1 @@
-"""Reference models in PyTorch, one architecture a file."""
+"""Reference models in PyTorch, one architecture per file."""

@@ -1,4 +1,4 @@
-"""MaskGIT whose class enters through the norms, as in DiT: the transformer of Halton-MaskGIT.
+"""MaskGIT with the class in adaptive norms, as in DiT: the transformer of Halton-MaskGIT.
 
 Besnier et al., "Halton Scheduler for Masked Generative Image Transformer" (ICLR 2025), public code at
 valeoai/Halton-MaskGIT. Parameter names follow it.
@@ -17,12 +17,12 @@ _EPSILON = 1e-5
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Entries [B, S, width], shifted and scaled by [B, width]."""
+    """Entries [B, S, width], scaled and shifted by [B, width]."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Queries and keys are normalized over the whole width, without weights."""
+    """Multi-head attention with queries and keys normalized over the whole width, without weights."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, its hidden width 8/3 of the width, rounded up to a multiple of 256."""
+    """SwiGLU with a hidden width of 8/3 of the width, rounded up to a multiple of 256."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each modulated before and gated behind by the class."""
+    """Attention and feed-forward, each with modulation before and a gate after, both from the class."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -114,15 +114,15 @@ class LastNorm(nn.Module):
 
 
 class AdaptiveMaskGIT(nn.Module):
-    """The prior, for one code a position; codes and labels as in `MaskGIT`.
+    """The prior, for one code per position; codes and labels as in `MaskGIT`.
 
-    One register token stands behind the positions. The head is tied to the embedding and gives the mask a logit too.
+    One register token follows the positions. The head is tied to the embedding and has a logit for the mask too.
     """
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
         if config.depth != 1:
-            raise ValueError(f"an adaptive prior takes one code a position, and not {config.depth}")
+            raise ValueError(f"an adaptive prior takes one code per position, not {config.depth}")
         self.config = config
         width, rows = config.width, config.codebook_size + 1
         self.cls_emb = nn.Embedding(config.classes + 1, width)

@@ -1,7 +1,7 @@
 """MaskGIT as it was published: a post-norm BERT with the class as a token in front.
 
-Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), google-research/maskgit. It was trained with
-labels only, so that there is no guidance.
+Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), google-research/maskgit. It was trained
+without label dropout, so it has no guidance.
 """
 
 import torch
@@ -15,7 +15,7 @@ _EPSILON = 1e-12
 
 
 class Block(nn.Module):
-    """norm(x + attention(x)), then norm(x + MLP(x)), the GELU by its approximation with tanh."""
+    """norm(x + attention(x)), then norm(x + MLP(x)), with the tanh approximation of GELU."""
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
@@ -47,7 +47,7 @@ class Blocks(nn.Module):
 
 
 class BertMaskGIT(nn.Module):
-    """The prior, for one code a position. Codes are int64 [B, h, w, 1], `codebook_size` where masked.
+    """The prior, for one code per position. Codes are int64 [B, h, w, 1], `codebook_size` where masked.
 
     Labels are int64 [B] in 0..classes-1. The head is tied to the embedding of the codes.
     """
@@ -55,7 +55,7 @@ class BertMaskGIT(nn.Module):
     def __init__(self, config: MaskGITConfig):
         super().__init__()
         if config.depth != 1:
-            raise ValueError(f"this prior takes one code a position, and not {config.depth}")
+            raise ValueError(f"this prior takes one code per position, not {config.depth}")
         self.config = config
         width = config.width
         self.tok_emb = nn.Embedding(config.codebook_size + 1, width)

@@ -1,4 +1,4 @@
-"""MaskGIT with the class as a token behind the codes: the first version of valeoai/Maskgit-pytorch.
+"""MaskGIT with the class as the last token: the first version of valeoai/Maskgit-pytorch.
 
 Besnier and Chen, "A Pytorch Reproduction of Masked Generative Image Transformer" (2023).
 """
@@ -14,16 +14,16 @@ _EPSILON = 1e-12
 
 
 class ClassLastMaskGIT(nn.Module):
-    """The prior, for one code a position; codes and labels as in `MaskGIT`.
+    """The prior, for one code per position; codes and labels as in `MaskGIT`.
 
-    The head is tied to the embedding, and has a bias for each code and position. The public network gives the mask a
-    logit too; here it cannot be drawn.
+    The head is tied to the embedding, and has a bias for each code and position. The public network has a logit
+    for the mask too; here the mask cannot be drawn.
     """
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
         if config.depth != 1:
-            raise ValueError(f"this prior takes one code a position, and not {config.depth}")
+            raise ValueError(f"this prior takes one code per position, not {config.depth}")
         self.config = config
         width, size = config.width, config.codebook_size
         self.tok_emb = nn.Embedding(size + 1, width)

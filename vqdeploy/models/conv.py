@@ -19,9 +19,9 @@ from vqdeploy.config import Config
 class ConvConfig(Config):
     """Shape of the encoder and of its mirror, the decoder.
 
-    `attention_resolutions` are sizes of the feature map at which each residual block is followed by attention.
-    They are counted from `resolution`, whatever size the network later runs at. `middle_attention` is the attention
-    between the two residual blocks of the lowest resolution.
+    `attention_resolutions` are sizes of the feature map at which attention follows each residual block, for images of
+    `resolution` pixels; the layers stay the same for other image sizes. `middle_attention` is the attention between the
+    two residual blocks of the lowest resolution.
     """
 
     resolution: int = 256
@@ -45,7 +45,7 @@ class ConvConfig(Config):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm, which has no use for a condition."""
+    """GroupNorm, which ignores the condition."""
 
     def __init__(self, groups: int, channels: int):
         super().__init__(groups, channels, eps=1e-6)
@@ -55,11 +55,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class SpatialNorm(nn.Module):
-    """GroupNorm, scaled and shifted at each place by a map of code vectors.
+    """GroupNorm, scaled and shifted at each position by a map of code vectors.
 
     Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation" (NeurIPS 2022), section 3.2.
-    A 1x1 convolution and an enlargement by nearest neighbour can change places, so the convolutions run on the small
-    map.
+    A 1x1 convolution commutes with nearest-neighbour upsampling, so the convolutions run on the small map.
     """
 
     def __init__(self, groups: int, condition_channels: int, channels: int):
@@ -74,11 +73,11 @@ class SpatialNorm(nn.Module):
 
 
 Norm = Callable[[int], Any]
-"""Makes the norm of a number of channels; `GroupNorm` and `SpatialNorm` are both called with a map and a condition."""
+"""Makes a norm for a number of channels. Norms are called with a map and a condition."""
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions behind a norm and SiLU, and a skip connection."""
+    """Two 3x3 convolutions, each after a norm and SiLU, and a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, norm: Norm):
         super().__init__()
@@ -95,7 +94,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention with one head over all positions of the map."""
+    """Single-head attention over all positions of the map."""
 
     def __init__(self, channels: int, norm: Norm):
         super().__init__()
@@ -113,7 +112,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the map. It is padded on the right and at the bottom only."""
+    """Halves the map with a strided convolution, padded on the right and bottom only."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -124,7 +123,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the map by nearest neighbour, then convolves."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -135,7 +134,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the configuration asks for it."""
+    """The residual blocks of one resolution, each with optional attention."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, norm: Norm):
         super().__init__()
@@ -151,7 +150,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention if the configuration asks for it, residual block, at the lowest resolution."""
+    """Residual block, optional attention, residual block, at the lowest resolution."""
 
     def __init__(self, channels: int, attention: bool, norm: Norm):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Emu3's vision tokenizer for one image: MoVQGAN, and a few convolutions over time that one image leaves little of.
+"""Emu3's vision tokenizer for single images: MoVQGAN, and convolutions over time that reduce to 2-d ones.
 
 BAAI, "Emu3: Next-Token Prediction is All You Need" (2024). The public code repeats an image to a clip of
-`temporal_factor` frames, encodes all of them, decodes as many and keeps the first. All convolutions over time are
-causal and see zeros before the clip, so that of the first frame only their last tap is left, and the frames of a still
-clip are encoded once. What stays are convolutions of an image with a few channels.
+`temporal_factor` frames, encodes all of them, decodes as many and keeps the first. The convolutions over time are
+causal with zero padding, so only their last tap contributes to the first frame, and a still clip is encoded once. What
+remains are 2-d convolutions.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Emu3Config(Config):
 
 
 class Affine(nn.Module):
-    """A scale and a shift of each channel: what batch normalization is once it has its statistics."""
+    """Scale and shift per channel: batch normalization in inference."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Affine(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """A residual block over time, of its first frame."""
+    """A residual block over time, for the first frame."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -73,7 +73,7 @@ class TemporalBlock(nn.Module):
 class TemporalEncoder(nn.Module):
     """The map of a still clip [B, C, h, w], halved in time until one frame is left, then the residual blocks.
 
-    Frames that differ lie side by side as channels: the first convolution makes `temporal_factor` / 2 of one.
+    Distinct frames are concatenated as channels: the first convolution makes `temporal_factor` / 2 of one.
     """
 
     def __init__(self, config: Emu3Config):
@@ -131,7 +131,7 @@ class Emu3(Tokenizer):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight of the layer that makes the image."""
+        """Weight of the output convolution."""
         return self.decoder.conv_out.weight
 
     def latents(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Emu3(Tokenizer):
         return self.quant_conv(self.temporal_encoder(self.encoder(x))).permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image. The condition of the norms passes through the layers over time too."""
+        """Vectors [B, h, w, D] -> image. The condition of the norms passes through the temporal layers too."""
         condition = vectors.permute(0, 3, 1, 2)
         latents, condition = map(self.temporal_decoder, (self.post_quant_conv(condition), condition))
         return self.decoder(latents, condition)

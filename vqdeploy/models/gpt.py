@@ -1,4 +1,4 @@
-"""A decoder-only transformer over codes in raster order, with the class in front: VIM, and the GPT of VQGAN.
+"""A decoder-only transformer over codes in raster order after a class token: VIM, and the GPT of VQGAN.
 
 Yu et al., "Vector-quantized Image Modeling with Improved VQGAN" (ICLR 2022), section 4; Esser et al., "Taming
 Transformers for High-Resolution Image Synthesis" (CVPR 2021), section 3.2. With `token_shift` and `squared_relu` it is
@@ -21,9 +21,9 @@ from vqdeploy.models.transformer import Transformer, initialize
 class GPTConfig(Config):
     """Shape of the prior.
 
-    `classes` is the number of class labels; 1 means unconditional. With `null_label` the label `classes` itself stands
-    for none; without it there is no guidance. `token_shift` mixes each entry of an attention layer with the one before
-    it (Peng, RWKV-LM, 2021).
+    `classes` is the number of class labels; 1 means unconditional. With `null_label`, the label `classes` means no
+    label; without it there is no guidance. `token_shift` mixes each entry of an attention layer with the one before it
+    (Peng, RWKV-LM, 2021).
     """
 
     grid: tuple[int, ...] = (32, 32, 1)
@@ -49,15 +49,15 @@ class GPTConfig(Config):
 
 
 class GPT(nn.Module):
-    """The prior. Codes are int64 [B, h, w, 1], labels int64 [B] in 0..classes, `classes` for none where there is one.
+    """The prior. Codes are int64 [B, h, w, 1], labels int64 [B] in 0..classes; `classes` means no label.
 
-    Entry 0 is the class, entry t + 1 the code of position t. The logits of position t are those behind entry t.
+    Entry 0 is the class, entry t + 1 the code of position t. Entry t predicts the code of position t.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.depth != 1:
-            raise ValueError(f"this prior takes one code a position, and not {config.depth}")
+            raise ValueError(f"this prior takes one code per position, not {config.depth}")
         self.config = config
         width = config.width
         self.pos_emb_cond = nn.Parameter(torch.zeros(1, 1, width))
@@ -91,12 +91,12 @@ class GPT(nn.Module):
         return torch.cat([self.embed_condition(labels), self.embed_codes(codes.flatten(1)[:, :-1])], 1)
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Teacher-forced logits [B, h, w, 1, K]: those of each code given all before it."""
+        """Teacher-forced logits [B, h, w, 1, K] of each code given all before it."""
         hidden = self.transformer(self.embed(codes, labels))
         return self.head(self.layer_norm(hidden)).view(codes.shape[0], *self.config.grid, -1)
 
     def features(self, codes: Tensor, labels: Tensor, layer: int) -> Tensor:
-        """Hidden states behind a number of layers, averaged over the entries [B, width] (ViT-VQGAN, section 4.2)."""
+        """Hidden states after a number of layers, averaged over the entries [B, width] (ViT-VQGAN, section 4.2)."""
         x = self.embed(codes, labels)
         for block in self.transformer.blocks[:layer]:
             x = block(x)
@@ -112,15 +112,15 @@ class GPT(nn.Module):
         top_p: Tensor,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """Samples codes position by position with caches that grow, the way the public implementations do.
+        """Samples codes position by position with KV caches that grow, as the public implementations do.
 
         Args:
             labels: Labels [B].
-            noise: Gumbel noise [B, 1, K] of a position.
+            noise: Index of a position -> Gumbel noise [B, 1, K].
             temperature: [B, 1], above 0.
             top_k: [B, 1] int64, in 1..K.
             top_p: [B, 1].
-            guidance_scale: Pull towards the label; 1 is none.
+            guidance_scale: Strength of guidance; 1 is none.
 
         Returns:
             Codes [B, h, w, 1].

@@ -1,9 +1,9 @@
-"""MaskGIT over one or several codes a position: a bidirectional transformer that fills in masked codes.
+"""MaskGIT with one or several codes per position: a bidirectional transformer that predicts masked codes.
 
-Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022). For several codes a position, Zheng et al.,
-"MoVQ" (NeurIPS 2022), section 3.4, leaves the details open; ours are: each channel of a position has an embedding table
-of width / Q, the embeddings of the channels stand side by side, one linear layer gives the logits of all channels, and
-the mask is drawn for each channel and position alone. With one channel this is MaskGIT.
+Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022). For several codes per position, Zheng et al.,
+"MoVQ" (NeurIPS 2022), section 3.4, leaves the details open. Ours: each channel of a position has an embedding table of
+width / Q, the embeddings of the channels are concatenated, one linear layer gives the logits of all channels, and the
+mask is drawn independently for each channel and position. With one channel this is MaskGIT.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.models.transformer import Transformer, bidirectional, initialize
 
-_KNOWN = 1e30  # confidence in codes that stay
+_KNOWN = 1e30  # confidence of codes that stay
 
 
 @dataclass(frozen=True)
 class MaskGITConfig(Config):
     """Shape of the prior.
 
-    `classes` is the number of class labels; 1 means unconditional. The label `classes` itself stands for none, if the
-    prior was trained without labels too. `network` is how the class enters: `plain` as here, `adaptive` through the
-    norms (`vqdeploy.models.adaptive_maskgit`), `class-last` as a token behind the codes
+    `classes` is the number of class labels; 1 means unconditional. The label `classes` means no label, if the prior was
+    trained with label dropout. `network` is the architecture: `plain` as here, `adaptive` with the class in the norms
+    (`vqdeploy.models.adaptive_maskgit`), `class-last` with the class as last token
     (`vqdeploy.models.class_last_maskgit`), `bert` as in the published network (`vqdeploy.models.bert_maskgit`). The
-    MLPs of the last two have `mlp_width`, or four times the width where it is 0.
+    MLPs of the last two have `mlp_width`, or four times the width if it is 0.
     """
 
     grid: tuple[int, ...] = (16, 16, 4)
@@ -41,7 +41,7 @@ class MaskGITConfig(Config):
 
     @property
     def null_label(self) -> bool:
-        """Whether the label `classes` stands for none."""
+        """Whether the label `classes` means no label."""
         return self.network != "bert"
 
     @property
@@ -56,9 +56,9 @@ class MaskGITConfig(Config):
 
 
 class MaskGIT(nn.Module):
-    """The prior, with the class as a token in front. Codes are int64 [B, h, w, Q], `codebook_size` where masked.
+    """The prior, with the class as first token. Codes are int64 [B, h, w, Q], `codebook_size` where masked.
 
-    Labels are int64 [B] in 0..classes, `classes` for none.
+    Labels are int64 [B] in 0..classes; `classes` means no label.
     """
 
     codes_first: Tensor  # [Q]
@@ -102,25 +102,25 @@ def unmask(
     top_p: Tensor,
     choice_temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One step of parallel decoding (MaskGIT, section 3.2): draw every code, mask those of least confidence again.
+    """One step of parallel decoding (MaskGIT, section 3.2): draws every masked code, then masks the least confident.
 
     Confidence is the log-probability of the drawn code at the temperature, before top-k and top-p, plus the choice
-    temperature times the choice noise. Codes that tie with the last one kept are kept.
+    temperature times the choice noise. Codes that tie with the last kept one are kept too.
 
     Args:
         logits: [B, h, w, Q, K].
-        given: Codes that stay [B, h, w, Q] int64, K where a code is drawn.
+        given: Known codes [B, h, w, Q] int64, K where a code is to be drawn.
         noise: Standard Gumbel noise for the draw [B, h, w, Q, K] float32.
         choice_noise: Noise for the confidence [B, h, w, Q] float32.
-        masked: Number of codes to mask again [B] int64. It is lowered to one less than there are unknown, where codes
-            that tied were kept before, but not below 1.
+        masked: Number of codes to mask again [B] int64, clamped to 1..U - 1 for U unknown codes (ties may have left
+            fewer).
         temperature: [B, Q] float32, above 0.
         top_k: [B, Q] int64, in 1..K; K keeps all.
         top_p: [B, Q] float32, in 0..1; 1 keeps all.
         choice_temperature: [B] float32, at least 0.
 
     Returns:
-        The codes as drawn, and the same with K where masked again; both int64 [B, h, w, Q].
+        The drawn codes, and the same with K where masked again; both int64 [B, h, w, Q].
     """
     size, shape = logits.shape[-1], given.shape
     temperature, top_k, top_p = (

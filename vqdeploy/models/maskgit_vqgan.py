@@ -1,8 +1,8 @@
-"""The tokenizer of MaskGIT: VQGAN without attention, which pools in place of strided convolutions.
+"""The tokenizer of MaskGIT: VQGAN without attention, with average pooling instead of strided convolutions.
 
-Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), as google-research/maskgit has it. A residual
-block that changes its width takes its shortcut from what it has convolved, and not from its input. Parameter names
-follow open-muse's port to PyTorch.
+Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), as in google-research/maskgit. A residual
+block that changes the width has its shortcut after the convolutions, not from its input. Parameter names follow the
+PyTorch port of open-muse.
 """
 
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ class MaskGITVQGANConfig(Config):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions behind a norm and SiLU."""
+    """Two 3x3 convolutions, each after a norm and SiLU."""
 
     def __init__(self, inputs: int, outputs: int, groups: int):
         super().__init__()
@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """The residual blocks of one resolution, and 2x2 average pooling except behind the last."""
+    """The residual blocks of one resolution, then 2x2 average pooling unless it is the last."""
 
     def __init__(self, blocks: Iterable[ResBlock], last: bool):
         super().__init__()
@@ -77,7 +77,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """The residual blocks of one resolution, and nearest neighbour and a convolution except behind the last."""
+    """The residual blocks of one resolution, then upsampling and a convolution unless it is the last."""
 
     def __init__(self, blocks: Iterable[ResBlock], channels: int, last: bool):
         super().__init__()
@@ -152,7 +152,7 @@ class MaskGITVQGAN(Tokenizer):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight of the layer that makes the image."""
+        """Weight of the output layer."""
         return self.decoder.conv_out.weight
 
     def latents(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """MoVQ: VQGAN with multichannel codes, and a decoder whose norms are modulated by the code vectors.
 
 Zheng et al., "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation" (NeurIPS 2022). With one group of
-channels it is the published MoVQGAN. Without the modulation too it is VQGAN: Esser et al., "Taming Transformers for
+channels it is the published MoVQGAN; without modulation as well it is VQGAN: Esser et al., "Taming Transformers for
 High-Resolution Image Synthesis" (CVPR 2021).
 """
 
@@ -19,8 +19,8 @@ from vqdeploy.models.tokenizer import Tokenizer
 class MoVQConfig(Config):
     """Shape of the tokenizer.
 
-    `code_dim` channels fall into `groups` of equal width, each with a code of its own. `metric` is `l2` or `cosine`.
-    With `gumbel` a linear layer scores the codes in place of a distance; see `GumbelQuantizer`. `pixel_range` is the
+    The `code_dim` channels are split into `groups` of equal width with one code each. `metric` is `l2` or `cosine`.
+    With `gumbel` a linear layer scores the codes instead of a distance; see `GumbelQuantizer`. `pixel_range` is the
     range of the images inside the model.
     """
 
@@ -67,7 +67,7 @@ class MoVQ(Tokenizer):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight of the layer that makes the image."""
+        """Weight of the output layer."""
         return self.decoder.conv_out.weight
 
     def latents(self, x: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """The operators that an exported graph keeps as single nodes of domain `vqdeploy`.
 
-Each has a PyTorch implementation here, which is the reference, and an ONNX function in `vqdeploy.export.functions`.
-Distances and the arg-min are fp32 whatever the input type; ties go to the lowest index. On CUDA tensors the quantizers
-run the kernels of `vqdeploy.kernels`, which keep no [N, K] matrix, where Triton is installed.
+Each has a reference implementation in PyTorch here, and an ONNX function in `vqdeploy.export.functions`. Distances and
+the arg-min are fp32 for all input types; ties go to the lowest index. On CUDA tensors, if Triton is installed, the
+quantizers run the kernels of `vqdeploy.kernels`, which store no [N, K] matrix.
 
-The metric of a search is `l2` for the smallest distance, `cosine` for the smallest angle, or `dot` for the largest
-product with the codebook as it stands.
+The metric of a search is `l2` (smallest distance), `cosine` (smallest angle) or `dot` (largest product with the
+codebook as stored).
 """
 
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ def nearest(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 
 def scores(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """How near each code [N, K] is to vectors [N, D], for comparisons within a row: the nearest has the largest."""
+    """Scores [N, K] of codes for vectors [N, D], comparable within a row: the nearest code has the highest."""
     if metric == "l2":
         return 2 * (z @ codebook.T) - codebook.square().sum(1)
     return z @ (F.normalize(codebook, dim=1) if metric == "cosine" else codebook).T
@@ -48,9 +48,9 @@ def residual_quantize(z: Tensor, codebook: Tensor, depth: int, metric: str) -> t
 
     Args:
         z: Vectors [N, D].
-        codebook: One codebook for all depths [K, D], or one a depth [Q, K, D].
+        codebook: Shared codebook [K, D], or one per depth [Q, K, D].
         depth: Number of codes per vector, Q.
-        metric: `l2`, `cosine` or `dot`; whichever it is, what is subtracted are vectors of the codebook as they stand.
+        metric: `l2`, `cosine` or `dot`. The codebook vectors are subtracted as stored, for every metric.
 
     Returns:
         Codes [N, Q] int64, and the sum of the chosen vectors [N, D].
@@ -71,7 +71,7 @@ def _(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Ten
 
 
 def nearest_on_cuda(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    """`nearest` by our kernel."""
+    """`nearest` with our Triton kernel."""
     from vqdeploy import kernels
 
     codes = z.new_empty((z.shape[0],), dtype=torch.int64)
@@ -81,7 +81,7 @@ def nearest_on_cuda(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
 
 
 def residual_quantize_on_cuda(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
-    """`residual_quantize` by our kernel."""
+    """`residual_quantize` with our Triton kernel."""
     from vqdeploy import kernels
 
     z = z.contiguous()
@@ -102,7 +102,7 @@ def lookup(codes: Tensor, codebook: Tensor) -> Tensor:
 
     Args:
         codes: Codes [N, q] int64, each in -1..K-1.
-        codebook: Codebook [K, D], or one for each column of codes [Q, K, D], of which there may be fewer than Q.
+        codebook: Codebook [K, D], or one per depth [Q, K, D] with q <= Q.
 
     Returns:
         Vectors [N, D].
@@ -121,10 +121,10 @@ def _(codes: Tensor, codebook: Tensor) -> Tensor:
 
 @torch.library.custom_op("vqdeploy::packed_attention", mutates_args=())
 def packed_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Attention of all entries to all.
+    """Bidirectional attention.
 
     Args:
-        qkv: Queries (already scaled), keys and values side by side [B, S, 3 * H * D].
+        qkv: Queries (already scaled), keys and values, concatenated [B, S, 3 * H * D].
         heads: Number of heads H.
 
     Returns:
@@ -141,15 +141,15 @@ def _(qkv: Tensor, heads: int) -> Tensor:
 
 @torch.library.custom_op("vqdeploy::write_cache", mutates_args=())
 def write_cache(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
-    """Writes entries into a cache, which a backend may do in place.
+    """Writes entries into a KV cache; backends may do it in place.
 
     Args:
         past: Cache [B, H, T, D].
         entries: New entries [B, H, S, D].
-        position: Place of the first of them [B] int64; position + S <= T.
+        position: Index of the first entry [B] int64; position + S <= T.
 
     Returns:
-        The cache with places position..position+S-1 written.
+        The cache with entries position..position+S-1 written.
     """
     places = position[:, None] + torch.arange(entries.shape[2], device=past.device)  # [B, S]
     rows = torch.arange(len(past), device=past.device)[:, None]
@@ -167,16 +167,16 @@ def _(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
 def cached_attention(
     qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of S new entries over a static cache, which the new keys and values join.
+    """Causal attention of S new entries over a static KV cache, after writing their keys and values.
 
     Args:
-        qkv: Queries (already scaled), keys and values side by side [B, S, 3 * H * D].
+        qkv: Queries (already scaled), keys and values, concatenated [B, S, 3 * H * D].
         past_key: Keys [B, H, T, D].
         past_value: Values [B, H, T, D].
-        position: Place of the first new entry in the cache [B] int64; position + S <= T.
+        position: Index of the first new entry in the cache [B] int64; position + S <= T.
 
     Returns:
-        Attention output [B, S, H * D], and both caches with places position..position+S-1 written.
+        Attention output [B, S, H * D], and both caches with entries position..position+S-1 written.
     """
     batch, length, _ = qkv.shape
     heads, places = past_key.shape[1:3]
@@ -196,10 +196,10 @@ def _(qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor) -> tu
 
 @torch.library.custom_op("vqdeploy::sample", mutates_args=())
 def sample(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Draws one code a row by the Gumbel-max trick, after temperature, top-k and top-p, in that order.
+    """Draws one code per row by the Gumbel-max trick, after temperature, top-k and top-p, in that order.
 
     Top-k keeps every logit that reaches the k-th largest; top-p keeps a code while the probability of all more likely
-    ones is below p. Codes that tie with the last one kept are kept too.
+    ones is below p. Ties with the last kept code are kept too.
 
     Args:
         logits: Logits [N, K].
@@ -220,7 +220,7 @@ def _(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
 
 
 def truncate(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Logits [N, K] divided by the temperature, with the codes that top-k and top-p remove at -1e30; see `sample`."""
+    """Logits [N, K] / temperature, with -1e30 for codes removed by top-k and top-p; see `sample`."""
     scaled = logits.float() / temperature[:, None]
     if (top_k >= logits.shape[1]).all() and (top_p >= 1).all():
         return scaled

@@ -1,13 +1,13 @@
-"""Pixels of image files and pixels of models: the one definition that training, `verify` and tests share.
+"""Conversion between uint8 images and model inputs, shared by training, `verify` and tests.
 
-`vqdeploy.export.layers` writes the same into graphs by itself, so that what `verify` compares comes from two sources.
+`vqdeploy.export.layers` has its own implementation for graphs, so that `verify` compares independent code.
 """
 
 from torch import Tensor, uint8
 
 
 def channels_first(images: Tensor) -> Tensor:
-    """Images [..., H, W, 3], as files and plans hold them -> [..., 3, H, W], as models take them."""
+    """Images [..., H, W, 3] of files and plans -> [..., 3, H, W] of models."""
     return images.movedim(-1, -3)
 
 
@@ -23,6 +23,6 @@ def to_range(images: Tensor, pixel_range: tuple[float, ...]) -> Tensor:
 
 
 def to_uint8(images: Tensor, pixel_range: tuple[float, ...]) -> Tensor:
-    """Images in the range of a model -> uint8, rounded; what lies outside the range is cut off."""
+    """Images in the range of a model -> uint8, clipped and rounded."""
     low, high = pixel_range
     return ((images.float() - low) / (high - low) * 255).round().clamp(0, 255).to(uint8)

@@ -2,9 +2,8 @@
 
 Chen et al., "PixelSNAIL: An Improved Autoregressive Generative Model" (ICML 2018), as the prior of Razavi et al.,
 "Generating Diverse High-Fidelity Images with VQ-VAE-2" (NeurIPS 2019), section 3.2. The layers are those of
-rosinality/vq-vae-2-pytorch, laid out otherwise: weight normalization is folded, convolutions over one-hot codes are
-tables, and masked kernels hold only the taps that count. Labels are our addition: they condition each level the way
-the coarser codes do.
+rosinality/vq-vae-2-pytorch, with folded weight normalization, tables instead of convolutions over one-hot codes, and
+kernels without masked taps. Labels are our addition: they condition each level like the coarser codes do.
 """
 
 import math
@@ -27,9 +26,9 @@ from vqdeploy.models.vqvae2 import Grids, join_levels, split_levels
 class PixelSNAILConfig(Config):
     """Shape of the network of one level.
 
-    Each of the `blocks` is `res_blocks` gated causal convolutions of a `kernel`, then causal attention of `heads` if it
-    has `attention`. `res_channels` is the width inside the gated convolutions, `out_res_blocks` the number of 1x1 ones
-    before the logits. What conditions the network has `condition_channels`; coarser codes pass through a convolution of
+    Each of the `blocks` has `res_blocks` gated causal convolutions of size `kernel`, then causal attention with `heads`
+    if `attention`. `res_channels` is the width inside the gated convolutions, `out_res_blocks` the number of 1x1 ones
+    before the logits. The condition has `condition_channels`; coarser codes pass through a convolution of size
     `condition_kernel` and `condition_res_blocks` gated ones.
     """
 
@@ -76,14 +75,14 @@ class VQVAE2PriorConfig(Config):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Shape of the codes of one image: all levels in a row, top first."""
+        """Shape of the codes of one image: all levels concatenated, top first."""
         return (self.positions,)
 
 
 class CodeConv(nn.Module):
-    """A convolution over one-hot codes: the sum of one row of a table for each tap, nothing for taps off the map.
+    """A convolution over one-hot codes: the sum of one table row per tap; taps outside the map add nothing.
 
-    Codes [B, h, w] -> [B, channels, h, w]. Tap t sees the code that lies `offsets[t]` rows and columns away.
+    Codes [B, h, w] -> [B, channels, h, w]. Tap t reads the code at `offsets[t]`, rows and columns.
     """
 
     def __init__(self, codebook_size: int, channels: int, offsets: Sequence[tuple[int, int]]):
@@ -92,7 +91,7 @@ class CodeConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(len(offsets), codebook_size, channels) * len(offsets) ** -0.5)
 
     def neighbours(self, codes: Tensor) -> Tensor:
-        """Codes [B, h, w] -> the codes under the taps [B, h, w, taps], -1 off the map."""
+        """Codes [B, h, w] -> the codes under the taps [B, h, w, taps], -1 outside the map."""
         height, width = codes.shape[1:]
         margin = max(abs(step) for offset in self.offsets for step in offset)
         padded = F.pad(codes, (margin,) * 4, value=-1)
@@ -109,10 +108,10 @@ class CodeConv(nn.Module):
 
 
 class Entry(nn.Module):
-    """The first layer: codes [B, h, w] -> [B, channels, h, w], each of the codes before it in a square of the kernel.
+    """The first layer: codes [B, h, w] -> [B, channels, h, w], causal within a square kernel.
 
-    The public network adds two convolutions, whose taps overlap and whose outputs are shifted, down by a row and right
-    by a column; so their biases are missing from the first row and the first column.
+    The public network adds two convolutions with overlapping taps, whose outputs are shifted down by a row and right by
+    a column; so their biases are missing from the first row and the first column.
     """
 
     def __init__(self, codebook_size: int, channels: int, kernel: int):
@@ -122,7 +121,7 @@ class Entry(nn.Module):
         self.column_bias = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def bias(self, height: int, width: int) -> Tensor:
-        """Sum of the biases at each place [channels, height, width]."""
+        """Sum of the biases at each position [channels, height, width]."""
         below = (torch.arange(height, device=self.row_bias.device) > 0)[:, None]
         right = torch.arange(width, device=self.row_bias.device) > 0
         return self.row_bias * below + self.column_bias * right
@@ -132,15 +131,15 @@ class Entry(nn.Module):
 
 
 def causal_offsets(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Rows and columns to the places before (0, 0) in raster order, up to `rows` above and `columns` aside."""
+    """Offsets (row, column) of the positions before (0, 0) in raster order, up to `rows` above and `columns` aside."""
     square = product(range(-rows, 1), range(-columns, columns + 1))
     return [offset for offset in square if offset < (0, 0)]
 
 
 class CausalConv(nn.Module):
-    """A convolution of odd kernel whose last row is that of the output: it sees the places before it in raster order.
+    """A causal convolution with an odd kernel whose last row is that of the output.
 
-    `above` are the taps on the rows before, `left` those on the same row.
+    `above` has the taps in earlier rows, `left` those in the same row.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int):
@@ -156,7 +155,7 @@ class CausalConv(nn.Module):
 
 
 Conv = Callable[[int, int], nn.Module]
-"""Makes a convolution of numbers of input and output channels."""
+"""(Input channels, output channels) -> convolution."""
 
 
 def _conv(kernel: int) -> Conv:
@@ -166,8 +165,8 @@ def _conv(kernel: int) -> Conv:
 class GatedResBlock(nn.Module):
     """x + a gated pair of convolutions behind ELU.
 
-    `auxiliary` and `condition` are the channels of the maps that join after the first and after the second convolution;
-    0 for none.
+    `auxiliary` and `condition` are the channels of maps added after the first and after the second convolution; 0 for
+    none.
     """
 
     aux_conv: Any
@@ -192,7 +191,7 @@ class GatedResBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Each place attends to those before it in raster order; the first gets zeros.
+    """Each position attends to those before it in raster order; the first gets zeros.
 
     Maps for the queries [B, queries, h, w] and for keys and values [B, keys, h, w] -> [B, width, h, w].
     """
@@ -220,7 +219,7 @@ class CausalAttention(nn.Module):
 
 
 class AttentionExit(nn.Module):
-    """The end of a block with attention, from its input x, what its convolutions made of it, and the background."""
+    """The end of a block with attention, from its input, the output of its convolutions, and the background."""
 
     def __init__(self, config: PixelSNAILConfig):
         super().__init__()
@@ -238,7 +237,7 @@ class AttentionExit(nn.Module):
 
 
 class PlainExit(nn.Module):
-    """The end of a block without attention, called alike."""
+    """The end of a block without attention, with the same signature."""
 
     def __init__(self, config: PixelSNAILConfig):
         super().__init__()
@@ -249,7 +248,7 @@ class PlainExit(nn.Module):
 
 
 class Block(nn.Module):
-    """Gated causal convolutions, then attention or a 1x1 convolution. `condition` has no channels if there is none."""
+    """Gated causal convolutions, then attention or a 1x1 convolution. `condition` is 0 without one."""
 
     resblocks: Any  # list of GatedResBlock
 
@@ -285,7 +284,7 @@ class CodeCondition(nn.Module):
         super().__init__()
         channels, kernel = config.condition_channels, config.condition_kernel
         if kernel % 2 == 0:
-            raise ValueError(f"the kernel of a condition has an odd size, and not {kernel}")
+            raise ValueError(f"the kernel of a condition must have an odd size, not {kernel}")
         reach = range(-(kernel // 2), kernel // 2 + 1)
         self.codes = CodeConv(codebook_size, channels, list(product(reach, reach)))
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
@@ -297,7 +296,7 @@ class CodeCondition(nn.Module):
         return self.refine(self.codes(codes))
 
     def refine(self, x: Tensor) -> Tensor:
-        """What `codes` makes of the codes -> condition."""
+        """Output of `codes` -> condition."""
         x = x + self.bias
         for block in self.blocks:
             x = block(x)
@@ -307,7 +306,7 @@ class CodeCondition(nn.Module):
 class PixelSNAIL(nn.Module):
     """The network of one level. Codes are int64 [B, h, w].
 
-    With `classes` above 1 it is conditioned on labels, a `finer` level on the codes of the level above, too.
+    With `classes` above 1 it is conditioned on labels; a `finer` level also on the codes of the level above.
     """
 
     background: Tensor  # [1, 2, h, w]
@@ -316,7 +315,7 @@ class PixelSNAIL(nn.Module):
     def __init__(self, config: PixelSNAILConfig, codebook_size: int, classes: int = 1, finer: bool = False):
         super().__init__()
         if config.kernel % 2 == 0 or config.kernel < 3:
-            raise ValueError(f"a causal kernel has an odd size from 3 on, and not {config.kernel}")
+            raise ValueError(f"a causal kernel must have an odd size of 3 or more, not {config.kernel}")
         self.config = config
         self.label = LabelCondition(classes, config.condition_channels) if classes > 1 else None
         self.above = CodeCondition(config, codebook_size) if finer else None
@@ -331,7 +330,7 @@ class PixelSNAIL(nn.Module):
         self.register_buffer("background", background(*config.grid), persistent=False)
 
     def embed_condition(self, labels: Tensor, above: Tensor | None = None) -> Tensor | None:
-        """Labels [B] and the codes above [B, h / 2, w / 2] -> the sum of their conditions; None if there are none."""
+        """Labels [B] and codes of the level above [B, h / 2, w / 2] -> sum of the conditions; None without any."""
         condition = None if self.label is None else self.label(labels)
         if self.above is not None:
             codes = self.above(above)
@@ -350,9 +349,9 @@ class PixelSNAIL(nn.Module):
         return self.out(F.elu(x)).permute(0, 2, 3, 1)
 
     def generate(self, batch: int, condition: Tensor | None, draw: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Codes [B, h, w] one by one, of which `draw` makes each, from its position in the map and its logits [B, K].
+        """Samples codes [B, h, w] one by one; `draw` maps the position in the map and logits [B, K] to codes [B].
 
-        Each takes a pass over its row and those above, the way the public sampler does.
+        Each takes a pass over its row and those above, as in the public sampler.
         """
         height, width = self.config.grid
         codes = torch.zeros(batch, height, width, dtype=torch.int64, device=self.background.device)
@@ -362,14 +361,14 @@ class PixelSNAIL(nn.Module):
 
 
 def background(height: int, width: int) -> Tensor:
-    """Row and column of each place as shares of the map, 0 in its middle [1, 2, height, width]."""
+    """Normalized row and column of each position, 0 at the centre [1, 2, height, width]."""
     rows = (torch.arange(height) - height / 2) / height
     columns = (torch.arange(width) - width / 2) / width
     return torch.stack([rows[:, None].expand(-1, width), columns.expand(height, -1)])[None]
 
 
 class VQVAE2Prior(nn.Module):
-    """The prior. Codes are int64 [B, N], all levels in a row; labels int64 [B] in 0..classes-1."""
+    """The prior. Codes are int64 [B, N], all levels concatenated; labels int64 [B] in 0..classes-1."""
 
     levels: Any  # list of PixelSNAIL
 
@@ -385,7 +384,7 @@ class VQVAE2Prior(nn.Module):
         )
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Teacher-forced logits [B, N, K]: those of each code given all before it."""
+        """Teacher-forced logits [B, N, K] of each code given all before it."""
         maps = split_levels(codes, self.config.level_grids)
         levels = zip(self.levels, maps, [None, *maps[:-1]], strict=True)
         return join_levels(network(own, network.embed_condition(labels, above)) for network, own, above in levels)
@@ -398,7 +397,7 @@ class VQVAE2Prior(nn.Module):
 
         Args:
             labels: Labels [B].
-            noise: Gumbel noise [B, 1, K] of a position in the row of all levels.
+            noise: Index of a code among those of all levels -> Gumbel noise [B, 1, K].
             temperature: [B, 1], above 0.
             top_k: [B, 1] int64, in 1..K.
             top_p: [B, 1].

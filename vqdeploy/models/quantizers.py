@@ -1,4 +1,4 @@
-"""Vector quantizers: a codebook, codes from vectors, vectors from codes, and how the codebook learns."""
+"""Vector quantizers: codebooks, quantization, lookup, and training of codebooks."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from vqdeploy.models.ops import lookup, nearest, residual_quantize
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of vectors while training."""
+    """The result of quantization in training."""
 
     vectors: Tensor  # straight-through estimate [..., D]
     codes: Tensor  # int64 [..., Q]
@@ -18,10 +18,10 @@ class Quantized(NamedTuple):
 
 
 class AveragedCodebook(nn.Module):
-    """A codebook that is learned by moving averages.
+    """A codebook learned by exponential moving averages.
 
-    Van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017), appendix A.1. A code that the moving
-    average no longer counts once a step is restarted from a vector of the batch.
+    Van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017), appendix A.1. A code whose
+    moving count falls below 1 per step is restarted from a vector of the batch.
     """
 
     codebook: Tensor  # [K, D]
@@ -70,11 +70,11 @@ class ResidualQuantizer(AveragedCodebook):
         return codes.view(*z.shape[:-1], self.depth), quantized.view_as(z)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [..., Q], -1 for none -> vectors [..., D]."""
+        """Codes int64 [..., Q], -1 to skip one -> vectors [..., D]."""
         return lookup(codes.flatten(0, -2), self.codebook).view(*codes.shape[:-1], -1)
 
     def distances(self, z: Tensor, codes: Tensor) -> Tensor:
-        """Squared distances [..., Q, K] between what the codes before leave of vectors [..., D] and the codebook."""
+        """Squared distances [..., Q, K] between the residuals of vectors [..., D] at each depth and the codebook."""
         residual, distances = z.flatten(0, -2), []
         for code in codes.flatten(0, -2).unbind(-1):
             distances.append(torch.cdist(residual, self.codebook).square())
@@ -82,12 +82,12 @@ class ResidualQuantizer(AveragedCodebook):
         return torch.stack(distances, 1).view(*codes.shape, -1)
 
     def soft_codes(self, z: Tensor, temperature: float, stochastic: bool = True) -> tuple[Tensor, Tensor]:
-        """Targets for the prior (section 3.3): at each depth the softmax of minus the squared distances.
+        """Soft targets for the prior (section 3.3): at each depth the softmax of the negative squared distances.
 
         Args:
             z: Vectors [..., D].
             temperature: Divides the squared distances, above 0.
-            stochastic: Draw each code from its softmax, and let the residual follow the draw.
+            stochastic: Whether to draw codes from the softmax; residuals follow the draw.
 
         Returns:
             Codes int64 [..., Q] and probabilities [..., Q, K].
@@ -104,7 +104,7 @@ class ResidualQuantizer(AveragedCodebook):
         return torch.stack(codes, 1).view(*shape, self.depth), torch.stack(targets, 1).view(*shape, self.depth, -1)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes vectors [..., D]; in training mode the codebook takes one step for each depth."""
+        """Quantizes vectors [..., D]; in training mode updates the codebook once per depth."""
         codes, quantized = self.encode(z.detach())
         partial_sums = self.codebook[codes].cumsum(-2)  # [..., Q, D]
         commitment = F.mse_loss(z.unsqueeze(-2).expand_as(partial_sums), partial_sums)
@@ -116,7 +116,7 @@ class ResidualQuantizer(AveragedCodebook):
 
 
 class MultichannelQuantizer(AveragedCodebook):
-    """Each of Q equal groups of channels is replaced by its nearest vector of one shared codebook.
+    """Replaces each of Q equal groups of channels by the nearest vector of one shared codebook.
 
     Zheng et al., "MoVQ" (NeurIPS 2022), section 3.3. With one group it is the quantizer of VQ-VAE and VQGAN.
     """
@@ -130,7 +130,7 @@ class MultichannelQuantizer(AveragedCodebook):
         self.groups, self.metric = groups, metric
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors [..., D] -> codes int64 [..., Q] and the vectors that stand for them [..., D]."""
+        """Vectors [..., D] -> codes int64 [..., Q] and their codebook vectors [..., D]."""
         codes = nearest(z.reshape(-1, self.codebook.shape[1]), self.codebook, self.metric)
         codes = codes.view(*z.shape[:-1], self.groups)
         return codes, self.decode(codes)
@@ -148,7 +148,7 @@ class MultichannelQuantizer(AveragedCodebook):
         return torch.cdist(vectors, table).square().view(*codes.shape, -1)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes vectors [..., D], by cosine their directions; in training mode the codebook takes one step."""
+        """Quantizes vectors [..., D], normalized for `cosine`; in training mode updates the codebook."""
         if self.metric == "cosine":
             z = F.normalize(z.unflatten(-1, (self.groups, -1)), dim=-1).flatten(-2)
         codes, quantized = self.encode(z.detach())
@@ -158,10 +158,10 @@ class MultichannelQuantizer(AveragedCodebook):
 
 
 class GumbelQuantizer(nn.Module):
-    """A linear layer scores all codes, and the best one's vector stands for the input.
+    """A linear layer scores all codes; the vector of the best one replaces the input.
 
-    The quantizer of DALL-E's dVAE (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021) as VQGAN has it. The
-    noise that gives it its name is of its training, for which there is no code here.
+    The quantizer of DALL-E's dVAE (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021) as in VQGAN.
+    Training with Gumbel noise is not implemented.
     """
 
     codebook: Tensor  # [K, D]
@@ -172,7 +172,7 @@ class GumbelQuantizer(nn.Module):
         self.register_buffer("codebook", torch.randn(codebook_size, dim))
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors [..., D] -> codes int64 [..., 1] and the vectors that stand for them [..., D]."""
+        """Vectors [..., D] -> codes int64 [..., 1] and their codebook vectors [..., D]."""
         codes = self.proj(z).argmax(-1, keepdim=True)
         return codes, self.decode(codes)
 
@@ -181,18 +181,18 @@ class GumbelQuantizer(nn.Module):
         return lookup(codes.reshape(-1, 1), self.codebook).view(*codes.shape[:-1], -1)
 
     def distances(self, z: Tensor, codes: Tensor) -> Tensor:
-        """How far the score of each code is below the best one's [..., 1, K], of vectors [..., D]."""
+        """Best score minus the score of each code [..., 1, K], for vectors [..., D]."""
         scores = self.proj(z)
         return (scores.amax(-1, keepdim=True) - scores).unsqueeze(-2)
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes vectors [..., D]; nothing here learns."""
+        """Quantizes vectors [..., D]; not trainable."""
         codes, quantized = self.encode(z)
         return Quantized(quantized, codes, z.new_zeros(()))
 
 
 def _draw(vectors: Tensor, count: int) -> Tensor:
-    """Random vectors of the batch [count, D], jittered copies where it has too few; the same on every rank."""
+    """Random vectors of the batch [count, D], with jittered copies if it is too small; equal on all ranks."""
     if len(vectors) < count:
         vectors = vectors.repeat(-(-count // len(vectors)), 1)
         vectors = vectors + torch.rand_like(vectors) * 0.01 / vectors.shape[1] ** 0.5

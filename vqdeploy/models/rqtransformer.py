@@ -18,7 +18,7 @@ from vqdeploy.models.transformer import Transformer, initialize
 class RQTransformerConfig(Config):
     """Shape of the prior.
 
-    `classes` is the number of class labels; 1 means unconditional, the one label being the start token. With
+    `classes` is the number of class labels; 1 means unconditional, with one label as start token. With
     `condition_length` above 1 the condition is a text of that many tokens, `classes` the size of its vocabulary.
     """
 
@@ -45,7 +45,7 @@ class RQTransformerConfig(Config):
 
 
 class Classifier(nn.Module):
-    """LayerNorm and a linear layer to the logits."""
+    """LayerNorm, and a linear layer to the logits."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -59,8 +59,8 @@ class Classifier(nn.Module):
 class RQTransformer(nn.Module):
     """The prior. Codes are int64 [B, h, w, Q], labels int64 [B], or [B, condition_length] for text.
 
-    `codebook` [K, D] is the tokenizer's: codes are embedded by their own vectors. It is shared with the tokenizer and
-    not saved with the prior.
+    `codebook` [K, D] is that of the tokenizer: codes are embedded by their codebook vectors. It is shared with the
+    tokenizer and not saved with the prior.
     """
 
     codebook: Tensor
@@ -92,13 +92,13 @@ class RQTransformer(nn.Module):
     def embed_codes(self, codes: Tensor, first: int = 0) -> Tensor:
         """Codes [B, S, Q] of the positions from `first` on -> entries of the body [B, S, width].
 
-        The bias of `input_mlp` counts once for each depth.
+        The bias of `input_mlp` is added once per depth.
         """
         places = self.pos_emb_hw[:, first : first + codes.shape[1]]
         return self.input_mlp(self.codebook[codes]).sum(2) + places
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Teacher-forced logits [B, h, w, Q, K]: those of each code given all before it."""
+        """Teacher-forced logits [B, h, w, Q, K] of each code given all before it."""
         batch, flat = len(codes), codes.flatten(1, 2)
         entries = torch.cat([self.embed_condition(labels), self.embed_codes(flat[:, :-1])], 1)
         context = self.body_transformer(entries)[:, self.config.condition_length - 1 :]  # [B, h*w, width]
@@ -111,11 +111,11 @@ class RQTransformer(nn.Module):
     def generate(
         self, labels: Tensor, noise: Callable[[int], Tensor], temperature: Tensor, top_k: Tensor, top_p: Tensor
     ) -> Tensor:
-        """Samples codes position by position with caches that grow, the way the public implementation does.
+        """Samples codes position by position with KV caches that grow, as the public implementation does.
 
         Args:
             labels: Labels [B].
-            noise: Gumbel noise [B, Q, K] of a position.
+            noise: Index of a position -> Gumbel noise [B, Q, K].
             temperature: [B, Q], above 0.
             top_k: [B, Q] int64, in 1..K.
             top_p: [B, Q].

@@ -54,7 +54,7 @@ class RQVAE(Tokenizer):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight of the layer that makes the image."""
+        """Weight of the output layer."""
         return self.decoder.conv_out.weight
 
     def latents(self, x: Tensor) -> Tensor:

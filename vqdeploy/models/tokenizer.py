@@ -1,4 +1,4 @@
-"""What tokenizers have in common."""
+"""The base class of tokenizers."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from vqdeploy.models.quantizers import Quantized
 class Tokenizer(nn.Module):
     """Images are float [B, 3, H, W] in `config.pixel_range`, codes int64 [B, h, w, Q].
 
-    An architecture adds `latents`, from an image to vectors [B, h, w, D], `reconstruct`, from vectors to an image, the
-    quantizer between, and `last_weight`, against which an adversarial loss is balanced.
+    Subclasses have `latents` (image -> vectors [B, h, w, D]), `quantizer`, `reconstruct` (vectors -> image), and
+    `last_weight`, the weight of the output layer, for balancing the adversarial loss.
     """
 
     config: Any
@@ -19,9 +19,9 @@ class Tokenizer(nn.Module):
     reconstruct: Any
     quantizer: Any
     any_size = False
-    """Whether images of any size that the factor divides can be taken, as convolutions allow."""
+    """Whether it accepts all image sizes divisible by its downsampling factor."""
     omits_depths = False
-    """Whether -1 leaves a depth of a position out, as residual quantization allows."""
+    """Whether `decode` accepts -1 to skip a depth of a position, as for residual quantization."""
 
     @property
     def maps(self) -> tuple[tuple[int, ...], ...]:
@@ -33,11 +33,11 @@ class Tokenizer(nn.Module):
         return self.quantizer.encode(self.latents(x))[0]
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes -> image. With a residual quantizer -1 leaves a depth out."""
+        """Codes -> image. With a residual quantizer, -1 skips a depth."""
         return self.reconstruct(self.quantizer.decode(codes))
 
     def distances(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Squared distances [B, h, w, Q, K] of an image's vectors from the codebook, given the codes before each."""
+        """Squared distances [B, h, w, Q, K] of image vectors from the codebook, given the codes before each."""
         return self.quantizer.distances(self.latents(x), codes)
 
     def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
@@ -45,6 +45,6 @@ class Tokenizer(nn.Module):
         return codes.unbind(-1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Image -> its reconstruction, and the quantization behind it."""
+        """Image -> its reconstruction and quantization."""
         quantized = self.quantizer(self.latents(x))
         return self.reconstruct(quantized.vectors), quantized

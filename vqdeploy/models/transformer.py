@@ -1,6 +1,6 @@
 """Pre-norm transformer blocks.
 
-How the queries meet the keys is a parameter, so that one block serves training and cached sampling.
+The attention function is a parameter, so that one block serves training and cached sampling.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each entry attends to itself and the ones before it."""
+    """Causal attention."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def bidirectional(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each entry attends to all."""
+    """Bidirectional attention."""
     return F.scaled_dot_product_attention(query, key, value)
 
 
 class GrowingCache:
-    """Keys and values that grow by concatenation, one entry a call, as in the public samplers."""
+    """A KV cache that grows by concatenation, one entry per call, as in the public samplers."""
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
@@ -33,7 +33,7 @@ class GrowingCache:
         self.last: Tensor | None = None
 
     def previous(self, x: Tensor) -> Tensor:
-        """The entry before each of x [B, S, width]: what `last` kept, then x without its last."""
+        """The entry before each of x [B, S, width]: `last`, then x without its last entry."""
         first = torch.zeros_like(x[:, :1]) if self.last is None else self.last
         self.last = x[:, -1:]
         return torch.cat([first, x[:, :-1]], 1)
@@ -46,7 +46,7 @@ class GrowingCache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate projections; with a token shift each entry is mixed with the one before it."""
+    """Multi-head attention with separate projections; a token shift mixes each entry with the one before it."""
 
     def __init__(self, width: int, heads: int, dropout: float, token_shift: bool = False):
         super().__init__()
@@ -96,7 +96,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks on [B, S, width], without embeddings or a last norm.
 
-    `activation` is that of the MLPs, which are four times as wide as the entries where `mlp_width` is 0.
+    `activation` is that of the MLPs, whose width is `mlp_width`, or four times the width if it is 0.
     """
 
     blocks: Any  # list of Block
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         return x
 
     def growing_caches(self) -> list[GrowingCache]:
-        """One empty cache for each layer."""
+        """One empty KV cache per layer."""
         return [GrowingCache() for _ in self.blocks]
 
 

@@ -16,12 +16,12 @@ from vqdeploy.models.tokenizer import Tokenizer
 from vqdeploy.models.transformer import bidirectional
 
 HEAD_DIM = 64
-"""Channels of each head, whatever the width."""
+"""Channels per head, for every width."""
 
 
 @dataclass(frozen=True)
 class ViTConfig(Config):
-    """Shape of the encoder or the decoder. Heads are of 64 channels each, whatever the width."""
+    """Shape of the encoder or the decoder. Each head has 64 channels, for every width."""
 
     width: int = 512
     layers: int = 8
@@ -51,7 +51,7 @@ class ViTVQGANConfig(Config):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of all to all, its projection of queries, keys and values without bias."""
+    """Bidirectional multi-head attention, whose input projection has no bias."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
 
 
 def positions(side: int, width: int) -> Tensor:
-    """Sines and cosines, of the column in the first half of the channels, of the row in the second [1, N, width]."""
+    """2-d sine-cosine embeddings [1, N, width]: the column in the first half of the channels, the row in the second."""
     frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]
@@ -161,7 +161,7 @@ class ViTVQGAN(Tokenizer):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight of the layer that makes the image."""
+        """Weight of the output layer."""
         return self.decoder.to_pixel[-1].weight
 
     def latents(self, x: Tensor) -> Tensor:

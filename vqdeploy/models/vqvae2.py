@@ -18,17 +18,17 @@ from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
 Grids = tuple[tuple[int, ...], ...]
 """Height and width of the code map of each level, top first."""
 
-_STRIDE = 4  # of the bottom level
+_STRIDE = 4  # downsampling factor of the bottom level
 
 
 def split_levels(codes: Tensor, grids: Grids) -> list[Tensor]:
-    """Codes of all levels in a row [B, N, ...] -> the map of each level [B, h, w, ...]."""
+    """Codes of all levels, concatenated [B, N, ...] -> the map of each level [B, h, w, ...]."""
     parts = codes.split([math.prod(grid) for grid in grids], 1)
     return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
 
 
 def join_levels(maps: Iterable[Tensor]) -> Tensor:
-    """Maps [B, h, w, ...], top first -> all in a row [B, N, ...], each in raster order."""
+    """Maps [B, h, w, ...], top first -> concatenated [B, N, ...], each in raster order."""
     return torch.cat([level.flatten(1, 2) for level in maps], 1)
 
 
@@ -60,12 +60,12 @@ class VQVAE2Config(Config):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Shape of the codes of one image: all levels in a row, top first."""
+        """Shape of the codes of one image: all levels concatenated, top first."""
         return (sum(map(math.prod, self.level_grids)),)
 
 
 class ResBlock(nn.Module):
-    """x + a 3x3 and a 1x1 convolution, each behind ReLU."""
+    """x + a 3x3 and a 1x1 convolution, each after ReLU."""
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
@@ -103,8 +103,9 @@ def _res_blocks(config: VQVAE2Config) -> list[nn.Module]:
 class VQVAE2(nn.Module):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, N], see `split_levels`.
 
-    Lists hold the parts of each level, top first. A level merges what is above it with its own vectors into one map
-    [B, (1 + level) * D, h, w]; `decoders[level]` makes of it what the next level is conditioned on, or the image.
+    Lists have one part per level, top first. A level concatenates the upsampled map of the levels above and its own
+    vectors to a map [B, (1 + level) * D, h, w]; `decoders[level]` maps it to the condition of the next level, or to the
+    image.
     """
 
     encoders: Any
@@ -141,7 +142,7 @@ class VQVAE2(nn.Module):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight of the layer that makes the image."""
+        """Weight of the output layer."""
         return self.decoders[-1][-1].weight
 
     def encode(self, x: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class VQVAE2(nn.Module):
         return self.decoders[-1](merged)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Image -> its reconstruction, and the quantization [B, N, ...] of all levels with their summed commitment."""
+        """Image -> its reconstruction, and the quantization [B, N, ...] with the commitment loss of all levels."""
         levels: list[Quantized] = []
 
         def quantize(level: int, z: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ class VQVAE2(nn.Module):
         return reconstruction, Quantized(join_levels(vectors), join_levels(codes)[..., 0], torch.stack(losses).sum())
 
     def distances(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Squared distances [B, N, K] of an image's latents from the codebooks, given these codes of coarser levels."""
+        """Squared distances [B, N, K] of image latents from the codebooks, given the codes of coarser levels."""
         maps, distances = split_levels(codes[..., None], self.config.level_grids), []
 
         def quantize(level: int, z: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class VQVAE2(nn.Module):
         return tuple(level.flatten(1) for level in split_levels(codes, self.config.level_grids))
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Image -> what the encoder of each level makes of it [B, channels, h, w], top first."""
+        """Image -> features of each level [B, channels, h, w], top first."""
         features = []
         for layer in reversed(self.encoders):
             x = layer(x)
@@ -199,18 +200,18 @@ class VQVAE2(nn.Module):
         return features[::-1]
 
     def latents(self, level: int, features: Tensor, merged: Tensor | None) -> Tensor:
-        """The vectors of a level before quantization [B, h, w, D], of its features and the map of those above it."""
+        """The vectors of a level before quantization [B, h, w, D], from its features and the map above."""
         if merged is not None:
             features = torch.cat([self.decoders[level - 1](merged), features], 1)
         return self.projections[level](features).permute(0, 2, 3, 1)
 
     def merge(self, level: int, vectors: Tensor, merged: Tensor | None) -> Tensor:
-        """The vectors of a level [B, h, w, D] join the map of those above it."""
+        """Appends the vectors of a level [B, h, w, D] to the map of the levels above."""
         own = vectors.permute(0, 3, 1, 2)
         return own if merged is None else torch.cat([self.upsamplers[level - 1](merged), own], 1)
 
     def _descend(self, x: Tensor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """From the top to the bottom: `quantize` puts vectors in the place of a level's latents [B, h, w, D]."""
+        """Runs the levels from top to bottom; `quantize` maps the latents of a level [B, h, w, D] to vectors."""
         merged: Any = None
         for level, features in enumerate(self.features(x)):
             merged = self.merge(level, quantize(level, self.latents(level, features, merged)), merged)

@@ -1,4 +1,4 @@
-"""Whole generations in PyTorch, as the public implementations do them: to watch a training by, and for `bench`."""
+"""Sampling in PyTorch with the algorithms of the public implementations, for training metrics and `bench`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ __all__ = ["Noise", "generate", "guided_logits"]
 
 @torch.no_grad()
 def generate(prior: Any, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
-    """Codes [B, *grid] for labels [B], with the default options of a system, on the device of the labels."""
+    """Samples codes int64 [B, *grid] for labels [B], with the default options, on the device of the labels."""
     options = config.sampling.to_dict()
     depth, size = config.prior.depth, config.prior.codebook_size
     arrays = for_graph(options, depth, size)

@@ -1,4 +1,4 @@
-"""Guidance without a classifier."""
+"""Classifier-free guidance."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 Noise = Callable[[int, tuple[int, ...]], Tensor]
-"""Index of a draw and a shape [B, ...] -> standard Gumbel noise float32; the plan's samplers count draws alike."""
+"""(Index of a draw, shape [B, ...]) -> standard Gumbel noise float32; samplers of plans count draws alike."""
 
 
 def guided_logits(prior: Any, codes: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Logits without the label, moved towards and beyond those with it (Ho and Salimans, 2022); 1 is no guidance."""
+    """Classifier-free guidance (Ho and Salimans, 2022): u + scale * (c - u), conditional c and unconditional u."""
     if scale == 1:
         logits: Tensor = prior.logits(codes, labels)
         return logits

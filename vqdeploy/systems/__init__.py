@@ -1,4 +1,4 @@
-"""Systems: what is behind one value of `--model`, one file each."""
+"""Systems, the values of `--model`: one definition per file."""
 
 from vqdeploy.systems import emu3, maskgit, movq, rqvae, vitvqgan, vqgan, vqvae2
 from vqdeploy.systems.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Losses of priors: a system, images in its pixel range and labels -> a scalar; see `vqdeploy.systems.Loss`."""
+"""Losses of priors; signature `vqdeploy.systems.system.Loss`."""
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ def soft_target_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, 
 def masked_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
     """Cross entropy with smoothed labels on masked codes (MaskGIT, section 3.1).
 
-    The masked share of each image follows the cosine schedule at a random place. In training some labels are dropped,
-    so that the prior can guide itself (Ho and Salimans, 2022).
+    The masked fraction of each image is the cosine schedule at a random time. In training some labels are dropped, for
+    classifier-free guidance (Ho and Salimans, 2022).
     """
     config = system.config.prior
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How long and how fast a preset is trained."""
+"""Training recipes."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from vqdeploy.errors import VqdeployError
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """Options of a training run; the defaults are those of the RQ-VAE paper and its public code.
+    """Hyperparameters of a training run; the defaults are those of the RQ-VAE paper and its public code.
 
-    `soft_temperature` divides the squared distances of an autoregressive prior's soft targets, so it depends on the
-    scale of the latents. `label_smoothing` and `label_dropout`, the share of labels left out, are for masked priors;
-    the GPTs drop labels too. `logit_laplace_weight` is of a term of ViT-VQGAN (section 3.4).
-    `classifier_steps` is for the judge of the samples. `stored_dtype` is the type of the saved weights.
+    `soft_temperature` divides the squared distances for soft targets, so it depends on the scale of the latents.
+    `label_smoothing` is for masked priors, `label_dropout`, the fraction of dropped labels, for all priors with
+    guidance. `logit_laplace_weight` belongs to ViT-VQGAN (section 3.4). `classifier_steps` trains the classifier that
+    judges samples. `stored_dtype` is the type of the saved weights.
     """
 
     steps: int = 400_000

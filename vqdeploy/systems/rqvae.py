@@ -55,7 +55,7 @@ _TINY_PRIOR = RQTransformerConfig(
     dropout=0.0,
 )
 
-# Sizes and sampling options of kakaobrain/rq-vae-transformer, its configuration files and model cards.
+# Sizes and sampling options from the configuration files and model cards of kakaobrain/rq-vae-transformer.
 _PRESETS = [
     _preset("tiny", _TINY_TOKENIZER, _TINY_PRIOR, Sampling(top_p=0.95), labels=tiny.LABELS),
     _preset("bench", _IMAGENET, _prior(512, 24, 4)),

@@ -1,4 +1,4 @@
-"""What a system is: the description behind one value of `--model`, its configurations, and the network."""
+"""Systems: the definition behind a value of `--model`, its configurations, and the networks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class Sampling(Config):
 
 @dataclass(frozen=True)
 class GuidedSampling(Sampling):
-    """Default options of a prior that was trained without labels too. A `guidance_scale` of 1 is no guidance."""
+    """Default options of a prior with classifier-free guidance. A `guidance_scale` of 1 is no guidance."""
 
     guidance_scale: float = 1.0
 
@@ -39,9 +39,9 @@ class MaskedSampling(GuidedSampling):
 
 @dataclass(frozen=True)
 class SystemConfig(Config):
-    """Everything that `config.json` holds.
+    """The content of `config.json`.
 
-    `prior` is None for a tokenizer alone. `source` is the format of the public checkpoints that it was imported from.
+    `prior` is None for a tokenizer alone. `source` is the format of the public checkpoint that it was imported from.
     """
 
     model: str
@@ -65,7 +65,7 @@ class SystemConfig(Config):
 
 
 class System(nn.Module):
-    """Tokenizer and prior of one configuration; `prior` is None when there is none."""
+    """Tokenizer and prior of a configuration; `prior` may be None."""
 
     tokenizer: Any
     prior: Any
@@ -79,26 +79,26 @@ class System(nn.Module):
 
 
 Loss = Callable[[System, Tensor, Tensor, Recipe, bool], Tensor]
-"""System, images float [B, 3, H, W] in its pixel range, labels [B], recipe, whether it trains -> loss, a scalar."""
+"""(System, images float [B, 3, H, W] in its pixel range, labels [B], recipe, whether training) -> scalar loss."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Everything that belongs to one system and to no other.
+    """All that is specific to one system.
 
     Attributes:
         name: The value of `--model`.
-        kind: Of its sampling: a key of `vqdeploy.runtime.pipeline.SAMPLERS`.
-        tokenizer: Makes the tokenizer of its configuration.
-        tokenizer_config: That configuration's class.
-        prior: Makes the prior of its configuration and the tokenizer.
-        prior_config: That configuration's class.
-        sampling: Names the sampling options, with their defaults.
-        loss: What the prior is trained by.
-        stages: The stages of a prior at a precision, as `vqdeploy.export.stage.Stage`s; the tokenizer's are common to
-            all systems. It imports the exporter when it is called.
+        kind: Kind of its sampler, a key of `vqdeploy.runtime.pipeline.SAMPLERS`.
+        tokenizer: Makes the tokenizer from its configuration.
+        tokenizer_config: Class of that configuration.
+        prior: Makes the prior from its configuration and the tokenizer.
+        prior_config: Class of that configuration.
+        sampling: Its sampling options with their defaults.
+        loss: Training loss of the prior.
+        stages: Returns the `vqdeploy.export.stage.Stage`s of a prior at a precision; those of the tokenizer are common
+            to all systems. It must import the exporter inside.
         presets: Named configurations: `tiny`, `bench` and the published ones.
-        recipes: How presets are trained, where the defaults of `Recipe` will not do.
+        recipes: Training recipes of presets that differ from the defaults of `Recipe`.
     """
 
     name: str
@@ -114,12 +114,12 @@ class Definition:
     recipes: dict[str, Recipe] = field(default_factory=dict)
 
     def recipe(self, preset: str) -> Recipe:
-        """How a preset is trained."""
+        """The training recipe of a preset."""
         return self.recipes.get(preset, Recipe())
 
 
 SYSTEMS: dict[str, Definition] = {}
-"""Value of `--model` -> what is behind it. To add a system, add its definition."""
+"""Value of `--model` -> definition."""
 
 
 def definition(model: str) -> Definition:
@@ -148,7 +148,7 @@ def preset(model: str, name: str) -> SystemConfig:
 
 
 def create(config: SystemConfig, seed: int = 0) -> System:
-    """A system with random weights that depend on the seed alone."""
+    """A system with random weights, determined by the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return System(config).eval()

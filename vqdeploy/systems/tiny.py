@@ -1,4 +1,4 @@
-"""What the `tiny` presets have in common: digits of 32x32 pixels."""
+"""Shared by the `tiny` presets: digits of 32x32 pixels."""
 
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPTConfig

@@ -1,4 +1,4 @@
-"""ViT-VQGAN with a GPT, which its paper calls VIM."""
+"""ViT-VQGAN with a GPT, VIM in its paper."""
 
 import dataclasses
 from typing import Any
