@@ -242,7 +242,7 @@ class ResidualVQ(_Residual):
         if original.implicit_neural_codebook:
             raise VqdeployError("ResidualVQ with implicit_neural_codebook is not served (its codebooks are networks)")
         if (original.eval_beam_size or 1) > 1:
-            fix = "set eval_beam_size to 1 if the greedy codes will do"
+            fix = "set eval_beam_size to 1 for greedy codes"
             raise VqdeployError("ResidualVQ with beam search is not served", fix=fix)
         if original.diveq:
             raise VqdeployError("ResidualVQ with diveq is not served (it adds noise in evaluation too)")

@@ -24,7 +24,7 @@ def check_whole(lowest: int = 0, **named: Any) -> None:
     """
     for name, value in named.items():
         if not is_whole(value) or not lowest <= value <= LARGEST:
-            expected = f"a whole number in {lowest}..{LARGEST}"
+            expected = f"an integer in {lowest}..{LARGEST}"
             raise VqdeployError(f"{name} is out of range", expected=expected, found=_shown(value))
 
 
@@ -52,7 +52,7 @@ def as_numbers(name: str, value: Any, whole: bool = False) -> np.ndarray:
             return array.astype(np.int64 if whole else float)
     except (OverflowError, ValueError):
         pass
-    expected = "whole numbers" if whole else "a number"
+    expected = "integers" if whole else "a number"
     raise VqdeployError(f"{name} is malformed", expected=expected, found=_shown(value))
 
 

@@ -83,7 +83,7 @@ class AutoregressiveSampler(Sampler):
         known = item.known.reshape(self._positions, -1)
         unknown = known[:, 0] < 0
         if np.any((known < 0) != unknown[:, None]):
-            raise VqdeployError("a position is known in part", expected="all of its codes, or -1 for each")
+            raise VqdeployError("a position is known partly", expected="all of its codes, or -1 for each")
         first = int(unknown.argmax()) if unknown.any() else self._positions
         self._first[slot] = self._next[slot] = first
         if first == self._positions:

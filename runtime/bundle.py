@@ -147,7 +147,7 @@ class Bundle:
         while start < stop:
             chunk = os.pread(self._stream.fileno(), min(_CHUNK, stop - start), start)
             if not chunk:
-                raise ArtifactError(f"{self.path} was cut while it was read", fix=_REBUILD)
+                raise ArtifactError(f"{self.path} was truncated while it was read", fix=_REBUILD)
             start += len(chunk)
             yield chunk
 
@@ -273,7 +273,7 @@ def weights(header: bytes, size: int) -> dict[str, Weight]:
     except (AttributeError, *_DAMAGE) as error:
         raise ArtifactError(f"the weights cannot be read ({error})") from error
     if bad := [name for name, weight in found.items() if weight.stop > size]:
-        raise ArtifactError(f"the weights cannot be read ({bad[0]} ends behind their end)")
+        raise ArtifactError(f"the weights cannot be read ({bad[0]} exceeds the file)")
     return found
 
 

@@ -36,7 +36,7 @@ def check() -> None:
     if _PROVIDER not in ort.get_available_providers():
         raise VqdeployError(
             "this ONNX Runtime has no CUDA",
-            expected="the package onnxruntime-gpu, and onnxruntime not beside it",
+            expected="the package onnxruntime-gpu without onnxruntime",
             found=f"onnxruntime {ort.__version__} for {', '.join(ort.get_available_providers())}",
             fix=_INSTALL,
         )
@@ -88,7 +88,7 @@ class CudaSession(DeviceSession, OnnxrtSession):
             self.graphs = False
             self._open(bundle, stage, profile, options)
         if _PROVIDER not in self._session.get_providers():
-            raise VqdeployError("ONNX Runtime gave up CUDA, for a reason that it keeps to itself", fix=_INSTALL)
+            raise VqdeployError("ONNX Runtime disabled CUDA without a reason", fix=_INSTALL)
         self._stream, self._numbers = stream, itertools.count(1)
         self._options = self.run_options(_NO_GRAPH)
 

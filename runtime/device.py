@@ -181,9 +181,7 @@ class DeviceArray:
         index = index if isinstance(index, tuple) else (index,)
         for each in index:
             if not isinstance(each, int | np.integer | slice | type(Ellipsis)) or isinstance(each, bool):
-                raise TypeError(
-                    f"an array on a GPU is indexed by whole numbers and slices, not by {type(each).__name__}"
-                )
+                raise TypeError(f"an array on a GPU is indexed by integers and slices, not by {type(each).__name__}")
         # With an ellipsis numpy returns a view of a single element too, instead of reading it.
         view = self._view[index if Ellipsis in index else (*index, ...)]
         return DeviceArray(self._stream, self._memory, view)

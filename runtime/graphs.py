@@ -159,7 +159,7 @@ class _Checker:
     ) -> tuple[int, list[Known]]:
         """The number of nodes of a graph, and the static information about its outputs."""
         if branches > _BRANCHES:
-            _refuse("its conditions lie too deep in one another")
+            _refuse("its conditions are nested too deeply")
         values = dict(outer)
         for info in (*graph["input"], *graph["output"], *graph["value_info"]):
             self._value_info(info)
@@ -175,7 +175,7 @@ class _Checker:
     def _value_info(self, info: Message) -> None:
         kind = info["type"] and info["type"]["tensor_type"]
         if info["type"] is not None and kind is None:
-            _refuse(f"{_shown(info['name'])} is no tensor")
+            _refuse(f"{_shown(info['name'])} is not a tensor")
         dims = kind["shape"]["dim"] if kind and kind["shape"] else []
         if len(dims) > _RANK or any(dim["dim_value"] is not None and dim["dim_value"] < 0 for dim in dims):
             _refuse(f"the shape of {_shown(info['name'])} is malformed")
@@ -190,12 +190,12 @@ class _Checker:
             entries = {entry["key"]: entry["value"] for entry in tensor["external_data"]}
             weight = self.weights.get(name)
             if weight is None or entries.get("location") != WEIGHTS:
-                _refuse(f"{_shown(name)} lies in a file that is not its weights")
+                _refuse(f"{_shown(name)} is stored in another file than the weights")
             if list(weight.shape) != dims or _NUMPY.get(dtype) != weight.dtype or len(tensor["raw_data"] or b""):
                 _refuse(f"{_shown(name)} is not the tensor in the file of weights")
             return Known(dtype, constant=True)
         if tensor["data_location"]:
-            _refuse(f"{_shown(name)} lies where no tensor may")
+            _refuse(f"{_shown(name)} has an unsupported data location")
         lists = [values for key in ("float_data", "int32_data", "int64_data", "double_data") if (values := tensor[key])]
         raw = tensor["raw_data"]
         if dtype not in _NUMPY or len(lists) + (raw is not None) > 1:

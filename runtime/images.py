@@ -133,7 +133,7 @@ def _on_background(image: Image.Image, grey: int) -> Image.Image:
 def _reason(error: Exception) -> str:
     """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
-        return "its format is not known, or its first bytes are damaged"
+        return "its format is unknown, or its header is damaged"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has too many pixels, more than {MOST_PIXELS:,}"
     return shown(str(error) or type(error).__name__)

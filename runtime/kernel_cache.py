@@ -46,7 +46,7 @@ class KernelCache:
             self._cache = config.create_runtime_cache()
             self._saved = _read(self._file) if self._file else b""
             if self._saved and not self._cache.deserialize(self._saved):
-                log.info("%s is of another version, driver or GPU and is compiled anew", self._file)
+                log.info("%s is of another version, driver or GPU and will be replaced", self._file)
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
@@ -58,14 +58,14 @@ class KernelCache:
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not _private(self._file.parent.stat()):
-                log.warning("nothing is kept in %s: another user can write there", self._file.parent)
+                log.warning("kernels are not cached in %s: another user can write there", self._file.parent)
                 return
             with replacing_file(self._file) as file:
                 file.touch(0o600)
                 file.write_bytes(hashlib.sha256(compiled).digest() + compiled)
         except (OSError, VqdeployError) as error:
             reason = str(error).partition(". Fix")[0]
-            log.warning("what was compiled for this GPU cannot be kept: %s", reason)
+            log.warning("compiled kernels cannot be cached: %s", reason)
 
 
 def _read(file: Path) -> bytes:

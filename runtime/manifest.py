@@ -171,12 +171,12 @@ class Manifest(Config):
         found = data.get("format") if isinstance(data, dict) else data
         if found != FORMAT:
             raise ArtifactError(
-                "the manifest's format is not known here", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
+                "the manifest has an unknown format", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
         manifest = super().from_dict(data)
         if manifest.precision not in PRECISIONS:
             raise ArtifactError(
-                "the manifest's precision is not known here",
+                "the manifest has an unknown precision",
                 expected=" or ".join(PRECISIONS),
                 found=repr(manifest.precision),
                 fix="pip install -U vqdeploy",
@@ -235,7 +235,7 @@ def _check_stages(manifest: Manifest) -> None:
             for info in infos:
                 _check_tensor(info, f"stages.{stage.name}.{info.name}")
                 unknown = [d for d in info.shape if isinstance(d, str) and d not in stage.dims]
-                _require(not unknown, f"stages.{stage.name}.dims", "a size for each open dimension", unknown)
+                _require(not unknown, f"stages.{stage.name}.dims", "a size for each dynamic dimension", unknown)
         for name, sizes in stage.dims.items():
             held = 1 <= sizes.min <= sizes.usual <= sizes.max <= _LARGEST
             _require(held, f"stages.{stage.name}.dims.{name}", "1 <= min <= usual <= max", sizes.to_dict())

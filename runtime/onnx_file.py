@@ -94,7 +94,7 @@ class _Reader:
 
     def message(self, kind: str, at: int, stop: int, depth: int) -> Message:
         if depth > _DEPTH:
-            raise ValueError("messages lie too deep in one another")
+            raise ValueError("messages are nested too deeply")
         known, seen = _MESSAGES[kind], set()
         values: Message = {name: [] if empty is not None else None for name, empty in _EMPTY[kind].items()}
         while at < stop:
@@ -114,7 +114,7 @@ class _Reader:
                 size, at = self._varint(at, stop)
                 end = at + size
                 if end > stop:
-                    raise ValueError(f"a field at byte {at} is longer than what it lies in")
+                    raise ValueError(f"a field at byte {at} exceeds the enclosing message")
             if wire == _BYTES and repeated and what in _WIRES:
                 values[name] += self._packed(what, at, end)
                 at = end

@@ -28,7 +28,7 @@ def choose(given: dict[str, Any], defaults: dict[str, Any], depth: int, codebook
     if unknown := sorted(set(given) - set(defaults)):
         raise VqdeployError(f"this system has no option {unknown[0]}", expected=", ".join(defaults), found=unknown[0])
     if unknown := sorted(set(defaults) - set(_OPTIONS)):
-        raise VqdeployError(f"the option {unknown[0]} is not known here", fix="pip install -U vqdeploy")
+        raise VqdeployError(f"unknown option {unknown[0]}", fix="pip install -U vqdeploy")
     chosen = defaults | given
     return {name: _check(_OPTIONS[name], value, depth, codebook_size) for name, value in chosen.items()}
 
@@ -47,7 +47,7 @@ def _check(option: SamplingOption, value: Any, depth: int, codebook_size: int) -
         expected = f"{low}..{high}" if np.isfinite(high) else f"a finite number from {low} on"
         raise VqdeployError(f"{option.name} is out of range", expected=expected, found=value)
     if option.type is int and np.any(values % 1):
-        raise VqdeployError(f"{option.name} is malformed", expected="whole numbers", found=value)
+        raise VqdeployError(f"{option.name} is malformed", expected="integers", found=value)
     if option.per_depth:
         return np.asarray(value).tolist()
     return option.type(values[0])

@@ -373,7 +373,7 @@ class Pipeline:
             check_whole(1, num_images=num_images)
             labels = [0] * num_images
         elif num_images is not None:
-            raise VqdeployError("labels say how many images", expected="no num_images beside them", found=num_images)
+            raise VqdeployError("labels already give the number of images", expected="no num_images", found=num_images)
         known = np.full((as_numbers("the list of labels", labels, whole=True).size, *self.grid), -1, np.int64)
         return self.complete(known, labels, **options)
 
@@ -475,7 +475,7 @@ class Pipeline:
             VqdeployError: An argument is out of range or missing, or the plan has no prior.
         """
         if (mask is None) == (mask_ratio is None):
-            raise VqdeployError("the part to sample is not clear", expected="either a mask or a mask ratio")
+            raise VqdeployError("the part to sample is ambiguous", expected="either a mask or a mask ratio")
         check_whole(seed=seed, first_image=first_image)
         raster, layout = self._sampler_class.raster, self.layout
         if mask_ratio is not None:
@@ -661,7 +661,7 @@ class Pipeline:
         ):
             raise VqdeployError(
                 "codes have the wrong shape or type",
-                expected=f"whole numbers [B, {', '.join(map(str, self.grid))}]",
+                expected=f"integers [B, {', '.join(map(str, self.grid))}]",
                 found=f"{codes.dtype} {list(codes.shape)}",
             )
         if codes.size and not lowest <= codes.min() <= codes.max() < self.codebook_size:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ints:
-    """Whole numbers from `low` to `high`."""
+    """Integers from `low` to `high`."""
 
     low: int
     high: int

@@ -59,7 +59,7 @@ def check(manifest: Manifest) -> None:
     device.check()
     found = f"{manifest.backend} {_library(str(manifest.backend)).__version__}"
     if found != manifest.builder:
-        what = "an engine runs on the version that built it, and on no other"
+        what = "an engine runs only on the version that built it"
         raise ArtifactError(what, expected=manifest.builder, found=found, fix=fix)
     # TensorRT-RTX compiles for the present GPU, and checks by itself whether it can.
     if manifest.backend == "tensorrt" and (gpu := device.compute_capability()) not in manifest.targets:

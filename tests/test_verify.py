@@ -166,14 +166,14 @@ def test_a_mask_that_is_one_place_off(copy, system):
 
 def test_sampling_without_noise(copy, system):
     change_function(copy, "step", "GumbelSample", replace_with("perturbed", "Identity", "kept"))
-    failed(failures(verify_package(copy, system)), "generate: whole distribution: tokens outside")
+    failed(failures(verify_package(copy, system)), "generate: full distribution: tokens outside")
 
 
 def test_sampling_that_ignores_the_temperature(copy, system):
     change_function(copy, "step", "GumbelSample", replace_with("scaled", "Identity", "logits_fp32"))
     found = failures(verify_package(copy, system))
     failed(found, "generate: truncated: tokens outside")
-    assert not any("whole distribution" in name for name in found)
+    assert not any("full distribution" in name for name in found)
 
 
 def test_sampling_that_ignores_top_k(copy, system):
@@ -196,7 +196,7 @@ def test_noise_keyed_by_the_place_in_the_batch(plan, system, monkeypatch):
 
 def test_noise_that_is_the_same_at_each_step(plan, system, monkeypatch):
     change_noise(monkeypatch, lambda keys: [(seed, image, 0) for seed, image, _ in keys])
-    failed(failures(verify(plan, system)), "generate: whole distribution: tokens outside")
+    failed(failures(verify(plan, system)), "generate: full distribution: tokens outside")
 
 
 def test_noise_that_changes_from_run_to_run(plan, system, monkeypatch):

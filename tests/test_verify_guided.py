@@ -42,7 +42,7 @@ def test_a_class_embedding(copy, vit_system):
     labels = (vit_system.prior.tok_emb_cond.weight + vit_system.prior.pos_emb_cond[0]).detach()
     change_weight(copy, labels, lambda rows: rows[:3, ::2].__iadd__(0.05))
     found = failures(verify_package(copy, vit_system))
-    failed(found, "step: cached step: largest", "features: largest", "generate: whole distribution")
+    failed(found, "step: cached step: largest", "features: largest", "generate: full distribution")
 
 
 def test_the_embedding_of_no_label(copy, vit_system):
@@ -50,7 +50,7 @@ def test_the_embedding_of_no_label(copy, vit_system):
     labels = (vit_system.prior.tok_emb_cond.weight + vit_system.prior.pos_emb_cond[0]).detach()
     change_weight(copy, labels, lambda rows: rows[3, ::2].__iadd__(0.5))
     found = failures(verify_package(copy, vit_system))
-    failed(found, "features: largest", "generate: whole distribution: tokens outside")
+    failed(found, "features: largest", "generate: full distribution: tokens outside")
     assert not any(name.startswith("step:") for name in found)
 
 
@@ -83,7 +83,7 @@ def test_guidance_that_is_ignored(copy, vit_system):
 
     change_graph(copy, "step", change)
     found = failures(verify_package(copy, vit_system))
-    failed(found, "generate: whole distribution: tokens outside")
+    failed(found, "generate: full distribution: tokens outside")
     assert not any(name.startswith(("step:", "generate: truncated")) for name in found)
 
 
@@ -95,11 +95,11 @@ def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
         sampler._binding.inputs["partner"][:] = 0
 
     monkeypatch.setattr(AutoregressiveSampler, "_admit", swapped)
-    failed(failures(verify(vit_plan, vit_system)), "generate: whole distribution: tokens")
+    failed(failures(verify(vit_plan, vit_system)), "generate: full distribution: tokens")
 
 
 def test_a_token_shift_that_is_forgotten(vqgan_plan, vqgan_system, monkeypatch):
     """What the public sampler does."""
     monkeypatch.setattr(autoregressive, "carried", lambda binding: {})
     found = failures(verify(vqgan_plan, vqgan_system))
-    failed(found, "step: cached step: largest", "generate: whole distribution: tokens")
+    failed(found, "step: cached step: largest", "generate: full distribution: tokens")

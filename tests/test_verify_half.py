@@ -145,7 +145,7 @@ def test_a_row_that_is_not_written(snail_copy, vqvae2_system):
 
 
 def test_an_unknown_precision_has_no_limits():
-    with pytest.raises(VqdeployError, match="precision of this plan is not known; expected fp32 or fp16, found bf16"):
+    with pytest.raises(VqdeployError, match="precision of this plan is unknown; expected fp32 or fp16, found bf16"):
         limits("bf16")
 
 

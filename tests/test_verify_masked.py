@@ -89,7 +89,7 @@ def test_codes_of_most_confidence_masked_again(copy, movq_system):
         node.attribute.append(helper.make_attribute("largest", 1))
 
     change_node(copy, "step", "TopK", descend)
-    failed(failures(verify_package(copy, movq_system)), "generate: whole distribution: codes masked")
+    failed(failures(verify_package(copy, movq_system)), "generate: full distribution: codes masked")
 
 
 def test_ties_at_the_cut_lost(copy, movq_system):
@@ -100,19 +100,19 @@ def test_ties_at_the_cut_lost(copy, movq_system):
 
     change_node(copy, "step", "Less", loosen)
     found = failures(verify_package(copy, movq_system))
-    failed(found, "generate: whole distribution: codes masked", "generate: by order, guided: codes masked")
+    failed(found, "generate: full distribution: codes masked", "generate: by order, guided: codes masked")
 
 
 def test_a_draw_without_noise(copy, movq_system):
     change_function(copy, "step", "GumbelSample", replace_with("perturbed", "Identity", "kept"))
-    failed(failures(verify_package(copy, movq_system)), "generate: whole distribution: tokens")
+    failed(failures(verify_package(copy, movq_system)), "generate: full distribution: tokens")
 
 
 def test_a_temperature_left_out(copy, movq_system):
     change_function(copy, "step", "GumbelSample", replace_with("scaled", "Identity", "logits_fp32"))
     found = failures(verify_package(copy, movq_system))
     failed(found, "generate: truncated, guided: tokens")
-    assert not any("whole distribution" in name for name in found)
+    assert not any("full distribution" in name for name in found)
 
 
 def test_the_wrong_metric(copy, movq_system):
@@ -126,12 +126,12 @@ def test_the_wrong_metric(copy, movq_system):
 def test_counts_that_are_off_by_one(movq_plan, movq_system, monkeypatch):
     counts = masked.masked_counts
     monkeypatch.setattr(masked, "masked_counts", lambda *args: np.maximum(counts(*args) - 1, 0))
-    failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: codes masked")
+    failed(failures(verify(movq_plan, movq_system)), "generate: full distribution: codes masked")
 
 
 def test_noise_of_another_step(movq_plan, movq_system, monkeypatch):
     change_noise(monkeypatch, lambda keys: [(seed, image, step + 2) for seed, image, step in keys])
-    failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: tokens")
+    failed(failures(verify(movq_plan, movq_system)), "generate: full distribution: tokens")
 
 
 def test_noise_that_depends_on_the_batch(movq_plan, movq_system, monkeypatch):
@@ -149,7 +149,7 @@ def test_settled_codes_drawn_again(movq_plan, movq_system, monkeypatch):
         inputs["given"] = inputs["given"].copy()  # what the loop writes never reaches the engine
 
     monkeypatch.setattr(MaskedSampler, "__init__", forgetful)
-    failed(failures(verify(movq_plan, movq_system)), "generate: whole distribution: tokens")
+    failed(failures(verify(movq_plan, movq_system)), "generate: full distribution: tokens")
 
 
 def test_guidance_that_pulls_away(movq_plan, movq_system, monkeypatch):
@@ -163,4 +163,4 @@ def test_guidance_that_pulls_away(movq_plan, movq_system, monkeypatch):
     monkeypatch.setattr(MaskedSampler, "_admit", reversed_labels)
     found = failures(verify(movq_plan, movq_system))
     failed(found, "generate: by order, guided: tokens")
-    assert not any("whole distribution" in name for name in found)
+    assert not any("full distribution" in name for name in found)

@@ -154,7 +154,7 @@ def test_a_row_that_is_not_written(copy, vqvae2_system, stage):
 def test_a_draw_without_noise(copy, vqvae2_system):
     change_function(copy, "bottom_pixel", "GumbelSample", replace_with("perturbed", "Identity", "kept"))
     found = failures(verify_package(copy, vqvae2_system))
-    failed(found, "generate: whole distribution: tokens")
+    failed(found, "generate: full distribution: tokens")
     assert not any(name.startswith("step:") for name in found)
 
 
@@ -178,7 +178,7 @@ def test_what_a_place_leaves_for_the_next(vqvae2_plan, vqvae2_system, monkeypatc
         return states
 
     monkeypatch.setattr(hierarchical, "carried", forgetful)
-    found = broken(vqvae2_plan, vqvae2_system, TOP, "generate: whole distribution: tokens")
+    found = broken(vqvae2_plan, vqvae2_system, TOP, "generate: full distribution: tokens")
     assert not any(metric.startswith(BOTTOM) for metric in found)
 
 
@@ -213,7 +213,7 @@ def detached(monkeypatch, kinds):
 @pytest.mark.parametrize("kinds", [("row_x",), ("row_y",), ("above_", "spread_"), ("condition",)])
 def test_what_a_row_takes_over(vqvae2_plan, vqvae2_system, monkeypatch, kinds):
     detached(monkeypatch, kinds)
-    found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: whole distribution: tokens")
+    found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: full distribution: tokens")
     assert any(name.startswith(TOP) for name in found) == (kinds != ("condition",))
 
 
@@ -243,17 +243,17 @@ def test_a_bottom_level_that_follows_another_top_level(vqvae2_plan, vqvae2_syste
         return places(level, codes, None if above is None else change(above), *others)
 
     monkeypatch.setattr(_Level, "places", mixed_up)
-    found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: whole distribution: tokens")
+    found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: full distribution: tokens")
     assert not any(name.startswith(TOP) for name in found)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda keys: [(s, i, place % 9) for s, i, place in keys], "generate: whole distribution: tokens"),
-        (lambda keys: [(s, i, max(place - 9, 0)) for s, i, place in keys], "generate: whole distribution: tokens"),
+        (lambda keys: [(s, i, place % 9) for s, i, place in keys], "generate: full distribution: tokens"),
+        (lambda keys: [(s, i, max(place - 9, 0)) for s, i, place in keys], "generate: full distribution: tokens"),
         (by_place, "generate: image alone"),
-        (lambda keys: [(s + 1, i, place) for s, i, place in keys], "generate: whole distribution: tokens"),
+        (lambda keys: [(s + 1, i, place) for s, i, place in keys], "generate: full distribution: tokens"),
     ],
 )
 def test_noise_that_is_keyed_wrongly(vqvae2_plan, vqvae2_system, monkeypatch, change, expected):

@@ -79,7 +79,9 @@ def load(folder: str | Path) -> System:
         with torch.device("meta"), _at_most(len(weights)):
             expected = System(config).state_dict()
     except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / 'config.json'} describes no model ({str(error).splitlines()[0]})") from error
+        raise ArtifactError(
+            f"{folder / 'config.json'} does not describe a model ({str(error).splitlines()[0]})"
+        ) from error
     _check_weights(file, weights, expected)
     system = System(config)
     system.load_state_dict(weights)
@@ -175,7 +177,7 @@ def _may_be_none(field: "dataclasses.Field[Any]") -> bool:
 
 def _check_weights(file: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     if odd := sorted(set(weights) ^ set(expected)):
-        raise ArtifactError(f"{file} and its config.json name different weights, such as {odd[0]}")
+        raise ArtifactError(f"{file} and its config.json do not have the same weights, such as {odd[0]}")
     for name, weight in weights.items():
         if weight.shape != expected[name].shape:
             shapes = list(expected[name].shape), list(weight.shape)
@@ -217,7 +219,7 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
         VqdeployError: The digest differs.
     """
     if folder is None and config["preset"] not in definition(config["model"]).presets:
-        raise VqdeployError(f"{plan} was made of a checkpoint that does not ship", fix="add --checkpoint FOLDER")
+        raise VqdeployError(f"{plan} was made from a checkpoint that is not shipped", fix="add --checkpoint FOLDER")
     system = load(folder) if folder else default(config["model"], config["preset"])
     check_digest(system, expected, plan)
     return system
@@ -227,7 +229,7 @@ def check_digest(system: System, expected: str, plan: Path) -> None:
     """Rejects a system whose digest is not the one that `plan` was made from."""
     if (found := digest(system)) != expected:
         raise VqdeployError(
-            f"{plan} was made of another checkpoint",
+            f"{plan} was made from another checkpoint",
             expected=f"digest {expected[:12]}",
             found=found[:12],
             fix="add --checkpoint FOLDER",

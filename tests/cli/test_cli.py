@@ -415,7 +415,7 @@ def refused(result, code, *words):
         (["--temperature", "inf"], ["a finite number from 0 on, found inf"]),
         (["--temperature", "1,2"], ["one value or 4"]),
         (["--temperature", "nan"], ["temperature is out of range"]),
-        (["--top-k", "1.5"], ["whole numbers split by commas"]),
+        (["--top-k", "1.5"], ["integers split by commas"]),
         (["--top-k", "65"], ["0..64"]),
         (["--top-p", "2"], ["top_p is out of range"]),
         (["--seed", str(10**30)], ["seed is out of range"]),
@@ -429,7 +429,10 @@ def refused(result, code, *words):
         (["--task", "reconstruct", "--input", "in.png", "--depth", "5"], ["no such depth", "1..4"]),
         (["--task", "features", "--input", "in.png"], ["this plan has no features"]),
         (["--steps", "3"], ["this system has no option steps", "temperature, top_k, top_p"]),
-        (["--task", "reconstruct", "--film", "f.gif"], ["--film is no option of this task; expected --task generate"]),
+        (
+            ["--task", "reconstruct", "--film", "f.gif"],
+            ["--film is not an option of this task; expected --task generate"],
+        ),
         (["--layer", "1"], ["--layer", "expected --task features, found generate"]),
         (["--depth", "1"], ["--depth", "--task reconstruct or decode"]),
         (["--input", "in.png"], ["--input", "found generate"]),
@@ -523,7 +526,7 @@ def test_wrong_usage(vqdeploy, arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["export", "--model", "rqvea"], ["no model is called 'rqvea'", "rqvae"]),
+        (["export", "--model", "rqvea"], ["there is no model 'rqvea'", "rqvae"]),
         (["export", "--preset", "huge"], ["no preset 'huge'", "vqdeploy models"]),
         (["export", "--checkpoint", "none"], ["none is not a checkpoint folder"]),
         (["export", "--dtype", "fp64"], ["no such precision"]),

@@ -227,8 +227,8 @@ class TestAudioCodec:
             np.testing.assert_array_equal(written["codes"], load(plan).run("encode", audio=audio)["codes"])
         for arguments, message in (
             ([*run[:4], "decode", *run[5:]], "does not hold the arrays"),
-            ([*run, "--label", "3"], "--label is no option of this task"),
-            ([*run, "--task", "decode"], "--stage is no option of this task"),
+            ([*run, "--label", "3"], "--label is not an option of this task"),
+            ([*run, "--task", "decode"], "--stage is not an option of this task"),
             (run[:3], "this plan has no images and codes"),
             (["run", "--engine", str(plan), "--stage", "encode"], "takes one file of arrays"),
         ):

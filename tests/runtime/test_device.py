@@ -34,7 +34,7 @@ SIDES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
 def index(draw, shape):
-    """Whole numbers, slices and steps, for some of the dimensions."""
+    """Integers, slices and steps, for some of the dimensions."""
     kinds = []
     for size in shape[: draw(st.integers(0, len(shape)))]:
         whole = st.integers(-size, size - 1)
@@ -102,9 +102,9 @@ def test_types_are_not_changed_in_a_copy(stream):
 def test_only_whole_numbers_and_slices_are_indices(stream, wrong):
     """numpy would read the host's memory at the GPU's address for any other."""
     array = stream.zeros((2, 3), "int64")
-    with pytest.raises(TypeError, match="indexed by whole numbers and slices"):
+    with pytest.raises(TypeError, match="indexed by integers and slices"):
         array[wrong]
-    with pytest.raises(TypeError, match="indexed by whole numbers and slices"):
+    with pytest.raises(TypeError, match="indexed by integers and slices"):
         array[wrong] = 1
 
 

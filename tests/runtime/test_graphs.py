@@ -236,12 +236,12 @@ def external(location, name="w"):
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../weights.safetensors", "*/_ORT_MEM_ADDR_/*", "", WEIGHTS])
 def test_tensors_of_other_files(location):
-    refused(external(location), "lies in a file that is not its weights")
+    refused(external(location), "is stored in another file than the weights")
     weights = {"w": np.zeros(4, np.float32)}
     if location == WEIGHTS:
         check(external(location), weights)
     else:
-        refused(external(location), "lies in a file that is not its weights", weights)
+        refused(external(location), "is stored in another file than the weights", weights)
 
 
 @pytest.mark.parametrize("weight", [np.zeros(3, np.float32), np.zeros((2, 2), np.float32), np.zeros(4, np.int32)])

@@ -384,7 +384,7 @@ def test_options_are_refused_or_obeyed(pipeline, options):
         ({"top_p": True}, "top_p is malformed"),
         ({"top_k": "5"}, "top_k is malformed"),
         ({"seed": True}, "seed is out of range"),
-        ({"num_images": 3}, "labels say how many images"),
+        ({"num_images": 3}, "labels already give the number of images"),
         ({"temperature": [1, 1]}, "one value or 4, found 2"),
         ({"top_k": -1}, "top_k is out of range"),
         ({"top_k": 65}, "0..64, found 65"),

@@ -168,7 +168,7 @@ def test_a_training_that_was_cut_ends_with_the_weights_of_one_that_was_not(
         train(**options)
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "cut").exists()
-    with pytest.raises(VqdeployError, match=r"holds a training that was cut.*--resume"):
+    with pytest.raises(VqdeployError, match=r"holds an interrupted training run.*--resume"):
         train(**options)
     with pytest.raises(VqdeployError, match="other options; expected seed 0, found seed 5"):
         train(**options, seed=5, resume=True)
@@ -398,11 +398,11 @@ def test_image_folder_split(folder):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (None, {"model": "gan"}, "no model is called 'gan'"),
+        (None, {"model": "gan"}, "there is no model 'gan'"),
         (None, {"preset": "huge"}, "no preset 'huge'"),
         (None, {"preset": "cc3m-650m"}, "conditioned on text"),
         (None, {"data": "nowhere"}, "there is no such data; expected digits, photos or an image folder, found nowhere"),
-        (None, {"resume": True}, "no training that was cut"),
+        (None, {"resume": True}, "no interrupted training run"),
         (None, {"steps": 0}, "steps"),
         (lambda path: path.mkdir(), {}, "holds no images"),
         (lambda path: (path / "a").mkdir(parents=True) or (path / "a/x.png").write_bytes(b"no"), {}, "too few"),
@@ -466,7 +466,7 @@ def test_the_number_of_loader_processes_does_not_matter(folder):
         (["a/0.png", "b/0.png"], "too few images; expected 2 or more in one of its classes, found 1"),
         (["0.png"], "too few images; expected 2 or more, found 1"),
         (["a.txt"], "holds no images"),
-        (["a\x1b[31m/0.png", "b/0.png"], r"'a\\x1b\[31m' in .* is no name for a class"),
+        (["a\x1b[31m/0.png", "b/0.png"], r"'a\\x1b\[31m' in .* is not a valid class name"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, names, message):

@@ -234,7 +234,9 @@ def _check_options(job: Job) -> None:
     for option, value in ({option: getattr(job, name) for option, name in _OPTIONS.items()} | sampling).items():
         if value not in (None, (), []) and not TASKS[job.task].takes(option):
             expected = " or ".join(name for name, task in TASKS.items() if task.takes(option))
-            raise VqdeployError(f"{option} is no option of this task", expected=f"--task {expected}", found=job.task)
+            raise VqdeployError(
+                f"{option} is not an option of this task", expected=f"--task {expected}", found=job.task
+            )
 
 
 def _check_output(job: Job, suffix: str) -> None:

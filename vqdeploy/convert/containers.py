@@ -95,7 +95,7 @@ def _file(path: Path) -> Path:
     if len(files) == 1:
         return files[0]
     found = ", ".join(file.name for file in files) or "none"
-    raise VqdeployError(f"{path} holds no file of weights that stands out", expected="the path of one", found=found)
+    raise VqdeployError(f"{path} does not have exactly one file of weights", expected="the path of one", found=found)
 
 
 def _tree(file: Path) -> Any:
@@ -110,7 +110,7 @@ def _tree(file: Path) -> Any:
         if start.startswith(sign):
             raise ArtifactError(f"{file} {what}")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise ArtifactError(f"{file} is a web page, and not the file behind its link")
+        raise ArtifactError(f"{file} is a web page, not the linked file")
     if not start:
         raise ArtifactError(f"{file} is empty")
     if start[8:9] == b"{":
@@ -121,7 +121,7 @@ def _tree(file: Path) -> Any:
         return _pickled(file)
     if 0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF):
         return _msgpack(file)
-    raise ArtifactError(f"{file} is no file of weights that is known here")
+    raise ArtifactError(f"{file} is not a weight file of a known format")
 
 
 # Safetensors
@@ -141,7 +141,7 @@ def _shards(index: Path) -> Weights:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(shard) for name, shard in places.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{index} is no index of shards") from error
+        raise ArtifactError(f"{index} is not an index of shards") from error
     weights: Weights = {}
     for shard in sorted(set(names.values())):
         if Path(shard).name != shard:
@@ -258,7 +258,7 @@ def _legacy(stream: BinaryIO, file_size: int) -> Any:
         count = int.from_bytes(stream.read(8), "little")
         target = tensor.view(torch.uint8).numpy().data
         if count != len(tensor) or (len(tensor) and stream.readinto(target) != target.nbytes):  # type: ignore[attr-defined]
-            raise ArtifactError("its storages are cut off")
+            raise ArtifactError("its storages are truncated")
     return tree
 
 
@@ -327,7 +327,7 @@ def _flax_array(code: int, data: bytes) -> Any:
     if isinstance(dtype, bytes):
         dtype = dtype.decode()
     if dtype not in _FLAX_DTYPES:
-        raise ValueError(f"{dtype} is no type of weights")
+        raise ValueError(f"{dtype} is not a dtype of weights")
     flat = torch.frombuffer(bytearray(buffer), dtype=_FLAX_DTYPES[dtype]) if buffer else torch.empty(0)
     return flat.reshape(list(shape))
 
@@ -407,7 +407,7 @@ def read_config(file: Path) -> Any:
             return json.loads(text)
         return _yaml(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is no configuration ({' '.join(str(error).split())})") from error
+        raise ArtifactError(f"{file} is not a configuration ({' '.join(str(error).split())})") from error
 
 
 def _yaml(text: str) -> Any:

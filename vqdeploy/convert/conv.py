@@ -11,7 +11,7 @@ from vqdeploy.errors import ArtifactError
 from vqdeploy.models.conv import ConvConfig
 
 DEFAULT_RESOLUTION = 256
-NO_SIZE = "the size of images is not in the weights: 256 is taken; `vqdeploy export --image-size` takes another"
+NO_SIZE = "the weights do not give the image size: 256 is assumed; set another with `vqdeploy export --image-size`"
 
 
 def read_conv(source: Source, public: Callable[[str], str], resolution: int | None) -> ConvConfig:
@@ -111,7 +111,7 @@ def refuse_what_has_no_codes(source: Source) -> None:
     if any("quantize" in key or "codebook" in key for key in keys):
         return
     if any("conv_y" in key for key in keys):
-        raise ArtifactError(f"{source.path} is a MoVQ without a codebook, as Kandinsky 3 has it: it makes no codes")
+        raise ArtifactError(f"{source.path} is a MoVQ without a codebook, as in Kandinsky 3, and makes no codes")
     if any(key.endswith(("quant_conv.weight", "encoder.conv_out.weight")) for key in keys):
-        raise ArtifactError(f"{source.path} is an autoencoder without a codebook (a KL autoencoder): it makes no codes")
+        raise ArtifactError(f"{source.path} is an autoencoder without a codebook (a KL autoencoder) and makes no codes")
     raise ArtifactError(f"{source.path} holds no codebook")

@@ -81,7 +81,7 @@ def tokenizer(source: Source) -> Part:
     weights = fit(source, lambda: MoVQ(config), public, given)
     notes = [f"pixels inside the model are in [{pixels[0]:g}, {pixels[1]:g}]"]
     if not declared:
-        notes.append("there is no config.json: where it says lookup_from_codebook, pixels are in [0, 1]")
+        notes.append("there is no config.json: if the model has lookup_from_codebook, pixels are in [0, 1]")
     return Part("movq" if modulation else "vqgan", config, weights, tuple(notes))
 
 
@@ -90,7 +90,7 @@ def _check_kinds(source: Source, declared: Mapping[str, Any]) -> None:
     kind = declared.get("_class_name", "VQModel")
     if kind not in ("VQModel", "VQDiffusionVQModel"):
         raise ArtifactError(
-            f"{source.path} is of diffusers' {kind}, which is no VQ model", expected="VQModel", found=kind
+            f"{source.path} is of diffusers' {kind}, which is not a VQ model", expected="VQModel", found=kind
         )
     blocks = [*declared.get("down_block_types", ()), *declared.get("up_block_types", ())]
     if odd := [block for block in blocks if block not in _BLOCKS]:

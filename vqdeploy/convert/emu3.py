@@ -20,7 +20,7 @@ def tokenizer(source: Source) -> Part:
     """The tokenizer for one image."""
     declared = section(source.config, "codebook_size", "ch_mult")
     conv = read_conv(source, lambda ours: ours, None)
-    levels = [conv.resolution >> level for level in declared.get("attn_resolutions", ())]  # level index of ours
+    levels = [conv.resolution >> level for level in declared.get("attn_resolutions", ())]  # level indices there
     check_ddconfig(source, {**declared, "attn_resolutions": levels} if declared else {}, conv)
     codes, dim = shape(source, "quantize.embedding.weight")
     halvings = count(source, lambda i: f"encoder.time_conv.{i}.conv.conv.weight")

@@ -150,9 +150,9 @@ def _format(source: Source, formats: Mapping[str, TokenizerFormat | PriorFormat]
     shown = ", ".join(list(source.weights)[:2])
     if name in formats:
         fix = None if fits is None else f"--format {fits}"
-        raise ArtifactError(f"{source.path} is no {kind} of {name}", found=f"{shown} and so on", fix=fix)
+        raise ArtifactError(f"{source.path} is not a {kind} of {name}", found=f"{shown} and so on", fix=fix)
     raise ArtifactError(
-        f"{source.path} is no {kind} of a known format", expected=" or ".join(formats), found=f"{shown} and so on"
+        f"{source.path} is not a {kind} of a known format", expected=" or ".join(formats), found=f"{shown} and so on"
     )
 
 
@@ -160,7 +160,7 @@ def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
     """Reads a prior; its tokenizer must be of the right kind."""
     if not isinstance(tokenizer.config, known.tokenizer):
         raise ArtifactError(
-            f"the prior in {sources[0].path} is not for such a tokenizer",
+            f"the prior in {sources[0].path} does not fit the tokenizer",
             expected=f"one of a {known.tokenizer.__name__.removesuffix('Config')}",
             found=f"a {type(tokenizer.config).__name__.removesuffix('Config')}",
         )
@@ -178,14 +178,14 @@ def _labels(file: Path) -> tuple[str, ...]:
         data = [data[key] for key in sorted(data, key=int)] if all(key.isdecimal() for key in data) else None
     names = [name[-1] if isinstance(name, list) and name else name for name in data or ()]
     if not names or not all(isinstance(name, str) for name in names):
-        raise ArtifactError(f"{file} holds no names of classes", expected="a list of strings")
+        raise ArtifactError(f"{file} has no class names", expected="a list of strings")
     return tuple(names)
 
 
 def _system(parts: Mapping[str, Part], labels: tuple[str, ...], formats: Sequence[str]) -> SystemConfig:
     tokenizer, prior = parts["tokenizer"], parts.get("prior")
     if labels and (prior is None or prior.config.classes != len(labels)):
-        expected = prior.config.classes if prior else "none, for there is no prior"
+        expected = prior.config.classes if prior else "none without a prior"
         raise VqdeployError("the labels are not those of the prior", expected=expected, found=len(labels))
     model = prior.model if prior else tokenizer.model
     sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})

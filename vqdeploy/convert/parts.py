@@ -69,9 +69,7 @@ def fit(
         weights[name] = _shaped(source, public(name), weights[name], meta)
     over = [key for key in source.weights if key not in used and not re.search(ignored, key)]
     if missing or over:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(over)}, which nothing asks for"] * bool(
-            over
-        )
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(over)}, which are unused"] * bool(over)
         raise ArtifactError(f"{source.path} {' and '.join(parts)}")
     return {name: weights[name] for name in expected}
 
@@ -83,7 +81,7 @@ def _some(names: list[str]) -> str:
 
 def _shaped(source: Source, key: str, weight: Tensor, meta: Tensor) -> Tensor:
     if weight.layout != torch.strided or weight.is_quantized:
-        raise ArtifactError(f"{key} in {source.path} is no plain tensor")
+        raise ArtifactError(f"{key} in {source.path} is not a plain tensor")
     if _squeezed(weight) != _squeezed(meta):
         raise ArtifactError(
             f"{key} in {source.path} has the wrong shape", expected=list(meta.shape), found=list(weight.shape)
@@ -135,7 +133,7 @@ def whole(values: Mapping[str, Any], key: str) -> int | None:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or number != int(number):
-        raise ArtifactError(f"{key} of the configuration is malformed", expected="a whole number", found=repr(value))
+        raise ArtifactError(f"{key} of the configuration is malformed", expected="an integer", found=repr(value))
     return int(number)
 
 

@@ -53,7 +53,7 @@ class _Dtype:
     def __init__(self, name: Any, *_: Any):
         self.value = np.dtype(str(name))
         if self.value.kind not in "fiub":
-            raise ValueError(f"{name} is no type of numbers")
+            raise ValueError(f"{name} is not a numeric dtype")
 
 
 _STORAGES = {
@@ -287,11 +287,11 @@ class _Machine:
             return
         kind, storage_type, key, _, size, *view = persistent
         if kind != "storage" or self.storage is None or any(part is not None for part in view):
-            raise ValueError("it holds what is no storage of a tensor")
+            raise ValueError("it has an unknown persistent id")
         self.stack.append(self.storage(str(key), _storage_dtype(storage_type), size))
 
     def _persid(self, text: str) -> None:
-        raise ValueError("it holds what is no storage of a tensor")
+        raise ValueError("it has an unknown persistent id")
 
     def make(self, made: Any, arguments: Any) -> Any:
         """The result of calling `made`, for known globals."""
@@ -324,7 +324,7 @@ def _fill(target: dict[Any, Any], keys: Iterable[Any], values: Iterable[Any]) ->
 def _storage_dtype(storage_type: Any) -> torch.dtype:
     name = storage_type.name.removeprefix("torch.").removeprefix("cuda.") if isinstance(storage_type, Global) else ""
     if name not in _STORAGES:
-        raise ValueError(f"{name or storage_type!r} is no known type of storage")
+        raise ValueError(f"{name or storage_type!r} is an unknown storage type")
     return _STORAGES[name]
 
 

@@ -19,7 +19,9 @@ State = Mapping[str, Tensor]
 TOKENIZER = r"enc_b\.blocks\.0\.weight"
 PRIOR = r"(horizontal|vertical)\.conv\."
 
-_NO_SIZE = "the size of images is not in the weights: 256 is taken; a --tokenizer-config with `resolution` tells it"
+_NO_SIZE = (
+    "the weights do not give the image size: 256 is assumed; set another with `resolution` in a --tokenizer-config"
+)
 _TOKENIZER = {
     "enc_t.blocks": "encoders.0",
     "enc_b.blocks": "encoders.1",
@@ -58,7 +60,7 @@ def tokenizer(source: Source) -> Part:
     try:
         given = tokenizer_weights(source.weights)
     except ValueError as error:
-        raise ArtifactError(f"{source.path} is no tokenizer of vq-vae-2 ({error})") from error
+        raise ArtifactError(f"{source.path} is not a tokenizer of vq-vae-2 ({error})") from error
     weights = fit(source, lambda: VQVAE2(config), lambda ours: ours, given, "")
     return Part("vqvae2", config, weights, () if side else (_NO_SIZE,))
 
@@ -87,7 +89,7 @@ def _level(source: Source) -> tuple[PixelSNAILConfig, dict[str, Tensor]]:
         weights = prior_weights(source.weights)
         conv = weights["blocks.0.resblocks.0.conv1.above.weight"]
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
-        raise ArtifactError(f"{source.path} is no prior of vq-vae-2 ({error})") from error
+        raise ArtifactError(f"{source.path} is not a prior of vq-vae-2 ({error})") from error
 
     def number(name: str) -> int:
         found = 0
@@ -118,7 +120,7 @@ def tokenizer_weights(state: State) -> dict[str, Tensor]:
     for key, weight in state.items():
         part = next((part for part in _TOKENIZER if re.match(rf"(module\.)?{re.escape(part)}\.", key)), None)
         if part is None:
-            raise ValueError(f"{key} is no weight of the public tokenizer")
+            raise ValueError(f"{key} is not a weight of the public tokenizer")
         name = key.removeprefix("module.").removeprefix(part + ".")
         columns = name in ("embed", "embed_avg")
         weights[f"{_TOKENIZER[part]}.{_CODEBOOK.get(name, name)}"] = weight.T.contiguous() if columns else weight
@@ -129,7 +131,7 @@ def prior_weights(state: State) -> dict[str, Tensor]:
     """The state_dict of a `PixelSNAIL` of one class."""
     public = fold(state)
     if "background" not in public:
-        raise ValueError("this is no state_dict of the public prior; its files hold one under `model`")
+        raise ValueError("this is not a state_dict of the public prior; its files have one under `model`")
     del public["background"]
     horizontal, vertical = public.pop("horizontal.weight"), public.pop("vertical.weight")
     weights = {

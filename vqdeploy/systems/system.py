@@ -130,7 +130,7 @@ def definition(model: str) -> Definition:
     """
     if model not in SYSTEMS:
         raise VqdeployError(
-            f"no model is called {model!r}", expected=" or ".join(sorted(SYSTEMS)), fix="vqdeploy models"
+            f"there is no model {model!r}", expected=" or ".join(sorted(SYSTEMS)), fix="vqdeploy models"
         )
     return SYSTEMS[model]
 

@@ -1,4 +1,4 @@
-"""Training: a tokenizer, then a prior on its codes, then the checkpoint and what it reaches."""
+"""Training: a tokenizer, then a prior on its codes, then metrics and the checkpoint."""
 
 from vqdeploy.training.run import train
 

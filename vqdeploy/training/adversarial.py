@@ -1,4 +1,4 @@
-"""The adversarial term of VQGAN and RQ-VAE: a patch discriminator, hinge losses and their adaptive weight."""
+"""The adversarial term of VQGAN and RQ-VAE: a patch discriminator, hinge losses and the adaptive weight."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images [B, 3, H, W] -> one logit for each patch [B, 1, h, w] (Isola et al., "pix2pix", CVPR 2017)."""
+    """Images [B, 3, H, W] -> one logit per patch [B, 1, h, w] (Isola et al., "pix2pix", CVPR 2017)."""
 
     def __init__(self, channels: int = 64, layers: int = 2):
         super().__init__()
@@ -28,17 +28,17 @@ def _initialize(module: nn.Module) -> None:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss on the logits of real and of reconstructed images."""
+    """Hinge loss of the discriminator on the logits of real and reconstructed images."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """Minus the mean logit of reconstructed images, the partner of the hinge loss."""
+    """Loss of the tokenizer: the negative mean logit of reconstructed images."""
     return -fake.mean()
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the gradients that both losses send into the last layer of the decoder, in 0..10,000."""
+    """Ratio of the gradient norms of both losses at the output layer of the decoder, in 0..10,000."""
     of_reconstruction, of_generator = (
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, generator)
     )

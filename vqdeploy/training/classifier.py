@@ -1,4 +1,4 @@
-"""A small classifier of the real images, the judge of class-conditional samples."""
+"""A small classifier of the real images, which judges class-conditional samples."""
 
 from itertools import pairwise
 from typing import Any
@@ -39,13 +39,13 @@ class ImageClassifier(LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Reports the share of held-out images that are put in their class."""
+        """Reports the accuracy on held-out images."""
         hits = (self(batch[0]).argmax(1) == batch[1]).float().mean()
         self.log("accuracy", hits, prog_bar=True, batch_size=len(batch[0]))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images that are put in their class."""
+        """Accuracy, 0..1."""
         self.eval()
         parts = zip(torch.split(images, 256), torch.split(labels, 256), strict=True)
         hits = [self(i.to(self.device)).argmax(1).cpu() == label for i, label in parts]

@@ -1,4 +1,4 @@
-"""Images to train on, as pairs of uint8 [3, R, R] and a label, with a fixed part held out."""
+"""Datasets of pairs (image uint8 [3, R, R], label), with a fixed held-out part."""
 
 import hashlib
 import logging
@@ -28,7 +28,7 @@ _CUBIC = Image.Resampling.BICUBIC
 
 
 class Images(Dataset[Item]):
-    """A dataset of known length."""
+    """A map-style dataset."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -37,15 +37,15 @@ class Images(Dataset[Item]):
         return self.item(index)
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
-        """An image and its label; changed a little, for training, when there is something to draw from."""
+        """An image and its label; with `rng`, the image is augmented."""
         raise NotImplementedError
 
 
 class Draws(Images):
-    """The images of a whole training, one after another: drawn with replacement, and changed a little.
+    """The image sequence of a whole training run: drawn with replacement, and augmented.
 
-    Each depends on the seed and its place alone. So a training that was cut goes on as if it had not been, and the
-    number of loader processes does not matter.
+    Each depends only on the seed and its index. So a resumed run sees the same images as an uninterrupted one, for any
+    number of loader processes.
     """
 
     def __init__(self, images: Images, seed: int, count: int):
@@ -62,8 +62,8 @@ class Draws(Images):
 class Data(NamedTuple):
     """`labels` names the classes and is empty when there are none; the label of every image is then 0.
 
-    `workers` is the number of processes that it takes to load the images as fast as they are needed. `fingerprint`
-    changes when images come, go or change their size in bytes.
+    `workers` is the number of loader processes that keep up with training. `fingerprint` changes when images are added,
+    removed or change their size in bytes.
     """
 
     train: Images
@@ -77,7 +77,7 @@ def open_data(name: str, resolution: int) -> Data:
     """The data behind `--data`: `digits`, `photos` or an image folder, whose subfolders are the classes.
 
     Raises:
-        VqdeployError: There is no such data, or it cannot be told what its images and classes are.
+        VqdeployError: There is no such data, or its classes are ambiguous.
         ArtifactError: Images are damaged.
     """
     named: dict[str, Callable[[int], Data]] = {"digits": _digits, "photos": _photos}
@@ -90,7 +90,7 @@ def open_data(name: str, resolution: int) -> Data:
 
 
 class Digits(Images):
-    """Scikit-learn's handwritten digits of 8x8 pixels, enlarged; turned, scaled and shifted a little in training."""
+    """Scikit-learn's handwritten digits of 8x8 pixels, upsampled; augmented by rotation, scaling and shifts."""
 
     MARGIN = 1  # pixels of the 8x8 original left free around the digit
 
@@ -133,9 +133,9 @@ def _digits(resolution: int) -> Data:
 
 
 class Crops(Images):
-    """Square crops of a few large images, mirrored at random; the label is the image.
+    """Square crops of a few large images, randomly mirrored; the label is the index of the image.
 
-    There are `length` crops. With nothing to draw from they are the same for the same index.
+    There are `length` crops. Without `rng` a crop depends on its index only.
     """
 
     def __init__(self, images: list[Image.Image], resolution: int, length: int):
@@ -173,9 +173,9 @@ def _photos(resolution: int) -> Data:
 
 
 class Files(Images):
-    """Image files, cut square and resized; in training a random part of 75 to 100 % of the side, mirrored at random.
+    """Image files, cropped square and resized; augmented by random crops of 75 to 100 % and mirroring.
 
-    Held-out images are cut as `vqdeploy run` does.
+    Held-out images are cropped as in `vqdeploy run`.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], resolution: int):
@@ -195,14 +195,16 @@ class Files(Images):
 
 
 def _folder(folder: Path, resolution: int) -> Data:
-    """An image folder. One image in ten is held out of each class."""
+    """An image folder; a tenth of each class is held out."""
     if not folder.is_dir():
         raise VqdeployError("there is no such data", expected="digits, photos or an image folder", found=folder)
     classes = find_classes(folder)
     if empty := [name for name, found in classes.items() if not found]:
         raise VqdeployError(f"{folder} holds folders without images: {shortened(empty)}", fix="remove them")
     if odd := [name for name in classes if name and not name.isprintable()]:
-        raise VqdeployError(f"{odd[0]!r} in {folder} is no name for a class", expected="characters that can be printed")
+        raise VqdeployError(
+            f"{odd[0]!r} in {folder} is not a valid class name", expected="characters that can be printed"
+        )
     files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
     if len(files) < 2:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more", found=len(files))
@@ -216,7 +218,7 @@ def _folder(folder: Path, resolution: int) -> Data:
 
 
 def _check(files: list[Path], folder: Path) -> None:
-    """Reads every image, so that a bad one among many is found before training and not hours into it."""
+    """Reads every image, to find damaged ones before training."""
     log.info("reading %d images in %s", len(files), folder)
     with ThreadPool(cores()) as pool:
         damaged = [text for text in pool.imap(_damage, files, chunksize=16) if text]
@@ -241,7 +243,7 @@ def _damage(file: Path) -> str | None:
 
 
 def _split(files: list[tuple[Path, int]]) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
-    """A tenth of each class is held out, in a fixed random order: one image at least, but never the only one."""
+    """Holds out a tenth of each class, in a fixed random order: at least one image, but never the only one."""
     classes = defaultdict(list)
     for file in files:
         classes[file[1]].append(file)
@@ -267,6 +269,6 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def images_of(dataset: Images, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """All images [N, 3, R, R] of a dataset, and their labels [N]; changed a little when there is an `rng`."""
+    """All images uint8 [N, 3, R, R] of a dataset and their labels [N]; augmented with `rng`."""
     items = [dataset.item(i, rng) if rng else dataset[i] for i in range(len(dataset))]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])

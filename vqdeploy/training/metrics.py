@@ -1,4 +1,4 @@
-"""What a tokenizer and the samples of a prior reach. Images are uint8 [N, 3, R, R]."""
+"""Metrics of tokenizers and of samples. Images are uint8 [N, 3, R, R]."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,17 +11,17 @@ from vqdeploy.reference import Noise
 from vqdeploy.reference import generate as sample_codes
 from vqdeploy.systems import System
 
-_LEAST_ERROR = 1e-5  # squared grey levels: the PSNR of equal images would be infinite, which JSON lacks
+_LEAST_ERROR = 1e-5  # squared grey levels: bounds the PSNR, as JSON has no infinity
 
 
 def psnr(images: Tensor, originals: Tensor) -> float:
-    """Mean over the images of their PSNR in dB, on 8-bit pixels; that of an equal image is 98 dB."""
+    """Mean PSNR of the images in dB, on 8-bit pixels; at most 98 dB."""
     errors = (images.double() - originals.double()).square().flatten(1).mean(1).clamp(min=_LEAST_ERROR)
     return float((10 * torch.log10(255**2 / errors)).mean())
 
 
 def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
-    """Share of the codebook in use and perplexity of the codes of each depth, see `Tokenizer.depths`."""
+    """Codebook usage (0..1) and perplexity of the codes, per depth; see `Tokenizer.depths`."""
     counts = torch.stack([torch.bincount(codes.flatten(), minlength=size) for codes in depths]).double()
     entropy = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
     return {"usage": (counts > 0).double().mean(1).tolist(), "perplexity": entropy.exp().tolist()}
@@ -29,7 +29,7 @@ def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def reconstruct(tokenizer: Any, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Images -> their reconstructions, and the codes between."""
+    """Images -> reconstructions and codes."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
     pixels, codes = [], []
     for part in torch.split(images, batch_size):
@@ -55,10 +55,10 @@ def _gumbel_noise(generator: torch.Generator) -> Noise:
 
 
 def diversity(samples: Tensor, labels: Tensor, originals: Tensor, original_labels: Tensor) -> float | None:
-    """Mean distance between two samples of a class over that between two originals of it, averaged over the classes.
+    """Mean distance of two samples of a class / that of two real images of it, averaged over the classes.
 
-    About 1 when samples vary as the data do, 0 when a class has one picture. Classes count that have two samples and
-    two originals that differ; None when there is no such class.
+    About 1 if samples vary like the data, 0 if all samples of a class are equal. Only classes with two samples and two
+    different real images count; None without any.
     """
     ratios = []
     for label in torch.unique(labels):
@@ -69,5 +69,5 @@ def diversity(samples: Tensor, labels: Tensor, originals: Tensor, original_label
 
 
 def _spread(images: Tensor) -> float | None:
-    """Mean distance between two images; None when there are fewer."""
+    """Mean distance between two images; None for fewer than two."""
     return float(torch.pdist(images.flatten(1).float()).mean()) if len(images) > 1 else None

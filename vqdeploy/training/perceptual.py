@@ -7,10 +7,10 @@ from vqdeploy.errors import VqdeployError
 
 
 def perceptual_network() -> nn.Module:
-    """LPIPS: two batches of images in -1..1 -> a distance for each pair. It is frozen.
+    """Frozen LPIPS: two batches of images in -1..1 -> a distance for each pair.
 
     Raises:
-        VqdeployError: torchvision is not installed, or the weights of its VGG can be neither found nor downloaded.
+        VqdeployError: torchvision is not installed, or its VGG weights cannot be found or downloaded.
     """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 

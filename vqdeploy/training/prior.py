@@ -14,23 +14,23 @@ from vqdeploy.training.metrics import generate
 from vqdeploy.training.stage import schedule
 
 logger = logging.getLogger("vqdeploy")
-_SAMPLES = 10  # of each class, to watch the training by
+_SAMPLES = 10  # samples per class for validation
 
 
 class PriorTraining(LightningModule):
-    """The loss of the system. `classifier` judges samples; there is none without classes."""
+    """Trains with the loss of the system. `classifier` judges samples; None without classes."""
 
     def __init__(self, system: System, recipe: Recipe, classifier: ImageClassifier | None):
         super().__init__()
         self.system, self.recipe, self.classifier = system, recipe, classifier
-        if hasattr(system.prior, "codebook"):  # a device may have parted the two, which share it
+        if hasattr(system.prior, "codebook"):  # moving to a device may have separated the shared tensor
             system.prior.codebook = system.tokenizer.quantizer.codebook
-        system.prior.train()  # Lightning leaves modes as they are
+        system.prior.train()  # Lightning does not change modes
         for frozen in filter(None, (system.tokenizer, classifier)):
             frozen.requires_grad_(False).eval()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, with the betas and the weight decay of the RQ-Transformer for every prior."""
+        """AdamW with the betas and weight decay of the RQ-Transformer, for every prior."""
         parameters = self.system.prior.parameters()
         optimizer = torch.optim.AdamW(parameters, self.recipe.prior_learning_rate, (0.9, 0.95), weight_decay=1e-4)
         scheduler = schedule(optimizer, self.recipe.prior_steps)
@@ -52,7 +52,7 @@ class PriorTraining(LightningModule):
         return loss(self.system, x, labels, self.recipe, not self.trainer.validating)
 
     def on_validation_epoch_end(self) -> None:
-        """Reports the share of samples that the classifier puts in the class that was asked for."""
+        """Reports the class accuracy of samples."""
         values = {"held_out_loss": float(self.trainer.callback_metrics["held_out_loss"])}
         if self.classifier is not None:
             labels = torch.arange(self.system.config.prior.classes).repeat_interleave(_SAMPLES)

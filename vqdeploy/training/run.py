@@ -23,7 +23,7 @@ from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import run_stage
 from vqdeploy.training.tokenizer import TokenizerTraining
 
-_SAMPLES = 1000  # for the class accuracy that is reported
+_SAMPLES = 1000  # samples for the reported class accuracy
 
 
 def train(
@@ -37,27 +37,27 @@ def train(
     samples: int = _SAMPLES,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains the tokenizer, then the prior, and writes the checkpoint with sheets of images.
+    """Trains the tokenizer, then the prior, and writes the checkpoint with image grids.
 
-    The state of an unfinished run lies in a folder beside `output`, of its name and `.training`.
+    The state of an unfinished run is in the folder `OUTPUT.training` beside `output`.
 
     Args:
         model: The system.
-        preset: Its configuration; classes and labels become those of the data.
+        preset: Its configuration; classes and labels are replaced by those of the data.
         data: `digits`, `photos` or the path of an image folder.
         output: Folder of the checkpoint.
         seed: Seed of weights, batches and samples.
-        resume: Continue the run that was cut, with the same options.
+        resume: Whether to resume an interrupted run, with the same options.
         samples: Images to generate for the reported class accuracy.
-        options: Fields of `Recipe` that differ from the recipe of the preset; None is no difference.
+        options: Fields of `Recipe` that replace those of the recipe of the preset, unless None.
 
     Returns:
-        What `training.json` holds: the recipe, and under `metrics` what the stored weights reach.
+        The content of `training.json`: the recipe, and under `metrics` those of the stored weights.
 
     Raises:
-        VqdeployError: An option, the data or the output folder cannot be used, or the data have changed since the cut.
-        ArtifactError: An image or the state is damaged, or the weights are not finite.
-        KeyboardInterrupt: The user cut it; `resume` continues from there.
+        VqdeployError: An option, the data or the output folder is invalid, or the data have changed since the
+        interrupt. ArtifactError: An image or the state is damaged, or the weights are not finite. KeyboardInterrupt:
+        The user interrupted it; `resume` continues from there.
     """
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
@@ -79,7 +79,7 @@ def train(
         for name, images in sheets.items():
             pixels = channels_last(images.flatten(0, 1)).numpy()
             write_grid(new / f"{name}.png", pixels, columns=images.shape[1], note=training)
-    with temporary_folder(state) as old:  # so that what is left when this is cut is no state
+    with temporary_folder(state) as old:  # so that an interrupt here leaves no partial state
         os.replace(state, old / state.name)
     return training
 
@@ -95,14 +95,14 @@ def _adapt(config: SystemConfig, data: Data) -> SystemConfig:
 
 
 def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
-    """The folder of the state, after all that can be refused before hours of training has been refused."""
+    """The folder of the state, after all checks that are possible before training."""
     check_replaceable(output, FILES)
     state = output.with_name(output.name + ".training")
     if state.exists() and not resume:
-        raise VqdeployError(f"{state} holds a training that was cut", fix="add --resume, or remove that folder")
+        raise VqdeployError(f"{state} holds an interrupted training run", fix="add --resume, or remove that folder")
     if not state.exists():
         if resume:
-            raise VqdeployError(f"{output} has no training that was cut", fix="run it without --resume")
+            raise VqdeployError(f"{output} has no interrupted training run", fix="run it without --resume")
         with replacing_folder(state, ("asked.json",)) as new:
             write_json(new / "asked.json", asked)
     before = read_json(state / "asked.json")
@@ -110,7 +110,7 @@ def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
         raise ArtifactError(f"{state / 'asked.json'} is damaged", fix=f"remove {state}")
     if before.get("data_fingerprint") != asked["data_fingerprint"]:
         fix = f"put the images back as they were, or remove {state}"
-        raise VqdeployError(f"the images of {asked['data']} have changed since the training was cut", fix=fix)
+        raise VqdeployError(f"the images of {asked['data']} have changed since the training was interrupted", fix=fix)
     _compare(_flat(before), _flat(asked))
     return state
 
@@ -122,13 +122,13 @@ def _flat(asked: dict[str, Any]) -> dict[str, Any]:
 def _compare(before: dict[str, Any], asked: dict[str, Any]) -> None:
     if odd := sorted(key for key in before | asked if before.get(key) != asked.get(key)):
         expected, found = (", ".join(f"{key} {side.get(key)}" for key in odd) for side in (before, asked))
-        raise VqdeployError("the training that was cut had other options", expected=expected, found=found)
+        raise VqdeployError("the interrupted training run had other options", expected=expected, found=found)
 
 
 def _train(
     system: System, first: TokenizerTraining, data: Data, seed: int, state: Path
 ) -> tuple[dict[str, float], ImageClassifier | None]:
-    """Runs the three stages. Returns how long each took, and the classifier."""
+    """Runs the three stages. Returns the seconds of each, and the classifier."""
     recipe, seconds = first.recipe, {}
 
     def stage(name: str, module: LightningModule, steps: int, **options: Any) -> None:
@@ -152,7 +152,7 @@ def _train(
 def _measure(
     system: System, data: Data, classifier: ImageClassifier | None, seed: int, samples: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metrics on the held-out images and on samples, and the images to look at."""
+    """Metrics on held-out images and samples, and images to inspect."""
     images, labels = images_of(data.held_out)
     reconstructions, codes = reconstruct(system.tokenizer, images)
     metrics: dict[str, Any] = {"reconstruction_psnr": psnr(reconstructions, images)}

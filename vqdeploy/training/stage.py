@@ -1,7 +1,7 @@
-"""One stage of training: fit a module to the data, take up where a cut left it.
+"""One stage of training on Lightning, which can be interrupted and resumed.
 
-A step depends on the weights before it, the seed and its number alone: the images come from `Draws`, and the generators
-are seeded anew for each step. So a training that was cut ends with the weights of one that was not.
+A step depends only on the previous weights, the seed and its number: images come from `Draws`, and all generators are
+seeded for each step. So a resumed run ends with the same weights as an uninterrupted one.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
 from vqdeploy.training.data import Data, Draws, Images, Item
 
-_CHECKS = 10  # validations and saved states in a stage
-_FEWEST = 20  # steps between two of them
+_CHECKS = 10  # validations, and saved states, per stage
+_FEWEST = 20  # least number of steps between two
 
 Batch = list[Tensor] | str
-"""Images and labels, or what is wrong with one of them."""
+"""Images and labels, or the error of an image."""
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides advice about workers, loggers and strategies, which the user of a recipe cannot act on."""
+    """Hides advice about workers, loggers and strategies, which users cannot follow."""
     lightning = logging.getLogger("lightning.pytorch")
     level = lightning.level
     lightning.setLevel(logging.ERROR)
@@ -55,23 +55,23 @@ def _quiet() -> Iterator[None]:
 def run_stage(
     module: LightningModule, data: Data, steps: int, batch_size: int, state: Path, seed: int, **options: Any
 ) -> float:
-    """Trains for a number of steps, or what is left of them when `state` has been written before.
+    """Trains for a number of steps, less those done before `state` was written.
 
     Args:
-        module: What to train.
-        data: What on.
-        steps: Batches to train on in all.
+        module: The module to train.
+        data: The dataset.
+        steps: Total number of training steps.
         batch_size: Images in a batch.
-        state: The file that holds the state, written now and then, at an interrupt and at the end.
-        seed: Seed of the images and of all that a step draws.
-        options: More options of Lightning's Trainer.
+        state: File of the training state, written periodically, at an interrupt and at the end.
+        seed: Seed of the images and of all random numbers of a step.
+        options: Further options of the Trainer of Lightning.
 
     Returns:
-        Seconds of training, those before a cut included.
+        Seconds of training, including those before an interrupt.
 
     Raises:
         ArtifactError: An image or the state is damaged.
-        KeyboardInterrupt: The user cut it; the state is written.
+        KeyboardInterrupt: The user interrupted it; the state is written.
     """
     every = min(steps, max(steps // _CHECKS, _FEWEST))
     done, seconds = _restore(module, state, steps)
@@ -91,7 +91,7 @@ def run_stage(
             default_root_dir=state.parent,
             **options,
         )
-        # One epoch is the whole training, so that the progress bar counts to its end.
+        # The whole run is one epoch, so that the progress bar spans it.
         draws = Draws(data.train, seed, steps * batch_size)
         batches = _loader(draws, batch_size, data.workers, sampler=_Rest(done * batch_size, len(draws)))
         held_out = _loader(data.held_out, batch_size, data.workers)
@@ -101,7 +101,7 @@ def run_stage(
 
 
 def _restore(module: LightningModule, state: Path, steps: int) -> tuple[int, float]:
-    """The steps that were done before a cut and their seconds. When all were, the module gets its weights."""
+    """Steps done before an interrupt, and their seconds; loads the weights if all are done."""
     if not state.exists():
         return 0, 0.0
     try:
@@ -109,13 +109,13 @@ def _restore(module: LightningModule, state: Path, steps: int) -> tuple[int, flo
         done, seconds = int(saved["batches"]), float(saved["seconds"])
         if done == steps:
             module.load_state_dict(saved["state_dict"])
-    except Exception as error:  # PyTorch raises what its parsers raise
+    except Exception as error:  # parsers of PyTorch raise anything
         raise ArtifactError(f"{state} is damaged", fix="remove it, and this stage begins anew") from error
     return done, seconds
 
 
 class _Rest(Sampler[int]):
-    """The places from `first` on; as long as all of them, because Lightning counts those before a cut."""
+    """Indices from `first` on; its length is the total, because Lightning counts steps before an interrupt."""
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count
@@ -128,7 +128,7 @@ class _Rest(Sampler[int]):
 
 
 class _Told(Dataset[Item | str]):
-    """Images; in place of one that cannot be read what is wrong: a loader process would add its traceback."""
+    """Images, or errors in place of unreadable ones: raising in a loader process would add its traceback."""
 
     def __init__(self, images: Images):
         self.images = images
@@ -156,14 +156,14 @@ def _loader(images: Images, batch_size: int, workers: int, sampler: Sampler[int]
 
 
 class _Keeper(Callback):
-    """Seeds each step, and writes the state between two."""
+    """Seeds each step, and writes the state between steps."""
 
     def __init__(self, state: Path, steps: int, every: int, seed: int, seconds: float, interrupts: "_Interrupts"):
         self.state, self.steps, self.every, self.seed, self.interrupts = state, steps, every, seed, interrupts
         self.batches, self.start = 0, time.monotonic() - seconds
 
     def seconds(self) -> float:
-        """Seconds of training so far, those before a cut included."""
+        """Seconds of training so far, including those before an interrupt."""
         return time.monotonic() - self.start
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, index: int) -> None:
@@ -194,7 +194,7 @@ def _check(batch: Batch) -> None:
 
 
 def _seed(*numbers: int) -> None:
-    """Seeds the generators of Python, numpy and PyTorch, those on GPUs too."""
+    """Seeds the generators of Python, numpy and PyTorch, on GPUs too."""
     for_python, for_numpy, for_torch = np.random.SeedSequence(numbers).generate_state(3).tolist()
     random.seed(for_python)
     np.random.seed(for_numpy)  # noqa: NPY002 (libraries draw from it)
@@ -202,9 +202,9 @@ def _seed(*numbers: int) -> None:
 
 
 class _Interrupts:
-    """Holds an interrupt or a request to end back until a step is done, so that the state is whole.
+    """Delays SIGINT and SIGTERM to the end of a step, so that the state is consistent.
 
-    A second one acts at once.
+    A second signal acts immediately.
     """
 
     def __init__(self) -> None:
@@ -230,7 +230,7 @@ class _Interrupts:
             self.act()
 
     def act(self) -> None:
-        """Does what the signal that came would have done."""
+        """Applies the delayed signal."""
         if self.pending is not None:
             number, self.pending = self.pending, None
             signal.signal(number, self.handlers[number])
@@ -238,7 +238,7 @@ class _Interrupts:
 
 
 class _Progress(RichProgressBar):
-    """A bar on stderr that names the stage; its epochs mean nothing here."""
+    """A progress bar on stderr with the name of the stage, without epochs."""
 
     def __init__(self, stage: str):
         super().__init__(refresh_rate=5, leave=True, console_kwargs={"stderr": True})
@@ -250,7 +250,7 @@ class _Progress(RichProgressBar):
 
 @contextlib.contextmanager
 def _interrupt_kept() -> Iterator[None]:
-    """Lets an interrupt through, which Lightning turns into an exit."""
+    """Re-raises KeyboardInterrupt, which Lightning turns into an exit."""
     try:
         yield
     except SystemExit as error:
@@ -260,6 +260,6 @@ def _interrupt_kept() -> Iterator[None]:
 
 
 def schedule(optimizer: Optimizer, steps: int, warm_up: float = 0.02) -> LambdaLR:
-    """A learning rate that climbs during a share of the steps and falls to zero along a cosine."""
+    """Linear warm-up for a fraction of the steps, then cosine decay to zero."""
     climb = max(warm_up * steps, 1)
     return LambdaLR(optimizer, lambda step: min((step + 1) / climb, 1) * (1 + math.cos(math.pi * step / steps)) / 2)

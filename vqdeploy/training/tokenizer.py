@@ -19,33 +19,33 @@ logger = logging.getLogger("vqdeploy")
 
 
 def logit_laplace(reconstruction: Tensor, x: Tensor, margin: float = 0.1) -> Tensor:
-    """Distance of the logits of pixels in 0..1, drawn in from the borders by the margin (DALL-E, appendix A.3).
+    """Logit-Laplace loss on pixels in 0..1, mapped to margin..1 - margin (DALL-E, appendix A.3).
 
-    The negative log-likelihood of a Laplace distribution of scale 1 in logit space, up to terms without a gradient.
+    The negative log-likelihood of a Laplace distribution of scale 1 in logit space, up to constants.
     """
     made, target = ((1 - 2 * margin) * pixels + margin for pixels in (reconstruction, x))
     return F.l1_loss(torch.logit(made, eps=margin / 2), torch.logit(target))
 
 
 class TokenizerTraining(LightningModule):
-    """Squared error and commitment, and where the recipe gives them a weight, a perceptual and an adversarial term.
+    """Trains with squared error and commitment loss, and optional perceptual and adversarial losses.
 
-    Optimized by hand, because the adversarial term has a second optimizer.
+    Uses manual optimization, because the adversarial loss has a second optimizer.
     """
 
     automatic_optimization = False
 
     def __init__(self, tokenizer: Any, recipe: Recipe):
         super().__init__()
-        # Lightning leaves modes as they are, and outside training mode the codebook stands still.
+        # Lightning does not change modes, and the codebook is updated in training mode only.
         self.tokenizer, self.recipe = tokenizer.train(), recipe
         self.discriminator = PatchDiscriminator() if recipe.adversarial_weight else None
-        # In a list, so that its frozen weights stay out of the saved state.
+        # In a list, to keep the frozen weights out of the state_dict.
         self.perceptual = [perceptual_network()] if recipe.perceptual_weight else []
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def configure_optimizers(self) -> Any:
-        """Adam for the tokenizer and, if there is one, for the discriminator."""
+        """Adam for the tokenizer and the discriminator, if any."""
         networks = [network for network in (self.tokenizer, self.discriminator) if network is not None]
         optimizers = [torch.optim.Adam(n.parameters(), self.recipe.learning_rate, (0.5, 0.9)) for n in networks]
         return optimizers, [schedule(optimizer, self.recipe.steps) for optimizer in optimizers]
@@ -67,7 +67,7 @@ class TokenizerTraining(LightningModule):
             self._step(1, self.recipe.adversarial_weight * discriminator_loss(*logits))
 
     def _unit(self, pixels: Tensor) -> Tensor:
-        """Pixels in the range of the model -> in 0..1."""
+        """Pixels in the range of the model -> 0..1."""
         low: float
         low, high = self.tokenizer.config.pixel_range
         return (pixels - low) / (high - low)
@@ -91,13 +91,13 @@ class TokenizerTraining(LightningModule):
         _pick(self.lr_schedulers(), which).step()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Keeps held-out images, their reconstructions and codes."""
+        """Collects held-out images, reconstructions and codes."""
         images, pixel_range = batch[0], self.tokenizer.config.pixel_range
         codes = self.tokenizer.encode(to_range(images, pixel_range))
         self.seen.append((images, to_uint8(self.tokenizer.decode(codes), pixel_range), codes))
 
     def on_validation_epoch_end(self) -> None:
-        """Reports PSNR and codebook use."""
+        """Reports PSNR and codebook usage."""
         images, reconstructions, codes = (torch.cat(part) for part in zip(*self.seen, strict=True))
         self.seen.clear()
         use = codebook_use(self.tokenizer.depths(codes), self.tokenizer.config.codebook_size)
@@ -108,5 +108,5 @@ class TokenizerTraining(LightningModule):
 
 
 def _pick(group: Any, which: int) -> Any:
-    """One of Lightning's optimizers or schedules, which are a list only when there are several."""
+    """An optimizer or scheduler by index; Lightning returns a list only for several."""
     return group[which] if isinstance(group, list) else group

@@ -1,8 +1,7 @@
 """`vqdeploy verify`: every stage of a plan, and whole generations, against PyTorch on the CPU in fp32.
 
-Numbers may differ by rounding, decisions only where they are close: a code may differ from the reference's only when
-the two are nearly as good. Later decisions are judged given the plan's own earlier ones, so that one close call does
-not excuse what follows.
+Numbers may differ by rounding. Codes may differ only within a margin: when both choices are nearly equally good. Each
+decision is judged given the earlier codes of the plan, so that one close call does not excuse later errors.
 """
 
 import contextlib
@@ -38,16 +37,16 @@ def verify(
 
     Args:
         plan: The plan.
-        system: The checkpoint that it was made of; the shipped one of its preset when None.
-        progress: Told the name of each part as its checks begin.
+        system: The checkpoint that it was made from; by default the shipped one of its preset.
+        progress: Called with the name of each part before its checks.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs on the CPU.
-        threads: CPU threads of the engine, as for `vqdeploy.runtime.load`; 0 for as many as there are cores.
+        threads: CPU threads of the engine, as for `vqdeploy.runtime.load`; 0 for one per core.
 
     Returns:
-        `{"passed": bool, "checks": [{"stage", "metric", "value", "limit", "passed"}]}`.
+        `passed`, `precision`, `device`, and `checks`: a list of `stage`, `metric`, `value`, `limit` and `passed`.
 
     Raises:
-        VqdeployError: The plan was made of another checkpoint, or cannot run here.
+        VqdeployError: The plan was made from another checkpoint, or cannot run here.
         ArtifactError: The plan is damaged.
     """
     pipeline = load(plan, device, threads)
@@ -76,7 +75,7 @@ def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
     with _largest_number(watched) as largest:
         checks = _checks(pipeline, system, progress)
     if watched:
-        # Libraries for the CPU compute in fp32 here and there, and get away with what a GPU would not.
+        # Some CPU kernels compute in fp32 and hide overflows that a GPU would have.
         checks.append(at_most("reference", "largest number that leaves a layer", largest[0], bound))
     return {
         "passed": all(check.passed for check in checks),
@@ -105,7 +104,7 @@ def _checks(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
 
 @contextlib.contextmanager
 def _largest_number(layers: Iterable[torch.nn.Module]) -> Iterator[list[float]]:
-    """The largest number that one of the layers puts out, in a list of one."""
+    """A list that collects the largest magnitude of the outputs of all layers."""
     largest = [0.0]
 
     def keep(_layer: object, _inputs: object, output: object) -> None:
@@ -121,7 +120,7 @@ def _largest_number(layers: Iterable[torch.nn.Module]) -> Iterator[list[float]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, one check a line."""
+    """The report as text, one check per line."""
     lines = [
         f"{'ok  ' if c['passed'] else 'FAIL'} {c['stage']:9} {c['metric']:58} {c['value']:<9.3g} limit {c['limit']:.4g}"
         for c in report["checks"]

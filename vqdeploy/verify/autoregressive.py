@@ -13,11 +13,11 @@ from vqdeploy.systems import System
 from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
 from vqdeploy.verify.forcing import forced_logits
 
-_SCALE = 3.0  # of guidance
+_SCALE = 3.0  # guidance scale
 
 
 def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
-    """Teacher-forced logits of the cached step, position by position and after a prefix, against the full forward."""
+    """Teacher-forced logits of the cached step, position by position and after prefill, against the full pass."""
     batch, config = 2, system.prior.config
     codes = rng.integers(0, config.codebook_size, (batch, config.positions, config.depth))
     labels = rng.integers(0, config.classes, batch)
@@ -33,7 +33,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
 
 
 def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
-    """The hidden states of every layer, averaged, with labels and without."""
+    """Averaged hidden states of every layer, with labels and without."""
     config = system.prior.config
     codes = rng.integers(0, config.codebook_size, (IMAGES, *config.grid))
     labels = rng.integers(0, config.classes, IMAGES)
@@ -49,13 +49,13 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule for tokens; an image alone against the same image in a batch.
 
-    `logits` are what `check_logits` found, and with it how close a call may be.
+    `logits` are the checks of `check_logits`, which determine the margin.
     """
     tolerance = tolerance_of(logits)
     labels = [i % pipeline.classes for i in range(IMAGES)]
     checks = []
     distributions: dict[str, dict[str, Any]] = {
-        "whole distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        "full distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
         "truncated": {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9},
     }
     if "guidance_scale" in pipeline.sampling.options:
@@ -81,10 +81,10 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
 def _judge(
     system: System, codes: np.ndarray, labels: list[int], first: int, options: dict[str, Any], tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`judge` for generated codes, given the codes before each; both of the shape of the codes."""
+    """`judge` for generated codes, given the codes before each; both results have the shape of the codes."""
     scale = options.get("guidance_scale", 1.0)
     logits = guided_logits(system.prior, torch.from_numpy(codes), torch.tensor(labels), scale).flatten(0, -2)
-    tolerance *= 2 * scale if scale != 1 else 1  # guidance multiplies what logits are off by
+    tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
     noise = _noise(len(codes), system.prior.config, first)
     far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
     return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()

@@ -1,4 +1,4 @@
-"""One measured value and its limit, what rounding may do in each precision, and how near a draw was to another."""
+"""Checks (a value and its limit), limits by precision, and the margin rule."""
 
 import math
 import sys
@@ -14,21 +14,21 @@ from vqdeploy.models.ops import truncate
 IMAGES = 4
 SEED = 1
 _LARGEST = "largest difference of logits"
-_MASS = 1e-5  # by how much summing 16,384 probabilities in another order may move a prefix sum
+_MASS = 1e-5  # rounding of a prefix sum of 16,384 probabilities
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What rounding may do in one precision."""
+    """Limits of deviations in one precision."""
 
-    codes: float  # share of codes of an image that differ
-    distance: float  # by which a code may be farther than the nearest, of the largest distance
-    logits: float  # largest difference of logits or hidden states, of the largest of them
+    codes: float  # share of codes that differ
+    distance: float  # excess over the smallest distance, relative to the largest distance
+    logits: float  # largest difference of logits or hidden states, relative to the largest
     mean_logits: float  # mean difference, likewise
     likeliest: float  # share of positions whose likeliest code differs
     grey_levels: int  # of any pixel
     psnr: float = 0.0  # in dB, of any image
-    largest: float = math.inf  # number that the precision holds
+    largest: float = math.inf  # largest finite number
 
 
 LIMITS = {
@@ -44,17 +44,17 @@ LIMITS = {
         largest=65504.0,
     ),
 }
-"""By precision; `docs/precision.md` has what was measured."""
+"""Limits by precision; see `docs/precision.md` for measurements."""
 
 
 def limits(precision: str) -> Limits:
-    """What rounding may do in a precision.
+    """The limits of a precision.
 
     Raises:
-        VqdeployError: It is not known.
+        VqdeployError: The precision is unknown.
     """
     if precision not in LIMITS:
-        raise VqdeployError("the precision of this plan is not known", expected=" or ".join(LIMITS), found=precision)
+        raise VqdeployError("the precision of this plan is unknown", expected=" or ".join(LIMITS), found=precision)
     return LIMITS[precision]
 
 
@@ -70,48 +70,48 @@ class Check:
 
 
 def at_most(stage: str, metric: str, value: float, limit: float) -> Check:
-    """A check that passes when the value does not exceed the limit; what is no number exceeds it."""
-    # JSON has no infinities, and nothing that is no number.
+    """A check that passes if value <= limit; NaN fails."""
+    # JSON has no infinity and no NaN.
     shown = float(value) if math.isfinite(value) else sys.float_info.max
     return Check(stage, metric, shown, float(limit), bool(value <= limit))
 
 
 def at_least(stage: str, metric: str, value: float, limit: float) -> Check:
-    """A check that passes when the value reaches the limit."""
+    """A check that passes if value >= limit."""
     return Check(stage, metric, float(value), float(limit), bool(value >= limit))
 
 
 def compare_logits(name: str, logits: Tensor, expected: Tensor, limits: Limits) -> list[Check]:
-    """Checks of a step's logits [..., K] against the reference's."""
+    """Checks logits [..., K] against those of the reference."""
     difference, largest = (logits - expected).abs(), float(expected.abs().max())
     differing = (logits.argmax(-1) != expected.argmax(-1)).float().mean()
     return [
         at_most("step", f"{name}: {_LARGEST}", float(difference.max()), limits.logits * largest),
         at_most("step", f"{name}: mean difference of logits", float(difference.mean()), limits.mean_logits * largest),
-        at_most("step", f"{name}: share of likeliest codes that differ", float(differing), limits.likeliest),
+        at_most("step", f"{name}: share of top-1 codes that differ", float(differing), limits.likeliest),
     ]
 
 
 def tolerance_of(checks: list[Check]) -> float:
-    """Twice what logits were off by in checks of `compare_logits`, as far as the limits excuse it."""
+    """Tolerance of the margin rule: twice the measured deviation of logits, capped by the limits."""
     return 2 * max(min(check.value, check.limit) for check in checks if check.metric.endswith(_LARGEST))
 
 
 def judge(
     logits: Tensor, noise: Tensor, drawn: Tensor, options: dict[str, Any], tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Holds drawn codes against the reference's choice.
+    """Judges drawn codes by the margin rule.
 
     Args:
-        logits: The reference's [N, K].
+        logits: Logits of the reference [N, K].
         noise: Gumbel noise of the draw [N, K].
         drawn: Codes [N].
         options: `temperature`, `top_k` and `top_p` of the draw, one number each.
-        tolerance: By how much logits may be off.
+        tolerance: Allowed deviation of logits.
 
     Returns:
-        Which codes [N] the reference would clearly not have drawn, and where [N] its two best candidates are closer
-        than the tolerance.
+        Bool [N]: codes that the reference would clearly not have drawn; and bool [N]: close calls, where its two best
+        candidates are within the tolerance.
     """
     slack = tolerance / options["temperature"] + 1e-6
     surely, perhaps = _candidates(logits, options, slack)
@@ -124,7 +124,7 @@ def judge(
 
 
 def _candidates(logits: Tensor, options: dict[str, Any], slack: float) -> tuple[Tensor, Tensor]:
-    """Which codes [N, K] truncation surely, and which it perhaps leaves in, when logits are off by up to `slack`."""
+    """Codes [N, K] that truncation surely keeps, and those it may keep, for logits that are off by up to `slack`."""
     rows, size = logits.shape
     temperature, top_p = options["temperature"], options["top_p"]
     top_k = torch.full((rows,), options["top_k"] or size)
@@ -137,7 +137,7 @@ def _candidates(logits: Tensor, options: dict[str, Any], slack: float) -> tuple[
         everything = torch.ones_like(logits, dtype=torch.bool)
         return everything, everything
     scaled = logits / temperature
-    mass = _MASS + slack / 2  # logits that are off by s move a probability p by up to 2 s p (1 - p)
+    mass = _MASS + slack / 2  # an error s of logits changes a probability p by up to 2 s p (1 - p)
     surely = scaled >= lowest_kept(max(top_p - mass, 0.0)) + slack
     surely |= scaled >= scaled.amax(1, keepdim=True)
     return surely, scaled >= lowest_kept(min(top_p + mass, 1.0)) - slack

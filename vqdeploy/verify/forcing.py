@@ -1,4 +1,4 @@
-"""Samplers that are made to draw given codes, so that their logits are those of teacher forcing."""
+"""Teacher forcing of samplers, through noise that selects the given codes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,20 +8,20 @@ from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import Draw, Key
 from vqdeploy.runtime.sampler import Item
 
-_FORCE = 1e9  # noise beside which no logit counts
+_FORCE = 1e9  # noise that dominates all logits
 
 
 def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Logits of each engine call that draws a place, while noise forces the sampler to the given codes.
+    """Logits of each engine call, while noise forces the sampler to draw the given codes.
 
     Args:
         pipeline: A plan whose sampler draws in raster order.
-        codes: Those to draw [B, places, Q].
-        known: Those that are known beforehand [B, *grid], -1 elsewhere; the same places for every image.
+        codes: Codes to draw [B, positions, Q].
+        known: Codes known in advance [B, *grid], -1 elsewhere; at the same positions for all images.
         labels: Labels [B].
 
     Returns:
-        [B, places that are drawn, Q, K].
+        Float32 [B, drawn positions, Q, K].
     """
     with pipeline.sampler(len(codes)) as sampler:
         sampler.draw = _drawing(codes)
@@ -42,7 +42,7 @@ def untouched_options(pipeline: Pipeline) -> dict[str, object]:
 
 
 def _drawing(codes: np.ndarray) -> Draw:
-    """Noise by which draw t of image i takes codes[i, t]."""
+    """Noise that makes draw t of image i take codes[i, t]."""
 
     def draw(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
         for (_, image, place), row in zip(keys, rows, strict=True):

@@ -12,13 +12,13 @@ from vqdeploy.verify.autoregressive import check_generation
 from vqdeploy.verify.checks import Check, compare_logits, limits
 from vqdeploy.verify.forcing import forced_logits
 
-_LABELS = 10  # that are tried at most
+_LABELS = 10  # most labels to try
 
 __all__ = ["check_generation", "check_logits"]
 
 
 def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
-    """Teacher-forced logits of each level, row by row and place by place, against the full forward pass."""
+    """Teacher-forced logits of each level, row by row and position by position, against the full forward pass."""
     config = system.prior.config
     batch = max(2, min(config.classes, _LABELS))
     codes = rng.integers(0, config.codebook_size, (batch, *config.grid))

@@ -15,7 +15,7 @@ from vqdeploy.systems import System
 from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
 from vqdeploy.verify.forcing import untouched_options
 
-_SCALE = 3.0  # of guidance
+_SCALE = 3.0  # guidance scale
 _STEPS = 6
 _ONE_LABEL = "one label"
 
@@ -36,7 +36,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
 
 
 def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
-    """Logits [B, h, w, Q, K] of one step; codes are the codebook's size where masked."""
+    """Logits [B, h, w, Q, K] of one step; masked codes are the codebook size."""
     options = untouched_options(pipeline) | {"steps": 1, "schedule": "linear"} | _guidance(pipeline, scale)
     with pipeline.sampler(len(codes), guided=scale != 1) as sampler:
         for slot, (known, label) in enumerate(zip(codes, labels, strict=True)):
@@ -47,12 +47,12 @@ def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: fl
 
 
 def _guidance(pipeline: Pipeline, scale: float) -> dict[str, float]:
-    """The option of a scale, where the plan has guidance at all."""
+    """The option for a guidance scale, if the plan has guidance."""
     return {} if pipeline.sampling.no_label is None else {"guidance_scale": scale}
 
 
 class _Step(NamedTuple):
-    """One step of a generation: the codes that went in, those drawn [B, h, w, Q], and which were masked again."""
+    """One step of a generation: input codes, drawn codes [B, h, w, Q], and the mask for the next step."""
 
     codes: Tensor
     given: Tensor
@@ -63,16 +63,16 @@ class _Step(NamedTuple):
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule; an image alone against the same image in a batch.
 
-    `logits` are what `check_logits` found, and with it how close a call may be.
+    `logits` are the checks of `check_logits`, which determine the margin.
     """
-    one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]  # guidance comes on top
+    one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]  # without guidance
     tolerance = tolerance_of(one_label)
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "steps": _STEPS, "choice_temperature": 4.5}
     cut = {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}
     kinds: dict[str, dict[str, Any]] = {
         "by order, guided": whole | {"schedule": "halton"} | _guidance(pipeline, _SCALE),
         "truncated, guided": whole | cut | {"schedule": "linear"} | _guidance(pipeline, _SCALE),
-        "whole distribution": whole | {"schedule": "cosine"} | _guidance(pipeline, 1.0),
+        "full distribution": whole | {"schedule": "cosine"} | _guidance(pipeline, 1.0),
     }
     labels = [i % pipeline.classes for i in range(IMAGES)]
     checks = []
@@ -95,7 +95,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
 
 def _trace(pipeline: Pipeline, labels: list[int], first: int, options: dict[str, Any]) -> list[_Step]:
     size = pipeline.codebook_size
-    calls: dict[range, list[_Step]] = {}  # a large request is split
+    calls: dict[range, list[_Step]] = {}  # large requests are split
 
     def record(step: Step) -> None:
         steps, seen = calls.setdefault(step.images, []), step.codes
@@ -113,14 +113,14 @@ def _trace(pipeline: Pipeline, labels: list[int], first: int, options: dict[str,
 def _judge(
     system: System, steps: list[_Step], labels: list[int], first: int, options: dict[str, Any], tolerance: float
 ) -> tuple[int, int, list[Tensor]]:
-    """Holds each step against the reference, given the codes that went in.
+    """Judges each step by the margin rule, given its input codes.
 
     Returns:
-        The number of codes that the reference would clearly not have drawn, the number that it would clearly not have
-        masked or left, and for each step where [B, h, w, Q] either was a close call.
+        The number of codes that the reference would clearly not have drawn, the number of codes whose mask is clearly
+        wrong, and for each step the close calls of either kind, bool [B, h, w, Q].
     """
     scale = options.get("guidance_scale", 1.0)
-    tolerance *= 2 * scale  # guidance multiplies what logits are off by
+    tolerance *= 2 * scale  # guidance amplifies errors of logits
     heat_slack = 2 * tolerance / options["temperature"] + 1e-5
     shape = steps[0].codes.shape
     counts = masked_counts(options["schedule"], steps[0].codes[0].numel(), len(steps))
@@ -146,7 +146,7 @@ def _judge(
 
 
 def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: dict[str, Any]) -> Tensor:
-    """How sure the draw of each code is [B, h, w, Q], the choice noise included."""
+    """Confidence of each drawn code [B, h, w, Q], including the choice noise."""
     shape = step.codes.shape
     if options["schedule"] == "halton":
         return torch.from_numpy(order_noise(shape[1:])).expand(shape)
@@ -162,7 +162,7 @@ def _noise(shape: tuple[int, ...], first: int, index: int) -> Tensor:
 
 
 def _first_difference(steps: list[_Step], alone: list[_Step], image: int, close: list[Tensor]) -> int:
-    """How many codes part an image alone from itself in a batch, at the first step that does, without a close call."""
+    """Codes that differ between an image alone and in a batch at the first such step, without close calls."""
     for together, single, excused in zip(steps, alone, close, strict=True):
         differing = (together.drawn[image] != single.drawn[0]) | (together.masked[image] != single.masked[0])
         if differing.any():

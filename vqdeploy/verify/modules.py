@@ -1,9 +1,8 @@
-"""Checks of a plan of an own module, stage by stage, against the module as it was given, with its own quantizers.
+"""Checks of a plan from `export_module`, stage by stage, against the original module with its own quantizers.
 
-Every stage runs at several sizes, on variations of its examples. Numbers may differ by rounding, and a code only where
-the two are nearly as good: it is judged by the vectors that went into the module's quantizer, given the plan's own
-codes before it. Which output comes from which quantizer is found out by letting the quantizers of the module return
-numbers that tell.
+Every stage runs at several sizes, on variations of its examples. Floats may differ by rounding; codes only within a
+margin, judged by the input vectors of the quantizer of the module, given the earlier codes of the plan. To find which
+output comes from which quantizer, the quantizers of the module are made to return unique numbers instead of codes.
 """
 
 import math
@@ -33,26 +32,26 @@ def verify(
     progress: Callable[[str], object] = lambda name: None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Runs every check of a plan that was made with `vqdeploy.export.export_module`.
+    """Runs all checks of a plan that was made with `vqdeploy.export.export_module`.
 
     Args:
         plan: The plan.
         model: The module.
-        stages: As they were exported.
-        progress: Told the name of each stage as its checks begin.
+        stages: The exported stages.
+        progress: Called with the name of each stage before its checks.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs on the CPU.
 
     Returns:
-        As `vqdeploy.verify.verify`.
+        A report as of `vqdeploy.verify.verify`.
 
     Raises:
-        VqdeployError: The plan cannot run here, or the module itself fails at a size that the plan takes.
+        VqdeployError: The plan cannot run here, or the module itself fails at a size that the plan accepts.
         ArtifactError: The plan is damaged, or has no such stage.
     """
     with load(plan, device) as pipeline:
         reference = copied(model)
         if weights_digest(reference) != pipeline.manifest.provenance.checkpoint:
-            raise VqdeployError(f"{plan} was made of other weights", fix="export the module again")
+            raise VqdeployError(f"{plan} was made from other weights", fix="export the module again")
         _, served = replace_quantizers(reference)
         checks: list[Check] = []
         for name, stage in stages.items():
@@ -83,16 +82,16 @@ def verify_package(
 
 @dataclass
 class _Worst:
-    """The largest difference of an output in all runs, beside what was expected there."""
+    """The worst deviations of an output over all runs."""
 
     difference: float = 0.0
     largest: float = 0.0
-    differing: float = 0.0  # share of whole numbers
+    differing: float = 0.0  # share of integers that differ
     far: int = 0  # codes
 
     def add(self, **values: float) -> None:
         for name, value in values.items():
-            # What is no number is worse than every number.
+            # NaN is worse than every number.
             setattr(self, name, math.inf if math.isnan(value) else max(getattr(self, name), value))
 
 
@@ -109,7 +108,7 @@ def _check_stage(pipeline: Pipeline, call: Call, stage: Stage, served: dict[str,
             _compare(call, info, list(inputs.values()), found, served, allowed, worst)
         except VqdeployError:
             raise
-        except Exception as error:  # whatever the module raises
+        except Exception as error:  # modules raise anything
             shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             fix = "tell export_module the sizes that there are"
@@ -127,7 +126,7 @@ def _checks(stage: str, output: Any, worst: _Worst, allowed: Limits) -> Iterator
 
 
 def _cases(info: StageInfo, names: set[str]) -> list[dict[str, int]]:
-    """Sizes to run a stage at: the smallest, the usual and larger ones, and batches that are not the traced one."""
+    """Sizes to run a stage at: smallest, usual and larger ones, and batch sizes other than the traced one."""
 
     def size(dim: SizeRange, name: str, case: int) -> int:
         wanted = (1, 3, 5)[case] if name == BATCH else (dim.min, dim.usual, 2 * dim.usual)[case]
@@ -146,7 +145,7 @@ def _compare(
     allowed: Limits,
     worst: dict[str, _Worst],
 ) -> None:
-    """Adds what one run of a plan has to `worst`."""
+    """Adds the deviations of one run to `worst`."""
     modules = quantizers(call.model)
     with _watched(modules) as record:
         expected = dict(zip(call.outputs, call(*inputs), strict=True))
@@ -173,7 +172,7 @@ def _compare(
 
 
 def _rows_alike(shapes: dict[str, tuple[int | str, ...]], name: str, differs: dict[str, Tensor]) -> Any:
-    """Index of the items of the batch whose codes are those of the module: others may differ without being wrong."""
+    """Index of the batch items whose codes equal those of the module; floats of others may legitimately differ."""
     if BATCH not in shapes[name]:
         return slice(None)
     alike: Tensor | None = None
@@ -188,7 +187,7 @@ def _rows_alike(shapes: dict[str, tuple[int | str, ...]], name: str, differs: di
 
 @dataclass
 class _Quantized:
-    """One call of a quantizer: its name, what went in and the codes that came out."""
+    """One call of a quantizer: name, input and codes."""
 
     name: str
     x: Tensor
@@ -202,7 +201,7 @@ def _codes(result: Any) -> Tensor:
 
 @contextmanager
 def _watched(modules: dict[str, nn.Module]) -> Iterator[list[_Quantized]]:
-    """The calls of quantizers, in order."""
+    """Records the calls of quantizers, in order."""
     record: list[_Quantized] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -219,7 +218,7 @@ def _watched(modules: dict[str, nn.Module]) -> Iterator[list[_Quantized]]:
 def _origins(
     call: Call, inputs: list[Tensor], modules: dict[str, nn.Module], record: list[_Quantized], whole: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """For each output that is made of codes and nothing else: the place of each in all codes of `record`."""
+    """For each output that only rearranges codes: the index of each element among all codes of `record`."""
     if not record or not whole:
         return {}
     given = iter(record)
@@ -252,7 +251,7 @@ def _within(places: Tensor, end: int) -> bool:
 
 
 def _far(record: list[_Quantized], places: Tensor, codes: Tensor, served: dict[str, nn.Module], slack: float) -> int:
-    """How many codes of a plan are clearly worse than the module's own."""
+    """Number of codes of a plan that are clearly worse than those of the module."""
     every = torch.cat([part.codes.flatten().long() for part in record])
     every[places.flatten()] = codes.flatten()
     far, start = 0, 0
@@ -263,6 +262,6 @@ def _far(record: list[_Quantized], places: Tensor, codes: Tensor, served: dict[s
         different = own != part.codes
         if isinstance(judge, Replacement):
             far += int(judge.far(part.x, own, slack).sum()) if different.any() else 0
-        else:  # a class that somebody registered, and that cannot judge
+        else:  # a registered class without `far`
             far += int(different.sum())
     return far

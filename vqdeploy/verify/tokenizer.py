@@ -1,4 +1,4 @@
-"""Checks of `encode` and `decode`. Pixels are converted as in training, and not by the layers that are exported."""
+"""Checks of `encode` and `decode`. Pixel conversion is that of training, independent of the exported layers."""
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from vqdeploy.runtime import Pipeline
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import IMAGES, Check, Limits, at_least, at_most, limits
 
-_LEAST_ERROR = 1e-5  # squared grey levels: equal images have a PSNR of 98 dB, not of infinity, which JSON lacks
+_LEAST_ERROR = 1e-5  # squared grey levels: bounds the PSNR by 98 dB, as JSON has no infinity
 
 
 def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
-    """`encode` by the margin rule for codes, `decode` from the same codes."""
+    """Checks `encode` by the margin rule, and `decode` from the same codes."""
     tokenizer, shape, allowed = system.tokenizer, (IMAGES, *pipeline.grid), limits(pipeline.manifest.precision)
     drawn = rng.integers(0, pipeline.codebook_size, shape)
     decoded = pipeline.decode(drawn)
@@ -37,7 +37,7 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
 
 
 def _compare_images(images: np.ndarray, expected: np.ndarray, allowed: Limits) -> list[Check]:
-    """Images uint8 [B, H, W, 3] against the reference's of the same codes."""
+    """Compares images uint8 [B, H, W, 3] with those of the reference from the same codes."""
     difference = np.abs(images.astype(int) - expected)
     checks = [at_most("decode", "largest difference in grey levels", difference.max(), allowed.grey_levels)]
     if allowed.psnr:
@@ -54,6 +54,6 @@ def _smooth_images(size: tuple[int, ...], rng: np.random.Generator) -> np.ndarra
 
 
 def _far_codes(distances: Tensor, codes: Tensor, allowed: Limits) -> int:
-    """How many codes [B, ...] are clearly farther from their vector than the nearest is, by distances [B, ..., K]."""
+    """Number of codes [B, ...] that are clearly farther than the nearest one, by distances [B, ..., K]."""
     gap = distances.gather(-1, codes[..., None])[..., 0] - distances.amin(-1)
     return int((gap > allowed.distance * distances.amax((0, -1))).sum())
