@@ -120,6 +120,7 @@ def test_no_operator_need_not_end_or_draws():
             "s = Constant <value_ints = [1, 4, 8, 0]> () c = ConstantOfShape (s) y = InstanceNormalization (c, x, x)",
             "const",
         ),
+        ("h = Cast <to = 10> (x) y = InstanceNormalization (h, h, h)", "not known to be float32"),
         ("y = Sum ()", "Sum has 0 of"),
         ("y = Add (x)", "Add has 1 of"),
         ("y = Add (x, x, x)", "Add has 3 of"),
@@ -289,6 +290,7 @@ def test_tensors_that_lie(change, reason):
             "shape",
         ),
         (lambda m: setattr(m.graph.node[0], "overload", "x"), "unsupported operator"),
+        (lambda m: m.graph.node[0].CopyFrom(helper.make_node("Clip", ["x", "x", ""], ["y"])), "that it leaves out"),
         (lambda m: m.graph.node[0].output.__setitem__(0, "x" * 5000), "a name is too long"),
         (lambda m: m.graph.node[0].attribute.add(name="axis", type=2, i=0, f=1.0), "is of two types"),
         (lambda m: m.graph.node[0].attribute.extend([helper.make_attribute("axis", 0)] * 2), "is malformed"),
@@ -340,7 +342,8 @@ def test_constants_that_double_are_not_worked_out_while_a_graph_opens(plan, tmp_
     body += "k = Cast <to = 2> (s) n = Constant <value_ints = [-1, 16, 16, 3]> () image = Expand (k, n)"
     path = edited(plan, tmp_path / "a.plan", "decode", model(body, signature))
     script = (
-        "import contextlib, resource, sys\nfrom vqdeploy.errors import VqdeployError\nfrom vqdeploy.runtime import load\n"
+        "import contextlib, resource, sys\n"
+        "from vqdeploy.errors import VqdeployError\nfrom vqdeploy.runtime import load\n"
         "with contextlib.suppress(VqdeployError): load(sys.argv[1], threads=1).session('decode')\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**21"  # 2 GiB
     )
