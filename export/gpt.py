@@ -30,11 +30,7 @@ class Entries(nn.Module):
 
 
 class Step(nn.Module):
-    """The code of the position after S known entries; compare the step of RQ-VAE.
-
-    For guidance two rows of the batch make one image: `partner` names the row without the label, from which the logits
-    of a row are moved by `guidance` times their distance. A row that is its own partner keeps its logits.
-    """
+    """The code of the position after S known entries; compare the step of RQ-VAE."""
 
     body: Any  # list of InferenceBlock
 
@@ -44,6 +40,53 @@ class Step(nn.Module):
         self.body = nn.ModuleList(InferenceBlock(block) for block in prior.transformer.blocks)
 
     def forward(
+        self,
+        codes: Tensor,
+        label: Tensor,
+        position: Tensor,
+        noise: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        past_key: list[Tensor],
+        past_value: list[Tensor],
+        past_entry: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        logits, states = self.run(codes, label, position, past_key, past_value, past_entry)
+        return *draw(logits, noise, temperature, top_k, top_p), *states
+
+    def run(
+        self,
+        codes: Tensor,
+        label: Tensor,
+        position: Tensor,
+        past_key: list[Tensor],
+        past_value: list[Tensor],
+        past_entry: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits [B, K] behind the last entry, and what the next call takes."""
+        x = self.entries(codes, label, position)
+        keys, values, last = [], [], []
+        for i, (block, key, value) in enumerate(zip(self.body, past_key, past_value, strict=True)):
+            if past_entry:
+                before = past_entry[i] * (position > 0)[:, None, None].to(x.dtype)
+                x, key, value, entry = block.shifted(x, key, value, position, before)
+                last.append(entry)
+            else:
+                x, key, value = block.cached(x, key, value, position)
+            keys.append(key)
+            values.append(value)
+        return widened(self.head(self.norm(x[:, -1]))), [*keys, *values, *last]
+
+
+class GuidedStep(Step):
+    """The step of a prior that was trained without labels too.
+
+    For guidance two rows of the batch make one image: `partner` names the row without the label, from which the logits
+    of a row are moved by `guidance` times their distance. A row that is its own partner keeps its logits.
+    """
+
+    def forward(  # type: ignore[override]
         self,
         codes: Tensor,
         label: Tensor,
@@ -58,23 +101,17 @@ class Step(nn.Module):
         past_value: list[Tensor],
         past_entry: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        x = self.entries(codes, label, position)
-        keys, values, last = [], [], []
-        for i, (block, key, value) in enumerate(zip(self.body, past_key, past_value, strict=True)):
-            if past_entry:
-                before = past_entry[i] * (position > 0)[:, None, None].to(x.dtype)
-                x, key, value, entry = block.shifted(x, key, value, position, before)
-                last.append(entry)
-            else:
-                x, key, value = block.cached(x, key, value, position)
-            keys.append(key)
-            values.append(value)
-        logits = widened(self.head(self.norm(x[:, -1])))
+        logits, states = self.run(codes, label, position, past_key, past_value, past_entry)
         base = F.embedding(partner, logits)
         logits = base + guidance[:, None] * (logits - base)
-        options = (option[:, 0] for option in (temperature, top_k, top_p))
-        sampled = torch.ops.vqdeploy.sample(logits, noise[:, 0], *options)
-        return sampled[:, None], logits[:, None], *keys, *values, *last
+        return *draw(logits, noise, temperature, top_k, top_p), *states
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [B, 1] drawn from logits [B, K], and the logits [B, 1, K]."""
+    options = (option[:, 0] for option in (temperature, top_k, top_p))
+    sampled = torch.ops.vqdeploy.sample(logits, noise[:, 0], *options)
+    return sampled[:, None], logits[:, None]
 
 
 class Features(nn.Module):
@@ -110,8 +147,7 @@ def _step(prior: GPT) -> Stage:
         "codes": torch.zeros(2, 2, 1, dtype=torch.int64),
         "label": torch.zeros(2, dtype=torch.int64),
         "position": torch.zeros(2, dtype=torch.int64),
-        "partner": torch.zeros(2, dtype=torch.int64),
-        "guidance": torch.ones(2),
+        **({"partner": torch.zeros(2, dtype=torch.int64), "guidance": torch.ones(2)} if config.null_label else {}),
         "noise": torch.zeros(2, 1, config.codebook_size),
         "temperature": torch.ones(2, 1),
         "top_k": torch.ones(2, 1, dtype=torch.int64),
@@ -125,7 +161,7 @@ def _step(prior: GPT) -> Stage:
     entries = [f"entry.{i}" for i in range(len(states))]
     return Stage(
         "step",
-        Step(prior),
+        GuidedStep(prior) if config.null_label else Step(prior),
         inputs,
         ["next_codes", "logits", *(f"present_{name}" for name in [*caches, *entries])],
         dynamic={"codes": {1: Dimension("length", config.positions)}},

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all, widened
 from vqdeploy.export.stage import Dimension, Stage
-from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.maskgit import MaskGIT, unmask
 
 
@@ -40,15 +39,16 @@ class Logits(nn.Module):
         return self.head(self.norm(x[:, 1:])).unflatten(1, self.grid[:2]).unflatten(-1, (self.grid[2], -1))
 
 
-class AdaptiveLogits(nn.Module):
-    """`AdaptiveMaskGIT.logits`."""
+class PlainLogits(nn.Module):
+    """`logits` of a prior as it is, but for attention."""
 
-    def __init__(self, prior: AdaptiveMaskGIT):
+    def __init__(self, prior: nn.Module):
         super().__init__()
-        self.prior = copy.deepcopy(prior)
-        layers: Any = self.prior.transformer.layers
-        for block in layers:
-            block.attn.attend = attend_to_all
+        self.prior: Any = copy.deepcopy(prior)
+        module: Any
+        for module in self.prior.modules():
+            if hasattr(module, "attend"):
+                module.attend = attend_to_all
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         return self.prior.logits(codes, labels)
@@ -61,9 +61,9 @@ class Step(nn.Module):
     the transformer as one batch.
     """
 
-    def __init__(self, prior: MaskGIT | AdaptiveMaskGIT):
+    def __init__(self, prior: nn.Module):
         super().__init__()
-        self.logits = Logits(prior) if isinstance(prior, MaskGIT) else AdaptiveLogits(prior)
+        self.logits = Logits(prior) if isinstance(prior, MaskGIT) else PlainLogits(prior)
 
     def forward(
         self,
@@ -87,7 +87,7 @@ class Step(nn.Module):
         return *unmask(guided, given, noise, choice_noise, masked, *options), guided
 
 
-def stages(prior: MaskGIT | AdaptiveMaskGIT) -> list[Stage]:
+def stages(prior: Any) -> list[Stage]:
     """The graph of a prior."""
     grid, size = prior.config.grid, prior.config.codebook_size
     per_code = (2, grid[-1])

@@ -49,6 +49,7 @@ def export(
     dtype: str = "fp32",
     opset: int = OPSET,
     progress: Callable[[str], object] = log.info,
+    image_size: tuple[int, int] | None = None,
 ) -> Manifest:
     """Writes the ONNX package of a system, whole or not at all.
 
@@ -58,21 +59,28 @@ def export(
         dtype: Precision of the graphs, one of `DTYPES`; see `vqdeploy.export.precision`.
         opset: ONNX opset, 24 or 25: `TensorScatter` came with 24.
         progress: Told the name of each stage as its export begins.
+        image_size: Height and width of the images; those of the configuration when None.
 
     Raises:
-        VqdeployError: The precision or opset is not supported, or the folder cannot be written.
+        VqdeployError: The precision, opset or size is not supported, or the folder cannot be written.
     """
     if dtype not in DTYPES:
         raise VqdeployError("there is no such precision", expected=" or ".join(DTYPES), found=repr(dtype))
     if not OPSET <= opset <= _NEWEST_OPSET:
         raise VqdeployError("unsupported opset", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
     config = system.config
+    side = config.tokenizer.resolution
+    size = image_size or (side, side)
+    if system.prior is not None and size != (side, side):
+        raise VqdeployError(
+            "the prior draws the codes of images of one size", expected=f"{side}x{side}", found=f"{size[0]}x{size[1]}"
+        )
     provenance = Provenance(
         producer=f"vqdeploy {version('vqdeploy')}",
         system=config.model,
         preset=config.preset,
-        config=config.to_dict(),
         checkpoint=digest(system),
+        source=config.source,
     )
     described = Manifest(
         format=FORMAT,
@@ -82,25 +90,25 @@ def export(
         provenance=provenance,
         stages=(),
         members={},
-        tokenizer=_describe_tokenizer(system),
+        tokenizer=_describe_tokenizer(system, size),
         sampling=_describe_sampling(system),
         labels=config.labels,
+        config=config.to_dict(),
     )
-    return write_package(stages_of(system, dtype), folder, described, progress)
+    return write_package(stages_of(system, dtype, size), folder, described, progress)
 
 
-def stages_of(system: System, precision: str = "fp32") -> list[Stage]:
+def stages_of(system: System, precision: str = "fp32", image_size: tuple[int, int] | None = None) -> list[Stage]:
     """The stages of a system: the tokenizer's, and those of the prior if it has one."""
-    stages = tokenizer.stages(system.tokenizer)
+    stages = tokenizer.stages(system.tokenizer, image_size)
     if system.prior is not None:
         stages += SYSTEMS[system.config.model].stages(system.prior, precision)
     return stages
 
 
-def _describe_tokenizer(system: System) -> TokenizerInfo:
+def _describe_tokenizer(system: System, size: tuple[int, int]) -> TokenizerInfo:
     of = system.tokenizer
-    side = of.config.resolution
-    return TokenizerInfo((side, side, 3), of.maps, of.config.codebook_size, of.omits_depths)
+    return TokenizerInfo((*size, 3), tokenizer.maps_of(of, size), of.config.codebook_size, of.omits_depths)
 
 
 def _describe_sampling(system: System) -> SamplingInfo | None:
@@ -108,6 +116,8 @@ def _describe_sampling(system: System) -> SamplingInfo | None:
         return None
     classes, options = system.config.prior.classes, system.config.sampling.to_dict()
     kind = SYSTEMS[system.config.model].kind
+    if not getattr(system.config.prior, "null_label", True):
+        options.pop("guidance_scale", None)
     return SamplingInfo(kind, classes, classes if "guidance_scale" in options else None, options)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, PackedAttention, SplitUpsample
 from vqdeploy.export.stage import Stage
 from vqdeploy.models import vitvqgan
@@ -48,11 +49,37 @@ class Decode(nn.Module):
         return self.output(self.tokenizer.decode(codes))
 
 
-def stages(tokenizer: Any) -> list[Stage]:
-    """Both graphs of a tokenizer."""
+def maps_of(tokenizer: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
+    """Height, width and depth of each code map of an image of a height and a width.
+
+    Raises:
+        VqdeployError: The tokenizer does not take images of that size.
+    """
     side = tokenizer.config.resolution
-    image = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-    codes = torch.zeros(2, *tokenizer.config.grid, dtype=torch.int64)
+    if size == (side, side):
+        return tuple(tokenizer.maps)
+    if not tokenizer.any_size:
+        raise VqdeployError("this tokenizer takes images of one size", expected=f"{side}x{side}", found=_shown(size))
+    factors = [side // height for height, *_ in tokenizer.maps]
+    if any(length < factor or length % factor for length in size for factor in factors):
+        expected = f"a height and a width that {max(factors)} divides"
+        raise VqdeployError("this tokenizer does not take images of that size", expected=expected, found=_shown(size))
+    return tuple(
+        (size[0] // factor, size[1] // factor, depth)
+        for factor, (_, _, depth) in zip(factors, tokenizer.maps, strict=True)
+    )
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def stages(tokenizer: Any, size: tuple[int, int] | None = None) -> list[Stage]:
+    """Both graphs of a tokenizer, for images of a height and a width; its own where that is None."""
+    height, width = size or (tokenizer.config.resolution,) * 2
+    maps = maps_of(tokenizer, (height, width))
+    image = torch.zeros(2, height, width, 3, dtype=torch.uint8)
+    codes = torch.zeros(2, *(maps[0] if len(maps) == 1 else tokenizer.config.grid), dtype=torch.int64)
     return [
         Stage("encode", Encode(tokenizer), {"image": image}, ["codes"]),
         Stage("decode", Decode(tokenizer), {"codes": codes}, ["image"]),

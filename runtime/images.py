@@ -27,7 +27,7 @@ _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _FRAME_MS, _LAST_FRAME_MS = 250, 1500
 
 
-def read(path: Path, side: int | None = None) -> np.ndarray:
+def read(path: Path, side: int | None = None, width: int | None = None) -> np.ndarray:
     """An image file as training, `run` and the metrics see it, uint8 [H, W, 3].
 
     It is turned upright as its EXIF data say, 16-bit grey becomes 8-bit grey, and what is transparent lies on white.
@@ -35,13 +35,16 @@ def read(path: Path, side: int | None = None) -> np.ndarray:
     Args:
         path: The file; its content decides about the format.
         side: Resize the centre square to this many pixels; None for the whole image.
+        width: Of the result, where it is no square: its `side` is the height then.
 
     Raises:
         VqdeployError: The file does not exist.
         ArtifactError: It is damaged, no image, too large, or of a mode whose range is not known.
     """
     image = open_image(path)
-    return np.asarray(image if side is None else square(image, side))
+    if side is None or width in (None, side):
+        return np.asarray(image if side is None else square(image, side))
+    return np.asarray(ImageOps.fit(image, (width, side), Image.Resampling.LANCZOS))
 
 
 def read_mask(path: Path, side: int) -> np.ndarray:
@@ -62,8 +65,7 @@ def open_image(path: Path, background: int = 255) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=_formats()) as image:
-                if image.width * image.height > MOST_PIXELS:  # said by the header, before anything is unpacked
-                    raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+                _check_size(image)
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)
                 return _on_background(upright if bits == 8 else _eight_bits(upright, bits), background)
     except Exception as error:  # Pillow raises what its decoders raise
@@ -94,6 +96,12 @@ def suffixes() -> frozenset[str]:
 def _formats() -> list[str]:
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image) -> None:
+    """Refuses what its header says is too large, before anything is unpacked."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
 
 
 def _bits(image: Image.Image) -> int:

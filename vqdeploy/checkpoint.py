@@ -18,10 +18,10 @@ from torch.nn.modules import module as torch_module
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import read_json, replacing_folder, write_json
-from vqdeploy.systems import System, SystemConfig, create, preset
+from vqdeploy.files import check_regular, read_json, replacing_folder, write_json
+from vqdeploy.systems import System, SystemConfig, create, definition, preset
 
-FILES = ("config.json", "model.safetensors", "training.json", "reconstructions.png", "samples.png")
+FILES = ("config.json", "model.safetensors", "training.json", "import.json", "reconstructions.png", "samples.png")
 """What a checkpoint folder holds; the pictures are for people."""
 
 _SHARES = ("decay", "dropout")
@@ -67,8 +67,7 @@ def load(folder: str | Path) -> System:
         raise VqdeployError(f"{folder} is not a checkpoint folder", fix="vqdeploy train --help")
     config = SystemConfig.from_dict(read_json(folder / "config.json"))
     file = folder / "model.safetensors"
-    if not file.exists():
-        raise VqdeployError(f"{file} does not exist")
+    check_regular(file)
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -216,6 +215,8 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
     Raises:
         VqdeployError: It is another checkpoint.
     """
+    if folder is None and config["preset"] not in definition(config["model"]).presets:
+        raise VqdeployError(f"{plan} was made of a checkpoint that does not ship", fix="add --checkpoint FOLDER")
     system = load(folder) if folder else default(config["model"], config["preset"])
     check_digest(system, expected, plan)
     return system

@@ -1,16 +1,12 @@
 """The public implementations' outputs, reproduced from the same weights."""
 
-import json
 import math
-import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from support.golden import assert_close, read_golden
 
-from vqdeploy.convert.rosinality import prior_weights, tokenizer_weights
+from vqdeploy.convert.vq_vae_2 import prior_weights, tokenizer_weights
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPT, GPTConfig
@@ -21,33 +17,6 @@ from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig
 from vqdeploy.models.vqvae2 import VQVAE2, VQVAE2Config, split_levels
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def read_golden(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Configuration, inputs and outputs by name, and the full state_dict in the public naming."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-    state = {
-        key.removeprefix("state_dict/"): tensors.pop(key) for key in list(tensors) if key.startswith("state_dict/")
-    }
-    for key, shape in json.loads(metadata["seeded"]).items():
-        rng = np.random.default_rng(zlib.crc32(key.encode()) + int(metadata["seed"]))
-        weight = rng.standard_normal(shape).astype(np.float32)
-        if len(shape) > 1:
-            weight /= np.float32(math.sqrt(np.prod(shape[1:])))
-        elif key.endswith("bias"):
-            weight *= np.float32(0.1)
-        else:
-            weight = np.float32(1) + np.float32(0.2) * weight
-        state[key] = torch.from_numpy(weight)
-    return json.loads(metadata["config"]), tensors, state
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 def conv_config(public: dict) -> ConvConfig:
@@ -168,7 +137,7 @@ def test_adaptive_maskgit():
             layers=config["depth"],
             heads=config["heads"],
             classes=config["nclass"],
-            adaptive=True,
+            network="adaptive",
         )
     ).eval()
     model.load_state_dict(state)

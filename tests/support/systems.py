@@ -50,7 +50,7 @@ SMALL_MOVQ = SystemConfig(
 SMALL_ADAPTIVE = replace(
     SMALL_MOVQ,
     tokenizer=replace(SMALL_MOVQ.tokenizer, groups=1, metric="cosine", modulation=False),
-    prior=replace(SMALL_MOVQ.prior, grid=(4, 4, 1), adaptive=True),
+    prior=replace(SMALL_MOVQ.prior, grid=(4, 4, 1), network="adaptive"),
 )
 
 

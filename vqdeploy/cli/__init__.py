@@ -14,6 +14,7 @@ from vqdeploy.cli.bench import bench
 from vqdeploy.cli.build import build
 from vqdeploy.cli.env import env
 from vqdeploy.cli.export import export
+from vqdeploy.cli.import_ import import_checkpoint
 from vqdeploy.cli.inspect import inspect
 from vqdeploy.cli.models import models
 from vqdeploy.cli.output import LineFormatter, fail, prepare_streams, say
@@ -31,8 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Take a vector-quantized image generator from PyTorch to one deployable file, and run it.",
 )
-for _verb in (models, train, export, build, run, verify, bench, inspect, env):
-    app.command()(_verb)
+for _verb in (models, train, import_checkpoint, export, build, run, verify, bench, inspect, env):
+    app.command("import" if _verb is import_checkpoint else None)(_verb)  # the word is Python's
 
 
 def main() -> None:

@@ -7,6 +7,17 @@ import typer
 
 from vqdeploy.cli.options import Checkpoint, Json, Model, Preset, find_system
 from vqdeploy.cli.output import finish, progress, say
+from vqdeploy.errors import VqdeployError
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width: `512` or `384x640`."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
+        raise VqdeployError("--image-size is malformed", expected="512 or 384x640", found=text)
+    return int(parts[0]), int(parts[-1])
 
 
 def export(
@@ -17,6 +28,9 @@ def export(
         str, typer.Option("--dtype", "--precision", help="Precision of the graphs: fp32 or fp16.")
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
+    image_size: Annotated[
+        str | None, typer.Option(help="512, or height x width as 384x640, for tokenizers of convolutions.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the package with PyTorch.")] = True,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; MODEL-onnx when left out.")] = None,
     as_json: Json = False,
@@ -26,8 +40,9 @@ def export(
 
     system = find_system(model, preset, checkpoint)
     folder = output or Path(f"{system.config.model}-onnx")
+    size = parse_size(image_size)
     with progress("exporting") as tell:
-        export_package(system, folder, dtype, opset, tell)
+        export_package(system, folder, dtype, opset, tell, size)
     result: dict[str, Any] = {"package": str(folder)}
     if verify:
         from vqdeploy.verify import table, verify_package

@@ -20,7 +20,8 @@ class ConvConfig(Config):
     """Shape of the encoder and of its mirror, the decoder.
 
     `attention_resolutions` are sizes of the feature map at which each residual block is followed by attention.
-    They are counted from `resolution`, whatever size the network later runs at.
+    They are counted from `resolution`, whatever size the network later runs at. `middle_attention` is the attention
+    between the two residual blocks of the lowest resolution.
     """
 
     resolution: int = 256
@@ -30,6 +31,7 @@ class ConvConfig(Config):
     attention_resolutions: tuple[int, ...] = (16,)
     latent_channels: int = 256
     norm_groups: int = 32
+    middle_attention: bool = True
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -149,16 +151,17 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution."""
+    """Residual block, attention if the configuration asks for it, residual block, at the lowest resolution."""
 
-    def __init__(self, channels: int, norm: Norm):
+    def __init__(self, channels: int, attention: bool, norm: Norm):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, norm)
-        self.attn_1 = AttentionBlock(channels, norm)
+        if attention:
+            self.attn_1 = AttentionBlock(channels, norm)
         self.block_2 = ResnetBlock(channels, channels, norm)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        for layer in (self.block_1, self.attn_1, self.block_2):
+        for layer in self.children():
             x = layer(x, condition)
         return x
 
@@ -171,14 +174,14 @@ class Encoder(nn.Module):
     def __init__(self, config: ConvConfig):
         super().__init__()
         widths, norm = config.widths, partial(GroupNorm, config.norm_groups)
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             attention = config.resolution >> i in config.attention_resolutions
-            level = Level(widths[max(i - 1, 0)], width, config.res_blocks, attention, norm)
+            level = Level(widths[i - 1] if i else config.channels, width, config.res_blocks, attention, norm)
             level.downsample = Downsample(width) if i < len(widths) - 1 else nn.Identity()
             self.down.append(level)
-        self.mid = Middle(widths[-1], norm)
+        self.mid = Middle(widths[-1], config.middle_attention, norm)
         self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
@@ -204,7 +207,7 @@ class Decoder(nn.Module):
             partial(SpatialNorm, groups, condition_channels) if condition_channels else partial(GroupNorm, groups)
         )
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], norm)
+        self.mid = Middle(widths[-1], config.middle_attention, norm)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             attention = config.resolution >> i in config.attention_resolutions

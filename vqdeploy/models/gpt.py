@@ -21,8 +21,9 @@ from vqdeploy.models.transformer import Transformer, initialize
 class GPTConfig(Config):
     """Shape of the prior.
 
-    `classes` is the number of class labels; 1 means unconditional. The label `classes` itself stands for none.
-    `token_shift` mixes each entry of an attention layer with the one before it (Peng, RWKV-LM, 2021).
+    `classes` is the number of class labels; 1 means unconditional. With `null_label` the label `classes` itself stands
+    for none; without it there is no guidance. `token_shift` mixes each entry of an attention layer with the one before
+    it (Peng, RWKV-LM, 2021).
     """
 
     grid: tuple[int, ...] = (32, 32, 1)
@@ -34,6 +35,7 @@ class GPTConfig(Config):
     dropout: float = 0.1
     token_shift: bool = False
     squared_relu: bool = False
+    null_label: bool = True
 
     @property
     def positions(self) -> int:
@@ -47,7 +49,7 @@ class GPTConfig(Config):
 
 
 class GPT(nn.Module):
-    """The prior. Codes are int64 [B, h, w, 1], labels int64 [B] in 0..classes, `classes` for none.
+    """The prior. Codes are int64 [B, h, w, 1], labels int64 [B] in 0..classes, `classes` for none where there is one.
 
     Entry 0 is the class, entry t + 1 the code of position t. The logits of position t are those behind entry t.
     """
@@ -60,7 +62,7 @@ class GPT(nn.Module):
         width = config.width
         self.pos_emb_cond = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_emb_code = nn.Parameter(torch.zeros(1, config.positions, width))
-        self.tok_emb_cond = nn.Embedding(config.classes + 1, width)
+        self.tok_emb_cond = nn.Embedding(config.classes + config.null_label, width)
         self.tok_emb_code = nn.Embedding(config.codebook_size, width)
         self.transformer = Transformer(
             config.layers,

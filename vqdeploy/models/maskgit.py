@@ -22,8 +22,11 @@ _KNOWN = 1e30  # confidence in codes that stay
 class MaskGITConfig(Config):
     """Shape of the prior.
 
-    `classes` is the number of class labels; 1 means unconditional. The label `classes` itself stands for none.
-    `adaptive` lets the class enter through the norms; see `vqdeploy.models.adaptive_maskgit`.
+    `classes` is the number of class labels; 1 means unconditional. The label `classes` itself stands for none, if the
+    prior was trained without labels too. `network` is how the class enters: `plain` as here, `adaptive` through the
+    norms (`vqdeploy.models.adaptive_maskgit`), `class-last` as a token behind the codes
+    (`vqdeploy.models.class_last_maskgit`), `bert` as in the published network (`vqdeploy.models.bert_maskgit`). The
+    MLPs of the last two have `mlp_width`, or four times the width where it is 0.
     """
 
     grid: tuple[int, ...] = (16, 16, 4)
@@ -33,7 +36,13 @@ class MaskGITConfig(Config):
     heads: int = 12
     classes: int = 1000
     dropout: float = 0.1
-    adaptive: bool = False
+    network: str = "plain"
+    mlp_width: int = 0
+
+    @property
+    def null_label(self) -> bool:
+        """Whether the label `classes` stands for none."""
+        return self.network != "bert"
 
     @property
     def positions(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqdeploy.config import Config
 from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
-from vqdeploy.models.quantizers import MultichannelQuantizer
+from vqdeploy.models.quantizers import GumbelQuantizer, MultichannelQuantizer
 from vqdeploy.models.tokenizer import Tokenizer
 
 
@@ -19,8 +19,9 @@ from vqdeploy.models.tokenizer import Tokenizer
 class MoVQConfig(Config):
     """Shape of the tokenizer.
 
-    `code_dim` channels fall into `groups` of equal width, each with a code of its own. `metric` is `l2` or `cosine`,
-    `pixel_range` the range of the images inside the model.
+    `code_dim` channels fall into `groups` of equal width, each with a code of its own. `metric` is `l2` or `cosine`.
+    With `gumbel` a linear layer scores the codes in place of a distance; see `GumbelQuantizer`. `pixel_range` is the
+    range of the images inside the model.
     """
 
     conv: ConvConfig = ConvConfig()
@@ -29,6 +30,7 @@ class MoVQConfig(Config):
     groups: int = 4
     modulation: bool = True
     metric: str = "l2"
+    gumbel: bool = False
     decay: float = 0.99
     commitment_weight: float = 0.25
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
@@ -47,6 +49,8 @@ class MoVQConfig(Config):
 class MoVQ(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
+    any_size = True
+
     def __init__(self, config: MoVQConfig):
         super().__init__()
         self.config = config
@@ -54,8 +58,11 @@ class MoVQ(Tokenizer):
         self.decoder = Decoder(config.conv, config.code_dim if config.modulation else 0)
         self.quant_conv = nn.Conv2d(config.conv.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.conv.latent_channels, 1)
-        self.quantizer = MultichannelQuantizer(
-            config.codebook_size, config.code_dim, config.groups, config.metric, config.decay
+        size, dim = config.codebook_size, config.code_dim
+        self.quantizer: GumbelQuantizer | MultichannelQuantizer = (
+            GumbelQuantizer(size, dim)
+            if config.gumbel
+            else MultichannelQuantizer(size, dim, config.groups, config.metric, config.decay)
         )
 
     @property

@@ -157,6 +157,40 @@ class MultichannelQuantizer(AveragedCodebook):
         return Quantized(z + (quantized - z).detach(), codes, F.mse_loss(z, quantized))
 
 
+class GumbelQuantizer(nn.Module):
+    """A linear layer scores all codes, and the best one's vector stands for the input.
+
+    The quantizer of DALL-E's dVAE (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021) as VQGAN has it. The
+    noise that gives it its name is of its training, for which there is no code here.
+    """
+
+    codebook: Tensor  # [K, D]
+
+    def __init__(self, codebook_size: int, dim: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, codebook_size)
+        self.register_buffer("codebook", torch.randn(codebook_size, dim))
+
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [..., D] -> codes int64 [..., 1] and the vectors that stand for them [..., D]."""
+        codes = self.proj(z).argmax(-1, keepdim=True)
+        return codes, self.decode(codes)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 [..., 1] -> vectors [..., D]."""
+        return lookup(codes.reshape(-1, 1), self.codebook).view(*codes.shape[:-1], -1)
+
+    def distances(self, z: Tensor, codes: Tensor) -> Tensor:
+        """How far the score of each code is below the best one's [..., 1, K], of vectors [..., D]."""
+        scores = self.proj(z)
+        return (scores.amax(-1, keepdim=True) - scores).unsqueeze(-2)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantizes vectors [..., D]; nothing here learns."""
+        codes, quantized = self.encode(z)
+        return Quantized(quantized, codes, z.new_zeros(()))
+
+
 def _draw(vectors: Tensor, count: int) -> Tensor:
     """Random vectors of the batch [count, D], jittered copies where it has too few; the same on every rank."""
     if len(vectors) < count:

@@ -41,6 +41,7 @@ class RQVAE(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
     omits_depths = True
+    any_size = True
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()

@@ -18,6 +18,8 @@ class Tokenizer(nn.Module):
     latents: Any
     reconstruct: Any
     quantizer: Any
+    any_size = False
+    """Whether images of any size that the factor divides can be taken, as convolutions allow."""
     omits_depths = False
     """Whether -1 leaves a depth of a position out, as residual quantization allows."""
 

@@ -73,17 +73,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), the MLP four times as wide."""
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
 
     mlp: Any
 
-    def __init__(self, width: int, heads: int, dropout: float, token_shift: bool, activation: nn.Module):
+    def __init__(
+        self, width: int, heads: int, dropout: float, token_shift: bool, activation: nn.Module, mlp_width: int
+    ):
         super().__init__()
         self.ln1 = nn.LayerNorm(width)
         self.ln2 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, dropout, token_shift)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width), nn.Dropout(dropout)
+            nn.Linear(width, mlp_width), activation, nn.Linear(mlp_width, width), nn.Dropout(dropout)
         )
 
     def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
@@ -92,7 +94,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks on [B, S, width], without embeddings or a last norm; `activation` is that of the MLPs."""
+    """A stack of blocks on [B, S, width], without embeddings or a last norm.
+
+    `activation` is that of the MLPs, which are four times as wide as the entries where `mlp_width` is 0.
+    """
 
     blocks: Any  # list of Block
 
@@ -105,10 +110,14 @@ class Transformer(nn.Module):
         attend: Attend = causal,
         token_shift: bool = False,
         activation: nn.Module = nn.GELU(),  # noqa: B008  (it holds no weights)
+        mlp_width: int = 0,
     ):
         super().__init__()
         self.attend = attend
-        self.blocks = nn.ModuleList(Block(width, heads, dropout, token_shift, activation) for _ in range(layers))
+        hidden = mlp_width or 4 * width
+        self.blocks = nn.ModuleList(
+            Block(width, heads, dropout, token_shift, activation, hidden) for _ in range(layers)
+        )
 
     def forward(self, x: Tensor, caches: list[GrowingCache] | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):

@@ -15,7 +15,8 @@ from vqdeploy.models.quantizers import MultichannelQuantizer
 from vqdeploy.models.tokenizer import Tokenizer
 from vqdeploy.models.transformer import bidirectional
 
-_HEAD_DIM = 64
+HEAD_DIM = 64
+"""Channels of each head, whatever the width."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.heads = config.heads
-        self.to_qkv = nn.Linear(config.width, 3 * _HEAD_DIM * config.heads, bias=False)
-        self.to_out = nn.Linear(_HEAD_DIM * config.heads, config.width)
+        self.to_qkv = nn.Linear(config.width, 3 * HEAD_DIM * config.heads, bias=False)
+        self.to_out = nn.Linear(HEAD_DIM * config.heads, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

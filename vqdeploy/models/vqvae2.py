@@ -112,6 +112,7 @@ class VQVAE2(nn.Module):
     quantizers: Any
     upsamplers: Any
     decoders: Any
+    any_size = False
     omits_depths = False
 
     @property

@@ -1,6 +1,6 @@
 """Systems: what is behind one value of `--model`, one file each."""
 
-from vqdeploy.systems import movq, rqvae, vitvqgan, vqgan, vqvae2
+from vqdeploy.systems import emu3, maskgit, movq, rqvae, vitvqgan, vqgan, vqvae2
 from vqdeploy.systems.recipe import Recipe
 from vqdeploy.systems.system import (
     SYSTEMS,
@@ -15,7 +15,7 @@ from vqdeploy.systems.system import (
     preset,
 )
 
-SYSTEMS |= {each.name: each for each in (rqvae.SYSTEM, movq.SYSTEM, vitvqgan.SYSTEM, vqgan.SYSTEM, vqvae2.SYSTEM)}
+SYSTEMS |= {module.SYSTEM.name: module.SYSTEM for module in (rqvae, movq, vitvqgan, vqgan, vqvae2, maskgit, emu3)}
 
 __all__ = [
     "SYSTEMS",

@@ -27,7 +27,7 @@ def masked_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, train
     shares = torch.cos(torch.pi / 2 * torch.rand(len(codes), device=codes.device))
     ranks = torch.rand(len(codes), cells, device=codes.device).argsort(1).argsort(1)
     masked = (ranks < (shares * cells).ceil()[:, None]).view_as(codes)
-    if training:
+    if training and config.null_label:
         labels = _drop_some(labels, recipe.label_dropout, none=config.classes)
     logits = system.prior.logits(codes.masked_fill(masked, config.codebook_size), labels)
     return F.cross_entropy(logits[masked], codes[masked], label_smoothing=recipe.label_smoothing)
@@ -37,7 +37,7 @@ def next_code_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, tr
     """Cross entropy of each code given those before it; in training some labels are dropped, as in `masked_loss`."""
     with torch.no_grad():
         codes = system.tokenizer.encode(x)
-    if training:
+    if training and system.config.prior.null_label:
         labels = _drop_some(labels, recipe.label_dropout, none=system.config.prior.classes)
     return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), codes.flatten())
 

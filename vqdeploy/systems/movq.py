@@ -3,7 +3,11 @@
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
+from vqdeploy.models.bert_maskgit import BertMaskGIT
+from vqdeploy.models.class_last_maskgit import ClassLastMaskGIT
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
@@ -28,7 +32,7 @@ def _published(channels: int = 128, res_blocks: int = 2) -> MoVQConfig:
     return MoVQConfig(conv, codebook_size=16384, code_dim=4, groups=1)
 
 
-_HALTON = MaskGITConfig((24, 24, 1), 16384, width=1024, layers=24, heads=16, adaptive=True)
+_HALTON = MaskGITConfig((24, 24, 1), 16384, width=1024, layers=24, heads=16, network="adaptive")
 _LLAMAGEN = MoVQConfig(
     ConvConfig(384, attention_resolutions=(24,)), 16384, 8, groups=1, modulation=False, metric="cosine"
 )
@@ -54,11 +58,23 @@ _PRESETS = [
 ]
 
 
-def _make_prior(config: MaskGITConfig, tokenizer: MoVQ) -> MaskGIT | AdaptiveMaskGIT:
-    return AdaptiveMaskGIT(config) if config.adaptive else MaskGIT(config)
+_NETWORKS: dict[str, type[nn.Module]] = {
+    "plain": MaskGIT,
+    "adaptive": AdaptiveMaskGIT,
+    "class-last": ClassLastMaskGIT,
+    "bert": BertMaskGIT,
+}
 
 
-def _stages(prior: Any, precision: str) -> list[Any]:
+def make_prior(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
+    """The masked prior of a configuration."""
+    if config.network not in _NETWORKS:
+        raise ValueError(f"there is no network {config.network!r}")
+    return _NETWORKS[config.network](config)
+
+
+def stages(prior: Any, precision: str) -> list[Any]:
+    """The stages of a masked prior."""
     from vqdeploy.export import maskgit
 
     return maskgit.stages(prior)
@@ -69,11 +85,11 @@ SYSTEM = Definition(
     kind="masked",
     tokenizer=MoVQ,
     tokenizer_config=MoVQConfig,
-    prior=_make_prior,
+    prior=make_prior,
     prior_config=MaskGITConfig,
     sampling=MaskedSampling,
     loss=masked_loss,
-    stages=_stages,
+    stages=stages,
     presets={config.preset: config for config in _PRESETS},
     recipes={"tiny": dataclasses.replace(tiny.RECIPE, prior_steps=3000, prior_learning_rate=1e-3)},
 )

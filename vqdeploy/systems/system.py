@@ -39,7 +39,10 @@ class MaskedSampling(GuidedSampling):
 
 @dataclass(frozen=True)
 class SystemConfig(Config):
-    """Everything that `config.json` holds. `prior` is None for a tokenizer alone."""
+    """Everything that `config.json` holds.
+
+    `prior` is None for a tokenizer alone. `source` is the format of the public checkpoints that it was imported from.
+    """
 
     model: str
     preset: str
@@ -47,6 +50,7 @@ class SystemConfig(Config):
     prior: Any = None
     labels: tuple[str, ...] = ()
     sampling: Any = Sampling()
+    source: str | None = None
 
     @classmethod
     def from_dict(cls, data: Any) -> "SystemConfig":

@@ -36,7 +36,9 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
     """The hidden states of every layer, averaged, with labels and without."""
     config = system.prior.config
     codes = rng.integers(0, config.codebook_size, (IMAGES, *config.grid))
-    labels = np.where(np.arange(IMAGES) % 2, config.classes, rng.integers(0, config.classes, IMAGES))
+    labels = rng.integers(0, config.classes, IMAGES)
+    if config.null_label:
+        labels[1::2] = config.classes
     found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
     inputs = torch.from_numpy(codes), torch.from_numpy(labels)
     expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)

@@ -27,7 +27,8 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     codes[rng.random(codes.shape) < np.array([0.3, 0.9])[:, None, None, None]] = config.codebook_size
     labels = rng.integers(0, config.classes, batch)
     checks = []
-    for name, scale in ((_ONE_LABEL, 1.0), ("guidance", _SCALE)):
+    guidance = [("guidance", _SCALE)] if config.null_label else []
+    for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
         checks += compare_logits(name, logits, expected, limits(pipeline.manifest.precision))
@@ -36,13 +37,18 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
 
 def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
     """Logits [B, h, w, Q, K] of one step; codes are the codebook's size where masked."""
-    options = untouched_options(pipeline) | {"steps": 1, "schedule": "linear", "guidance_scale": scale}
+    options = untouched_options(pipeline) | {"steps": 1, "schedule": "linear"} | _guidance(pipeline, scale)
     with pipeline.sampler(len(codes), guided=scale != 1) as sampler:
         for slot, (known, label) in enumerate(zip(codes, labels, strict=True)):
             open_codes = np.where(known < pipeline.codebook_size, known, -1)
             sampler.admit(slot, Item(open_codes, int(label), 0, slot, options))
         sampler.step()
         return np.array(sampler.last.outputs["logits"])
+
+
+def _guidance(pipeline: Pipeline, scale: float) -> dict[str, float]:
+    """The option of a scale, where the plan has guidance at all."""
+    return {} if pipeline.sampling.no_label is None else {"guidance_scale": scale}
 
 
 class _Step(NamedTuple):
@@ -64,9 +70,9 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "steps": _STEPS, "choice_temperature": 4.5}
     cut = {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}
     kinds: dict[str, dict[str, Any]] = {
-        "by order, guided": whole | {"schedule": "halton", "guidance_scale": _SCALE},
-        "truncated, guided": whole | cut | {"schedule": "linear", "guidance_scale": _SCALE},
-        "whole distribution": whole | {"schedule": "cosine", "guidance_scale": 1.0},
+        "by order, guided": whole | {"schedule": "halton"} | _guidance(pipeline, _SCALE),
+        "truncated, guided": whole | cut | {"schedule": "linear"} | _guidance(pipeline, _SCALE),
+        "whole distribution": whole | {"schedule": "cosine"} | _guidance(pipeline, 1.0),
     }
     labels = [i % pipeline.classes for i in range(IMAGES)]
     checks = []
@@ -113,13 +119,14 @@ def _judge(
         The number of codes that the reference would clearly not have drawn, the number that it would clearly not have
         masked or left, and for each step where [B, h, w, Q] either was a close call.
     """
-    tolerance *= 2 * options["guidance_scale"]  # guidance multiplies what logits are off by
+    scale = options.get("guidance_scale", 1.0)
+    tolerance *= 2 * scale  # guidance multiplies what logits are off by
     heat_slack = 2 * tolerance / options["temperature"] + 1e-5
     shape = steps[0].codes.shape
     counts = masked_counts(options["schedule"], steps[0].codes[0].numel(), len(steps))
     far, misplaced, close = 0, 0, []
     for i, step in enumerate(steps):
-        logits = guided_logits(system.prior, step.codes, torch.tensor(labels), options["guidance_scale"]).flatten(0, -2)
+        logits = guided_logits(system.prior, step.codes, torch.tensor(labels), scale).flatten(0, -2)
         known = step.given < logits.shape[1]
         noise = _noise((*shape, logits.shape[1]), first, 2 * i).flatten(0, -2)
         wrong, near = judge(logits, noise, step.drawn.flatten(), options, tolerance)

@@ -24,7 +24,7 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
     pixel_range = tokenizer.config.pixel_range
     expected = channels_last(to_uint8(tokenizer.decode(torch.from_numpy(drawn)), pixel_range)).numpy()
 
-    images = np.concatenate([expected, _smooth_images(pipeline.image_shape[0], rng)])
+    images = np.concatenate([expected, _smooth_images(pipeline.image_shape[:2], rng)])
     codes = torch.from_numpy(pipeline.encode(images))
     x = to_range(channels_first(torch.from_numpy(images)), pixel_range)
     agreement = (codes == tokenizer.encode(x)).float().mean()
@@ -47,9 +47,9 @@ def _compare_images(images: np.ndarray, expected: np.ndarray, allowed: Limits) -
     return checks
 
 
-def _smooth_images(side: int, rng: np.random.Generator) -> np.ndarray:
+def _smooth_images(size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     coarse = torch.from_numpy(rng.random((IMAGES, 3, 8, 8), dtype=np.float32))
-    smooth = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
+    smooth = F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 

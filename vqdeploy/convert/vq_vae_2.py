@@ -1,15 +1,25 @@
-"""Weights of rosinality/vq-vae-2-pytorch in our layout, from a state_dict of its tokenizer or of one of its priors."""
+"""rosinality/vq-vae-2-pytorch: VQ-VAE-2, and a PixelSNAIL for each of its two levels."""
 
+import math
 import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from vqdeploy.models.pixelsnail import causal_offsets
+from vqdeploy.convert.containers import Source
+from vqdeploy.convert.conv import DEFAULT_RESOLUTION
+from vqdeploy.convert.parts import Part, count, fit, section, shape, whole
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2Prior, VQVAE2PriorConfig, causal_offsets
+from vqdeploy.models.vqvae2 import VQVAE2, VQVAE2Config
 
 State = Mapping[str, Tensor]
 
+TOKENIZER = r"enc_b\.blocks\.0\.weight"
+PRIOR = r"(horizontal|vertical)\.conv\."
+
+_NO_SIZE = "the size of images is not in the weights: 256 is taken; a --tokenizer-config with `resolution` tells it"
 _TOKENIZER = {
     "enc_t.blocks": "encoders.0",
     "enc_b.blocks": "encoders.1",
@@ -29,6 +39,77 @@ _PRIOR = (  # patterns of names without the wrappers called `conv`
     (r"^out\.(\d+)\.", r"out_blocks.\1."),
 )
 _CAUSAL = re.compile(r"blocks\.\d+\.resblocks\.\d+\.conv[12]")
+
+
+def tokenizer(source: Source) -> Part:
+    """The tokenizer of two levels. Nothing in its file depends on the size of images."""
+    side = whole(section(source.config, "resolution"), "resolution")
+    dim, codes = shape(source, "quantize_t.embed")
+    first = next((i for i in range(3, 9) if f"enc_b.blocks.{i}.conv.1.weight" in source.weights), 5)
+    blocks = count(source, lambda i: f"enc_b.blocks.{first + i}.conv.1.weight")
+    config = VQVAE2Config(
+        side or DEFAULT_RESOLUTION,
+        channels=shape(source, "enc_b.blocks.2.weight")[0],
+        res_blocks=blocks,
+        res_channels=shape(source, f"enc_b.blocks.{first}.conv.1.weight")[0] if blocks else 1,
+        codebook_size=codes,
+        code_dim=dim,
+    )
+    try:
+        given = tokenizer_weights(source.weights)
+    except ValueError as error:
+        raise ArtifactError(f"{source.path} is no tokenizer of vq-vae-2 ({error})") from error
+    weights = fit(source, lambda: VQVAE2(config), lambda ours: ours, given, "")
+    return Part("vqvae2", config, weights, () if side else (_NO_SIZE,))
+
+
+def prior(sources: list[Source], tokenizer: Part) -> Part:
+    """The networks of both levels, in any order."""
+    if len(sources) != 2:
+        raise VqdeployError("this prior has two levels", expected="--prior TOP --prior BOTTOM", found=len(sources))
+    levels = sorted((_level(source) for source in sources), key=lambda level: level[0].grid)
+    config = VQVAE2PriorConfig(tuple(level for level, _ in levels), tokenizer.config.codebook_size, classes=1)
+    if config.level_grids != tokenizer.config.level_grids:
+        raise ArtifactError(
+            f"the maps of the priors are not those of images of {tokenizer.config.resolution} pixels",
+            expected=tokenizer.config.level_grids,
+            found=config.level_grids,
+            fix="add --tokenizer-config FILE, a YAML that gives resolution",
+        )
+    given = {f"levels.{i}.{name}": weight for i, (_, ws) in enumerate(levels) for name, weight in ws.items()}
+    return Part("vqvae2", config, fit(sources[0], lambda: VQVAE2Prior(config), lambda ours: ours, given, ""))
+
+
+def _level(source: Source) -> tuple[PixelSNAILConfig, dict[str, Tensor]]:
+    """One network, its shape read off its weights."""
+    try:
+        grid = tuple(source.weights["background"].shape[2:])
+        weights = prior_weights(source.weights)
+        conv = weights["blocks.0.resblocks.0.conv1.above.weight"]
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise ArtifactError(f"{source.path} is no prior of vq-vae-2 ({error})") from error
+
+    def number(name: str) -> int:
+        found = 0
+        while any(key.startswith(name.format(found)) for key in weights):
+            found += 1
+        return found
+
+    taps = weights.get("above.codes.weight")
+    config = PixelSNAILConfig(
+        grid,
+        channels=weights["entry.codes.weight"].shape[2],
+        kernel=conv.shape[3],
+        blocks=number("blocks.{}."),
+        res_blocks=number("blocks.0.resblocks.{}."),
+        res_channels=conv.shape[0],
+        attention="blocks.0.exit.causal_attention.query.weight" in weights,
+        out_res_blocks=number("out_blocks.{}."),
+        condition_channels=0 if taps is None else taps.shape[2],
+        condition_kernel=3 if taps is None else math.isqrt(taps.shape[0]),
+        condition_res_blocks=number("above.blocks.{}."),
+    )
+    return config, weights
 
 
 def tokenizer_weights(state: State) -> dict[str, Tensor]:

@@ -1,0 +1,137 @@
+"""Imported weights in a plan of ONNX Runtime: what it computes is what the public code did."""
+
+import numpy as np
+import pytest
+from support.golden import read_golden, recorded_codes
+from support.public import TOKENIZERS, write_system, write_tokenizer
+from torch import Tensor, nn
+
+from vqdeploy import checkpoint
+from vqdeploy.convert.importer import import_checkpoint
+from vqdeploy.engines.build import build
+from vqdeploy.export.functions import OPSET
+from vqdeploy.export.package import write_package
+from vqdeploy.export.stage import Stage
+from vqdeploy.export.tokenizer import _laid_out
+from vqdeploy.runtime import load
+from vqdeploy.runtime.manifest import FORMAT, Manifest, Provenance
+from vqdeploy.verify.forcing import forced_logits
+from vqdeploy.verify.masked import _logits
+
+
+def imported(arguments, folder):
+    named = {"priors": []}
+    for option, value in zip(arguments[::2], arguments[1::2], strict=True):
+        if option == "--prior":
+            named["priors"].append(value)
+        else:
+            named[option.removeprefix("--").replace("-", "_")] = value
+    import_checkpoint(folder / "checkpoint", **named)
+    return checkpoint.load(folder / "checkpoint")
+
+
+class Floats(nn.Module):
+    """A tokenizer on images of floats, which the graphs of a plan lay out as integers, and on given codes."""
+
+    def __init__(self, tokenizer: nn.Module):
+        super().__init__()
+        self.tokenizer = _laid_out(tokenizer)
+
+    def forward(self, image: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tokenizer.encode(image), self.tokenizer.decode(codes)
+
+
+def close(found, expected):
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+# Graphs that no other system has; the rest differ in little but names, and are slow.
+GRAPHS = ("taming_vqgan_gumbel", "emu3_vq", "maskgit_jax_tokenizer")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in GRAPHS else pytest.mark.slow) for name in TOKENIZERS],
+)
+def test_tokenizer(tmp_path, name):
+    system = imported(write_tokenizer(name, tmp_path), tmp_path)
+    _, tensors, _ = read_golden(name)
+    image, expected = tensors["in/image"], recorded_codes(tensors)
+    codes = expected if name in ("rqvae", "vqvae2") else expected.view(len(image), *_grid(system, image), 1)
+    stage = Stage("both", Floats(system.tokenizer), {"image": image, "codes": codes}, ["encoded", "decoded"])
+    described = Manifest(FORMAT, name, "fp32", OPSET, Provenance("test"), (), {})
+    write_package([stage], tmp_path / "package", described)
+    build(tmp_path / "package", tmp_path / "plan")
+    found = load(tmp_path / "plan", threads=1).run("both", image=image.numpy(), codes=codes.numpy())
+    assert np.array_equal(found["encoded"], codes.numpy())
+    close(found["decoded"], tensors["out/reconstruction"].numpy())
+
+
+def _grid(system, image):
+    factor = system.tokenizer.config.resolution // system.tokenizer.config.grid[0]
+    return image.shape[2] // factor, image.shape[3] // factor
+
+
+@pytest.fixture(scope="module")
+def plan(artifacts, tmp_path_factory):
+    """The plan of an imported system, and what the public code recorded."""
+    opened = {}
+
+    def of(name):
+        if name not in opened:
+            system = imported(write_system(name, folder := tmp_path_factory.mktemp(name)), folder)
+            golden = read_golden("pixelsnail_top" if name == "pixelsnail" else name)
+            opened[name] = artifacts.pipeline(system), golden[1]
+        return opened[name]
+
+    return of
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("rqtransformer", "vitvq_gpt")]
+AUTOREGRESSIVE = ["taming_gpt", *SLOW]
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_cached_steps_give_the_recorded_logits(plan, name):
+    pipeline, tensors = plan(name)
+    labels = tensors["in/class"].numpy()
+    codes = tensors["in/codes" if "in/codes" in tensors else "out/codes"].view(len(labels), *pipeline.grid).numpy()
+    places = codes.reshape(len(labels), -1, pipeline.grid[-1])
+    logits = forced_logits(pipeline, places, np.full_like(codes, -1), labels)
+    close(logits.reshape(tensors["out/logits"].shape), tensors["out/logits"].numpy())
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE[:2])
+def test_greedy_codes(plan, name):
+    pipeline, tensors = plan(name)
+    codes = pipeline.generate(tensors["in/class"].tolist(), temperature=0.0).codes
+    assert np.array_equal(codes.reshape(tensors["out/greedy_codes"].shape), tensors["out/greedy_codes"].numpy())
+
+
+def test_a_prior_without_a_null_label_has_no_guidance(plan):
+    pipeline, _ = plan("taming_gpt")
+    assert pipeline.sampling.no_label is None
+    assert "guidance_scale" not in pipeline.sampling.options
+    assert pipeline.manifest.provenance.source == "taming"
+
+
+SLOW_MASKED = [pytest.param(name, marks=pytest.mark.slow) for name in ("maskgit_v1", "maskgit")]
+
+
+@pytest.mark.parametrize("name", ["maskgit_jax_transformer", *SLOW_MASKED])
+def test_masked_logits(plan, name):
+    pipeline, tensors = plan(name)
+    labels, size = tensors["in/class"].numpy(), pipeline.codebook_size
+    codes = tensors["in/codes"].clamp(max=size).view(len(labels), *pipeline.grid).numpy()
+    expected = tensors["out/logits"].view(*codes.shape, -1)[..., :size].numpy()
+    close(_logits(pipeline, codes, labels, 1.0), expected)
+    if pipeline.sampling.no_label is not None:
+        without = tensors["out/logits_unconditional"].view(*codes.shape, -1)[..., :size].numpy()
+        close(_logits(pipeline, codes, labels, 2.5), without + 2.5 * (expected - without))
+
+
+@pytest.mark.slow
+def test_greedy_codes_of_the_top_level(plan):
+    pipeline, tensors = plan("pixelsnail")
+    expected = tensors["out/greedy_codes"].flatten(1).numpy()
+    assert np.array_equal(pipeline.generate([0], temperature=0.0).codes[:, : expected.shape[1]], expected)

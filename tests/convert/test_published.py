@@ -1,0 +1,169 @@
+"""The weights that public files of the published sizes hold, by name and shape: all are asked for, and none is over.
+
+The lists in tests/keys were taken from the public constructors. No published file was read.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqdeploy.convert.containers import Source
+from vqdeploy.convert.importer import PRIORS, TOKENIZERS, _format
+from vqdeploy.systems import System, SystemConfig
+
+KEYS = Path(__file__).parents[1] / "keys"
+
+
+def listed(name, header):
+    """The section of a list whose header has this text; tensors take no memory."""
+    lines = iter((KEYS / f"{name}.txt").read_text().splitlines())
+    for line in lines:
+        if line.startswith("#") and header in line:
+            break
+    weights = {}
+    for line in lines:
+        if not line or line.startswith("#"):
+            if weights:
+                break
+            continue
+        key, shape = line.split("\t")[:2]
+        weights[key] = torch.zeros(()).expand(json.loads(shape))
+    assert weights
+    return weights
+
+
+def tokenizer_of(weights, config=None):
+    source = Source(Path("file"), dict(weights), "", config)
+    name = _format(source, TOKENIZERS, "tokenizer", None)
+    return name, TOKENIZERS[name].read(source)
+
+
+def prior_of(tokenizer, *lists, config=None):
+    sources = [Source(Path("file"), dict(weights), "", config) for weights in lists]
+    name = _format(sources[0], PRIORS, "prior", None)
+    return name, PRIORS[name].read(sources, tokenizer)
+
+
+def millions(part):
+    fixed = ("_ema", "_pos_embedding")
+    counted = {key: w for key, w in part.weights.items() if not key.endswith(fixed)}
+    return round(sum(w.numel() for w in counted.values()) / 1e6, 3)
+
+
+def made(part, tokenizer=None):
+    """The system of a part, without memory: its configuration is one that can be built."""
+    own = part if tokenizer is None else tokenizer
+    config = SystemConfig(part.model, "imported", own.config, None if tokenizer is None else part.config)
+    with torch.device("meta"):
+        system = System(config)
+    expected = (system.tokenizer if tokenizer is None else system.prior).state_dict()
+    assert {key: w.shape for key, w in part.weights.items()} == {key: w.shape for key, w in expected.items()}
+
+
+SIZES = [  # list, section, format, parameters in millions as published or counted, and what its shape should be
+    ("rqvae_rqtransformer", "Stage-1 ImageNet", "rq-vae-transformer", 104.402, {"attention_resolutions": (8,)}),
+    ("movqgan", "MoVQGAN 67M", "movqgan", 67.832, {"attention_resolutions": (32,), "latent_channels": 4}),
+    ("movqgan", "huggingface/diffusers", "diffusers", 67.832, {"attention_resolutions": (32,)}),
+    ("vqgan_taming", "ImageNet f16 K=1024", "taming", 72.142, {"attention_resolutions": (16,)}),
+    ("llamagen_vq", "vq_ds16_c2i", "llamagen", 71.883, {"attention_resolutions": (16,)}),
+    ("vitvqgan_vim", "ViT-VQGAN base", "enhancing-transformers", 170.664, None),
+    ("vqvae2_pixelsnail", "vqvae_560", "vq-vae-2", 1.455, None),
+    ("maskgit", "tokenizer_imagenet256", "maskgit-jax", 54.516, None),
+    ("maskgit", "openMUSE", "maskgit-jax", 54.516, None),
+]
+
+
+@pytest.mark.parametrize(("name", "section", "expected", "parameters", "shape"), SIZES)
+def test_tokenizers(name, section, expected, parameters, shape):
+    weights = listed(name, section)
+    found, part = tokenizer_of(weights)
+    assert found == expected
+    made(part)
+    assert millions(part) == pytest.approx(parameters, abs=0.07)
+    if shape:
+        assert {key: getattr(part.config.conv, key) for key in shape} == shape
+
+
+def test_training_leftovers_are_known(monkeypatch):
+    weights = listed("vqgan_taming", "ImageNet f16 K=1024")
+    leftovers = {"loss.perceptual_loss.net.0.weight": torch.ones(2), "loss.discriminator.main.3.num_batches_tracked": 1}
+    assert tokenizer_of(weights | leftovers)[0] == "taming"
+    assert tokenizer_of({f"first_stage_model.{key}": weight for key, weight in weights.items()})[0] == "taming"
+    janus = {f"gen_vision_model.{key}": w for key, w in listed("llamagen_vq", "vq_ds16_c2i").items()}
+    assert tokenizer_of(janus | {"language_model.model.norm.weight": torch.ones(3)})[0] == "llamagen"
+
+
+@pytest.fixture(scope="module")
+def rqvae():
+    return tokenizer_of(listed("rqvae_rqtransformer", "Stage-1 ImageNet"))[1]
+
+
+def test_rqtransformers(rqvae):
+    weights = listed("rqvae_rqtransformer", "Stage-2 RQ-Transformer ImageNet 1400M")
+    name, part = prior_of(rqvae, weights)
+    assert name == "rq-vae-transformer"
+    made(part, rqvae)
+    assert millions(part) == 1387.530
+    assert (part.config.heads, part.config.body_layers, part.config.head_layers) == (24, 42, 6)
+
+    width = 1280  # the model for CC3M: 26 layers of text-conditioned body, 4 of head
+    text = {}
+    for key, weight in weights.items():
+        match = re.match(r"(body|head)_transformer\.blocks\.(\d+)", key)
+        if match is None or int(match[2]) < {"body": 26, "head": 4}[match[1]]:
+            text[key] = torch.zeros(()).expand([{1536: width, 6144: 4 * width}.get(n, n) for n in weight.shape])
+    text["pos_emb_cond"] = torch.zeros(()).expand(1, 32, width)
+    text["cond_emb.weight"] = torch.zeros(()).expand(16384, width)
+    for key, shape in (("layer_norm.weight", [width]), ("layer_norm.bias", [width]), ("linear.bias", [16384])):
+        text[f"cond_classifier.{key}"] = torch.zeros(()).expand(shape)
+    text["cond_classifier.linear.weight"] = torch.zeros(()).expand(16384, width)
+    part = prior_of(rqvae, text)[1]
+    made(part, rqvae)
+    assert millions(part) == 654.062
+    assert part.config.condition_length == 32
+
+
+def test_net2net():
+    tokenizer = tokenizer_of(listed("vqgan_taming", "ImageNet f16 K=1024"))[1]
+    config = {"n_head": 16, "cond_stage_config": {"target": "taming.modules.util.SOSProvider", "params": {}}}
+    part = prior_of(tokenizer, listed("vqgan_taming", "Net2NetTransformer"), config=config)[1]
+    made(part, tokenizer)
+    assert (part.config.width, part.config.layers, part.config.classes) == (1024, 24, 1)
+
+
+def test_vim():
+    tokenizer = tokenizer_of(listed("vitvqgan_vim", "ViT-VQGAN base"))[1]
+    weights = listed("vitvqgan_vim", "Stage 2 CondTransformer")
+    part = prior_of(tokenizer, weights, config={"n_heads": 16})[1]
+    made(part, tokenizer)
+    assert (part.config.width, part.config.layers, part.config.classes) == (1536, 24, 1000)
+
+
+def test_pixelsnail():
+    tokenizer = tokenizer_of(listed("vqvae2_pixelsnail", "vqvae_560"))[1]
+    top, bottom = (listed("vqvae2_pixelsnail", f"pixelsnail_{level}_XXX") for level in ("top", "bottom"))
+    lists = [{key: w.to("meta") for key, w in weights.items()} for weights in (bottom, top)]
+    name, part = prior_of(tokenizer, *lists)
+    assert name == "vq-vae-2"
+    made(part, tokenizer)
+    assert [(level.grid, level.attention) for level in part.config.levels] == [((32, 32), True), ((64, 64), False)]
+
+
+def test_maskgit():
+    tokenizer = tokenizer_of(listed("maskgit", "tokenizer_imagenet256"))[1]
+    part = prior_of(tokenizer, listed("maskgit", "maskgit_imagenet256"))[1]
+    made(part, tokenizer)
+    assert (part.config.heads, part.config.classes, part.config.grid) == (16, 1000, (16, 16, 1))
+
+    tokenizer = tokenizer_of(listed("vqgan_taming", "ImageNet f16 K=1024"))[1]
+    part = prior_of(tokenizer, listed("maskgit", "MaskGIT_ImageNet_256"))[1]
+    made(part, tokenizer)
+    assert (part.config.network, part.config.classes, part.config.heads) == ("class-last", 1000, 16)
+
+    tokenizer = tokenizer_of(listed("llamagen_vq", "vq_ds16_c2i"), {"image_size": 384})[1]
+    part = prior_of(tokenizer, listed("maskgit", "Halton-MaskGIT v2 large"))[1]
+    made(part, tokenizer)
+    assert millions(part) - part.weights["tok_emb.weight"].numel() / 1e6 == pytest.approx(479.985, abs=0.03)

@@ -1,0 +1,223 @@
+"""`vqdeploy import`: published weights to a checkpoint folder, whatever public code wrote them."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqdeploy import checkpoint
+from vqdeploy.config import Config
+from vqdeploy.convert import (
+    containers,
+    diffusers,
+    emu3,
+    enhancing_transformers,
+    llamagen,
+    maskgit_jax,
+    maskgit_pytorch,
+    movqgan,
+    rq_vae_transformer,
+    taming,
+    vq_vae_2,
+)
+from vqdeploy.convert.containers import Source
+from vqdeploy.convert.conv import refuse_what_has_no_codes
+from vqdeploy.convert.parts import Part
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.files import read_json, replacing_folder, write_json
+from vqdeploy.models.maskgit_vqgan import MaskGITVQGANConfig
+from vqdeploy.models.movq import MoVQConfig
+from vqdeploy.models.rqvae import RQVAEConfig
+from vqdeploy.models.vitvqgan import ViTVQGANConfig
+from vqdeploy.models.vqvae2 import VQVAE2Config
+from vqdeploy.systems import SystemConfig, definition
+
+PRESET = "imported"
+"""The preset of every imported system."""
+
+
+class TokenizerFormat(NamedTuple):
+    """What a name of a public code base's tokenizer looks like, and what reads the weights."""
+
+    sign: str
+    read: Callable[[Source], Part]
+
+
+class PriorFormat(NamedTuple):
+    """The same of a prior, and the kind of tokenizer that it is for."""
+
+    sign: str
+    read: Callable[[list[Source], Part], Part]
+    tokenizer: type[Config]
+
+
+# The first that fits is taken, so those with more particular signs come first.
+TOKENIZERS = {
+    "emu3": TokenizerFormat(emu3.TOKENIZER, emu3.tokenizer),
+    "movqgan": TokenizerFormat(movqgan.TOKENIZER, movqgan.tokenizer),
+    "rq-vae-transformer": TokenizerFormat(rq_vae_transformer.TOKENIZER, rq_vae_transformer.tokenizer),
+    "maskgit-jax": TokenizerFormat(maskgit_jax.TOKENIZER, maskgit_jax.tokenizer),
+    "enhancing-transformers": TokenizerFormat(enhancing_transformers.TOKENIZER, enhancing_transformers.tokenizer),
+    "vq-vae-2": TokenizerFormat(vq_vae_2.TOKENIZER, vq_vae_2.tokenizer),
+    "llamagen": TokenizerFormat(llamagen.TOKENIZER, llamagen.tokenizer),
+    "diffusers": TokenizerFormat(diffusers.TOKENIZER, diffusers.tokenizer),
+    "taming": TokenizerFormat(taming.TOKENIZER, taming.tokenizer),
+}
+PRIORS = {
+    "rq-vae-transformer": PriorFormat(rq_vae_transformer.PRIOR, rq_vae_transformer.prior, RQVAEConfig),
+    "maskgit-jax": PriorFormat(maskgit_jax.PRIOR, maskgit_jax.prior, MaskGITVQGANConfig),
+    "maskgit-pytorch": PriorFormat(maskgit_pytorch.PRIOR, maskgit_pytorch.prior, MoVQConfig),
+    "enhancing-transformers": PriorFormat(enhancing_transformers.PRIOR, enhancing_transformers.prior, ViTVQGANConfig),
+    "vq-vae-2": PriorFormat(vq_vae_2.PRIOR, vq_vae_2.prior, VQVAE2Config),
+    "taming": PriorFormat(taming.PRIOR, taming.prior, MoVQConfig),
+}
+FORMATS = tuple(sorted({*TOKENIZERS, *PRIORS}))
+"""Names of the public code bases."""
+
+_STAGES = ("first_stage_model.", "stage1_model.")  # prefixes of the tokenizer in files that hold a whole system
+
+
+def import_checkpoint(
+    output: Path,
+    tokenizer: Path | None = None,
+    priors: Sequence[Path] = (),
+    name: str | None = None,
+    tokenizer_config: Path | None = None,
+    prior_config: Path | None = None,
+    labels: Path | None = None,
+    raw: bool = False,
+) -> dict[str, Any]:
+    """Reads public weights and writes them as a checkpoint folder.
+
+    Args:
+        output: The folder.
+        tokenizer: File or folder of the tokenizer; None where the prior's file has it too.
+        priors: Files of the prior, one or one for each level.
+        name: The public code base, one of `FORMATS`; guessed when None.
+        tokenizer_config: Its configuration; the one beside the weights when None.
+        prior_config: The same of the prior.
+        labels: Names of the classes, one a line or as a JSON list.
+        raw: Take the weights themselves and not their moving averages.
+
+    Returns:
+        What was written: `checkpoint`, `model`, `formats`, `parameters`, `notes`.
+
+    Raises:
+        VqdeployError: A file or a part of the configuration is missing.
+        ArtifactError: A file is damaged, or holds something else.
+    """
+    if name is not None and name not in FORMATS:
+        raise VqdeployError("there is no such format", expected=", ".join(FORMATS), found=repr(name))
+    sources = [containers.read(path, raw, prior_config) for path in priors]
+    if tokenizer is not None:
+        source = containers.read(tokenizer, raw, tokenizer_config)
+    elif sources and any(key.startswith(_STAGES) for key in sources[0].weights):
+        source = sources[0]
+    else:
+        raise VqdeployError("a system needs a tokenizer", fix="add --tokenizer FILE")
+    formats = [_format(source, TOKENIZERS, "tokenizer", name)]
+    parts = {"tokenizer": TOKENIZERS[formats[0]].read(source)}
+    if sources:
+        formats.append(_format(sources[0], PRIORS, "prior", name))
+        parts["prior"] = _prior(sources, PRIORS[formats[1]], parts["tokenizer"])
+    config = _system(parts, _labels(labels) if labels else (), formats)
+    files = [source] * (tokenizer is not None) + sources
+    provenance = {
+        "formats": formats,
+        "files": [{"file": file.path.name, "taken": file.taken, "bytes": file.path.stat().st_size} for file in files],
+    }
+    _write(output, config, parts, provenance)
+    return {
+        "checkpoint": str(output),
+        "model": config.model,
+        "formats": formats,
+        "parameters": {name: sum(w.numel() for w in part.weights.values()) for name, part in parts.items()},
+        "notes": [note for part in parts.values() for note in part.notes],
+    }
+
+
+def _format(source: Source, formats: Mapping[str, TokenizerFormat | PriorFormat], kind: str, name: str | None) -> str:
+    """The format of a file, which is the first that fits; another may be named only where that has no such files."""
+    fits = next((key for key, known in formats.items() if any(re.match(known.sign, n) for n in source.weights)), None)
+    if fits is not None and (name is None or name == fits or name not in formats):
+        return fits
+    if fits is None and kind == "tokenizer":
+        refuse_what_has_no_codes(source)
+    shown = ", ".join(list(source.weights)[:2])
+    if name in formats:
+        fix = None if fits is None else f"--format {fits}"
+        raise ArtifactError(f"{source.path} is no {kind} of {name}", found=f"{shown} and so on", fix=fix)
+    raise ArtifactError(
+        f"{source.path} is no {kind} of a known format", expected=" or ".join(formats), found=f"{shown} and so on"
+    )
+
+
+def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
+    """A prior, if the tokenizer is of the kind that it draws codes for."""
+    if not isinstance(tokenizer.config, known.tokenizer):
+        raise ArtifactError(
+            f"the prior in {sources[0].path} is not for such a tokenizer",
+            expected=f"one of a {known.tokenizer.__name__.removesuffix('Config')}",
+            found=f"a {type(tokenizer.config).__name__.removesuffix('Config')}",
+        )
+    return known.read(sources, tokenizer)
+
+
+def _labels(file: Path) -> tuple[str, ...]:
+    """Names of classes: a line each, a JSON list, or a JSON object of numbers with names or lists that end with one."""
+    if file.suffix != ".json":
+        if not file.is_file():
+            raise VqdeployError(f"{file} does not exist")
+        return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    data = read_json(file)
+    if isinstance(data, dict):
+        data = [data[key] for key in sorted(data, key=int)] if all(key.isdecimal() for key in data) else None
+    names = [name[-1] if isinstance(name, list) and name else name for name in data or ()]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(f"{file} holds no names of classes", expected="a list of strings")
+    return tuple(names)
+
+
+def _system(parts: Mapping[str, Part], labels: tuple[str, ...], formats: Sequence[str]) -> SystemConfig:
+    tokenizer, prior = parts["tokenizer"], parts.get("prior")
+    if labels and (prior is None or prior.config.classes != len(labels)):
+        expected = prior.config.classes if prior else "none, for there is no prior"
+        raise VqdeployError("the labels are not those of the prior", expected=expected, found=len(labels))
+    model = prior.model if prior else tokenizer.model
+    sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})
+    source = " and ".join(dict.fromkeys(formats))
+    return SystemConfig(model, PRESET, tokenizer.config, prior.config if prior else None, labels, sampling, source)
+
+
+def _write(folder: Path, config: SystemConfig, parts: Mapping[str, Part], provenance: dict[str, Any]) -> None:
+    """Writes the checkpoint folder."""
+    weights = {f"{name}.{key}": w for name, part in parts.items() for key, w in part.weights.items()}
+    with replacing_folder(folder, checkpoint.FILES) as new:
+        write_json(new / "config.json", config.to_dict())
+        write_json(new / "import.json", provenance)
+        _stream(weights, new / "model.safetensors")
+
+
+def _stream(weights: dict[str, Tensor], file: Path) -> None:
+    """Writes safetensors one tensor at a time: the library's own writer holds all of them in memory once more."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, weight in weights.items():
+        start, end = end, end + weight.numel() * weight.element_size()
+        header[name] = {"dtype": _DTYPES[weight.dtype], "shape": list(weight.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, weight in weights.items():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise ArtifactError(f"{name} is not finite in these weights")
+            flat = weight.detach().contiguous().view(-1)
+            stream.write(flat.view(torch.uint8).numpy().data)
+
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}

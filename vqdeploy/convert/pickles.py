@@ -1,0 +1,405 @@
+"""Pickles as data: nothing that a file names is imported or called.
+
+`torch.load(weights_only=True)` refuses most training checkpoints, because somewhere beside the weights lies an object
+of a class that it does not know; the weights never need that object. And a key that is a deep enough tuple ends the
+process (torch 2.13). So this reader, which takes all that `weights_only=True` takes, runs the opcodes of a pickle on a
+stack of its own: tensors, numpy arrays and plain containers are rebuilt here; every other class becomes a `StandIn`.
+"""
+
+import pickletools
+from collections.abc import Callable, Iterable
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdeploy.errors import ArtifactError
+
+Storage = Callable[[str, torch.dtype, int], Tensor]
+"""Gives the flat tensor behind a key, of a type and a number of elements."""
+
+
+class Global(NamedTuple):
+    """What a pickle names and would import: `module.name`."""
+
+    name: str
+
+
+class StandIn:
+    """An object whose class is not known here: its name, what it would be made of, and the state it would be given."""
+
+    def __init__(self, name: str, arguments: Any):
+        self.name, self.arguments, self.state = name, arguments, None
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+class _Dict(dict[Any, Any]):
+    """A dictionary out of a pickle; what its class would keep beside the items is dropped."""
+
+
+class _Array:
+    """A numpy array that waits for its state."""
+
+    def __init__(self) -> None:
+        self.value = np.zeros(0)
+
+
+class _Dtype:
+    """A type of numpy that waits for its byte order."""
+
+    def __init__(self, name: Any, *_: Any):
+        self.value = np.dtype(str(name))
+        if self.value.kind not in "fiub":
+            raise ValueError(f"{name} is no type of numbers")
+
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_DICTS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict")
+_LISTS = ("builtins.list", "builtins.set", "builtins.tuple", "builtins.frozenset", "collections.deque", "torch.Size")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_IGNORED = ("PROTO", "FRAME")
+_DEEPEST = 64  # dictionaries in one another
+
+
+def load(stream: IO[bytes], storage: Storage | None = None) -> Any:
+    """Reads one pickle; the stream stands behind its end afterwards.
+
+    Args:
+        stream: The pickle, at its start.
+        storage: Where the elements of tensors are; None when the pickle has no tensors.
+
+    Returns:
+        Numbers, strings, bytes, lists, tuples, dictionaries, tensors and `StandIn`s. Sets are lists.
+
+    Raises:
+        ArtifactError: It is no pickle, or one of a kind that holds no weights.
+    """
+    try:
+        return _Machine(storage).run(stream)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        UnicodeError,
+        ValueError,
+    ) as error:
+        reason = str(error).partition("\n")[0] or "it is damaged"
+        raise ArtifactError(f"the pickle is malformed ({reason})") from error
+
+
+class _Machine:
+    """The stack of a pickle, with the marks in it as indices, and its memo."""
+
+    def __init__(self, storage: Storage | None):
+        self.storage = storage
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, stream: IO[bytes]) -> Any:
+        for opcode, argument, _ in pickletools.genops(stream):
+            name = opcode.name
+            if name == "STOP":
+                return self.pop()
+            if name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[name])
+            elif step := getattr(self, f"_{name.lower()}", None):
+                step(argument) if opcode.arg else step()
+            elif name not in _IGNORED:
+                self._value(opcode, argument)
+        raise ValueError("it has no end")
+
+    def _value(self, opcode: Any, argument: Any) -> None:
+        """Numbers, strings and bytes, which carry their value."""
+        if not opcode.arg or opcode.stack_before or not opcode.stack_after or opcode.name.startswith(("EXT", "NEXT")):
+            raise ValueError(f"opcode {opcode.name} is not supported")
+        self.stack.append(argument)
+
+    def pop(self) -> Any:
+        if self.marks and self.marks[-1] >= len(self.stack):
+            raise ValueError("a mark is where a value should be")
+        return self.stack.pop()
+
+    def top(self, kind: type) -> Any:
+        if not isinstance(self.stack[-1], kind):
+            raise TypeError(f"a {kind.__name__} is missing")
+        return self.stack[-1]
+
+    def items(self) -> list[Any]:
+        """What lies above the last mark, which goes too."""
+        start = self.marks.pop()
+        taken = self.stack[start:]
+        del self.stack[start:]
+        return taken
+
+    # Stack and memo
+
+    def _mark(self) -> None:
+        self.marks.append(len(self.stack))
+
+    def _pop(self) -> None:
+        if self.marks and self.marks[-1] == len(self.stack):
+            self.marks.pop()
+        else:
+            self.stack.pop()
+
+    def _pop_mark(self) -> None:
+        self.items()
+
+    def _dup(self) -> None:
+        self.stack.append(self.stack[-1])
+
+    def _memoize(self) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def _put(self, index: int) -> None:
+        self.memo[int(index)] = self.stack[-1]
+
+    _binput = _long_binput = _put
+
+    def _get(self, index: int) -> None:
+        self.stack.append(self.memo[int(index)])
+
+    _binget = _long_binget = _get
+
+    # Containers
+
+    def _empty_list(self) -> None:
+        self.stack.append([])
+
+    _empty_set = _empty_list
+
+    def _empty_tuple(self) -> None:
+        self.stack.append(())
+
+    def _empty_dict(self) -> None:
+        self.stack.append(_Dict())
+
+    def _list(self) -> None:
+        self.stack.append(self.items())
+
+    def _tuple(self) -> None:
+        self.stack.append(tuple(self.items()))
+
+    _frozenset = _tuple
+
+    def _tuple1(self) -> None:
+        self.stack.append((self.pop(),))
+
+    def _tuple2(self) -> None:
+        second = self.pop()
+        self.stack.append((self.pop(), second))
+
+    def _tuple3(self) -> None:
+        third, second = self.pop(), self.pop()
+        self.stack.append((self.pop(), second, third))
+
+    def _dict(self) -> None:
+        items, made = self.items(), _Dict()
+        _fill(made, items[::2], items[1::2])
+        self.stack.append(made)
+
+    def _append(self) -> None:
+        value = self.pop()
+        self._extend([value])
+
+    def _appends(self) -> None:
+        self._extend(self.items())
+
+    _additems = _appends
+
+    def _extend(self, values: list[Any]) -> None:
+        if not isinstance(self.stack[-1], StandIn):  # a class that is a list
+            self.top(list).extend(values)
+
+    def _setitem(self) -> None:
+        value, key = self.pop(), self.pop()
+        self._update([key], [value])
+
+    def _setitems(self) -> None:
+        items = self.items()
+        self._update(items[::2], items[1::2])
+
+    def _update(self, keys: list[Any], values: list[Any]) -> None:
+        if not isinstance(self.stack[-1], StandIn):  # a class that is a dictionary
+            _fill(self.top(dict), keys, values)
+
+    # What would be imported and called
+
+    def _global(self, names: str) -> None:
+        self.stack.append(_named(*names.split(" ", 1)))
+
+    def _stack_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        self.stack.append(_named(module, name))
+
+    def _reduce(self) -> None:
+        arguments = self.pop()
+        self.stack.append(self.make(self.pop(), arguments))
+
+    _newobj = _reduce
+
+    def _newobj_ex(self) -> None:
+        self.pop()  # keyword arguments
+        self._reduce()
+
+    def _obj(self) -> None:
+        made, *arguments = self.items()
+        self.stack.append(self.make(made, tuple(arguments)))
+
+    def _inst(self, names: str) -> None:
+        self.stack.append(self.make(_named(*names.split(" ", 1)), tuple(self.items())))
+
+    def _build(self) -> None:
+        state = self.pop()
+        target = self.stack[-1]
+        if isinstance(target, StandIn):
+            target.state = state
+        elif isinstance(target, _Array):
+            target.value = _array(state)
+        elif isinstance(target, _Dtype):
+            target.value = target.value.newbyteorder(">" if state[1] == ">" else "<")
+        elif not isinstance(target, dict | list | tuple | Tensor):
+            raise TypeError(f"state is given to a {type(target).__name__}")
+
+    def _binpersid(self) -> None:
+        persistent = self.pop()
+        if isinstance(persistent, tuple) and len(persistent) == 4 and persistent[0] == "module":
+            self.stack.append(persistent[1])  # a class, with its source
+            return
+        kind, storage_type, key, _, size, *view = persistent
+        if kind != "storage" or self.storage is None or any(part is not None for part in view):
+            raise ValueError("it holds what is no storage of a tensor")
+        self.stack.append(self.storage(str(key), _storage_dtype(storage_type), size))
+
+    def _persid(self, text: str) -> None:
+        raise ValueError("it holds what is no storage of a tensor")
+
+    def make(self, made: Any, arguments: Any) -> Any:
+        """What calling `made` would give, for what is known here."""
+        if not isinstance(made, Global):
+            return StandIn(type(made).__name__, arguments)
+        name = made.name.replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
+        if name in _DICTS:
+            filled = _Dict()
+            pairs = arguments[0] if arguments and isinstance(arguments[0], list | tuple) else []
+            _fill(filled, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+            return filled
+        if name in _LISTS:
+            return list(arguments[0]) if arguments and isinstance(arguments[0], list | tuple) else []
+        maker = _MAKERS.get(name)
+        return StandIn(made.name, arguments) if maker is None else maker(*arguments)
+
+
+def _named(module: Any, name: Any) -> Global:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise TypeError("a name is no string")
+    return Global(f"{module}.{name}")
+
+
+def _fill(target: dict[Any, Any], keys: Iterable[Any], values: Iterable[Any]) -> None:
+    for key, value in zip(keys, values, strict=True):
+        # Only plain keys are hashed: a tuple may be as deep as it likes.
+        target[key if isinstance(key, str | int | float | StandIn | Global | None) else StandIn("key", key)] = value
+
+
+def _storage_dtype(storage_type: Any) -> torch.dtype:
+    name = storage_type.name.removeprefix("torch.").removeprefix("cuda.") if isinstance(storage_type, Global) else ""
+    if name not in _STORAGES:
+        raise ValueError(f"{name or storage_type!r} is no known type of storage")
+    return _STORAGES[name]
+
+
+def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    size, stride = tuple(size), tuple(stride)
+    whole = all(type(number) is int and number >= 0 for number in (offset, *size, *stride))
+    if not whole or len(size) != len(stride):
+        raise ValueError("the shape of a tensor is none")
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= len(storage):
+        raise ValueError("a tensor reaches beyond its storage")
+    return torch.as_strided(storage, size, stride, offset) if 0 not in size else storage.new_empty(size)
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+def _subclass(rebuild: Any, _kind: Any, arguments: Any, _state: Any) -> Tensor:
+    if rebuild not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
+        raise ValueError(f"a tensor is made by {rebuild!r}")
+    made = _MAKERS[rebuild.name](*arguments)
+    if not isinstance(made, Tensor):
+        raise TypeError("it makes no tensor")
+    return made
+
+
+def _array(state: Any) -> np.ndarray:
+    _, shape, dtype, columns_first, data = state
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+        raise TypeError("an array does not hold numbers")
+    flat = np.frombuffer(data, dtype.value).astype(dtype.value.newbyteorder("="))
+    return flat.reshape(shape, order="F" if columns_first else "C")
+
+
+def _buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
+    array = _Array()
+    array.value = _array((1, shape, dtype, order == "F", bytes(data)))
+    return array
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return np.frombuffer(data, dtype.value)[0].item() if isinstance(dtype, _Dtype) else StandIn("numpy.scalar", data)
+
+
+def _bytes(text: Any = "", encoding: Any = "latin1") -> Any:
+    return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else StandIn("bytes", text)
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _subclass,
+    "numpy.dtype": _Dtype,
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _buffer,
+    "_codecs.encode": _bytes,
+}
+
+
+def plain(tree: Any) -> Any:
+    """A tree of dictionaries with its numpy arrays as tensors; what is shared stays shared, and loops stay loops."""
+    seen: dict[int, Any] = {}
+
+    def convert(value: Any, depth: int) -> Any:
+        if isinstance(value, _Array):
+            return torch.from_numpy(np.ascontiguousarray(value.value))
+        if not isinstance(value, dict) or depth > _DEEPEST:
+            return value
+        if id(value) not in seen:
+            made = seen[id(value)] = {}
+            made.update((key, convert(item, depth + 1)) for key, item in value.items())
+        return seen[id(value)]
+
+    return convert(tree, 0)
