@@ -101,7 +101,8 @@ def export_module(
         package = new / "package"
         manifest = write_package(parts, package, described, progress)
         if verify:
-            from vqdeploy.verify.modules import table, verify_package  # which imports this module
+            from vqdeploy.verify import table
+            from vqdeploy.verify.modules import verify_package  # which imports this module
 
             report = verify_package(package, model, stages, progress)
             if not report["passed"]:
@@ -201,6 +202,7 @@ class _Part(graphs.Stage):
             raise _refusal(error, self.name, self.module) from error
         attach(program.model)
         _free_names(program.model, self.name)
+        _bound_divisors(program.model)
         _name_dimensions(program.model, self.axes)
         return program.model
 
@@ -220,6 +222,21 @@ def _free_names(model: onnx_ir.Model, stage: str) -> None:
     for value in constants:
         if "." not in str(value.name):
             value.name = f"{stage}.{value.name}"
+
+
+def _bound_divisors(model: onnx_ir.Model) -> None:
+    """Divides whole numbers by nothing below 1: PyTorch computes shapes, and a plan may stop no process."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type in ("Div", "Mod") and node.domain in ("", "ai.onnx")]:
+        divisor = node.inputs[1]
+        if divisor.dtype in (onnx_ir.DataType.INT64, onnx_ir.DataType.INT32) and divisor.const_value is None:
+            one = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(1, dtype=divisor.dtype)})
+            bound = onnx_ir.node("Max", [divisor, one.outputs[0]])
+            for output in (one.outputs[0], bound.outputs[0]):
+                output.name = f"{node.outputs[0].name}.{output.producer().op_type}"
+                output.type, output.shape = divisor.type, divisor.shape
+            graph.insert_before(node, [one, bound])
+            node.replace_input_with(1, bound.outputs[0])
 
 
 def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
@@ -354,7 +371,7 @@ def _accepts(shapes: Callable[..., list[tuple[int, ...]]], **changed: int) -> bo
     """Whether the module takes other sizes, and makes something of them."""
     try:
         return all(0 not in shape for shape in shapes(**changed))
-    except Exception:  # whatever the module raises
+    except Exception:
         return False
 
 

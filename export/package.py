@@ -79,7 +79,6 @@ def export(
         producer=f"vqdeploy {version('vqdeploy')}",
         system=config.model,
         preset=config.preset,
-        config=config.to_dict(),
         checkpoint=digest(system),
         source=config.source,
     )
@@ -94,6 +93,7 @@ def export(
         tokenizer=_describe_tokenizer(system, size),
         sampling=_describe_sampling(system),
         labels=config.labels,
+        config=config.to_dict(),
     )
     return write_package(stages_of(system, dtype, size), folder, described, progress)
 

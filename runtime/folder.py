@@ -1,7 +1,6 @@
 """Folders of images, walked in one way by `train` and by `run`."""
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    status = os.stat(folder)
+    status = folder.stat()
     return status.st_dev, status.st_ino
 
 

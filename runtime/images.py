@@ -65,8 +65,7 @@ def open_image(path: Path, background: int = 255) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=_formats()) as image:
-                if image.width * image.height > MOST_PIXELS:  # said by the header, before anything is unpacked
-                    raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+                _check_size(image)
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)
                 return _on_background(upright if bits == 8 else _eight_bits(upright, bits), background)
     except Exception as error:  # Pillow raises what its decoders raise
@@ -97,6 +96,12 @@ def suffixes() -> frozenset[str]:
 def _formats() -> list[str]:
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image) -> None:
+    """Refuses what its header says is too large, before anything is unpacked."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
 
 
 def _bits(image: Image.Image) -> int:

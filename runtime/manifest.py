@@ -98,14 +98,13 @@ class SamplingInfo(Config):
 class Provenance(Config):
     """Where it comes from; nothing is read of this to run it.
 
-    `producer` is the exporter and its version. For a system there are its name, preset and configuration and the digest
+    `producer` is the exporter and its version. For a system there are its name and preset, and the digest
     of its checkpoint; `source` is the format of a public checkpoint that it was imported from.
     """
 
     producer: str
     system: str | None = None
     preset: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
     checkpoint: str = ""
     source: str | None = None
 
@@ -115,7 +114,8 @@ class Manifest(Config):
     """Everything that is known of a package or a plan without opening a graph.
 
     `name` is the default name of files that are made of it. Without a `tokenizer` its stages are about arrays and not
-    images, without `sampling` nothing is drawn. `labels` names the classes, in order. `members` are the sha256 of every
+    images, without `sampling` nothing is drawn. `labels` names the classes, in order. `config` is the configuration of
+    the system, for provenance: nothing here reads it. `members` are the sha256 of every
     other file. `backend`, `builder` and `targets` are set in plans only.
     """
 
@@ -129,6 +129,7 @@ class Manifest(Config):
     tokenizer: TokenizerInfo | None = None
     sampling: SamplingInfo | None = None
     labels: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
     backend: str | None = None
     builder: str | None = None
     targets: tuple[str, ...] = ()

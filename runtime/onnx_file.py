@@ -93,7 +93,7 @@ class _Reader:
                 break
         raise ValueError(f"a number at byte {at} does not end")
 
-    def message(self, kind: str, at: int, stop: int, depth: int) -> Message:  # noqa: PLR0912 (the checks of one field)
+    def message(self, kind: str, at: int, stop: int, depth: int) -> Message:
         if depth > _DEPTH:
             raise ValueError("messages lie too deep in one another")
         known, seen = _MESSAGES[kind], set()

@@ -230,7 +230,7 @@ class Engine:
         """A call as a graph; None if the engine does what cannot be captured."""
         try:
             if self._backend == "tensorrt-rtx" and not context.is_stream_capturable(self._stream.handle):
-                raise VqdeployError("TensorRT-RTX cannot be captured in it")  # noqa: TRY301
+                raise VqdeployError("TensorRT-RTX cannot be captured in it")
             return self._stream.capture(partial(self.execute, context))
         except VqdeployError as error:
             log.info("stage %s runs without CUDA graphs: %s", self.stage.name, error)

@@ -1,7 +1,7 @@
 """Damaged and hostile files and arguments, of every kind that vqdeploy reads; `tools/fuzz.py` runs them.
 
-A case is a kind and a number: the same pair makes the same files. Digests are computed anew after a change, so that what
-lies behind them is reached.
+A case is a kind and a number: the same pair makes the same files. Digests are computed anew after a change, so that
+what lies behind them is reached.
 """
 
 import contextlib
@@ -375,7 +375,7 @@ def mutate_graph(model: onnx.ModelProto, rnd: random.Random) -> None:
         else:
             info.type.tensor_type.elem_type = rnd.choice((1, 2, 6, 7, 8, 9, 10, 11, 14, 16, 99))
     else:
-        node.name = rnd.choice(TEXTS[:3] + ("x" * 100_000,))
+        node.name = rnd.choice((*TEXTS[:3], "x" * 100_000))
 
 
 def random_node(rnd: random.Random) -> tuple[onnx.ModelProto, list[tuple[str, np.ndarray]]]:
@@ -470,7 +470,7 @@ def plan_directory(rnd: random.Random, material: Material, folder: Path) -> None
         with zipfile.ZipFile(path, "a", method) as archive:
             for _ in range(rnd.choice((1, 3, 1000))):
                 name = rnd.choice((_MANIFEST, "../evil", "x" * 60_000, "a\x1b[31m", *files, rnd.choice(TEXTS[1:])))
-                with contextlib.suppress(UnicodeEncodeError):
+                with contextlib.suppress(UnicodeEncodeError, IndexError):
                     archive.writestr(name.replace("\ud800", "?"), b"")
             archive.comment = rnd.randbytes(rnd.choice((0, 10, 60_000)))
     use_plan(path, rnd)

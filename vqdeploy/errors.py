@@ -87,7 +87,7 @@ def escaped(text: str) -> str:
 def _text(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # noqa: BLE001  of any object's own; a number of more than 4300 digits has no text either
+    except Exception:  # of any object's own; a number of more than 4300 digits has no text either
         return f"<{type(value).__name__}>"
 
 

@@ -59,7 +59,7 @@ EDITS = {
     "member": lambda manifest, text: manifest["members"].update({text: "x"}),
     "label": lambda manifest, text: manifest.update(labels=[text, "a", "b"]),
     "producer": lambda manifest, text: manifest["provenance"].update(producer=text),
-    "configuration": lambda manifest, text: manifest["provenance"]["config"].update({text: text}),
+    "configuration": lambda manifest, text: manifest["config"].update({text: text}),
     "option": lambda manifest, text: manifest["sampling"]["options"].update({text: 1}),
     "kind": lambda manifest, text: manifest["sampling"].update(kind=text),
     "key": lambda manifest, text: manifest.update({text: text}),

@@ -198,10 +198,9 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 def _bound(pipeline: Pipeline) -> dict[str, float]:
     """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
     names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"]}
-    prior = pipeline.manifest.provenance.config.get("prior") or {}
-    counted = (
-        {"width", "layers"} <= set(prior) and prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
-    )
+    prior = pipeline.manifest.config.get("prior") or {}
+    plain = prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
+    counted = {"width", "layers"} <= set(prior) and plain
     if pipeline.sampling.kind == "masked" and not counted:
         return {}  # its arithmetic is not counted
     return {name: _measure_apart(_RATES[name]) for name in names.get(pipeline.sampling.kind, ["read_bandwidth_gb_s"])}
@@ -310,7 +309,7 @@ def step_weight_bytes(pipeline: Pipeline) -> int:
 
 def step_gflop(pipeline: Pipeline) -> float:
     """Arithmetic of one step of a masked prior for one image and label, in 1e9 multiplications and additions."""
-    prior = pipeline.manifest.provenance.config["prior"]
+    prior = pipeline.manifest.config["prior"]
     entries = 1 + pipeline.grid[0] * pipeline.grid[1]
     attention = 2 * entries**2 * prior["width"] * prior["layers"]
     return 2 * (entries * sum(weight.size for weight in _matrices(pipeline, "step").values()) + attention) / 1e9

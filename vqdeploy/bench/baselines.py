@@ -34,7 +34,7 @@ class Reference:
             if not torch.cuda.is_available():
                 raise VqdeployError("this PyTorch has no CUDA", fix="pip install torch")
             torch.backends.cudnn.allow_tf32 = False  # a plan of fp32 has none either
-        self.system = checkpoints.source(origin.config, origin.checkpoint, checkpoint, pipeline.bundle.path)
+        self.system = checkpoints.source(manifest.config, origin.checkpoint, checkpoint, pipeline.bundle.path)
         self.dtype = DTYPES[manifest.precision]
         self.system.to(self.device, self.dtype)
 

@@ -71,7 +71,7 @@ def progress(verb: str) -> Iterator[Callable[[str], None]]:
 class LineFormatter(logging.Formatter):
     """Log records on one line, shortened, of whichever library."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (of logging)
         """The line without a traceback."""
         return shown(super().formatMessage(record), LONGEST)
 

@@ -98,7 +98,8 @@ def _on_tokenizer(config: SystemConfig, kept: System) -> SystemConfig:
     """The configuration of a prior for the codes of a tokenizer that is there already."""
     tokenizer: Any = kept.config.tokenizer
     prior = config.prior
-    if type(tokenizer) is not definition(config.model).tokenizer_config:
+    wanted: type[Any] = definition(config.model).tokenizer_config
+    if not isinstance(tokenizer, wanted):
         raise VqdeployError(
             f"{config.model} has another kind of tokenizer", fix=f"--model {kept.config.model}, or one that fits"
         )

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -197,7 +197,7 @@ def _seed(*numbers: int) -> None:
     """Seeds the generators of Python, numpy and PyTorch, those on GPUs too."""
     for_python, for_numpy, for_torch = np.random.SeedSequence(numbers).generate_state(3).tolist()
     random.seed(for_python)
-    np.random.seed(for_numpy)
+    np.random.seed(for_numpy)  # noqa: NPY002 (libraries draw from it)
     torch.manual_seed(for_torch)
 
 
@@ -211,7 +211,7 @@ class _Interrupts:
         self.pending: int | None = None
         self.handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Interrupts":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):

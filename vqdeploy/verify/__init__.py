@@ -53,7 +53,7 @@ def verify(
     pipeline = load(plan, device, threads)
     origin = pipeline.manifest.provenance
     if system is None:
-        system = checkpoints.source(origin.config, origin.checkpoint, None, plan)
+        system = checkpoints.source(pipeline.manifest.config, origin.checkpoint, None, plan)
     else:
         checkpoints.check_digest(system, origin.checkpoint, plan)
     return _report(pipeline, system, progress)

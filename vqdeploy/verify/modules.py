@@ -6,6 +6,7 @@ codes before it. Which output comes from which quantizer is found out by letting
 numbers that tell.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from vqdeploy.export.modules import BATCH, Call, Stage, at_border, resized, weig
 from vqdeploy.export.quantizers import Replacement, copied, quantizers, replace_quantizers
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.manifest import SizeRange, StageInfo
-from vqdeploy.verify import table as table
 from vqdeploy.verify.checks import Check, Limits, at_most, limits
 
 
@@ -93,7 +93,7 @@ class _Worst:
     def add(self, **values: float) -> None:
         for name, value in values.items():
             # What is no number is worse than every number.
-            setattr(self, name, max(getattr(self, name), value) if value == value else float("inf"))
+            setattr(self, name, math.inf if math.isnan(value) else max(getattr(self, name), value))
 
 
 @torch.no_grad()
@@ -225,7 +225,7 @@ def _origins(
     given = iter(record)
     start = 0
 
-    def number(module: nn.Module, inputs: Any, result: Any) -> Any:
+    def number(_module: nn.Module, _inputs: Any, result: Any) -> Any:
         nonlocal start
         codes = next(given).codes
         places = torch.arange(start, start + codes.numel()).view(codes.shape)
@@ -235,7 +235,7 @@ def _origins(
     handles = [module.register_forward_hook(number) for module in modules.values()]
     try:
         outputs = dict(zip(call.outputs, call(*inputs), strict=True))
-    except Exception:  # a module that looks such codes up fails: it makes something of them
+    except Exception:
         return {}
     finally:
         for handle in handles:
