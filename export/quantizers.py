@@ -622,7 +622,9 @@ def look_alikes(model: nn.Module) -> list[str]:
     sentences = []
     for name, module in model.named_modules():
         kind = type(module)
-        if name in found or _inside(name, [*found, *alike]):
+        if isinstance(module, Replacement):
+            alike.append(name)
+        if name in found or name in alike or _inside(name, [*found, *alike]):
             continue
         for theirs, attributes in _LOOKS.items():
             if all(hasattr(module, attribute) for attribute in attributes):

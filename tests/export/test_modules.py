@@ -371,6 +371,14 @@ def test_every_kind_of_quantizer_in_one_graph(tmp_path):
     assert used.count("VQResidual") + used.count("VQResidual_1") == 5
 
 
+def test_a_norm_without_weights_in_half(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4))
+    stage = Stage(lambda m, x: m(x), inputs={"x": torch.randn(2, 6)}, outputs=["y"])
+    pipe = exported(model, {"forward": stage}, tmp_path, dynamic={"x": {0: "batch"}}, dtype="fp16")
+    x = torch.randn(3, 6)
+    np.testing.assert_allclose(pipe.run("forward", x=x.numpy())["y"], model(x).detach(), atol=1e-2)
+
+
 def test_a_quantizer_alone(tmp_path):
     quantizer = library.VectorQuantize(dim=8, codebook_size=16).eval()
     stages = quantizer_stages(quantizer, torch.randn(1, 4, 8))
