@@ -69,8 +69,8 @@ def export_module(
         stages: What to export, by name.
         folder: Where. A package that is there is replaced.
         dynamic: The open dimensions of inputs, by axis; an output of that name has them too.
-        sizes: Smallest, usual and largest size of open dimensions. Where they are not told, a batch is 1 to 64, and
-            another dimension as small and up to four times as large as the example if the module takes that.
+        sizes: Smallest, usual and largest size of open dimensions. Where they are not told, a batch is what `build` is
+            told, and another dimension as small and up to four times as large as the example if the module takes that.
         dtype: Precision of the weights, `fp32` or `fp16`; quantizers stay in fp32.
         verify: Compare each stage with the module as it was given, at several sizes; see `vqdeploy.verify.modules`.
         progress: Told the name of each stage as its export begins.
@@ -389,7 +389,7 @@ def _open_dimensions(
         if name in sizes:
             smallest, middle, largest = sizes[name]
         elif name == BATCH:
-            smallest, middle, largest = 1, size, max(size, _MOST_IMAGES)
+            smallest, middle, largest = 1, size, max(size, _LARGEST_BATCH)
         else:
             smallest, middle, largest = _smallest(name, size, accepts), size, _largest(name, size, accepts)
         if smallest < largest:
@@ -403,7 +403,7 @@ def _open_dimensions(
 
 
 BATCH = "batch"
-_MOST_IMAGES = 64  # in a batch, where nobody says how many
+_LARGEST_BATCH = 4096  # where nobody tells; the builder is told how many
 
 
 def _smallest(name: str, size: int, accepts: Callable[..., bool]) -> int:
