@@ -125,6 +125,9 @@ def _is_first(layer: Any) -> bool:
 class VectorQuantize(Replacement):
     """One search a head: van den Oord et al. (2017), with several heads, by distance or by angle."""
 
+    heads: int
+    separate_codebook_per_head: bool
+    return_zeros_for_masked_padding: bool
     tables: Tensor  # [H or 1, K, D], searched
     stored: Tensor  # [H or 1, K, D], looked up by code; the library leaves out the bridge there
 
@@ -238,6 +241,8 @@ class _Residual(Replacement):
 class ResidualVQ(_Residual):
     """Zeghidour et al., SoundStream (2021), algorithm 1: a codebook a depth, or one for all."""
 
+    return_zeros_for_masked_padding: bool
+
     def __init__(self, original: Any):
         super().__init__(original)
         if original.implicit_neural_codebook:
@@ -305,6 +310,9 @@ class ResidualVQ(_Residual):
 class Grouped(Replacement):
     """Groups of channels with a residual quantizer each; codes [G, ..., Q]."""
 
+    groups: int
+    rvqs: Any  # modules that stand for residual quantizers
+
     def __init__(self, original: Any):
         super().__init__(original)
         self.rvqs = nn.ModuleList(map(_serve, original.rvqs))
@@ -332,6 +340,8 @@ class Grouped(Replacement):
 class SimVQ(Replacement):
     """Zhu et al., SimVQ (2024): the codebook is a network's image of a frozen one, and so a constant here."""
 
+    channel_first: bool
+    rotation_trick: bool
     table: Tensor  # [K, D]
 
     def __init__(self, original: Any):
@@ -368,6 +378,7 @@ def _nonzero(z: Tensor) -> Tensor:
 class ResidualSimVQ(_Residual):
     """`SimVQ` by depth."""
 
+    channel_first: bool
     of_zero: Tensor  # [Q], the codes of a zero vector
 
     def __init__(self, original: Any):
@@ -611,7 +622,9 @@ def look_alikes(model: nn.Module) -> list[str]:
     sentences = []
     for name, module in model.named_modules():
         kind = type(module)
-        if name in found or _inside(name, [*found, *alike]):
+        if isinstance(module, Replacement):
+            alike.append(name)
+        if name in found or name in alike or _inside(name, [*found, *alike]):
             continue
         for theirs, attributes in _LOOKS.items():
             if all(hasattr(module, attribute) for attribute in attributes):
