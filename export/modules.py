@@ -200,10 +200,11 @@ class _Part(graphs.Stage):
             )
         except Exception as error:  # PyTorch's have no common base class
             raise _refusal(error, self.name, self.module) from error
-        attach(program.model)
-        _free_names(program.model, self.name)
-        _name_dimensions(program.model, self.axes)
-        return program.model
+        model: onnx_ir.Model = program.model
+        attach(model)
+        _free_names(model, self.name)
+        _name_dimensions(model, self.axes)
+        return model
 
 
 def _free_names(model: onnx_ir.Model, stage: str) -> None:
@@ -225,7 +226,8 @@ def _free_names(model: onnx_ir.Model, stage: str) -> None:
 
 def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
     """Gives open dimensions our names in place of PyTorch's symbols, in the whole graph."""
-    graph, names = model.graph, {}
+    graph = model.graph
+    names: dict[str, str] = {}
     for value in graph.inputs:
         names |= {str(_dim(value, axis)): name for axis, name in axes.get(str(value.name), {}).items()}
     values = itertools.chain(*(node.outputs for node in graph))
@@ -374,10 +376,10 @@ def _open_dimensions(
         if smallest < largest:
             dims[name] = Dimension(name, largest, middle, smallest)
     alone = {name for name in dims if name not in sizes and name != BATCH}
-    for kind in ("smallest", "largest"):
-        if not accepts(**{name: getattr(dim, kind) for name, dim in dims.items() if name != BATCH}):
-            for name in alone:
-                dims[name] = dataclasses.replace(dims[name], **{kind: usual[name]})
+    if not accepts(**{name: dim.smallest for name, dim in dims.items() if name != BATCH}):
+        dims |= {name: dataclasses.replace(dims[name], smallest=usual[name]) for name in alone}
+    if not accepts(**{name: dim.largest for name, dim in dims.items() if name != BATCH}):
+        dims |= {name: dataclasses.replace(dims[name], largest=usual[name]) for name in alone}
     return {name: dim for name, dim in dims.items() if dim.smallest < dim.largest}
 
 
