@@ -101,11 +101,9 @@ def main(count: str = "100000", repeats: str = "5") -> None:
         for kind in KINDS:
             command = [sys.executable, __file__, "memory", kind, str(plan), count]
             grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
-            differ = (codes[kind] != codes["eager"]).mean()
-            print(
-                f"{kind:9} {best[kind]:7.3f} s  {best[kind] / best['plan']:5.2f} times the plan  {grown / 2**20:7.0f} MiB"
-                f"  {differ:.2e} of the codes differ"
-            )
+            differ, times = (codes[kind] != codes["eager"]).mean(), best[kind] / best["plan"]
+            print(f"{kind:9} {best[kind]:7.3f} s  {times:5.2f} times the plan  {grown / 2**20:7.0f} MiB", end="")
+            print(f"  {differ:.2e} of the codes differ")
         shares = {operator: round(share, 3) for operator, share in profile(plan, x, folder).items()}
         print("profile of the plan", json.dumps(shares))
 

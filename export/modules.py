@@ -203,6 +203,7 @@ class _Part(graphs.Stage):
         model: onnx_ir.Model = program.model
         attach(model)
         _free_names(model, self.name)
+        _bound_divisors(model)
         _name_dimensions(model, self.axes)
         return model
 
@@ -222,6 +223,24 @@ def _free_names(model: onnx_ir.Model, stage: str) -> None:
     for value in constants:
         if "." not in str(value.name):
             value.name = f"{stage}.{value.name}"
+
+
+_WHOLE = {onnx_ir.DataType.INT64, onnx_ir.DataType.INT32}
+
+
+def _bound_divisors(model: onnx_ir.Model) -> None:
+    """Divides whole numbers by nothing below 1: PyTorch computes shapes, and a plan may stop no process."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type in ("Div", "Mod") and node.domain in ("", "ai.onnx")]:
+        divisor = node.inputs[1]
+        if divisor is not None and divisor.dtype in _WHOLE and divisor.const_value is None:
+            one = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(1, dtype=divisor.dtype)})
+            bound = onnx_ir.node("Max", [divisor, one.outputs[0]])
+            for made in (one, bound):
+                made.outputs[0].name = f"{node.outputs[0].name}.{made.op_type}"
+                made.outputs[0].type, made.outputs[0].shape = divisor.type, divisor.shape
+            graph.insert_before(node, [one, bound])
+            node.replace_input_with(1, bound.outputs[0])
 
 
 def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
@@ -357,7 +376,7 @@ def _accepts(shapes: Callable[..., list[tuple[int, ...]]], **changed: int) -> bo
     """Whether the module takes other sizes, and makes something of them."""
     try:
         return all(0 not in shape for shape in shapes(**changed))
-    except Exception:  # whatever the module raises
+    except Exception:
         return False
 
 

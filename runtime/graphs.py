@@ -62,12 +62,14 @@ _EXTERNAL = 1
 class Known:
     """What is known of a value before anything runs: its type as ONNX numbers it, and its numbers if they are few.
 
-    A constant depends on no input of the graph, so that an engine may work it out while it opens the graph.
+    A largest of numbers of which one is known and positive is `positive`. A constant depends on no input of the graph,
+    so that an engine may work it out while it opens the graph.
     """
 
     dtype: int | None = None
     numbers: tuple[int, ...] | None = None
     constant: bool = False
+    positive: bool = False
 
 
 Values = dict[str, Known]
@@ -300,6 +302,10 @@ class _Checker:
             return [Known(self._constant(attributes).dtype if attributes else _FLOAT, None, constant)]
         if node["op_type"] == "Cast":
             return [Known(attributes["to"]["i"], None, constant)]
+        if node["op_type"] == "Max":
+            inputs = [values.get(name, _ANYTHING) for name in node["input"]]
+            dtype = next((known.dtype for known in inputs if known.dtype), None)
+            return [Known(dtype, None, constant, any(known.numbers and min(known.numbers) > 0 for known in inputs))]
         by_name = dict(zip((part.rstrip("?*") for part in operator.inputs.split()), node["input"], strict=False))
         results = []
         for part in operator.outputs.split():
@@ -378,7 +384,7 @@ def _division(node: Message, attributes: dict[str, Message], values: Values) -> 
     dividend, divisor = (values.get(name, _ANYTHING) for name in node["input"])
     if _FLOATS & {dividend.dtype, divisor.dtype}:
         return ""  # both are: no engine takes two types
-    if divisor.numbers is None or not all(number > 0 for number in divisor.numbers):
+    if not divisor.positive and (divisor.numbers is None or not all(number > 0 for number in divisor.numbers)):
         return "of whole numbers needs divisors that are known, and positive"
     return ""
 

@@ -175,6 +175,7 @@ class Pipeline:
         Raises:
             VqdeployError: The plan has no prior.
         """
+        self.tokenizer  # noqa: B018 (which refuses plans that are about arrays)
         if self.manifest.sampling is None:
             raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train")
         return self.manifest.sampling

@@ -17,6 +17,8 @@ from vqdeploy.systems import definition
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import open_data
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

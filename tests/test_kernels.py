@@ -16,6 +16,8 @@ from vqdeploy.export.functions import DOMAIN, OPSET, function
 from vqdeploy.models import ops
 from vqdeploy.models.quantizers import MultichannelQuantizer
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", reason="Triton is not installed (pip install vqdeploy[kernels])")
 
 from vqdeploy import kernels  # noqa: E402

@@ -25,6 +25,8 @@ from vqdeploy.runtime.manifest import FILE
 from vqdeploy.verify import table, verify, verify_package
 from vqdeploy.verify.checks import at_most, tolerance_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(package, tmp_path):

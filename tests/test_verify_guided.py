@@ -13,6 +13,8 @@ from vqdeploy.runtime import autoregressive
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.verify import verify, verify_package
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(vit_package, tmp_path):

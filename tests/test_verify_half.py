@@ -14,6 +14,8 @@ from vqdeploy.runtime import load
 from vqdeploy.verify import verify, verify_package
 from vqdeploy.verify.checks import judge, limits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(half_package, tmp_path):

@@ -23,6 +23,8 @@ from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.verify import verify, verify_package
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def copy(movq_package, tmp_path):

@@ -25,6 +25,8 @@ from vqdeploy.runtime.hierarchical import HierarchicalSampler, _Level
 from vqdeploy.runtime.manifest import FILE, WEIGHTS
 from vqdeploy.verify import verify, verify_package
 
+pytestmark = pytest.mark.slow
+
 TOP, BOTTOM = "step: top: largest", "step: bottom: largest"
 
 

@@ -6,8 +6,8 @@
     python tools/fuzz.py --soak                       # 2,000 generations, 200 loads: memory and handles stay flat
 
 It exits with 1 when there was a fault: a signal, a traceback, a wait without end, a message that cannot be shown, a
-file half-written. A case is a kind and a number, which the report names: `--kinds KIND --first NUMBER --cases 1` makes it
-again.
+file half-written. A case is a kind and a number, which the report names: `--kinds KIND --first NUMBER --cases 1` makes
+it again.
 """
 
 import argparse

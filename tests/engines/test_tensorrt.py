@@ -18,6 +18,8 @@ from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle, sha256
 from vqdeploy.runtime.manifest import FILE, SizeRange
 
+pytestmark = pytest.mark.slow
+
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (it is on PyPI)"
 )

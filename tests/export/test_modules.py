@@ -1,5 +1,6 @@
 """Own modules as packages and plans: small models in the manner of real users, and what is refused."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file
 from torch import nn
+from typer.testing import CliRunner
 
+from vqdeploy.cli import app
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.export import Stage, export_module, quantizer_stages, quantizers, register_quantizer
@@ -211,6 +214,26 @@ class TestAudioCodec:
         convolutions = {w.dtype for w in weights.values() if w.ndim == 3 and w.shape != (4, 32, 16)}
         assert convolutions == {np.dtype("float16" if dtype == "fp16" else "float32")}
         assert len(tables) == 1
+
+    def test_the_command_line_runs_a_stage(self, codec, tmp_path):
+        plan, out = codec[3], tmp_path / "out.npz"
+        audio = np.random.default_rng(0).standard_normal((2, 1, 80), dtype=np.float32)
+        np.savez(tmp_path / "in.npz", audio=audio, unused=audio)
+        run = ["run", "--engine", str(plan), "--stage", "encode", "--input", str(tmp_path / "in.npz"), "--json"]
+        result = CliRunner().invoke(app, [*run, "-o", str(out)])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["shapes"] == {"codes": [2, 10, 4]}
+        with np.load(out) as written:
+            np.testing.assert_array_equal(written["codes"], load(plan).run("encode", audio=audio)["codes"])
+        for arguments, message in (
+            ([*run[:4], "decode", *run[5:]], "does not hold the arrays"),
+            ([*run, "--label", "3"], "--label is no option of this task"),
+            ([*run, "--task", "decode"], "--stage is no option of this task"),
+            (run[:3], "this plan has no images and codes"),
+            (["run", "--engine", str(plan), "--stage", "encode"], "takes one file of arrays"),
+        ):
+            with pytest.raises(VqdeployError, match=message):
+                CliRunner().invoke(app, arguments, catch_exceptions=False)
 
     def test_verify_can_be_repeated(self, codec):
         model, stages, _, plan, dtype = codec

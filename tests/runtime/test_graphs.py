@@ -340,7 +340,9 @@ def test_constants_that_double_are_not_worked_out_while_a_graph_opens(plan, tmp_
     body += "k = Cast <to = 2> (s) n = Constant <value_ints = [-1, 16, 16, 3]> () image = Expand (k, n)"
     path = edited(plan, tmp_path / "a.plan", "decode", model(body, signature))
     script = (
-        "import contextlib, resource, sys\nfrom vqdeploy.errors import VqdeployError\nfrom vqdeploy.runtime import load\n"
+        "import contextlib, resource, sys\n"
+        "from vqdeploy.errors import VqdeployError\n"
+        "from vqdeploy.runtime import load\n"
         "with contextlib.suppress(VqdeployError): load(sys.argv[1], threads=1).session('decode')\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**21"  # 2 GiB
     )

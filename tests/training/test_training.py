@@ -29,6 +29,8 @@ from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import _loader, schedule
 from vqdeploy.training.tokenizer import TokenizerTraining, logit_laplace
 
+pytestmark = pytest.mark.slow
+
 SYSTEMS = list(SYSTEMS)
 SHORT = {"steps": 3, "prior_steps": 2, "classifier_steps": 3, "batch_size": 8, "samples": 20}
 

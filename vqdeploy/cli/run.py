@@ -16,8 +16,12 @@ def run(
     device: Device = "auto",
     threads: Threads = 0,
     task: Annotated[
-        str, typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features.")
-    ] = "generate",
+        str | None,
+        typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features; generate by itself."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Run one stage on the arrays of an NPZ, as plans of own modules do.")
+    ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
     num_images: Annotated[
         int | None,
@@ -27,7 +31,9 @@ def run(
     ] = None,
     seed: Seed = 0,
     sampling: dict[str, Any],
-    inputs: Annotated[list[Path] | None, typer.Option("--input", help="Image, folder or codes; repeatable.")] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Option("--input", help="Image, folder, codes or arrays; repeatable.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="inpaint: image that is white where pixels are unknown.")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="inpaint: share of the codes to draw anew.")] = None,
     depth: Annotated[
@@ -47,7 +53,9 @@ def run(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="File; SYSTEM-TASK.png when left out, .npz for encode and features."),
+        typer.Option(
+            "-o", "--output", help="File; SYSTEM-TASK.png when left out, .npz for encode, features and stages."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,11 +66,13 @@ def run(
     from vqdeploy.cli.tasks import Job
     from vqdeploy.cli.tasks import run as run_job
 
+    task = task or ("stage" if stage else "generate")
     job = Job(
         engine=engine,
         device=device,
         threads=threads,
         task=task,
+        stage=stage,
         labels=label or (),
         num_images=num_images,
         inputs=inputs or (),

@@ -18,7 +18,7 @@ from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, w
 
 _CLASSES_SHOWN = 10  # rows of the grid when no label is named
 _COLUMNS = 8
-_LARGEST_CODES = 2**30  # bytes of an array of codes; an archive of a few kilobytes may unpack to any number
+_LARGEST_ARRAYS = 2**30  # bytes of what is read; an archive of a few kilobytes may unpack to any number
 _FILM_FRAMES = 256  # at most; a published prior takes thousands of steps
 _FILM_VEIL = 0.75  # lets what is drawn for now shine through
 
@@ -29,13 +29,14 @@ class Job:
 
     `num_images` is the number of images of each label, or of completions of each image, and `columns` that of a row of
     decoded ones; None for a usual number. `keep_levels` is what `resample` keeps, `depth` what decoding uses. `film` is
-    where the steps of the first image go. `threads` is that of `vqdeploy.load`.
+    where the steps of the first image go. `threads` is that of `vqdeploy.load`, `stage` what the task `stage` runs.
     """
 
     engine: Path
     device: str = "auto"
     threads: int = 0
     task: str = "generate"
+    stage: str | None = None
     labels: Sequence[str] = ()
     num_images: int | None = None
     inputs: Sequence[Path] = ()
@@ -51,7 +52,7 @@ class Job:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Runs a task and writes its result: a PNG, or an NPZ for `encode` and `features`.
+    """Runs a task and writes its result: a PNG, or an NPZ for `encode`, `features` and `stage`.
 
     Raises:
         VqdeployError: The request is malformed, or a file is missing.
@@ -64,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
     _check_output(job, task.suffix)
     _check_film(job)
     pipeline = load(job.engine, job.device, job.threads)
-    output = job.output or Path(f"{pipeline.manifest.name}-{job.task}{task.suffix}")
+    output = job.output or Path(f"{pipeline.manifest.name}-{job.stage or job.task}{task.suffix}")
     start = time.perf_counter()
     result = task.run(pipeline, job, output)
     seconds = time.perf_counter() - start
@@ -177,6 +178,17 @@ def _decode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     return _write(output, pipeline, images, job.columns or _COLUMNS, _depth(pipeline, job))
 
 
+def _stage(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
+    if job.stage is None or len(job.inputs) != 1:
+        expected = "--stage NAME --input FILE.npz"
+        raise VqdeployError("a stage takes one file of arrays", expected=expected, found=len(job.inputs))
+    names = [info.name for info in pipeline.manifest.stage(job.stage).inputs]
+    outputs = pipeline.run(job.stage, **_read_archive(job.inputs[0], names))
+    with replacing_file(output) as file, file.open("wb") as stream:
+        np.savez(stream, **outputs)  # type: ignore[arg-type]  # by its stub, an array may be named allow_pickle
+    return {"stage": job.stage, "shapes": {name: list(array.shape) for name, array in outputs.items()}}
+
+
 class Task(NamedTuple):
     """What a task runs, how its file ends, and the options that it takes; with `samples` those of sampling too."""
 
@@ -191,6 +203,7 @@ class Task(NamedTuple):
 
 
 _OPTIONS = {
+    "--stage": "stage",
     "--label": "labels",
     "--num-images": "num_images",
     "--input": "inputs",
@@ -211,6 +224,7 @@ TASKS = {
     "encode": Task(_encode, ".npz", "--input"),
     "decode": Task(_decode, ".png", "--input --columns --depth"),
     "features": Task(_features, ".npz", "--input --label --layer"),
+    "stage": Task(_stage, ".npz", "--stage --input"),
 }
 
 
@@ -268,12 +282,22 @@ def _read_images(pipeline: Pipeline, files: Sequence[Path]) -> np.ndarray:
 
 
 def _read_codes(file: Path) -> np.ndarray:
+    try:
+        return _read_archive(file, ["codes"])["codes"]
+    except ArtifactError as error:
+        raise ArtifactError(f"{file} is not a file of codes", fix="vqdeploy run --task encode") from error
+
+
+def _read_archive(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays out of an NPZ."""
     check_regular(file)
     try:
         with np.load(file, allow_pickle=False) as archive:
-            if archive.zip.getinfo("codes.npy").file_size > _LARGEST_CODES:
-                raise ValueError("the archive is a bomb")
-            codes: np.ndarray = archive["codes"]
-            return codes
+            size = sum(archive.zip.getinfo(f"{name}.npy").file_size for name in names)
+            arrays = {name: archive[name] for name in names} if size <= _LARGEST_ARRAYS else {}
     except Exception as error:  # numpy raises what its parsers raise
-        raise ArtifactError(f"{file} is not a file of codes", fix="vqdeploy run --task encode") from error
+        expected = f"an NPZ with {', '.join(names)}"
+        raise ArtifactError(f"{file} does not hold the arrays", expected=expected, found=str(error)[:200]) from error
+    if not arrays:
+        raise ArtifactError(f"{file} is too large", expected=f"at most {_LARGEST_ARRAYS} bytes", found=size)
+    return arrays

@@ -93,7 +93,7 @@ class _Worst:
     def add(self, **values: float) -> None:
         for name, value in values.items():
             # What is no number is worse than every number.
-            setattr(self, name, max(getattr(self, name), value) if not math.isnan(value) else float("inf"))
+            setattr(self, name, math.inf if math.isnan(value) else max(getattr(self, name), value))
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def _origins(
     handles = [module.register_forward_hook(number) for module in modules.values()]
     try:
         outputs = dict(zip(call.outputs, call(*inputs), strict=True))
-    except Exception:  # a module that looks such codes up fails: it makes something of them
+    except Exception:
         return {}
     finally:
         for handle in handles:
