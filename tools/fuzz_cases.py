@@ -41,7 +41,7 @@ _LARGEST = 1 << 24  # pixels and codes that the harness itself gives
 Members = dict[str, bytes]
 
 
-class Fault(Exception):  # noqa: N818 (it is no error of vqdeploy's own)
+class Fault(Exception):
     """What no input may cause; the text says which kind it is."""
 
 
@@ -323,7 +323,7 @@ def attribute_value(rule: Any, rnd: random.Random) -> Any:
     return numpy_helper.from_array(np.ones(rnd.choice(([], [1], [2, 2])), rnd.choice((np.float32, np.int64))))
 
 
-def mutate_graph(model: onnx.ModelProto, rnd: random.Random) -> None:  # noqa: PLR0912, PLR0915 (one change a branch)
+def mutate_graph(model: onnx.ModelProto, rnd: random.Random) -> None:
     """Changes one thing of a graph in place."""
     nodes = rnd.choice(node_lists(model))
     place = rnd.randrange(len(nodes))
@@ -895,7 +895,7 @@ def run_case(kind: str, number: int, material: Material, folder: Path) -> str:
         return str(fault)
     except MemoryError:
         return "memory: MemoryError"
-    except Exception as error:  # noqa: BLE001 (that is the question)
+    except Exception as error:
         import traceback
 
         where = traceback.extract_tb(error.__traceback__)[-1]
