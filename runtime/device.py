@@ -69,7 +69,8 @@ def used_memory() -> int:
     """Bytes of GPU memory in use, by all processes."""
     status, free, total = cudart.cudaMemGetInfo()
     _check((status,))
-    return total - free
+    used: int = total - free
+    return used
 
 
 class Stream:
@@ -213,7 +214,8 @@ def _view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _address(view: np.ndarray) -> int:
-    return view.__array_interface__["data"][0]
+    address: int = view.__array_interface__["data"][0]
+    return address
 
 
 def _copy(target: np.ndarray, source: np.ndarray, kind: Any, stream: int) -> None:

@@ -458,7 +458,8 @@ class Pipeline:
         """The labels of all completions; an unconditional prior has one label, 0."""
         if labels is None:
             return [0] * (count * completions) if self.classes == 1 else None
-        return np.tile(self._check_labels(labels, count), completions).tolist()
+        repeated: list[int] = np.tile(self._check_labels(labels, count), completions).tolist()
+        return repeated
 
     def unknown(
         self,

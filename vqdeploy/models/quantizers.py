@@ -182,13 +182,17 @@ class GumbelQuantizer(nn.Module):
 
     def distances(self, z: Tensor, codes: Tensor) -> Tensor:
         """Best score minus the score of each code [..., 1, K], for vectors [..., D]."""
-        scores = self.proj(z)
+        scores: Tensor = self.proj(z)
         return (scores.amax(-1, keepdim=True) - scores).unsqueeze(-2)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes vectors [..., D]; not trainable."""
         codes, quantized = self.encode(z)
         return Quantized(quantized, codes, z.new_zeros(()))
+
+
+Quantizer = ResidualQuantizer | MultichannelQuantizer | GumbelQuantizer
+"""The quantizer of a tokenizer with one code map."""
 
 
 def _draw(vectors: Tensor, count: int) -> Tensor:
