@@ -17,7 +17,7 @@ from onnxscript import values
 import vqdeploy.models.ops  # noqa: F401  (registers torch.ops.vqdeploy)
 
 Translation = Callable[..., Any]
-"""From values of a graph and attributes to the values that stand for the operator's results."""
+"""(Inputs and attributes of a node) -> values for its results."""
 
 DOMAIN = "vqdeploy"
 OPSET = 24

@@ -407,7 +407,7 @@ def _open_dimensions(
 
 
 BATCH = "batch"
-_LARGEST_BATCH = 4096  # where nobody tells; the builder is told how many
+_LARGEST_BATCH = 4096  # default; `build --max-batch` sets the actual one
 
 
 def _smallest(name: str, size: int, accepts: Callable[..., bool]) -> int:

@@ -400,7 +400,7 @@ def _layer(node: Message, attributes: dict[str, Message], values: Values) -> str
 
 def _instance_norm(node: Message, attributes: dict[str, Message], values: Values) -> str:
     if values.get(node["input"][0], _ANYTHING).dtype != _FLOAT:
-        return "of what is not known to be float32"  # of an empty map in float16 it ends the process
+        return "of what is not known to be float32"  # it crashes on an empty float16 map
     return _layer(node, attributes, values)
 
 

@@ -215,7 +215,7 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
         plan: The plan, for error messages.
 
     Raises:
-        VqdeployError: It is another checkpoint, or the plan was made of none.
+        VqdeployError: The digest differs, or the plan was not made from a checkpoint.
     """
     if "model" not in config:
         fix = "vqdeploy.verify.modules.verify(PLAN, MODULE, STAGES), in Python"

@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU; where no hidden width is given, it is 8/3 of the width, rounded up to a multiple of 256."""
+    """SwiGLU; the default hidden width is 8/3 of the width, rounded up to a multiple of 256."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()

@@ -74,7 +74,7 @@ class SpatialNorm(nn.Module):
 
 
 Norm = Callable[[int], GroupNorm | SpatialNorm]
-"""Makes the norm of a number of channels; both are called with a map and a condition."""
+"""Number of channels -> norm, which is called with a map and a condition."""
 
 
 class ResnetBlock(nn.Module):
@@ -141,8 +141,8 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each with optional attention."""
 
-    downsample: nn.Module  # behind a level of the encoder
-    upsample: nn.Module  # behind a level of the decoder
+    downsample: nn.Module  # after a level of the encoder
+    upsample: nn.Module  # after a level of the decoder
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, norm: Norm):
         super().__init__()

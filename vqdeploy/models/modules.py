@@ -9,7 +9,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Modules(nn.ModuleList, Generic[M]):
-    """A `ModuleList` that says what its modules are."""
+    """A `ModuleList` with a static type for its modules."""
 
     if TYPE_CHECKING:
 

@@ -21,19 +21,19 @@ R = TypeVar("R")
 
 
 class Operator(Protocol[P, R]):
-    """An operator of PyTorch, called as the function that defines it."""
+    """A custom operator of PyTorch, called like its reference function."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def register_fake(self, function: Callable[P, R], /) -> Callable[P, R]:
-        """Says how the function gives the shapes and types of the results."""
+        """Registers the fake implementation, which infers shapes and dtypes of the results."""
 
     def register_kernel(self, device: str, /) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Takes another implementation for a device."""
+        """Registers an implementation for a device type."""
 
 
 def operator(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:
-    """Makes a function an operator of domain `vqdeploy`."""
+    """Registers a function as custom operator of domain `vqdeploy`."""
     return torch.library.custom_op(f"vqdeploy::{name}", mutates_args=())
 
 

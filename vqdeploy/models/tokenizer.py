@@ -8,7 +8,7 @@ from vqdeploy.models.quantizers import Quantized, Quantizer
 
 
 class TokenizerConfig(Protocol):
-    """What is asked of the configuration of every tokenizer."""
+    """The interface of tokenizer configurations."""
 
     @property
     def resolution(self) -> int:
@@ -34,7 +34,7 @@ class TokenizerConfig(Protocol):
 class Tokenizer(nn.Module):
     """Images are float [B, 3, H, W] in `config.pixel_range`, codes int64 [B, h, w, Q].
 
-    An architecture adds `latents`, `reconstruct`, the quantizer between, and `last_weight`.
+    Subclasses add `latents`, `quantizer`, `reconstruct` and `last_weight`.
     """
 
     config: TokenizerConfig
@@ -51,7 +51,7 @@ class Tokenizer(nn.Module):
 
     @property
     def last_weight(self) -> Tensor:
-        """The weight of the layer that makes the image, against which an adversarial loss is balanced."""
+        """Weight of the output layer, for balancing the adversarial loss."""
         raise NotImplementedError
 
     def latents(self, x: Tensor) -> Tensor:

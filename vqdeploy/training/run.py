@@ -66,7 +66,7 @@ def train(
     kept = None if tokenizer is None else load(tokenizer)
     if kept is not None:
         config = _on_tokenizer(config, kept)
-        given["stored_dtype"] = "float32"  # in half its codes would be others
+        given["stored_dtype"] = "float32"  # in fp16 its codes would change
     recipe = dataclasses.replace(definition(model).recipe(preset), **given)
     source = open_data(data, config.tokenizer.resolution)
     system = create(_adapt(config, source), seed)
@@ -95,7 +95,7 @@ def train(
 
 
 def _on_tokenizer(config: SystemConfig, kept: System) -> SystemConfig:
-    """The configuration of a prior for the codes of a tokenizer that is there already."""
+    """The configuration with a prior for the codes of an existing tokenizer."""
     tokenizer: Any = kept.config.tokenizer
     prior = config.prior
     wanted: type[Any] = definition(config.model).tokenizer_config
@@ -162,7 +162,7 @@ def _compare(before: dict[str, Any], asked: dict[str, Any]) -> None:
 def _train(
     system: System, first: TokenizerTraining | None, recipe: Recipe, data: Data, seed: int, state: Path
 ) -> tuple[dict[str, float], ImageClassifier | None]:
-    """Runs the three stages, without `first` the last two. Returns how long each took, and the classifier."""
+    """Runs the three stages, or the last two without `first`. Returns the seconds of each, and the classifier."""
     seconds: dict[str, float] = {}
 
     def stage(name: str, module: LightningModule, steps: int, **options: Any) -> None:
