@@ -136,7 +136,7 @@ def import_checkpoint(
         "model": config.model,
         "formats": formats,
         "parameters": {name: sum(w.numel() for w in part.weights.values()) for name, part in parts.items()},
-        "notes": [note for part in parts.values() for note in part.notes],
+        "notes": [note for told in (*files, *parts.values()) for note in told.notes],
     }
 
 
