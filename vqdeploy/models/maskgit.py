@@ -90,7 +90,8 @@ class MaskGIT(nn.Module):
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Logits [B, h, w, Q, K] of each code given those that are not masked."""
         hidden = self.transformer(self.dropout(self.embed(codes, labels)))
-        return self.head(self.norm(hidden[:, 1:])).view(len(codes), *self.config.grid, -1)
+        logits: Tensor = self.head(self.norm(hidden[:, 1:]))
+        return logits.view(len(codes), *self.config.grid, -1)
 
 
 def unmask(
