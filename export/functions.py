@@ -16,6 +16,9 @@ from onnxscript import values
 
 import vqdeploy.models.ops  # noqa: F401  (registers torch.ops.vqdeploy)
 
+Translation = Callable[..., Any]
+"""From values of a graph and attributes to the values that stand for the operator's results."""
+
 DOMAIN = "vqdeploy"
 OPSET = 24
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -330,9 +333,7 @@ _VARYING = ("metric", "depth", "heads")
 """Attributes that an ONNX function cannot branch on, so that its body is made for their values."""
 
 
-def _node(
-    name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: Any
-) -> Callable[..., Any]:
+def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: type) -> Translation:
     """A translation of a PyTorch operator to one node, which needs no function yet and is not inlined."""
     kinds = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     required = [OpSchema.Attribute(key, OpSchema.AttrType.STRING) for key in kinds]
@@ -351,7 +352,7 @@ def _node(
     return lambda *args: op(*args[: len(inputs)], **kinds, **dict(zip(attributes, args[len(inputs) :], strict=True)))
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def translations() -> dict[Callable[..., Any], Translation]:
     """The `custom_translation_table` of `torch.onnx.export`."""
     ops = torch.ops.vqdeploy
     sampling = [("logits", "T"), ("noise", "tensor(float)"), ("temperature", "tensor(float)")]

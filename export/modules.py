@@ -264,6 +264,9 @@ def _free_names(model: onnx_ir.Model, stage: str) -> None:
             value.name = f"{stage}.{value.name}"
 
 
+_WHOLE = {onnx_ir.DataType.INT64, onnx_ir.DataType.INT32}
+
+
 def _bound_divisors(model: onnx_ir.Model) -> None:
     """Divides whole numbers by nothing below 1: PyTorch computes shapes, and a plan may stop no process."""
     graph = model.graph

@@ -47,7 +47,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
 
 
 def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = _cast(weight, dtype)
+    cast: Tensor = _cast(weight, dtype)
     if cast.is_floating_point() and (cast.isinf() & weight.isfinite()).any():
         largest = torch.finfo(dtype).max
         found = f"{float(weight.abs().max()):.4g}"

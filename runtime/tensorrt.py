@@ -143,7 +143,7 @@ class Engine:
     def _obstacle(self, blob: memoryview) -> str:
         """Why an engine was refused."""
         if self._backend == "tensorrt":
-            return self._logger.reason
+            return str(self._logger.reason)
         _, found = self._runtime.get_engine_validity(blob)
         kinds = self._trt.EngineInvalidityDiagnostics.__members__.values()
         names = [kind.name.lower().replace("_", " ") for kind in kinds if int(kind) & int(found)]
