@@ -41,7 +41,7 @@ _LARGEST = 1 << 24  # pixels and codes that the harness itself gives
 Members = dict[str, bytes]
 
 
-class Fault(Exception):  # noqa: N818 (it is no error of vqdeploy's own)
+class Fault(Exception):
     """What no input may cause; the text says which kind it is."""
 
 
@@ -76,6 +76,8 @@ def use_plan(path: Path, rnd: random.Random) -> None:
             images = np.full((1, *pipeline.image_shape), rnd.randrange(256), np.uint8)
             with contextlib.suppress(VqdeployError):
                 pipeline.decode(pipeline.encode(images))
+            with contextlib.suppress(VqdeployError):
+                pipeline.features(images)
         if pipeline.manifest.sampling:
             options: dict[str, Any] = {"seed": rnd.randrange(100)}
             if "steps" in pipeline.sampling.options:
@@ -323,7 +325,7 @@ def attribute_value(rule: Any, rnd: random.Random) -> Any:
     return numpy_helper.from_array(np.ones(rnd.choice(([], [1], [2, 2])), rnd.choice((np.float32, np.int64))))
 
 
-def mutate_graph(model: onnx.ModelProto, rnd: random.Random) -> None:  # noqa: PLR0912, PLR0915 (one change a branch)
+def mutate_graph(model: onnx.ModelProto, rnd: random.Random) -> None:
     """Changes one thing of a graph in place."""
     nodes = rnd.choice(node_lists(model))
     place = rnd.randrange(len(nodes))
@@ -506,6 +508,76 @@ def plan_graph(rnd: random.Random, material: Material, folder: Path) -> None:
         mutate_graph(model, rnd)
     files[name] = model.SerializeToString()
     use_plan(write_plan(folder / "a.plan", manifest, files), rnd)
+
+
+def plan_interface(rnd: random.Random, material: Material, folder: Path) -> None:
+    """A plan of which a graph and the manifest agree, on other inputs and outputs than its sampler knows."""
+    manifest, files = members(material.plan(rnd))
+    stage = rnd.choice(manifest["stages"])
+    model = onnx.load_from_string(files[stage["file"]])
+    for _ in range(rnd.choice((1, 1, 2))):
+        mutate_interface(stage, model.graph, rnd)
+    files[stage["file"]] = model.SerializeToString()
+    use_plan(write_plan(folder / "a.plan", manifest, files), rnd)
+
+
+def mutate_interface(stage: Any, graph: onnx.GraphProto, rnd: random.Random) -> None:
+    """Changes an input or an output of a stage and of its graph in the same way."""
+    side = rnd.choice(("inputs", "outputs", "outputs"))
+    infos, values = stage[side], graph.input if side == "inputs" else graph.output
+    place = rnd.randrange(len(infos)) if infos else 0
+    kind = rnd.randrange(7) if infos else 5
+    if kind == 0:  # another name
+        _rename(stage, graph, infos[place]["name"], rnd.choice(("x", "codes", "label", "present_x", "past_x", "noise")))
+    elif kind == 1 and side == "outputs":
+        stage["aliases"].pop(infos[place]["name"], None)
+        del infos[place], values[place]
+    elif kind == 2:  # another order
+        infos.append(infos.pop(place))
+        moved = copy.deepcopy(values[place])
+        del values[place]
+        values.append(moved)
+    elif kind == 3:  # an open dimension of another name
+        other = rnd.choice(("batch", "n", "length", "conditions"))
+        for name in list(stage["dims"]):
+            stage["dims"].setdefault(other, stage["dims"][name])
+        for info, tensor in zip(infos, values, strict=True):
+            dims = tensor.type.tensor_type.shape.dim
+            for axis, size in enumerate(info["shape"]):
+                if isinstance(size, str) and rnd.random() < 0.5:
+                    info["shape"][axis] = dims[axis].dim_param = other
+    elif kind == 4:  # a size for an open dimension, or the other way round
+        dims = values[place].type.tensor_type.shape.dim
+        if dims:
+            axis, size = rnd.randrange(len(dims)), rnd.choice((0, 1, 2, 5, 2**20, "batch"))
+            infos[place]["shape"][axis] = size
+            if isinstance(size, str):
+                dims[axis].dim_param = size
+            else:
+                dims[axis].dim_value = size
+    elif kind == 5:  # one more
+        new = copy.deepcopy(graph.input[0])
+        new.name = "more"
+        infos.append(stage["inputs"][0] | {"name": "more"})
+        values.append(new)
+        if side == "outputs":
+            graph.node.append(helper.make_node("Identity", [graph.input[0].name], ["more"]))
+    else:
+        stage["aliases"] = {
+            rnd.choice(stage["outputs"])["name"]: rnd.choice(stage["inputs"])["name"] for _ in range(rnd.randrange(3))
+        }
+
+
+def _rename(stage: Any, graph: onnx.GraphProto, old: str, new: str) -> None:
+    for value_ in (*graph.input, *graph.output, *graph.value_info):
+        value_.name = new if value_.name == old else value_.name
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = new if name == old else name
+    for info in (*stage["inputs"], *stage["outputs"]):
+        info["name"] = new if info["name"] == old else info["name"]
+    stage["aliases"] = {new if o == old else o: new if i == old else i for o, i in stage["aliases"].items()}
 
 
 def plan_graph_bytes(rnd: random.Random, material: Material, folder: Path) -> None:
@@ -867,6 +939,7 @@ KINDS: dict[str, Callable[[random.Random, Material, Path], None]] = {
     "plan directory": plan_directory,
     "plan manifest": plan_manifest,
     "plan graph": plan_graph,
+    "plan interface": plan_interface,
     "plan graph bytes": plan_graph_bytes,
     "plan node": plan_node,
     "plan weights": plan_weights,
@@ -895,7 +968,7 @@ def run_case(kind: str, number: int, material: Material, folder: Path) -> str:
         return str(fault)
     except MemoryError:
         return "memory: MemoryError"
-    except Exception as error:  # noqa: BLE001 (that is the question)
+    except Exception as error:
         import traceback
 
         where = traceback.extract_tb(error.__traceback__)[-1]
