@@ -16,6 +16,9 @@ from onnxscript import values
 
 import vqdeploy.models.ops  # noqa: F401  (registers torch.ops.vqdeploy)
 
+Translation = Callable[..., Any]
+"""From values of a graph and attributes to the values that stand for the operator's results."""
+
 DOMAIN = "vqdeploy"
 OPSET = 24
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -330,7 +333,7 @@ _VARYING = ("metric", "depth", "heads")
 """Attributes that an ONNX function cannot branch on, so that its body is made for their values."""
 
 
-def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: Any) -> Callable:
+def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str]], **attributes: type) -> Translation:
     """A translation of a PyTorch operator to one node, which needs no function yet and is not inlined."""
     kinds = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     required = [OpSchema.Attribute(key, OpSchema.AttrType.STRING) for key in kinds]
@@ -349,7 +352,7 @@ def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str
     return lambda *args: op(*args[: len(inputs)], **kinds, **dict(zip(attributes, args[len(inputs) :], strict=True)))
 
 
-def translations() -> dict[Callable, Callable]:
+def translations() -> dict[Callable[..., Any], Translation]:
     """The `custom_translation_table` of `torch.onnx.export`."""
     ops = torch.ops.vqdeploy
     sampling = [("logits", "T"), ("noise", "tensor(float)"), ("temperature", "tensor(float)")]
@@ -386,7 +389,7 @@ def attach(model: onnx_ir.Model) -> None:
     for node in (node for node in model.graph if node.domain == DOMAIN):
         varying = {key: node.attributes[key].value for key in _VARYING if key in node.attributes}
         if node.op_type in ("VQResidual", "VQLookup"):
-            varying["shared"] = len(node.inputs[1].shape) == 2
+            varying["shared"] = _rank(node.inputs[1]) == 2
         variants = bodies.setdefault(node.op_type, [])
         if varying not in variants:
             variants.append(varying)
@@ -399,6 +402,10 @@ def attach(model: onnx_ir.Model) -> None:
             model.functions[parsed.identifier()] = parsed
     if bodies:
         model.graph.opset_imports[DOMAIN] = 1
+
+
+def _rank(value: Any) -> int:
+    return len(value.shape)
 
 
 def variant_name(name: str, number: int) -> str:

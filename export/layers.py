@@ -37,7 +37,8 @@ class Projection(nn.Module):
 
 def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`bidirectional` in plain products: TensorRT-RTX builds the Attention operator for few shapes."""
-    return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
+    scale: float = query.shape[-1] ** -0.5
+    return (query * scale @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
 class InferenceBlock(nn.Module):
@@ -51,13 +52,15 @@ class InferenceBlock(nn.Module):
         self.norm1, self.norm2 = block.ln1, block.ln2
         self.qkv = Projection(attention.query, attention.key, attention.value, scales=(scale, 1.0, 1.0))
         self.proj = Projection(attention.proj)
-        self.mlp_in, self.activation, self.mlp_out = Projection(block.mlp[0]), block.mlp[1], Projection(block.mlp[2])
+        self.mlp_in, self.mlp_out = (Projection(layer) for layer in block.mlp if isinstance(layer, nn.Linear))
+        self.activation = block.mlp[1]
         self.time_mix: Any = getattr(attention, "time_mix", None)
 
     def finish(self, x: Tensor, attention: Tensor) -> Tensor:
         """The part behind the attention output [B, S, width]."""
         x = x + self.proj(attention)
-        return x + self.mlp_out(self.activation(self.mlp_in(self.norm2(x))))
+        change: Tensor = self.mlp_out(self.activation(self.mlp_in(self.norm2(x))))
+        return x + change
 
     def cached(self, x: Tensor, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries [B, S, width] at `position` [B], through caches [B, H, T, D] that live outside the graph."""
@@ -135,7 +138,8 @@ class PackedAttention(nn.Module):
         self.to_out = Projection(attention.to_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_out(torch.ops.vqdeploy.packed_attention(x @ self.weight, self.heads))
+        out: Tensor = self.to_out(torch.ops.vqdeploy.packed_attention(x @ self.weight, self.heads))
+        return out
 
 
 class SplitUpsample(nn.Module):
@@ -191,7 +195,8 @@ class Modulation(nn.Module):
         groups = x.unflatten(1, (self.groups, -1)).flatten(2)
         # The operator sums in the type of its input.
         normal = F.instance_norm(widened(groups), eps=self.eps).view_as(x).to(x.dtype)
-        return (normal.unflatten(2, (rows, times)) * scale + shift).flatten(2, 3)
+        modulated: Tensor = normal.unflatten(2, (rows, times)) * scale + shift
+        return modulated.flatten(2, 3)
 
 
 class ImageInput(nn.Module):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models.maskgit import MaskGIT, unmask
+from vqdeploy.models.modules import Modules
 
 
 class Logits(nn.Module):
     """`MaskGIT.logits`: codes int64 [B, h, w, Q] and labels [B] -> [B, h, w, Q, K]."""
 
-    blocks: Any  # list of InferenceBlock
     codes_first: Tensor  # [Q]
     table: Tensor  # [Q * (K + 1), width / Q]
     labels: Tensor  # [classes + 1, width]
@@ -24,7 +24,7 @@ class Logits(nn.Module):
     def __init__(self, prior: MaskGIT):
         super().__init__()
         self.grid = prior.config.grid
-        self.blocks = nn.ModuleList(InferenceBlock(block) for block in prior.transformer.blocks)
+        self.blocks = Modules(InferenceBlock(block) for block in prior.transformer.blocks)
         self.norm, self.head = prior.norm, Projection(prior.head)
         self.register_buffer("codes_first", prior.codes_first)
         self.register_buffer("table", prior.tok_emb.weight.detach())
@@ -36,7 +36,9 @@ class Logits(nn.Module):
         x = torch.cat([F.embedding(labels, self.labels)[:, None], places], 1)
         for block in self.blocks:
             x = block.whole(x)
-        return self.head(self.norm(x[:, 1:])).unflatten(1, self.grid[:2]).unflatten(-1, (self.grid[2], -1))
+        logits: Tensor = self.head(self.norm(x[:, 1:]))
+        grid: Tensor = logits.unflatten(1, self.grid[:2]).unflatten(-1, (self.grid[2], -1))
+        return grid
 
 
 class PlainLogits(nn.Module):
@@ -51,7 +53,8 @@ class PlainLogits(nn.Module):
                 module.attend = attend_to_all
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        return self.prior.logits(codes, labels)
+        logits: Tensor = self.prior.logits(codes, labels)
+        return logits
 
 
 class Step(nn.Module):

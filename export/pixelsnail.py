@@ -97,7 +97,7 @@ class RowConv(nn.Module):
 
     def spread(self, row: Tensor) -> Tensor:
         """Activations of a row [B, L, w, inputs] -> [B, tiles, L * n * inputs]."""
-        mixed = (self.mixed @ row).unflatten(2, (-1, self.tiles))  # [B, L, n, tiles, inputs]
+        mixed: Tensor = (self.mixed @ row).unflatten(2, (-1, self.tiles))  # [B, L, n, tiles, inputs]
         return mixed.permute(0, 3, 1, 2, 4).flatten(2)
 
     def forward(self, rows: list[Tensor]) -> Tensor:
@@ -106,7 +106,7 @@ class RowConv(nn.Module):
         The tiles of all images lie in one row of one map, so that the weights are read once for all of them.
         """
         maps = torch.stack(rows).flatten(1, 2)[None]  # [1, K - 1, B * tiles, groups * inputs]
-        products = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        products: Tensor = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         products = products.reshape(-1, self.tiles, self.layers, self.outputs.shape[1], self.channels)
         return (self.outputs @ products).transpose(2, 3).flatten(3).flatten(1, 2)[:, : self.width]
 
@@ -184,7 +184,8 @@ class Row(nn.Module):
         padded = F.pad(codes, (self.side, self.side), value=-1)
         near = [padded[:, down, self.side + right :][:, : self.width] for down, right in self.offsets]
         bias = torch.where(row[:, None] > 0, self.row_bias, torch.zeros_like(self.row_bias))
-        return self.entry(torch.stack(near, -1)) + self.column_bias + bias[:, None]
+        entry: Tensor = self.entry(torch.stack(near, -1))
+        return entry + self.column_bias + bias[:, None]
 
 
 class PointwiseGate(nn.Module):
@@ -193,12 +194,12 @@ class PointwiseGate(nn.Module):
     def __init__(self, block: GatedResBlock):
         super().__init__()
         self.conv1, self.conv2 = _pointwise(block.conv1), _pointwise(block.conv2)
-        self.aux_conv = None if block.aux_conv is None else _pointwise(block.aux_conv)
+        self.aux_conv: Any = None if block.aux_conv is None else _pointwise(block.aux_conv)
 
     def forward(self, x: Tensor, auxiliary: Tensor | None = None) -> Tensor:
         h = self.conv1(F.elu(x))
         if auxiliary is not None:
-            h = h + self.aux_conv(F.elu(auxiliary))  # type: ignore[misc]
+            h = h + self.aux_conv(F.elu(auxiliary))
         return x + F.glu(self.conv2(F.elu(h)), 1)
 
 
@@ -216,7 +217,8 @@ class PixelExit(nn.Module):
         self.out = _pointwise(plain.out)
 
     def forward(self, x: Tensor, out: Tensor, background: Tensor) -> Tensor:
-        return self.out(torch.cat([out, background], 1))
+        ended: Tensor = self.out(torch.cat([out, background], 1))
+        return ended
 
 
 class PixelAttention(nn.Module):
@@ -269,7 +271,7 @@ class Pixel(nn.Module):
         self.second = nn.ModuleList(_taps(block.conv2.left) for block in gated)
         kind: Any = PixelAttention if config.attention else PixelExit
         self.exits = nn.ModuleList(kind(block.exit) for block in network.blocks)
-        self.out_blocks = nn.ModuleList(PointwiseGate(block) for block in network.out_blocks)  # type: ignore[arg-type]
+        self.out_blocks = nn.ModuleList(PointwiseGate(block) for block in network.out_blocks)
         self.out = _pointwise(network.out)
         self.register_buffer("background", network.background[0].flatten(1).T.contiguous())
 

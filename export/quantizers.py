@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.ops import lookup, nearest, residual_quantize
 
 _TRAINING_ONLY = {
@@ -80,8 +81,8 @@ def _distances(z: Tensor, table: Tensor, metric: str) -> Tensor:
     z, table = z.double(), table.double()
     if metric == "l2":
         return torch.cdist(z, table).square()
-    products = F.normalize(z, dim=1) @ table.T
-    return table.norm(dim=1).max() - products
+    largest: Tensor = table.norm(dim=1).max()
+    return largest - F.normalize(z, dim=1) @ table.T
 
 
 def _far(z: Tensor, table: Tensor, metric: str, codes: Tensor, slack: float) -> Tensor:
@@ -108,8 +109,9 @@ def _table(layer: Any, owner: str) -> Tensor:
     book = layer._codebook
     _trained(book, owner)
     with torch.no_grad():
-        table = book.embed.detach().float()
-        return table.clone() if book.vq_bridge is None else book.vq_bridge(table).detach()
+        table: Tensor = book.embed.detach().float()
+        searched: Tensor = table.clone() if book.vq_bridge is None else book.vq_bridge(table).detach()
+        return searched
 
 
 def _metric(layer: Any) -> str:
@@ -119,12 +121,15 @@ def _metric(layer: Any) -> str:
 
 def _is_first(layer: Any) -> bool:
     """Whether a `VectorQuantize` takes the channels in dimension 1."""
-    return layer.accept_image_fmap or layer.accept_3d_fmap or not layer.channel_last
+    return bool(layer.accept_image_fmap or layer.accept_3d_fmap or not layer.channel_last)
 
 
 class VectorQuantize(Replacement):
     """One search a head: van den Oord et al. (2017), with several heads, by distance or by angle."""
 
+    heads: int
+    separate_codebook_per_head: bool
+    return_zeros_for_masked_padding: bool
     tables: Tensor  # [H or 1, K, D], searched
     stored: Tensor  # [H or 1, K, D], looked up by code; the library leaves out the bridge there
 
@@ -142,7 +147,8 @@ class VectorQuantize(Replacement):
 
     def _split(self, x: Tensor) -> Tensor:
         """Channels last -> vectors of the heads [..., H, D]."""
-        return self.project_in(x.float()).unflatten(-1, (self.heads, -1))
+        z: Tensor = self.project_in(x.float()).unflatten(-1, (self.heads, -1))
+        return z
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, lens: Tensor | None = None, **options: Any
@@ -180,7 +186,8 @@ class VectorQuantize(Replacement):
         return _channels_first(vectors, self.first)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        return self.project_out(self.get_codes_from_indices(indices))
+        output: Tensor = self.project_out(self.get_codes_from_indices(indices))
+        return output
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
         z = self._split(_channels_last(x, self.first and x.ndim > 2))
@@ -237,6 +244,8 @@ class _Residual(Replacement):
 
 class ResidualVQ(_Residual):
     """Zeghidour et al., SoundStream (2021), algorithm 1: a codebook a depth, or one for all."""
+
+    return_zeros_for_masked_padding: bool
 
     def __init__(self, original: Any):
         super().__init__(original)
@@ -295,7 +304,8 @@ class ResidualVQ(_Residual):
         return self._each(indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        return self.project_out(self._sum(indices))
+        output: Tensor = self.project_out(self._sum(indices))
+        return output
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
         z = _channels_last(self.project_in(x.float()), self.first)
@@ -305,9 +315,12 @@ class ResidualVQ(_Residual):
 class Grouped(Replacement):
     """Groups of channels with a residual quantizer each; codes [G, ..., Q]."""
 
+    groups: int
+    rvqs: Any  # modules that stand for residual quantizers
+
     def __init__(self, original: Any):
         super().__init__(original)
-        self.rvqs = nn.ModuleList(map(_serve, original.rvqs))
+        self.rvqs: Modules[Any] = Modules(map(_serve, original.rvqs))
         self.along = 1 if original.accept_image_fmap else -1
 
     def forward(self, x: Tensor, return_all_codes: bool = False, **options: Any) -> tuple[Any, ...]:
@@ -332,6 +345,8 @@ class Grouped(Replacement):
 class SimVQ(Replacement):
     """Zhu et al., SimVQ (2024): the codebook is a network's image of a frozen one, and so a constant here."""
 
+    channel_first: bool
+    rotation_trick: bool
     table: Tensor  # [K, D]
 
     def __init__(self, original: Any):
@@ -368,6 +383,7 @@ def _nonzero(z: Tensor) -> Tensor:
 class ResidualSimVQ(_Residual):
     """`SimVQ` by depth."""
 
+    channel_first: bool
     of_zero: Tensor  # [Q], the codes of a zero vector
 
     def __init__(self, original: Any):
@@ -424,7 +440,8 @@ class Scalar(Replacement):
         return quantized.to(x.dtype), *rest
 
     def indices_to_codes(self, indices: Tensor, **options: Any) -> Tensor:
-        return self.original.indices_to_codes(indices, **options)
+        vectors: Tensor = self.original.indices_to_codes(indices, **options)
+        return vectors
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
         """Which codes have a digit that no shift of the input by the slack, of its largest number, makes."""
@@ -437,7 +454,7 @@ def _inner(quantizer: Any, x: Tensor) -> Tensor:
     first = x.ndim >= 4 or bool(first) if first is not True else True
     if type(quantizer).__name__ == "LatentQuantize":
         first = True
-    z = quantizer.project_in(_channels_last(x, first).float())
+    z: Tensor = quantizer.project_in(_channels_last(x, first).float())
     if (clamp := getattr(quantizer, "soft_clamp_input_value", None)) is not None:
         z = (z / clamp).tanh() * clamp
     z = z.unflatten(-1, (quantizer.num_codebooks, -1))
@@ -454,16 +471,20 @@ def _far_digits(quantizer: Any, z: Tensor, codes: Tensor, slack: float) -> Tenso
 def _code_of(quantizer: Any, z: Tensor) -> Tensor:
     """Codes [...] of inner vectors [..., d]."""
     if hasattr(quantizer, "mask"):
-        return ((z > 0) * quantizer.mask).sum(-1)
-    return quantizer.codes_to_indices(quantizer.quantize(z))
+        bits: Tensor = (z > 0) * quantizer.mask
+        return bits.sum(-1)
+    codes: Tensor = quantizer.codes_to_indices(quantizer.quantize(z))
+    return codes
 
 
 def _digits(quantizer: Any, codes: Tensor) -> Tensor:
     """The level of each dimension [..., d]."""
     codes = codes[..., None].long()
     if hasattr(quantizer, "mask"):
-        return ((codes & quantizer.mask) != 0).long()
-    return (codes // quantizer._basis) % quantizer._levels
+        bits: Tensor = (codes & quantizer.mask) != 0
+        return bits.long()
+    levels: Tensor = (codes // quantizer._basis) % quantizer._levels
+    return levels
 
 
 class ResidualScalar(_Residual):
@@ -479,7 +500,8 @@ class ResidualScalar(_Residual):
     @property
     def codebooks(self) -> Tensor:
         """The tables [Q, K, d] of the library, unscaled."""
-        return self.original.codebooks
+        tables: Tensor = self.original.codebooks
+        return tables
 
     def forward(self, x: Tensor, return_all_codes: bool = False, **options: Any) -> tuple[Any, ...]:
         self._refuse(options)
@@ -491,7 +513,8 @@ class ResidualScalar(_Residual):
         return self._each(indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        return self.original.project_out(self._sum(indices))
+        output: Tensor = self.original.project_out(self._sum(indices))
+        return output
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
         original = self.original
@@ -523,7 +546,8 @@ class RandomProjectionQuantizer(Replacement):
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         self._refuse(options)
-        return self.vq(self._project(x))[1]
+        codes: Tensor = self.vq(self._project(x))[1]
+        return codes
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
         return self.vq.far(self._project(x), codes, slack)
@@ -611,7 +635,9 @@ def look_alikes(model: nn.Module) -> list[str]:
     sentences = []
     for name, module in model.named_modules():
         kind = type(module)
-        if name in found or _inside(name, [*found, *alike]):
+        if isinstance(module, Replacement):
+            alike.append(name)
+        if name in found or name in alike or _inside(name, [*found, *alike]):
             continue
         for theirs, attributes in _LOOKS.items():
             if all(hasattr(module, attribute) for attribute in attributes):

@@ -77,5 +77,6 @@ class Stage:
             custom_translation_table=translations(),
             verbose=False,
         )
-        attach(program.model)
-        return program.model
+        model: onnx_ir.Model = program.model
+        attach(model)
+        return model

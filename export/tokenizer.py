@@ -34,7 +34,8 @@ class Encode(nn.Module):
         self.tokenizer = _laid_out(tokenizer)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.tokenizer.encode(self.input(image))
+        codes: Tensor = self.tokenizer.encode(self.input(image))
+        return codes
 
 
 class Decode(nn.Module):
@@ -46,7 +47,8 @@ class Decode(nn.Module):
         self.tokenizer = _laid_out(tokenizer)
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.output(self.tokenizer.decode(codes))
+        image: Tensor = self.output(self.tokenizer.decode(codes))
+        return image
 
 
 def maps_of(tokenizer: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:

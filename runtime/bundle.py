@@ -14,6 +14,7 @@ import struct
 import weakref
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -67,7 +68,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> FileIO:
     """Opens a file to read, and neither a pipe nor a device, which might never end.
 
     Raises:
@@ -204,7 +205,7 @@ class _Sparing:
 def _directory(stream: BinaryIO) -> dict[str, tuple[int, int]]:
     """Where the members of a plan lie."""
     spans, end = {}, os.fstat(stream.fileno()).st_size
-    with zipfile.ZipFile(_Sparing(stream)) as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(_Sparing(stream)) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     last = 0
     for entry in entries:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import device
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.device import DeviceArray, DeviceBinding, DeviceSession, Stream
 from vqdeploy.runtime.manifest import StageInfo, TensorInfo
-from vqdeploy.runtime.onnxrt import OnnxrtSession, failure, ort
+from vqdeploy.runtime.onnxrt import OnnxrtSession, failure
 
 _INSTALL = 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
 _PROVIDER = "CUDAExecutionProvider"

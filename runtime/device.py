@@ -65,7 +65,8 @@ def used_memory() -> int:
     """Bytes of the GPU's memory that are in use, by other processes too."""
     status, free, total = cudart.cudaMemGetInfo()
     _check((status,))
-    return total - free
+    used: int = total - free
+    return used
 
 
 class Stream:
@@ -211,7 +212,8 @@ def _view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _address(view: np.ndarray) -> int:
-    return view.__array_interface__["data"][0]
+    address: int = view.__array_interface__["data"][0]
+    return address
 
 
 def _copy(target: np.ndarray, source: np.ndarray, kind: Any, stream: int) -> None:

@@ -41,7 +41,7 @@ _FEW = 64  # numbers that are worth knowing
 _IR_VERSIONS = range(10, 14)
 _ATTRIBUTES = {1: "FLOAT", 2: "INT", 3: "STRING", 4: "TENSOR", 5: "GRAPH", 6: "FLOATS", 7: "INTS"}
 _FIELDS = {"FLOAT": "f", "INT": "i", "STRING": "s", "TENSOR": "t", "GRAPH": "g", "FLOATS": "floats", "INTS": "ints"}
-_DTYPES = {
+_DTYPES: dict[str, tuple[int, np.dtype]] = {
     "FLOAT": (1, np.dtype("<f4")),
     "UINT8": (2, np.dtype("u1")),
     "INT8": (3, np.dtype("i1")),

@@ -77,7 +77,8 @@ class HierarchicalSampler(Sampler):
         for index, (level, codes) in enumerate(self._running_levels() if self._maps else ()):
             if (maps[index] < 0).any():
                 maps[index] = self._read(f"{level.name}_pixel", codes)[slot : slot + 1]
-        return self._layout.join(maps)[0]
+        codes_of_slot: np.ndarray = self._layout.join(maps)[0]
+        return codes_of_slot
 
     def _running_levels(self) -> Iterator[tuple["_Level", Any]]:
         return zip(self._levels, self._maps, strict=True)

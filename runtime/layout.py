@@ -67,13 +67,15 @@ class Layout:
         noise = np.empty((len(images), math.prod(self.shape)), np.float32)
         gumbel([(seed, int(image), _MASK_DRAW) for image in images], noise)
         ranks = noise.argsort(1).argsort(1)
-        return (ranks < round(ratio * ranks.shape[1])).reshape(-1, *self.shape)
+        chosen: np.ndarray = ranks < round(ratio * ranks.shape[1])
+        return chosen.reshape(-1, *self.shape)
 
 
 def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Which cells of a grid [B, height, width] a mask of pixels [B, H, W] touches."""
     pixels = mask.reshape(len(mask), height, mask.shape[1] // height, width, -1)
-    return np.logical_or.reduce(pixels, (2, 4))
+    touched: np.ndarray = np.logical_or.reduce(pixels, (2, 4))
+    return touched
 
 
 def _from_first_row(cells: np.ndarray) -> np.ndarray:

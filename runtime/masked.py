@@ -76,10 +76,12 @@ class MaskedSampler(Sampler):
         if self._progress[slot].done == 0:
             return self._items[slot].known.copy()
         if self.left(slot) == 0:
-            return self._read("step", self._result)[slot].copy()
+            settled: np.ndarray = self._read("step", self._result)[slot].copy()
+            return settled
         outputs = self._binding.outputs
         drawn, remaining = (self._read("step", outputs[name])[slot] for name in ("drawn", "remaining"))
-        return np.where(remaining == self._size, -1 - drawn, drawn)
+        codes: np.ndarray = np.where(remaining == self._size, -1 - drawn, drawn)
+        return codes
 
     def _admit(self, slot: int, item: Item) -> None:
         inputs, options = self._binding.inputs, item.options

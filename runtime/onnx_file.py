@@ -53,7 +53,7 @@ def _schema() -> dict[str, dict[int, tuple[str, str, bool]]]:
 
 
 _MESSAGES = _schema()
-_EMPTY = {
+_EMPTY: dict[str, Message] = {
     message: {name: [] if repeated else None for name, _, repeated in fields.values()}
     for message, fields in _MESSAGES.items()
 }

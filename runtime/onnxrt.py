@@ -132,7 +132,8 @@ class OnnxrtSession:
 
     def end_profile(self) -> list[dict[str, Any]]:
         """The events of the trace so far, in the Chrome trace format."""
-        return json.loads(Path(self._session.end_profiling()).read_text())
+        events: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text())
+        return events
 
     def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
         """Empty buffers of inputs and outputs, for bindings to share."""

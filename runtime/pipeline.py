@@ -458,7 +458,8 @@ class Pipeline:
         """The labels of several completions of a number of images; an unconditional prior has one label."""
         if labels is None:
             return [0] * (count * completions) if self.classes == 1 else None
-        return np.tile(self._check_labels(labels, count), completions).tolist()
+        repeated: list[int] = np.tile(self._check_labels(labels, count), completions).tolist()
+        return repeated
 
     def unknown(
         self,

@@ -2,8 +2,8 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Ints:
     high: int
     kind = "INT"
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: int) -> bool:
         """Whether an attribute may have this value."""
         return self.low <= value <= self.high
 
@@ -23,10 +23,10 @@ class Ints:
 class OneOf:
     """One of some values."""
 
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
     kind: str
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: object) -> bool:
         """Whether an attribute may have this value."""
         return value in self.values
 
@@ -42,7 +42,7 @@ class Floats:
 
     kind = "FLOAT"
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: float) -> bool:
         """Whether an attribute may have this value."""
         return not math.isnan(value)
 
@@ -54,7 +54,7 @@ class Matching:
     pattern: re.Pattern[bytes]
     kind = "STRING"
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: bytes) -> bool:
         """Whether an attribute may have this value."""
         return self.pattern.fullmatch(value) is not None
 
@@ -71,7 +71,7 @@ class List:
         """The attribute type of ONNX."""
         return f"{self.each.kind}S"
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: Sequence[int]) -> bool:
         """Whether an attribute may have this value."""
         return len(value) <= self.most and all(map(self.each.allows, value))
 
@@ -82,7 +82,7 @@ class Inner:
 
     kind: str
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: object) -> bool:
         """Whether an attribute may have this value."""
         return True
 

@@ -44,7 +44,8 @@ def _wanted(schedule: str, unknown: int, steps: int) -> list[int]:
     # In Python's own arithmetic: numpy's differs in the last bit from one processor to the next.
     shares = [step / steps for step in range(1, steps + 1)]
     if schedule == "arccos":
-        return (unknown - np.cumsum(_arccos_gains(unknown, steps))).tolist()
+        counts: list[int] = (unknown - np.cumsum(_arccos_gains(unknown, steps))).tolist()
+        return counts
     if schedule == "halton":
         return [unknown - int((1 - math.acos(r) / (math.pi / 2)) * unknown) for r in shares]
     share = _SHARES[schedule]

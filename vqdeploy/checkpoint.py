@@ -213,8 +213,11 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
         plan: The plan, for the error.
 
     Raises:
-        VqdeployError: It is another checkpoint.
+        VqdeployError: It is another checkpoint, or the plan was made of none.
     """
+    if "model" not in config:
+        fix = "vqdeploy.verify.modules.verify(PLAN, MODULE, STAGES), in Python"
+        raise VqdeployError(f"{plan} was made of a module and not of a checkpoint", fix=fix)
     if folder is None and config["preset"] not in definition(config["model"]).presets:
         raise VqdeployError(f"{plan} was made of a checkpoint that does not ship", fix="add --checkpoint FOLDER")
     system = load(folder) if folder else default(config["model"], config["preset"])

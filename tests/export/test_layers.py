@@ -43,7 +43,7 @@ def test_spatial_norm_is_that_of_the_paper(norm, times):
 
 @pytest.fixture
 def block():
-    return Block(32, 4, dropout=0.0, token_shift=False, activation=nn.GELU()).eval()
+    return Block(32, 4, dropout=0.0, token_shift=False, activation=nn.GELU(), mlp_width=128).eval()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqdeploy.convert.rosinality import fold, prior_weights
+from vqdeploy.convert.vq_vae_2 import fold, prior_weights
 from vqdeploy.models.ops import sample
 from vqdeploy.models.pixelsnail import (
     CausalConv,

@@ -199,7 +199,8 @@ def _bound(pipeline: Pipeline) -> dict[str, float]:
     """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
     names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"]}
     prior = pipeline.manifest.config.get("prior") or {}
-    counted = {"width", "layers"} <= set(prior) and prior.get("network", "plain") == "plain"
+    plain = prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
+    counted = {"width", "layers"} <= set(prior) and plain
     if pipeline.sampling.kind == "masked" and not counted:
         return {}  # its arithmetic is not counted
     return {name: _measure_apart(_RATES[name]) for name in names.get(pipeline.sampling.kind, ["read_bandwidth_gb_s"])}
@@ -252,7 +253,7 @@ def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, fl
             outputs = {info.name: info.shape for info in pipeline.manifest.stage(stage).outputs}
             tiles = outputs["spread_x"][1] if part == "row" else places
             weights = _matrices(pipeline, stage).values()
-            work = 2 * result["batch_size"] * sum(w.size * (tiles if w.ndim == 4 else places) for w in weights)
+            work = 2 * result["batch_size"] * sum(w.size * (int(tiles) if w.ndim == 4 else places) for w in weights)
             size, time_ms = sum(weight.nbytes for weight in weights), result[f"{stage}_ms"] / calls
             parts[stage] = {
                 "calls": calls,
@@ -311,7 +312,8 @@ def step_gflop(pipeline: Pipeline) -> float:
     prior = pipeline.manifest.config["prior"]
     entries = 1 + pipeline.grid[0] * pipeline.grid[1]
     attention = 2 * entries**2 * prior["width"] * prior["layers"]
-    return 2 * (entries * sum(weight.size for weight in _matrices(pipeline, "step").values()) + attention) / 1e9
+    gflop: float = 2 * (entries * sum(weight.size for weight in _matrices(pipeline, "step").values()) + attention) / 1e9
+    return gflop
 
 
 def matmul_rate(size: int = 2048, repeats: int = 8) -> float:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
 
 _TIMED_ROWS = 5
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Reference:
@@ -108,7 +111,8 @@ def extrapolate(prior: VQVAE2Prior, batch: int, compiled: bool, device: str = "c
 def enlarge_first(norm: SpatialNorm, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
     """`SpatialNorm` in the order of the public code: enlarge the condition, then convolve it."""
     enlarged = F.interpolate(condition, x.shape[-2:])
-    return norm.norm_layer(x) * norm.conv_y(enlarged) + norm.conv_b(enlarged)
+    modulated: torch.Tensor = norm.norm_layer(x) * norm.conv_y(enlarged) + norm.conv_b(enlarged)
+    return modulated
 
 
 def _noise(index: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -118,5 +122,5 @@ def _noise(index: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(out)
 
 
-def _compile(function: Callable, compiled: bool) -> Callable:
+def _compile(function: Callable[P, T], compiled: bool) -> Callable[P, T]:
     return torch.compile(function) if compiled else function

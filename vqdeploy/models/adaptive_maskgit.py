@@ -4,13 +4,12 @@ Besnier et al., "Halton Scheduler for Masked Generative Image Transformer" (ICLR
 valeoai/Halton-MaskGIT. Parameter names follow it.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.models.maskgit import MaskGITConfig
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.transformer import bidirectional
 
 _EPSILON = 1e-5
@@ -37,52 +36,54 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key = (F.rms_norm(w(x), x.shape[-1:], eps=_EPSILON) for w in (self.wq, self.wk))
         heads = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (query, key, self.wv(x)))
-        return self.wo(self.attend(*heads).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.wo(self.attend(*heads).transpose(1, 2).flatten(2))
+        return mixed
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, its hidden width 8/3 of the width, rounded up to a multiple of 256."""
+    """SwiGLU; where no hidden width is given, it is 8/3 of the width, rounded up to a multiple of 256."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        hidden = -(-int(8 * width / 3) // 256) * 256
+        hidden = hidden or -(-int(8 * width / 3) // 256) * 256
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each modulated before and gated behind by the class."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, hidden: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.ln1 = nn.RMSNorm(width, eps=_EPSILON)
         self.attn = Attention(width, heads)
         self.ln2 = nn.RMSNorm(width, eps=_EPSILON)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, hidden)
         self.dropout = nn.Dropout(dropout)
         for parameter in self.mlp.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.mlp(condition).chunk(6, 1)
+        modulation: Tensor = self.mlp(condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 1)
         x = x + gate1[:, None] * self.dropout(self.attn(modulate(self.ln1(x), shift1, scale1)))
-        return x + gate2[:, None] * self.dropout(self.ff(modulate(self.ln2(x), shift2, scale2)))
+        change: Tensor = self.dropout(self.ff(modulate(self.ln2(x), shift2, scale2)))
+        return x + gate2[:, None] * change
 
 
 class Layers(nn.Module):
     """A stack of blocks."""
 
-    layers: Any  # list of Block
-
     def __init__(self, config: MaskGITConfig):
         super().__init__()
-        blocks = (Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
-        self.layers = nn.ModuleList(blocks)
+        blocks = (Block(config.width, config.heads, config.dropout, config.mlp_width) for _ in range(config.layers))
+        self.layers = Modules(blocks)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         for block in self.layers:
@@ -143,7 +144,8 @@ class AdaptiveMaskGIT(nn.Module):
         x = F.embedding(codes.flatten(1), self.tok_emb.weight) + self.pos_emb.weight
         x = torch.cat([x, self.reg_tokens.weight.expand(codes.shape[0], 1, -1)], 1)
         x = self.transformer(x, condition)[:, : self.config.positions]
-        return self.head(self.last_norm(x, condition))
+        logits: Tensor = self.head(self.last_norm(x, condition))
+        return logits
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Logits [B, h, w, 1, K] of each code given those that are not masked."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.models.maskgit import MaskGITConfig
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.transformer import Attend, Attention, bidirectional, initialize
 
 _EPSILON = 1e-12
@@ -29,7 +30,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = self.ln1(x + self.attn(x, attend))
-        return self.ln2(x + self.mlp(x))
+        entries: Tensor = self.ln2(x + self.mlp(x))
+        return entries
 
 
 class Blocks(nn.Module):
@@ -38,7 +40,7 @@ class Blocks(nn.Module):
     def __init__(self, config: MaskGITConfig):
         super().__init__()
         self.attend: Attend = bidirectional
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = Modules(Block(config) for _ in range(config.layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -74,6 +76,6 @@ class BertMaskGIT(nn.Module):
         entries = torch.cat(
             [F.embedding(labels, self.cls_emb.weight)[:, None], F.embedding(codes.flatten(1), self.tok_emb.weight)], 1
         )
-        hidden = self.head(self.transformer(self.dropout(self.norm(entries + self.pos_emb)))[:, 1:])
+        hidden: Tensor = self.head(self.transformer(self.dropout(self.norm(entries + self.pos_emb)))[:, 1:])
         logits = hidden @ self.tok_emb.weight[: self.config.codebook_size].T + self.bias
         return logits.reshape(codes.shape[0], *self.config.grid, -1)

@@ -57,6 +57,6 @@ class ClassLastMaskGIT(nn.Module):
         entries = torch.cat(
             [F.embedding(codes.flatten(1), self.tok_emb.weight), F.embedding(labels, self.cls_emb.weight)[:, None]], 1
         )
-        hidden = self.last_layer(self.transformer(self.first_layer(entries + self.pos_emb))[:, :-1])
+        hidden: Tensor = self.last_layer(self.transformer(self.first_layer(entries + self.pos_emb))[:, :-1])
         logits = hidden @ self.tok_emb.weight[: self.config.codebook_size].T + self.bias
         return logits.reshape(codes.shape[0], *self.config.grid, -1)

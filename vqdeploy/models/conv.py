@@ -7,12 +7,12 @@ checkpoints, so that their weights fit.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.config import Config
+from vqdeploy.models.modules import Modules
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,12 @@ class SpatialNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = (F.interpolate(conv(condition), x.shape[-2:]) for conv in (self.conv_y, self.conv_b))
-        return self.norm_layer(x) * scale + shift
+        normal: Tensor = self.norm_layer(x)
+        return normal * scale + shift
 
 
-Norm = Callable[[int], Any]
-"""Makes the norm of a number of channels; `GroupNorm` and `SpatialNorm` are both called with a map and a condition."""
+Norm = Callable[[int], GroupNorm | SpatialNorm]
+"""Makes the norm of a number of channels; both are called with a map and a condition."""
 
 
 class ResnetBlock(nn.Module):
@@ -86,12 +87,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.nin_shortcut: nn.Module = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x, condition)))
+        h: Tensor = self.conv1(F.silu(self.norm1(x, condition)))
         h = self.conv2(F.silu(self.norm2(h, condition)))
-        return self.nin_shortcut(x) + h
+        shortcut: Tensor = self.nin_shortcut(x)
+        return shortcut + h
 
 
 class AttentionBlock(nn.Module):
@@ -109,7 +111,8 @@ class AttentionBlock(nn.Module):
         n = self.norm(x, condition)
         q, k, v = self.q(n).flatten(2), self.k(n).flatten(2), self.v(n).flatten(2)  # [B, C, H*W]
         weights = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)
-        return x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
+        mixed: Tensor = self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
+        return x + mixed
 
 
 class Downsample(nn.Module):
@@ -120,7 +123,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        half: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return half
 
 
 class Upsample(nn.Module):
@@ -131,11 +135,15 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        double: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return double
 
 
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where the configuration asks for it."""
+
+    downsample: nn.Module  # behind a level of the encoder
+    upsample: nn.Module  # behind a level of the decoder
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, norm: Norm):
         super().__init__()
@@ -169,13 +177,11 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Image [B, 3, H, W] -> latent [B, latent_channels, H / f, W / f]."""
 
-    down: Any  # list of Level, each with `downsample`
-
     def __init__(self, config: ConvConfig):
         super().__init__()
         widths, norm = config.widths, partial(GroupNorm, config.norm_groups)
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down: Modules[Level] = Modules()
         for i, width in enumerate(widths):
             attention = config.resolution >> i in config.attention_resolutions
             level = Level(widths[i - 1] if i else config.channels, width, config.res_blocks, attention, norm)
@@ -189,7 +195,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level.downsample(level(x))
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        latent: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return latent
 
 
 class Decoder(nn.Module):
@@ -197,8 +204,6 @@ class Decoder(nn.Module):
 
     With `condition_channels` every norm is a `SpatialNorm`, and the call takes a map [B, condition_channels, h, w] too.
     """
-
-    up: Any  # list of Level, each with `upsample`
 
     def __init__(self, config: ConvConfig, condition_channels: int = 0):
         super().__init__()
@@ -208,7 +213,7 @@ class Decoder(nn.Module):
         )
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.middle_attention, norm)
-        self.up = nn.ModuleList()
+        self.up: Modules[Level] = Modules()
         for i, width in enumerate(widths):
             attention = config.resolution >> i in config.attention_resolutions
             level = Level(widths[min(i + 1, len(widths) - 1)], width, config.res_blocks + 1, attention, norm)
@@ -221,4 +226,5 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z), condition)
         for level in reversed(self.up):
             x = level.upsample(level(x, condition))
-        return self.conv_out(F.silu(self.norm_out(x, condition)))
+        image: Tensor = self.conv_out(F.silu(self.norm_out(x, condition)))
+        return image

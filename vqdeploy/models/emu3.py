@@ -67,7 +67,8 @@ class TemporalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        change: Tensor = self.conv2(F.silu(self.norm2(h)))
+        return x + change
 
 
 class TemporalEncoder(nn.Module):
@@ -116,6 +117,7 @@ class TemporalDecoder(nn.Module):
 class Emu3(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, 1]."""
 
+    config: Emu3Config
     any_size = True
 
     def __init__(self, config: Emu3Config):
@@ -136,10 +138,12 @@ class Emu3(Tokenizer):
 
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D]."""
-        return self.quant_conv(self.temporal_encoder(self.encoder(x))).permute(0, 2, 3, 1)
+        vectors: Tensor = self.quant_conv(self.temporal_encoder(self.encoder(x)))
+        return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Vectors [B, h, w, D] -> image. The condition of the norms passes through the layers over time too."""
         condition = vectors.permute(0, 3, 1, 2)
         latents, condition = map(self.temporal_decoder, (self.post_quant_conv(condition), condition))
-        return self.decoder(latents, condition)
+        image: Tensor = self.decoder(latents, condition)
+        return image

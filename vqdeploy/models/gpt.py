@@ -80,11 +80,13 @@ class GPT(nn.Module):
 
     def embed_condition(self, labels: Tensor) -> Tensor:
         """Labels [B] -> the first entry [B, 1, width]."""
-        return self.tok_emb_cond(labels)[:, None] + self.pos_emb_cond
+        entries: Tensor = self.tok_emb_cond(labels)
+        return entries[:, None] + self.pos_emb_cond
 
     def embed_codes(self, codes: Tensor, first: int = 0) -> Tensor:
         """Codes [B, S] of the positions from `first` on -> entries [B, S, width]."""
-        return self.tok_emb_code(codes) + self.pos_emb_code[:, first : first + codes.shape[1]]
+        entries: Tensor = self.tok_emb_code(codes)
+        return entries + self.pos_emb_code[:, first : first + codes.shape[1]]
 
     def embed(self, codes: Tensor, labels: Tensor) -> Tensor:
         """The class and all codes but the last as entries [B, h * w, width]."""
@@ -93,7 +95,8 @@ class GPT(nn.Module):
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits [B, h, w, 1, K]: those of each code given all before it."""
         hidden = self.transformer(self.embed(codes, labels))
-        return self.head(self.layer_norm(hidden)).view(codes.shape[0], *self.config.grid, -1)
+        logits: Tensor = self.head(self.layer_norm(hidden))
+        return logits.view(codes.shape[0], *self.config.grid, -1)
 
     def features(self, codes: Tensor, labels: Tensor, layer: int) -> Tensor:
         """Hidden states behind a number of layers, averaged over the entries [B, width] (ViT-VQGAN, section 4.2)."""

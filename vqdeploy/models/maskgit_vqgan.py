@@ -59,9 +59,10 @@ class ResBlock(nn.Module):
             self.nin_shortcut = None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
+        shortcut: Tensor = x if self.nin_shortcut is None else self.nin_shortcut(h)
+        return h + shortcut
 
 
 class Down(nn.Module):
@@ -88,7 +89,8 @@ class Up(nn.Module):
         x = self.block(x)
         if self.upsample_conv is None:
             return x
-        return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        double: Tensor = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return double
 
 
 def _blocks(config: MaskGITVQGANConfig, inputs: int, outputs: int) -> list[ResBlock]:
@@ -114,7 +116,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        latent: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return latent
 
 
 class Decoder(nn.Module):
@@ -136,13 +139,16 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(list(self.up)):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        image: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return image
 
 
 class MaskGITVQGAN(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, 1]."""
 
     any_size = True
+
+    config: MaskGITVQGANConfig
 
     def __init__(self, config: MaskGITVQGANConfig):
         super().__init__()
@@ -157,8 +163,10 @@ class MaskGITVQGAN(Tokenizer):
 
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D]."""
-        return self.encoder(x).permute(0, 2, 3, 1)
+        vectors: Tensor = self.encoder(x)
+        return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Vectors [B, h, w, D] -> image."""
-        return self.decoder(vectors.permute(0, 3, 1, 2))
+        image: Tensor = self.decoder(vectors.permute(0, 3, 1, 2))
+        return image

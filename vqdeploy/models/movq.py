@@ -51,6 +51,8 @@ class MoVQ(Tokenizer):
 
     any_size = True
 
+    config: MoVQConfig
+
     def __init__(self, config: MoVQConfig):
         super().__init__()
         self.config = config
@@ -59,7 +61,7 @@ class MoVQ(Tokenizer):
         self.quant_conv = nn.Conv2d(config.conv.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.conv.latent_channels, 1)
         size, dim = config.codebook_size, config.code_dim
-        self.quantizer: GumbelQuantizer | MultichannelQuantizer = (
+        self.quantizer = (
             GumbelQuantizer(size, dim)
             if config.gumbel
             else MultichannelQuantizer(size, dim, config.groups, config.metric, config.decay)
@@ -72,9 +74,11 @@ class MoVQ(Tokenizer):
 
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D]."""
-        return self.quant_conv(self.encoder(x)).permute(0, 2, 3, 1)
+        vectors: Tensor = self.quant_conv(self.encoder(x))
+        return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Vectors [B, h, w, D] -> image. The condition of the norms is the vectors before `post_quant_conv`."""
         condition = vectors.permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(condition), condition)
+        image: Tensor = self.decoder(self.post_quant_conv(condition), condition)
+        return image

@@ -8,14 +8,36 @@ The metric of a search is `l2` for the smallest distance, `cosine` for the small
 product with the codebook as it stands.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-@torch.library.custom_op("vqdeploy::nearest", mutates_args=())
+
+class Operator(Protocol[P, R]):
+    """An operator of PyTorch, called as the function that defines it."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def register_fake(self, function: Callable[P, R], /) -> Callable[P, R]:
+        """Says how the function gives the shapes and types of the results."""
+
+    def register_kernel(self, device: str, /) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Takes another implementation for a device."""
+
+
+def operator(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:
+    """Makes a function an operator of domain `vqdeploy`."""
+    return torch.library.custom_op(f"vqdeploy::{name}", mutates_args=())
+
+
+@operator("nearest")
 def nearest(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
     """Nearest vector of the codebook.
 
@@ -42,7 +64,7 @@ def _(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return z.new_empty((z.shape[0],), dtype=torch.int64)
 
 
-@torch.library.custom_op("vqdeploy::residual_quantize", mutates_args=())
+@operator("residual_quantize")
 def residual_quantize(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
     """Residual quantization (Lee et al., RQ-VAE, section 3.1; Zeghidour et al., SoundStream, algorithm 1).
 
@@ -96,7 +118,7 @@ if find_spec("triton"):
     residual_quantize.register_kernel("cuda")(residual_quantize_on_cuda)
 
 
-@torch.library.custom_op("vqdeploy::lookup", mutates_args=())
+@operator("lookup")
 def lookup(codes: Tensor, codebook: Tensor) -> Tensor:
     """Sums the vectors of the codes of each row; the code -1 adds nothing.
 
@@ -119,7 +141,7 @@ def _(codes: Tensor, codebook: Tensor) -> Tensor:
     return codebook.new_empty((codes.shape[0], codebook.shape[-1]))
 
 
-@torch.library.custom_op("vqdeploy::packed_attention", mutates_args=())
+@operator("packed_attention")
 def packed_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attention of all entries to all.
 
@@ -139,7 +161,7 @@ def _(qkv: Tensor, heads: int) -> Tensor:
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 
 
-@torch.library.custom_op("vqdeploy::write_cache", mutates_args=())
+@operator("write_cache")
 def write_cache(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
     """Writes entries into a cache, which a backend may do in place.
 
@@ -163,7 +185,7 @@ def _(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
     return torch.empty_like(past)
 
 
-@torch.library.custom_op("vqdeploy::cached_attention", mutates_args=())
+@operator("cached_attention")
 def cached_attention(
     qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +216,7 @@ def _(qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor) -> tu
     return qkv.new_empty((batch, length, width // 3)), torch.empty_like(past_key), torch.empty_like(past_value)
 
 
-@torch.library.custom_op("vqdeploy::sample", mutates_args=())
+@operator("sample")
 def sample(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Draws one code a row by the Gumbel-max trick, after temperature, top-k and top-p, in that order.
 

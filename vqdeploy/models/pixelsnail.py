@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.config import Config
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.ops import sample
 from vqdeploy.models.vqvae2 import Grids, join_levels, split_levels
 
@@ -128,7 +129,8 @@ class Entry(nn.Module):
         return self.row_bias * below + self.column_bias * right
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.codes(codes) + self.bias(*codes.shape[1:])
+        taps: Tensor = self.codes(codes)
+        return taps + self.bias(*codes.shape[1:])
 
 
 def causal_offsets(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -151,8 +153,9 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.kernel // 2
-        above = F.pad(x[:, :, :-1], (side, side, self.kernel - 1, 0))
-        return self.above(above) + self.left(F.pad(x[..., :-1], (side, 0)))
+        above: Tensor = self.above(F.pad(x[:, :, :-1], (side, side, self.kernel - 1, 0)))
+        left: Tensor = self.left(F.pad(x[..., :-1], (side, 0)))
+        return above + left
 
 
 Conv = Callable[[int, int], nn.Module]
@@ -170,7 +173,7 @@ class GatedResBlock(nn.Module):
     0 for none.
     """
 
-    aux_conv: Any
+    aux_conv: Any  # a layer, or None
     condition: Any
 
     def __init__(self, conv: Conv, channels: int, inner: int, dropout: float, auxiliary: int = 0, condition: int = 0):
@@ -234,7 +237,8 @@ class AttentionExit(nn.Module):
     def forward(self, x: Tensor, out: Tensor, background: Tensor) -> Tensor:
         key = self.key_resblock(torch.cat([x, out, background], 1))
         query = self.query_resblock(torch.cat([out, background], 1))
-        return self.out_resblock(out, self.causal_attention(query, key))
+        ended: Tensor = self.out_resblock(out, self.causal_attention(query, key))
+        return ended
 
 
 class PlainExit(nn.Module):
@@ -245,18 +249,17 @@ class PlainExit(nn.Module):
         self.out = nn.Conv2d(config.channels + 2, config.channels, 1)
 
     def forward(self, x: Tensor, out: Tensor, background: Tensor) -> Tensor:
-        return self.out(torch.cat([out, background], 1))
+        ended: Tensor = self.out(torch.cat([out, background], 1))
+        return ended
 
 
 class Block(nn.Module):
     """Gated causal convolutions, then attention or a 1x1 convolution. `condition` has no channels if there is none."""
 
-    resblocks: Any  # list of GatedResBlock
-
     def __init__(self, config: PixelSNAILConfig, condition: int):
         super().__init__()
         causal = partial(CausalConv, kernel=config.kernel)
-        self.resblocks = nn.ModuleList(
+        self.resblocks = Modules(
             GatedResBlock(causal, config.channels, config.res_channels, config.dropout, condition=condition)
             for _ in range(config.res_blocks)
         )
@@ -266,7 +269,8 @@ class Block(nn.Module):
         out = x
         for resblock in self.resblocks:
             out = resblock(out, condition=condition)
-        return self.exit(x, out, background)
+        ended: Tensor = self.exit(x, out, background)
+        return ended
 
 
 class LabelCondition(nn.Embedding):
@@ -279,8 +283,6 @@ class LabelCondition(nn.Embedding):
 class CodeCondition(nn.Module):
     """The codes of the level above [B, h / 2, w / 2] -> condition [B, channels, h, w]."""
 
-    blocks: Any  # list of GatedResBlock
-
     def __init__(self, config: PixelSNAILConfig, codebook_size: int):
         super().__init__()
         channels, kernel = config.condition_channels, config.condition_kernel
@@ -289,7 +291,7 @@ class CodeCondition(nn.Module):
         reach = range(-(kernel // 2), kernel // 2 + 1)
         self.codes = CodeConv(codebook_size, channels, list(product(reach, reach)))
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
-        self.blocks = nn.ModuleList(
+        self.blocks = Modules(
             GatedResBlock(_conv(kernel), channels, channels, config.dropout) for _ in range(config.condition_res_blocks)
         )
 
@@ -311,7 +313,6 @@ class PixelSNAIL(nn.Module):
     """
 
     background: Tensor  # [1, 2, h, w]
-    blocks: Any  # list of Block
 
     def __init__(self, config: PixelSNAILConfig, codebook_size: int, classes: int = 1, finer: bool = False):
         super().__init__()
@@ -322,8 +323,8 @@ class PixelSNAIL(nn.Module):
         self.above = CodeCondition(config, codebook_size) if finer else None
         self.entry = Entry(codebook_size, config.channels, config.kernel)
         width = config.condition_channels if classes > 1 or finer else 0
-        self.blocks = nn.ModuleList(Block(config, width) for _ in range(config.blocks))
-        self.out_blocks = nn.ModuleList(
+        self.blocks = Modules(Block(config, width) for _ in range(config.blocks))
+        self.out_blocks = Modules(
             GatedResBlock(_conv(1), config.channels, config.res_channels, config.dropout)
             for _ in range(config.out_res_blocks)
         )
@@ -332,9 +333,9 @@ class PixelSNAIL(nn.Module):
 
     def embed_condition(self, labels: Tensor, above: Tensor | None = None) -> Tensor | None:
         """Labels [B] and the codes above [B, h / 2, w / 2] -> the sum of their conditions; None if there are none."""
-        condition = None if self.label is None else self.label(labels)
+        condition: Tensor | None = None if self.label is None else self.label(labels)
         if self.above is not None:
-            codes = self.above(above)
+            codes: Tensor = self.above(above)
             condition = codes if condition is None else condition + codes
         return condition
 
@@ -345,9 +346,10 @@ class PixelSNAIL(nn.Module):
         condition = None if condition is None else condition[:, :, :rows]
         for block in self.blocks:
             x = block(x, places, condition)
-        for block in self.out_blocks:
-            x = block(x)
-        return self.out(F.elu(x)).permute(0, 2, 3, 1)
+        for last in self.out_blocks:
+            x = last(x)
+        logits: Tensor = self.out(F.elu(x))
+        return logits.permute(0, 2, 3, 1)
 
     def generate(self, batch: int, condition: Tensor | None, draw: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Codes [B, h, w] one by one, of which `draw` makes each, from its position in the map and its logits [B, K].
@@ -371,15 +373,13 @@ def background(height: int, width: int) -> Tensor:
 class VQVAE2Prior(nn.Module):
     """The prior. Codes are int64 [B, N], all levels in a row; labels int64 [B] in 0..classes-1."""
 
-    levels: Any  # list of PixelSNAIL
-
     def __init__(self, config: VQVAE2PriorConfig):
         super().__init__()
         for above, level in pairwise(config.level_grids):
             if level != (2 * above[0], 2 * above[1]):
                 raise ValueError(f"a level of {level} cannot follow one of {above}, which it must double")
         self.config = config
-        self.levels = nn.ModuleList(
+        self.levels = Modules(
             PixelSNAIL(level, config.codebook_size, config.classes, finer=i > 0)
             for i, level in enumerate(config.levels)
         )

@@ -182,13 +182,17 @@ class GumbelQuantizer(nn.Module):
 
     def distances(self, z: Tensor, codes: Tensor) -> Tensor:
         """How far the score of each code is below the best one's [..., 1, K], of vectors [..., D]."""
-        scores = self.proj(z)
+        scores: Tensor = self.proj(z)
         return (scores.amax(-1, keepdim=True) - scores).unsqueeze(-2)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes vectors [..., D]; nothing here learns."""
         codes, quantized = self.encode(z)
         return Quantized(quantized, codes, z.new_zeros(()))
+
+
+Quantizer = ResidualQuantizer | MultichannelQuantizer | GumbelQuantizer
+"""The quantizer of a tokenizer with one code map."""
 
 
 def _draw(vectors: Tensor, count: int) -> Tensor:

@@ -53,7 +53,8 @@ class Classifier(nn.Module):
         self.linear = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.layer_norm(x))
+        logits: Tensor = self.linear(self.layer_norm(x))
+        return logits
 
 
 class RQTransformer(nn.Module):
@@ -87,7 +88,8 @@ class RQTransformer(nn.Module):
 
     def embed_condition(self, labels: Tensor) -> Tensor:
         """Labels -> the first entries of the body [B, condition_length, width]."""
-        return self.cond_emb(labels.view(len(labels), -1)) + self.pos_emb_cond
+        entries: Tensor = self.cond_emb(labels.view(len(labels), -1))
+        return entries + self.pos_emb_cond
 
     def embed_codes(self, codes: Tensor, first: int = 0) -> Tensor:
         """Codes [B, S, Q] of the positions from `first` on -> entries of the body [B, S, width].
@@ -95,7 +97,8 @@ class RQTransformer(nn.Module):
         The bias of `input_mlp` counts once for each depth.
         """
         places = self.pos_emb_hw[:, first : first + codes.shape[1]]
-        return self.input_mlp(self.codebook[codes]).sum(2) + places
+        depths: Tensor = self.input_mlp(self.codebook[codes])
+        return depths.sum(2) + places
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits [B, h, w, Q, K]: those of each code given all before it."""
@@ -105,7 +108,8 @@ class RQTransformer(nn.Module):
         sums = self.codebook[flat[:, :, :-1]].cumsum(2)
         head = torch.cat([context.unsqueeze(2), self.head_mlp(sums)], 2) + self.pos_emb_d
         hidden = self.head_transformer(head.flatten(0, 1))
-        return self.classifier(hidden).view(batch, *self.config.grid, -1)
+        logits: Tensor = self.classifier(hidden)
+        return logits.view(batch, *self.config.grid, -1)
 
     @torch.no_grad()
     def generate(

@@ -43,6 +43,9 @@ class RQVAE(Tokenizer):
     omits_depths = True
     any_size = True
 
+    config: RQVAEConfig
+    quantizer: ResidualQuantizer
+
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config
@@ -59,11 +62,13 @@ class RQVAE(Tokenizer):
 
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D]."""
-        return self.quant_conv(self.encoder(x)).permute(0, 2, 3, 1)
+        vectors: Tensor = self.quant_conv(self.encoder(x))
+        return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Vectors [B, h, w, D] -> image."""
-        return self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+        image: Tensor = self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+        return image
 
     @torch.no_grad()
     def soft_codes(self, x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,44 @@
 """What tokenizers have in common."""
 
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from vqdeploy.models.quantizers import Quantized
+from vqdeploy.models.quantizers import Quantized, Quantizer
+
+
+class TokenizerConfig(Protocol):
+    """What is asked of the configuration of every tokenizer."""
+
+    @property
+    def resolution(self) -> int:
+        """Side of the image in pixels."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the codes of one image."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes, K."""
+
+    @property
+    def commitment_weight(self) -> float:
+        """Weight of the commitment loss."""
+
+    @property
+    def pixel_range(self) -> tuple[float, ...]:
+        """Range of the images inside the model."""
 
 
 class Tokenizer(nn.Module):
     """Images are float [B, 3, H, W] in `config.pixel_range`, codes int64 [B, h, w, Q].
 
-    An architecture adds `latents`, from an image to vectors [B, h, w, D], `reconstruct`, from vectors to an image, the
-    quantizer between, and `last_weight`, against which an adversarial loss is balanced.
+    An architecture adds `latents`, `reconstruct`, the quantizer between, and `last_weight`.
     """
 
-    config: Any
-    latents: Any
-    reconstruct: Any
-    quantizer: Any
+    config: TokenizerConfig
+    quantizer: Quantizer
     any_size = False
     """Whether images of any size that the factor divides can be taken, as convolutions allow."""
     omits_depths = False
@@ -27,6 +48,19 @@ class Tokenizer(nn.Module):
     def maps(self) -> tuple[tuple[int, ...], ...]:
         """Height, width and depth of each code map of an image, coarse to fine."""
         return (self.config.grid,)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the layer that makes the image, against which an adversarial loss is balanced."""
+        raise NotImplementedError
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Image -> vectors before quantization [B, h, w, D]."""
+        raise NotImplementedError
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, h, w, D] -> image."""
+        raise NotImplementedError
 
     def encode(self, x: Tensor) -> Tensor:
         """Image -> codes."""

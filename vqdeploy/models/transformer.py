@@ -4,11 +4,12 @@ How the queries meet the keys is a parameter, so that one block serves training 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vqdeploy.models.modules import Modules
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values of the new entries [B, H, S, D] -> attention output [B, H, S, D]."""
@@ -41,7 +42,8 @@ class GrowingCache:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.key = key if self.key is None else torch.cat([self.key, key], 2)
         self.value = value if self.value is None else torch.cat([self.value, value], 2)
-        scores = query @ (self.key * query.shape[-1] ** -0.5).transpose(-1, -2)
+        scale: float = query.shape[-1] ** -0.5
+        scores = query @ (self.key * scale).transpose(-1, -2)
         return scores.softmax(-1) @ self.value
 
 
@@ -69,13 +71,12 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        return self.dropout(self.proj(attend(q, k, v).transpose(1, 2).flatten(2)))
+        mixed: Tensor = self.dropout(self.proj(attend(q, k, v).transpose(1, 2).flatten(2)))
+        return mixed
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
-
-    mlp: Any
 
     def __init__(
         self, width: int, heads: int, dropout: float, token_shift: bool, activation: nn.Module, mlp_width: int
@@ -90,7 +91,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
         x = x + self.attn(self.ln1(x), attend)
-        return x + self.mlp(self.ln2(x))
+        change: Tensor = self.mlp(self.ln2(x))
+        return x + change
 
 
 class Transformer(nn.Module):
@@ -98,8 +100,6 @@ class Transformer(nn.Module):
 
     `activation` is that of the MLPs, which are four times as wide as the entries where `mlp_width` is 0.
     """
-
-    blocks: Any  # list of Block
 
     def __init__(
         self,
@@ -115,9 +115,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.attend = attend
         hidden = mlp_width or 4 * width
-        self.blocks = nn.ModuleList(
-            Block(width, heads, dropout, token_shift, activation, hidden) for _ in range(layers)
-        )
+        self.blocks = Modules(Block(width, heads, dropout, token_shift, activation, hidden) for _ in range(layers))
 
     def forward(self, x: Tensor, caches: list[GrowingCache] | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):

@@ -5,12 +5,12 @@ follow thuanz123/enhancing-transformers.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqdeploy.config import Config
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.quantizers import MultichannelQuantizer
 from vqdeploy.models.tokenizer import Tokenizer
 from vqdeploy.models.transformer import bidirectional
@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.to_out(bidirectional(query, key, value).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.to_out(bidirectional(query, key, value).transpose(1, 2).flatten(2))
+        return mixed
 
 
 class FeedForward(nn.Module):
@@ -74,7 +75,8 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        out: Tensor = self.net(x)
+        return out
 
 
 class PreNorm(nn.Module):
@@ -85,18 +87,17 @@ class PreNorm(nn.Module):
         self.norm, self.fn = nn.LayerNorm(width), layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fn(self.norm(x))
+        change: Tensor = self.fn(self.norm(x))
+        return x + change
 
 
 class ViT(nn.Module):
     """Blocks of attention and feed-forward, and a last norm, on [B, N, width]."""
 
-    layers: Any  # list of pairs of PreNorm
-
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(PreNorm(config.width, layer(config)) for layer in (Attention, FeedForward))
+        self.layers = Modules(
+            Modules(PreNorm(config.width, layer(config)) for layer in (Attention, FeedForward))
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)
@@ -105,7 +106,8 @@ class ViT(nn.Module):
         for block in self.layers:
             for layer in block:
                 x = layer(x)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class Encoder(nn.Module):
@@ -119,13 +121,13 @@ class Encoder(nn.Module):
         self.transformer = ViT(config.encoder)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.transformer(self.to_patch_embedding(x).transpose(1, 2) + self.en_pos_embedding)
+        patches: Tensor = self.to_patch_embedding(x)
+        entries: Tensor = self.transformer(patches.transpose(1, 2) + self.en_pos_embedding)
+        return entries
 
 
 class Decoder(nn.Module):
     """[B, h * w, width] -> image [B, 3, H, W]."""
-
-    to_pixel: Any
 
     def __init__(self, config: ViTVQGANConfig):
         super().__init__()
@@ -136,7 +138,9 @@ class Decoder(nn.Module):
         self.to_pixel = nn.Sequential(nn.Unflatten(2, (side, side)), enlarge)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.to_pixel(self.transformer(x + self.de_pos_embedding).transpose(1, 2))
+        entries: Tensor = self.transformer(x + self.de_pos_embedding)
+        image: Tensor = self.to_pixel(entries.transpose(1, 2))
+        return image
 
 
 def positions(side: int, width: int) -> Tensor:
@@ -151,6 +155,8 @@ def positions(side: int, width: int) -> Tensor:
 class ViTVQGAN(Tokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, 1]."""
 
+    config: ViTVQGANConfig
+
     def __init__(self, config: ViTVQGANConfig):
         super().__init__()
         self.config = config
@@ -162,12 +168,15 @@ class ViTVQGAN(Tokenizer):
     @property
     def last_weight(self) -> Tensor:
         """The weight of the layer that makes the image."""
-        return self.decoder.to_pixel[-1].weight
+        return self.decoder.to_pixel[-1].get_parameter("weight")
 
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D], not normalized."""
-        return self.pre_quant(self.encoder(x)).unflatten(1, self.config.grid[:2])
+        vectors: Tensor = self.pre_quant(self.encoder(x))
+        latents: Tensor = vectors.unflatten(1, self.config.grid[:2])
+        return latents
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Unit vectors [B, h, w, D] -> image."""
-        return self.decoder(self.post_quant(vectors.flatten(1, 2)))
+        image: Tensor = self.decoder(self.post_quant(vectors.flatten(1, 2)))
+        return image

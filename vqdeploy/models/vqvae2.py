@@ -7,12 +7,12 @@ layers are those of rosinality/vq-vae-2-pytorch; a further level repeats the ste
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqdeploy.config import Config
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
 
 Grids = tuple[tuple[int, ...], ...]
@@ -74,7 +74,8 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
+        change: Tensor = self.conv(x)
+        return x + change
 
 
 def encoder(config: VQVAE2Config, inputs: int, stride: int) -> nn.Sequential:
@@ -107,11 +108,6 @@ class VQVAE2(nn.Module):
     [B, (1 + level) * D, h, w]; `decoders[level]` makes of it what the next level is conditioned on, or the image.
     """
 
-    encoders: Any
-    projections: Any
-    quantizers: Any
-    upsamplers: Any
-    decoders: Any
     any_size = False
     omits_depths = False
 
@@ -126,23 +122,23 @@ class VQVAE2(nn.Module):
             raise ValueError(f"{config.levels} levels do not fit a resolution of {config.resolution}")
         self.config = config
         channels, dim, last = config.channels, config.code_dim, config.levels - 1
-        self.encoders = nn.ModuleList(encoder(config, channels, 2) for _ in range(last))
+        self.encoders = Modules(encoder(config, channels, 2) for _ in range(last))
         self.encoders.append(encoder(config, 3, _STRIDE))
-        self.projections = nn.ModuleList(
+        self.projections = Modules(
             nn.Conv2d(channels + (dim if level else 0), dim, 1) for level in range(config.levels)
         )
-        self.quantizers = nn.ModuleList(
+        self.quantizers = Modules(
             MultichannelQuantizer(config.codebook_size, dim, groups=1, decay=config.decay) for _ in range(config.levels)
         )
         widths = [(1 + level) * dim for level in range(config.levels)]
-        self.upsamplers = nn.ModuleList(nn.ConvTranspose2d(width, width, 4, 2, 1) for width in widths[:-1])
-        self.decoders = nn.ModuleList(decoder(config, width, dim, 2) for width in widths[:-1])
+        self.upsamplers = Modules(nn.ConvTranspose2d(width, width, 4, 2, 1) for width in widths[:-1])
+        self.decoders = Modules(decoder(config, width, dim, 2) for width in widths[:-1])
         self.decoders.append(decoder(config, widths[-1], 3, _STRIDE))
 
     @property
     def last_weight(self) -> Tensor:
         """The weight of the layer that makes the image."""
-        return self.decoders[-1][-1].weight
+        return self.decoders[-1][-1].get_parameter("weight")
 
     def encode(self, x: Tensor) -> Tensor:
         """Image -> codes."""
@@ -158,10 +154,11 @@ class VQVAE2(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> image."""
-        merged = None
+        merged: Tensor | None = None
         for level, codes_of_level in enumerate(split_levels(codes[..., None], self.config.level_grids)):
             merged = self.merge(level, self.quantizers[level].decode(codes_of_level), merged)
-        return self.decoders[-1](merged)
+        image: Tensor = self.decoders[-1](merged)
+        return image
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """Image -> its reconstruction, and the quantization [B, N, ...] of all levels with their summed commitment."""
@@ -202,7 +199,8 @@ class VQVAE2(nn.Module):
         """The vectors of a level before quantization [B, h, w, D], of its features and the map of those above it."""
         if merged is not None:
             features = torch.cat([self.decoders[level - 1](merged), features], 1)
-        return self.projections[level](features).permute(0, 2, 3, 1)
+        vectors: Tensor = self.projections[level](features)
+        return vectors.permute(0, 2, 3, 1)
 
     def merge(self, level: int, vectors: Tensor, merged: Tensor | None) -> Tensor:
         """The vectors of a level [B, h, w, D] join the map of those above it."""
@@ -211,7 +209,8 @@ class VQVAE2(nn.Module):
 
     def _descend(self, x: Tensor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:
         """From the top to the bottom: `quantize` puts vectors in the place of a level's latents [B, h, w, D]."""
-        merged: Any = None
-        for level, features in enumerate(self.features(x)):
+        first, *rest = self.features(x)
+        merged = self.merge(0, quantize(0, self.latents(0, first, None)), None)
+        for level, features in enumerate(rest, 1):
             merged = self.merge(level, quantize(level, self.latents(level, features, merged)), merged)
         return merged

@@ -15,6 +15,8 @@ def guided_logits(prior: Any, codes: Tensor, labels: Tensor, scale: float) -> Te
     if scale == 1:
         logits: Tensor = prior.logits(codes, labels)
         return logits
-    both = prior.logits(codes.repeat(2, 1, 1, 1), torch.cat([labels, torch.full_like(labels, prior.config.classes)]))
+    both: Tensor = prior.logits(
+        codes.repeat(2, 1, 1, 1), torch.cat([labels, torch.full_like(labels, prior.config.classes)])
+    )
     conditional, unconditional = both.chunk(2)
     return unconditional + scale * (conditional - unconditional)

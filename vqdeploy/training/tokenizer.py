@@ -68,9 +68,9 @@ class TokenizerTraining(LightningModule):
 
     def _unit(self, pixels: Tensor) -> Tensor:
         """Pixels in the range of the model -> in 0..1."""
-        low: float
         low, high = self.tokenizer.config.pixel_range
-        return (pixels - low) / (high - low)
+        unit: Tensor = (pixels - low) / (high - low)
+        return unit
 
     def _perceptual(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         images = [2 * self._unit(pixels) - 1 for pixels in (reconstruction, x)]
