@@ -43,7 +43,7 @@ def build(
         folder: The ONNX package.
         plan: The file to write.
         backend: One of `BUILDERS`.
-        batch: Batch sizes that the plan accepts.
+        batch: Batch sizes that the plan accepts, as far as the package does.
         progress: Told the name of each stage as its build begins.
         portable: For `onnxrt`: keep the package's own function bodies, to test those.
         plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they can. With `auto` they do
@@ -92,4 +92,8 @@ def build(
 
 
 def _with_batch(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeRange]:
-    return {name: batch if name == "batch" else size for name, size in dims.items()}
+    if "batch" not in dims:
+        return dims
+    own = dims["batch"]  # of a module that takes no other
+    smallest, largest = max(batch.min, own.min), min(batch.max, own.max)
+    return dims | {"batch": SizeRange(smallest, min(max(batch.usual, smallest), largest), largest)}

@@ -68,6 +68,12 @@ def memory(kind: str, plan: str, count: str) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
+def memory_of(kind: str, plan: Path, count: int) -> int:
+    """As `memory`, from a process of its own."""
+    command = [sys.executable, __file__, "memory", kind, str(plan), str(count)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+
+
 def profile(plan: Path, x: np.ndarray, folder: Path) -> dict[str, float]:
     """Share of the time of each operator of the plan."""
     bundle = Bundle(plan)
@@ -99,8 +105,7 @@ def main(count: str = "100000", repeats: str = "5") -> None:
                 call()
                 best[kind] = min(best[kind], time.perf_counter() - start)
         for kind in KINDS:
-            command = [sys.executable, __file__, "memory", kind, str(plan), count]
-            grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+            grown = memory_of(kind, plan, len(x[0]))
             differ, times = (codes[kind] != codes["eager"]).mean(), best[kind] / best["plan"]
             print(f"{kind:9} {best[kind]:7.3f} s  {times:5.2f} times the plan  {grown / 2**20:7.0f} MiB", end="")
             print(f"  {differ:.2e} of the codes differ")

@@ -389,8 +389,7 @@ def attach(model: onnx_ir.Model) -> None:
     for node in (node for node in model.graph if node.domain == DOMAIN):
         varying = {key: node.attributes[key].value for key in _VARYING if key in node.attributes}
         if node.op_type in ("VQResidual", "VQLookup"):
-            codebook: Any = node.inputs[1]  # is there, and has a shape
-            varying["shared"] = len(codebook.shape) == 2
+            varying["shared"] = _rank(node.inputs[1]) == 2
         variants = bodies.setdefault(node.op_type, [])
         if varying not in variants:
             variants.append(varying)
@@ -403,6 +402,10 @@ def attach(model: onnx_ir.Model) -> None:
             model.functions[parsed.identifier()] = parsed
     if bodies:
         model.graph.opset_imports[DOMAIN] = 1
+
+
+def _rank(value: Any) -> int:
+    return len(value.shape)
 
 
 def variant_name(name: str, number: int) -> str:

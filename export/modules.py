@@ -69,8 +69,8 @@ def export_module(
         stages: What to export, by name.
         folder: Where. A package that is there is replaced.
         dynamic: The open dimensions of inputs, by axis; an output of that name has them too.
-        sizes: Smallest, usual and largest size of open dimensions. Where they are not told, a batch is 1 to 64, and
-            another dimension as small and up to four times as large as the example if the module takes that.
+        sizes: Smallest, usual and largest size of open dimensions. Where they are not told, a batch is what `build` is
+            told, and another dimension as small and up to four times as large as the example if the module takes that.
         dtype: Precision of the weights, `fp32` or `fp16`; quantizers stay in fp32.
         verify: Compare each stage with the module as it was given, at several sizes; see `vqdeploy.verify.modules`.
         progress: Told the name of each stage as its export begins.
@@ -200,11 +200,11 @@ class _Part(graphs.Stage):
             )
         except Exception as error:  # PyTorch's have no common base class
             raise _refusal(error, self.name, self.module) from error
+        attach(program.model)
+        _free_names(program.model, self.name)
+        _bound_divisors(program.model)
+        _name_dimensions(program.model, self.axes)
         model: onnx_ir.Model = program.model
-        attach(model)
-        _free_names(model, self.name)
-        _bound_divisors(model)
-        _name_dimensions(model, self.axes)
         return model
 
 
@@ -231,16 +231,19 @@ _WHOLE = {onnx_ir.DataType.INT64, onnx_ir.DataType.INT32}
 def _bound_divisors(model: onnx_ir.Model) -> None:
     """Divides whole numbers by nothing below 1: PyTorch computes shapes, and a plan may stop no process."""
     graph = model.graph
+    whole = (onnx_ir.DataType.INT64, onnx_ir.DataType.INT32)
     for node in [node for node in graph if node.op_type in ("Div", "Mod") and node.domain in ("", "ai.onnx")]:
         divisor = node.inputs[1]
-        if divisor is not None and divisor.dtype in _WHOLE and divisor.const_value is None:
-            one = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(1, dtype=divisor.dtype)})
-            bound = onnx_ir.node("Max", [divisor, one.outputs[0]])
-            for made in (one, bound):
-                made.outputs[0].name = f"{node.outputs[0].name}.{made.op_type}"
-                made.outputs[0].type, made.outputs[0].shape = divisor.type, divisor.shape
-            graph.insert_before(node, [one, bound])
-            node.replace_input_with(1, bound.outputs[0])
+        if divisor is None or divisor.dtype not in whole or divisor.const_value is not None:
+            continue
+        one = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(1, dtype=divisor.dtype)})
+        bound = onnx_ir.node("Max", [divisor, one.outputs[0]])
+        for part in (one, bound):
+            part.outputs[0].name = f"{node.outputs[0].name}.{part.op_type}"
+            part.outputs[0].type = divisor.type
+        bound.outputs[0].shape = divisor.shape
+        graph.insert_before(node, [one, bound])
+        node.replace_input_with(1, bound.outputs[0])
 
 
 def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
@@ -389,7 +392,7 @@ def _open_dimensions(
         if name in sizes:
             smallest, middle, largest = sizes[name]
         elif name == BATCH:
-            smallest, middle, largest = 1, size, max(size, _MOST_IMAGES)
+            smallest, middle, largest = 1, size, max(size, _LARGEST_BATCH)
         else:
             smallest, middle, largest = _smallest(name, size, accepts), size, _largest(name, size, accepts)
         if smallest < largest:
@@ -403,7 +406,7 @@ def _open_dimensions(
 
 
 BATCH = "batch"
-_MOST_IMAGES = 64  # in a batch, where nobody says how many
+_LARGEST_BATCH = 4096  # where nobody tells; the builder is told how many
 
 
 def _smallest(name: str, size: int, accepts: Callable[..., bool]) -> int:

@@ -40,7 +40,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
         if part not in kept:
             for weight in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
                 weight.data = _fitting(weight.data, dtype)
-        if hasattr(part, "weight"):
+        if isinstance(getattr(part, "weight", None), Tensor):  # norms may go without
             part.register_forward_pre_hook(_in_type_of_weight)
     inputs = {name: _cast(x, dtype) if name in stage.states else x for name, x in stage.inputs.items()}
     return dataclasses.replace(stage, module=module, inputs=inputs)

@@ -127,11 +127,11 @@ def _is_first(layer: Any) -> bool:
 class VectorQuantize(Replacement):
     """One search a head: van den Oord et al. (2017), with several heads, by distance or by angle."""
 
-    tables: Tensor  # [H or 1, K, D], searched
-    stored: Tensor  # [H or 1, K, D], looked up by code; the library leaves out the bridge there
     heads: int
     separate_codebook_per_head: bool
     return_zeros_for_masked_padding: bool
+    tables: Tensor  # [H or 1, K, D], searched
+    stored: Tensor  # [H or 1, K, D], looked up by code; the library leaves out the bridge there
 
     def __init__(self, original: Any):
         super().__init__(original)
@@ -316,6 +316,7 @@ class Grouped(Replacement):
     """Groups of channels with a residual quantizer each; codes [G, ..., Q]."""
 
     groups: int
+    rvqs: Any  # modules that stand for residual quantizers
 
     def __init__(self, original: Any):
         super().__init__(original)
@@ -344,8 +345,9 @@ class Grouped(Replacement):
 class SimVQ(Replacement):
     """Zhu et al., SimVQ (2024): the codebook is a network's image of a frozen one, and so a constant here."""
 
-    table: Tensor  # [K, D]
     channel_first: bool
+    rotation_trick: bool
+    table: Tensor  # [K, D]
 
     def __init__(self, original: Any):
         super().__init__(original)
@@ -381,8 +383,8 @@ def _nonzero(z: Tensor) -> Tensor:
 class ResidualSimVQ(_Residual):
     """`SimVQ` by depth."""
 
-    of_zero: Tensor  # [Q], the codes of a zero vector
     channel_first: bool
+    of_zero: Tensor  # [Q], the codes of a zero vector
 
     def __init__(self, original: Any):
         super().__init__(original)
@@ -633,7 +635,9 @@ def look_alikes(model: nn.Module) -> list[str]:
     sentences = []
     for name, module in model.named_modules():
         kind = type(module)
-        if name in found or _inside(name, [*found, *alike]):
+        if isinstance(module, Replacement):
+            alike.append(name)
+        if name in found or name in alike or _inside(name, [*found, *alike]):
             continue
         for theirs, attributes in _LOOKS.items():
             if all(hasattr(module, attribute) for attribute in attributes):

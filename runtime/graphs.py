@@ -271,6 +271,8 @@ class _Checker:
                 repeated and not all(names[len(parts) - 1 :])
             ):
                 _refuse(f"{kind} leaves out one of {_shown(text)}")
+            if names and not names[-1]:
+                _refuse(f"{kind} names one of {_shown(text)} that it leaves out")
         inner, results = 0, None
         for name, attribute in attributes.items():
             rule = operator.attributes.get(name)
@@ -349,7 +351,8 @@ class _Checker:
             _refuse("its functions call one another too deeply")
         bound = {entry["name"]: entry for entry in function["attribute_proto"]} | attributes
         key = (function["name"], *((name, id(bound[name])) for name in sorted(bound)), *inputs)
-        if key not in self.memo and digest(function) == LOOP:
+        loops = any(node["op_type"] == "Loop" for node in function["node"])
+        if key not in self.memo and loops and digest(function) == LOOP:
             self.memo[key] = len(function["node"]), [Known(_NUMBERS["INT64"])]
         if key not in self.memo:
             values = dict(zip(function["input"], inputs, strict=False))
@@ -395,8 +398,19 @@ def _layer(node: Message, attributes: dict[str, Message], values: Values) -> str
     return "works on a constant" if values.get(first, _ANYTHING).constant else ""
 
 
+def _instance_norm(node: Message, attributes: dict[str, Message], values: Values) -> str:
+    if values.get(node["input"][0], _ANYTHING).dtype != _FLOAT:
+        return "of what is not known to be float32"  # of an empty map in float16 it ends the process
+    return _layer(node, attributes, values)
+
+
 _LAYERS = """Attention AveragePool BatchNormalization Conv ConvInteger ConvTranspose GlobalAveragePool GlobalMaxPool
 GridSample GroupNormalization GroupQueryAttention InstanceNormalization LayerNormalization LpNormalization LRN
 MatMulInteger MatMulNBits MaxPool MultiHeadAttention RMSNormalization RotaryEmbedding"""
-_PROBLEMS = {"Split": _split, "Div": _division, "Mod": _division, **dict.fromkeys(_LAYERS.split(), _layer)}
+_PROBLEMS = dict.fromkeys(_LAYERS.split(), _layer) | {
+    "Split": _split,
+    "Div": _division,
+    "Mod": _division,
+    "InstanceNormalization": _instance_norm,
+}
 """What neither numbers of inputs nor ranges of attributes say of an operator."""

@@ -95,7 +95,7 @@ class TensorrtSession(DeviceSession):
             for d, size in zip(info.shape, inputs[info.name].shape, strict=True)
             if isinstance(d, str)
         }
-        binding = self._bound(*dims.items())
+        binding = self._bound(*self._engine.all_sizes(dims).items())
         for name, values in inputs.items():
             binding.inputs[name][...] = values
         binding.run()
@@ -179,6 +179,22 @@ class Engine:
             self._common = self._new_context(specialize=False)
         return self._common
 
+    def all_sizes(self, dims: dict[str, int]) -> dict[str, int]:
+        """Sizes of the open dimensions of outputs too, of which the engine works out those that no input has."""
+        outputs = {info.name: info.shape for info in self.stage.outputs}
+        if {d for shape in outputs.values() for d in shape if isinstance(d, str)} <= set(dims):
+            return dims
+        context = self.common_context()
+        for info in self.stage.inputs:
+            self._set_shape(context, info.name, info.concrete(dims))
+        found = {name: context.get_tensor_shape(name) for name in outputs}
+        return {
+            d: int(size)
+            for name, shape in outputs.items()
+            for d, size in zip(shape, found[name], strict=True)
+            if isinstance(d, str)
+        } | dims
+
     def own_context(self, binding: "TensorrtBinding") -> Any:
         """A context of one binding; TensorRT-RTX compiles kernels for its shapes before it first runs."""
         context = self._new_context(specialize=True)
@@ -210,16 +226,19 @@ class Engine:
             VqdeployError: The engine was not built for such a size.
         """
         for info in self.stage.inputs:
-            if not context.set_input_shape(info.name, binding.shapes[info.name]):
-                sizes = (f"{name} of {size.min} to {size.max}" for name, size in self.stage.dims.items())
-                raise VqdeployError(
-                    f"stage {self.stage.name} takes no {info.name} of shape {list(binding.shapes[info.name])}",
-                    expected=", ".join(sizes) or None,
-                    fix="vqdeploy build PACKAGE --max-batch N",
-                )
+            self._set_shape(context, info.name, binding.shapes[info.name])
         for name, address in binding.addresses.items():
             if not context.set_tensor_address(name, address):
                 raise ArtifactError(f"stage {self.stage.name} takes no {name} ({self._logger.reason})")
+
+    def _set_shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
+        if not context.set_input_shape(name, shape):
+            sizes = (f"{dim} of {size.min} to {size.max}" for dim, size in self.stage.dims.items())
+            raise VqdeployError(
+                f"stage {self.stage.name} takes no {name} of shape {list(shape)}",
+                expected=", ".join(sizes) or None,
+                fix="vqdeploy build PACKAGE --max-batch N",
+            )
 
     def execute(self, context: Any) -> None:
         """Queues one call."""

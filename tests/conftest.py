@@ -108,7 +108,7 @@ def command():
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=600,  # of what hangs; a busy machine is slow
         )
 
     run.script = script
@@ -146,7 +146,7 @@ def python():
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=600,  # of what hangs; a busy machine is slow
         )
         assert process.returncode == 0, process.stderr
         return process.stdout

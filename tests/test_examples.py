@@ -98,3 +98,15 @@ def test_time_by_position(tiny_vit, tmp_path, capsys):
     assert "first quarter" in capsys.readouterr().out
     with Image.open(tmp_path / "curve.png") as plot:
         assert plot.format == "PNG"
+
+
+def test_quantizer_speed(monkeypatch, capsys):
+    pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
+    script = load_script("quantizer_speed")
+    monkeypatch.setattr(script, "KINDS", ("plan", "eager"))  # compiling takes long
+    monkeypatch.setattr(script, "memory_of", lambda *_: 2**20)
+    script.main("300", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if " times the plan " in line] == ["plan", "eager"]
+    assert all(line.endswith("0.00e+00 of the codes differ") for line in lines if " times the plan " in line)
+    assert '"Gemm"' in lines[-1]

@@ -133,7 +133,7 @@ def test_parameter_count_of_vqvae2(name):
     assert [size / 1e6 for size in sizes] == pytest.approx(VQVAE2_COUNTS[name], abs=6e-4)
 
 
-ALL = [(model, name) for model in ("movq", "vitvqgan", "vqgan", "vqvae2") for name in PRESETS[model]]
+ALL = [(model, name) for model in ("movq", "vitvqgan", "vqgan", "vqvae2", "maskgit", "emu3") for name in PRESETS[model]]
 
 
 @pytest.mark.parametrize(("model", "name"), ALL)
@@ -146,7 +146,7 @@ def test_tokenizer_and_prior_fit(model, name):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(VqdeployError, match="expected movq or rqvae or vitvqgan or vqgan or vqvae2"):
+    with pytest.raises(VqdeployError, match="expected emu3 or maskgit or movq or rqvae or vitvqgan or vqgan or vqvae2"):
         preset("rqvea", "tiny")
     with pytest.raises(VqdeployError, match="imagenet-480m"):
         preset("rqvae", "huge")

@@ -57,7 +57,10 @@ class TokenizerOfAPlan:
         return np.ascontiguousarray(self.writes(channels_last(images).numpy()))
 
 
-@pytest.fixture(scope="module", params=SYSTEMS)
+TRAINED = [model for model in SYSTEMS if (checkpoint.SHIPPED / model).is_dir()]  # random weights tell no colours apart
+
+
+@pytest.fixture(scope="module", params=TRAINED)
 def shipped(request):
     return checkpoint.default(request.param)
 

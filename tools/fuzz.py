@@ -3,7 +3,7 @@
     python tools/fuzz.py --cases 20000                  # of all kinds in turn, in processes that may die
     python tools/fuzz.py --kinds "plan graph" --first 7000 --cases 500
     python tools/fuzz.py --kill 40                      # export, build, run and train, ended at random moments
-    python tools/fuzz.py --soak                       # 2,000 generations, 200 loads: memory and handles stay flat
+    python tools/fuzz.py --soak                       # 2,000 generations and 200 loads in flat memory
 
 It exits with 1 when there was a fault: a signal, a traceback, a wait without end, a message that cannot be shown, a
 file half-written. A case is a kind and a number, which the report names: `--kinds KIND --first NUMBER --cases 1` makes
@@ -32,6 +32,7 @@ from typing import Any
 from fuzz_cases import KINDS, SYSTEMS, Material, run_case
 
 _MEMORY = 8 << 30  # bytes of address space of a process
+_START = 300  # seconds to import everything
 _LIFE = 400  # cases of a process, so that what one leaves behind does not pile up
 
 
@@ -60,10 +61,10 @@ def work(material: Material) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    with open(os.devnull, "r+b") as nowhere:
-        for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)  # what libraries print is not for the parent
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)  # what libraries print is not for the parent
+    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         kind, number = json.loads(line)
         with tempfile.TemporaryDirectory(prefix="vq-fuzz-", ignore_cleanup_errors=True) as folder:
@@ -88,13 +89,19 @@ class Worker:
             command = [sys.executable, __file__, "--worker", "--folder", self._material.folder, "--systems", systems]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
             self._cases = 0
+            self._answer(_START)
         self._cases += 1
+        self._process.stdin.write(json.dumps([kind, number]).encode() + b"\n")  # type: ignore[union-attr]
+        self._process.stdin.flush()  # type: ignore[union-attr]
+        return self._answer(self._limit)
+
+    def _answer(self, limit: float) -> str:
+        """The next line of the process, or how it ended."""
         process = self._process
-        process.stdin.write(json.dumps([kind, number]).encode() + b"\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-        if not select.select([process.stdout], [], [], self._limit)[0]:
+        assert process is not None  # noqa: S101
+        if not select.select([process.stdout], [], [], limit)[0]:
             self.stop()
-            return f"hang: no end after {self._limit:g} s"
+            return f"hang: no end after {limit:g} s"
         line = process.stdout.readline()  # type: ignore[union-attr]
         if line:
             return str(json.loads(line))
@@ -127,6 +134,9 @@ def fuzz(material: Material, kinds: list[str], first: int, count: int, jobs: int
             outcome = worker.run(*case)
             with lock:
                 outcomes[case[0]][outcome.partition(":")[0]] += 1
+                done = sum(map(Counter.total, outcomes.values()))
+                if done % 1000 == 0:
+                    print(f"{done} cases, {len(faults)} faults, {time.monotonic() - start:.0f} s", flush=True)
                 if outcome not in ("ok", "refused"):
                     faults.append((*case, outcome))
                     print(f"{case[0]} {case[1]}: {outcome}", flush=True)

@@ -9,12 +9,15 @@ import copy
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
 import shutil
+import signal
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,7 +90,8 @@ def use_command(*arguments: object) -> None:
     from vqdeploy.cli import main
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    old = sys.argv
+    old, logger = sys.argv, logging.getLogger("vqdeploy")
+    level, terminated = logger.level, signal.getsignal(signal.SIGTERM)
     sys.argv = ["vqdeploy", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -97,6 +101,10 @@ def use_command(*arguments: object) -> None:
         code = end.code or 0
     finally:
         sys.argv = old
+        signal.signal(signal.SIGTERM, terminated)
+        logger.setLevel(level)
+        for handler in [h for h in logging.root.handlers if getattr(h, "stream", None) is err]:
+            logging.root.removeHandler(handler)
     out.flush()
     err.flush()
     said = err.buffer.getvalue().decode("utf-8", "replace")  # type: ignore[attr-defined]
@@ -107,7 +115,7 @@ def use_command(*arguments: object) -> None:
         raise Fault(f"exit code {code}")
     for line in said.splitlines():
         check_message(line)
-    if not all(character.isprintable() or character in "\n" for character in shown):
+    if not all(character.isprintable() or character == "\n" for character in shown):
         raise Fault("message: control characters on stdout")
     if code:
         raise VqdeployError("refused")
@@ -467,7 +475,8 @@ def plan_directory(rnd: random.Random, material: Material, folder: Path) -> None
         path.write_bytes(content[:-tail] + mutate_bytes(content[-tail:], rnd))
     else:
         method = rnd.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-        with zipfile.ZipFile(path, "a", method) as archive:
+        with zipfile.ZipFile(path, "a", method) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of two members of one name
             for _ in range(rnd.choice((1, 3, 1000))):
                 name = rnd.choice((_MANIFEST, "../evil", "x" * 60_000, "a\x1b[31m", *files, rnd.choice(TEXTS[1:])))
                 with contextlib.suppress(UnicodeEncodeError, IndexError):
@@ -608,7 +617,7 @@ def picture(path: Path, rnd: random.Random) -> None:
     """An image file of any mode, size and format, which may be damaged."""
     mode = rnd.choice(("RGB", "RGB", "L", "RGBA", "P", "1", "I", "F", "I;16", "CMYK", "LA", "YCbCr"))
     size = rnd.choice(((32, 32), (1, 1), (1, 500), (640, 480), (33, 31), (3000, 2)))
-    image = Image.new(mode, size, rnd.choice((0, 1, 200)) if mode not in ("F",) else rnd.choice((0.5, float("nan"))))
+    image = Image.new(mode, size, rnd.choice((0, 1, 200)) if mode != "F" else rnd.choice((0.5, float("nan"))))
     stream = io.BytesIO()
     fmt = rnd.choice(("PNG", "PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"))
     try:
@@ -771,7 +780,7 @@ def arguments(rnd: random.Random, material: Material, folder: Path) -> None:
         use_command(*line)
 
 
-def api(rnd: random.Random, material: Material, folder: Path) -> None:
+def api(rnd: random.Random, material: Material, _: Path) -> None:
     """Arguments from Python."""
     odd: list[Any] = [
         None,

@@ -26,6 +26,8 @@ PUBLISHED = {
     "vitvqgan": "vim-base",
     "vqgan": "imagenet",
     "vqvae2": "ffhq",
+    "maskgit": "imagenet-256",
+    "emu3": "vision",
 }
 BENCH = ("--device", "cuda", "--batch-size", "1", "--batch-size", "8")
 BASELINES = ("eager,compile", "eager", "")  # the first that ends well

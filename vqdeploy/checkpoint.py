@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import read_json, replacing_folder, write_json
+from vqdeploy.files import check_regular, read_json, replacing_folder, write_json
 from vqdeploy.systems import System, SystemConfig, create, definition, preset
 
 FILES = ("config.json", "model.safetensors", "training.json", "import.json", "reconstructions.png", "samples.png")
@@ -67,8 +67,7 @@ def load(folder: str | Path) -> System:
         raise VqdeployError(f"{folder} is not a checkpoint folder", fix="vqdeploy train --help")
     config = SystemConfig.from_dict(read_json(folder / "config.json"))
     file = folder / "model.safetensors"
-    if not file.exists():
-        raise VqdeployError(f"{file} does not exist")
+    check_regular(file)
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -214,8 +213,11 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
         plan: The plan, for the error.
 
     Raises:
-        VqdeployError: It is another checkpoint.
+        VqdeployError: It is another checkpoint, or the plan was made of none.
     """
+    if "model" not in config:
+        fix = "vqdeploy.verify.modules.verify(PLAN, MODULE, STAGES), in Python"
+        raise VqdeployError(f"{plan} was made of a module and not of a checkpoint", fix=fix)
     if folder is None and config["preset"] not in definition(config["model"]).presets:
         raise VqdeployError(f"{plan} was made of a checkpoint that does not ship", fix="add --checkpoint FOLDER")
     system = load(folder) if folder else default(config["model"], config["preset"])

@@ -231,6 +231,7 @@ class TestAudioCodec:
             ([*run, "--task", "decode"], "--stage is no option of this task"),
             (run[:3], "this plan has no images and codes"),
             (["run", "--engine", str(plan), "--stage", "encode"], "takes one file of arrays"),
+            (["verify", "--engine", str(plan)], "made of a module and not of a checkpoint"),
         ):
             with pytest.raises(VqdeployError, match=message):
                 CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -284,7 +285,7 @@ class TestAudioCodec:
 
 
 def exported(model, stages, folder, **options):
-    """A plan of a module in evaluation mode; the export itself has verified it."""
+    """A plan of a module in evaluation mode; the export itself has verified it, unless told not to."""
     export_module(model, stages, folder / "own-onnx", **options)
     build(folder / "own-onnx", folder / "own.plan")
     return load(folder / "own.plan", threads=1)
@@ -357,7 +358,7 @@ def test_every_kind_of_quantizer_in_one_graph(tmp_path):
         "codes": Stage(lambda m, x: m(x), inputs={"x": x}, outputs=list(codes)),
         "vectors": Stage(lambda m, *codes: m.back(*codes), inputs=codes, outputs=["x"]),
     }
-    pipe = exported(model, stages, tmp_path, dynamic=open_)
+    pipe = exported(model, stages, tmp_path, dynamic=open_, verify=False)
     x = torch.randn(5, 9, 8)
     found = pipe.run("codes", x=x.numpy())
     for name, expected in zip(model.kinds, model(x), strict=True):
@@ -368,6 +369,23 @@ def test_every_kind_of_quantizer_in_one_graph(tmp_path):
     used = [node.op_type for node in graph.graph.node if node.domain == "vqdeploy"]
     assert {"VQNearest", "VQNearest_1", "VQResidual", "VQResidual_1", "VQLookup"} >= set(used) > {"VQResidual_1"}
     assert used.count("VQResidual") + used.count("VQResidual_1") == 5
+
+
+def test_a_norm_without_weights_in_half(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4))
+    stage = Stage(lambda m, x: m(x), inputs={"x": torch.randn(2, 6)}, outputs=["y"])
+    pipe = exported(model, {"forward": stage}, tmp_path, dynamic={"x": {0: "batch"}}, dtype="fp16")
+    x = torch.randn(3, 6)
+    np.testing.assert_allclose(pipe.run("forward", x=x.numpy())["y"], model(x).detach(), atol=1e-2)
+
+
+def test_a_batch_is_no_larger_than_the_module_takes(tmp_path):
+    stage = Stage(lambda m, x: m(x), inputs={"x": torch.randn(2, 6)}, outputs=["y"])
+    options = {"dynamic": {"x": {0: "batch"}}, "sizes": {"batch": (1, 2, 3)}}
+    pipe = exported(nn.Linear(6, 2), {"forward": stage}, tmp_path, **options)
+    assert pipe.manifest.stage("forward").dims["batch"] == SizeRange(1, 1, 3)
+    build(tmp_path / "own-onnx", tmp_path / "b.plan", batch=SizeRange(1, 2, 2))
+    assert load(tmp_path / "b.plan").manifest.stage("forward").dims["batch"] == SizeRange(1, 2, 2)
 
 
 def test_a_quantizer_alone(tmp_path):

@@ -410,6 +410,7 @@ def test_look_alikes_are_said_to_be(monkeypatch):
     register_quantizer(Derived, quantizers.ResidualVQ)
     assert replace_quantizers(model)[1].keys() == {"own"}
     assert len(look_alikes(model)) == 1
+    assert look_alikes(replace_quantizers(model)[0]) == [first]
 
 
 def test_plain_attributes_are_kept():

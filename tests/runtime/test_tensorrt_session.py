@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from support.late_cuda import Cuda, TensorRT
 
 from vqdeploy import bench
 from vqdeploy.engines import tensorrt as builder
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.export import Stage, export_module
 from vqdeploy.runtime import bundle, device, load
 from vqdeploy.runtime.backends import LIBRARIES
 from vqdeploy.runtime.bundle import Bundle
@@ -523,3 +525,15 @@ def test_kernels_are_kept_for_the_next_process(small_engines, gpu, tmp_path):
     for a, b in zip(codes_of(pipeline), expected, strict=True):
         np.testing.assert_array_equal(a, b)
     assert pipeline.session("step")._engine.common_context().cache.loaded
+
+
+def test_an_output_whose_size_no_input_has(gpu, simulated, tmp_path):
+    """As of strided convolutions in an own module: the engine is asked."""
+    module = torch.nn.Conv1d(2, 3, 4, stride=4)
+    stage = Stage(lambda m, x: m(x), inputs={"x": torch.randn(1, 2, 16)}, outputs=["y"])
+    export_module(module, {"run": stage}, tmp_path / "own-onnx", dynamic={"x": {0: "batch", 2: "length"}})
+    pipeline = load(simulated(tmp_path / "own-onnx"))
+    for batch, length in ((1, 16), (3, 8), (3, 8), (2, 29)):
+        x = torch.randn(batch, 2, length)
+        found = pipeline.run("run", x=x.numpy())["y"]
+        np.testing.assert_allclose(found, module(x).detach(), atol=1e-6)

@@ -363,6 +363,13 @@ class _Context:
         self._shapes[name] = tuple(shape)
         return True
 
+    def get_tensor_shape(self, name):
+        """Of an output, once the inputs have shapes. The engine works it out without any numbers."""
+        session = self._engine.session
+        types = {"float": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
+        feeds = {i.name: np.zeros(self._shapes[i.name], types[i.type[7:-1]]) for i in session.get_inputs()}
+        return session.run([name], feeds)[0].shape
+
     def set_tensor_address(self, name, address):
         assert not self.captured
         assert address % 256 == 0

@@ -199,7 +199,8 @@ def _bound(pipeline: Pipeline) -> dict[str, float]:
     """What this machine can do of that which bounds a step: reading weights, or arithmetic where each serves many."""
     names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"]}
     prior = pipeline.manifest.config.get("prior") or {}
-    counted = {"width", "layers"} <= set(prior) and prior.get("network", "plain") == "plain"
+    plain = prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
+    counted = {"width", "layers"} <= set(prior) and plain
     if pipeline.sampling.kind == "masked" and not counted:
         return {}  # its arithmetic is not counted
     return {name: _measure_apart(_RATES[name]) for name in names.get(pipeline.sampling.kind, ["read_bandwidth_gb_s"])}

@@ -35,7 +35,7 @@ def import_checkpoint(
     from vqdeploy.convert.importer import import_checkpoint as run_import
 
     with progress("importing") as tell:
-        tell(str(tokenizer or (prior[0] if prior else "nothing")))
+        tell(" and ".join(str(path) for path in (tokenizer, *(prior or ())) if path))
         result = run_import(output, tokenizer, prior or (), format_, tokenizer_config, prior_config, labels, raw)
     millions = ", ".join(f"{key} {count / 1e6:.1f}M" for key, count in result["parameters"].items())
     lines = [f"{result['checkpoint']}  {result['model']} from {' and '.join(result['formats'])}: {millions} parameters"]

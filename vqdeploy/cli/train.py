@@ -16,6 +16,9 @@ def train(
     data: Annotated[
         str, typer.Option(help="digits, photos, or a folder of images with one subfolder a class.")
     ] = "digits",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder: train a prior on its tokenizer, which stays as it is.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the tokenizer; the recipe's when left out.")
     ] = None,
@@ -45,6 +48,7 @@ def train(
         seed=seed,
         output=folder,
         resume=resume,
+        tokenizer=tokenizer,
         perceptual_weight=perceptual_weight,
         adversarial_weight=adversarial_weight,
         logit_laplace_weight=logit_laplace_weight,

@@ -93,5 +93,6 @@ def _second(source: Source, tokenizer: Part) -> Part:
         _heads(source, _HEADS_BY_WIDTH.get(width)),
         shape(source, "cls_emb.weight")[0] - 1,
         network="adaptive",
+        mlp_width=shape(source, "transformer.layers.0.ff.w1.weight")[0],
     )
     return Part("movq", config, fit(source, lambda: AdaptiveMaskGIT(config), lambda ours: ours))

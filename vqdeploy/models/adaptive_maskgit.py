@@ -41,11 +41,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, its hidden width 8/3 of the width, rounded up to a multiple of 256."""
+    """SwiGLU; where no hidden width is given, it is 8/3 of the width, rounded up to a multiple of 256."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
-        hidden = -(-int(8 * width / 3) // 256) * 256
+        hidden = hidden or -(-int(8 * width / 3) // 256) * 256
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
@@ -58,13 +58,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each modulated before and gated behind by the class."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, hidden: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.ln1 = nn.RMSNorm(width, eps=_EPSILON)
         self.attn = Attention(width, heads)
         self.ln2 = nn.RMSNorm(width, eps=_EPSILON)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, hidden)
         self.dropout = nn.Dropout(dropout)
         for parameter in self.mlp.parameters():
             nn.init.zeros_(parameter)
@@ -82,7 +82,7 @@ class Layers(nn.Module):
 
     def __init__(self, config: MaskGITConfig):
         super().__init__()
-        blocks = (Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
+        blocks = (Block(config.width, config.heads, config.dropout, config.mlp_width) for _ in range(config.layers))
         self.layers = Modules(blocks)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class MaskGITConfig(Config):
     `classes` is the number of class labels; 1 means unconditional. The label `classes` itself stands for none, if the
     prior was trained without labels too. `network` is how the class enters: `plain` as here, `adaptive` through the
     norms (`vqdeploy.models.adaptive_maskgit`), `class-last` as a token behind the codes
-    (`vqdeploy.models.class_last_maskgit`), `bert` as in the published network (`vqdeploy.models.bert_maskgit`). The
-    MLPs of the last two have `mlp_width`, or four times the width where it is 0.
+    (`vqdeploy.models.class_last_maskgit`), `bert` as in the published network (`vqdeploy.models.bert_maskgit`). Where
+    `mlp_width` is 0 the MLPs are as wide as is usual for the network, mostly four times the width.
     """
 
     grid: tuple[int, ...] = (16, 16, 4)
@@ -73,7 +73,9 @@ class MaskGIT(nn.Module):
         self.cls_emb = nn.Embedding(config.classes + 1, width)
         self.pos_emb = nn.Parameter(torch.zeros(1, 1 + config.positions, width))
         self.dropout = nn.Dropout(config.dropout)
-        self.transformer = Transformer(config.layers, width, config.heads, config.dropout, bidirectional)
+        self.transformer = Transformer(
+            config.layers, width, config.heads, config.dropout, bidirectional, mlp_width=config.mlp_width
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, depth * config.codebook_size)
         self.register_buffer("codes_first", torch.arange(depth) * rows, persistent=False)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 
-from vqdeploy.checkpoint import FILES, check_finite, save
+from vqdeploy.checkpoint import FILES, check_finite, digest, load, save
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import check_replaceable, read_json, replacing_folder, temporary_folder, write_json
 from vqdeploy.models.pixels import channels_last
 from vqdeploy.runtime.images import write_grid
-from vqdeploy.systems import System, SystemConfig, create, definition
+from vqdeploy.systems import Recipe, System, SystemConfig, create, definition
 from vqdeploy.systems import preset as find_preset
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import Data, images_of, open_data
@@ -35,6 +35,7 @@ def train(
     seed: int = 0,
     resume: bool = False,
     samples: int = _SAMPLES,
+    tokenizer: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains the tokenizer, then the prior, and writes the checkpoint with sheets of images.
@@ -49,6 +50,7 @@ def train(
         seed: Seed of weights, batches and samples.
         resume: Continue the run that was cut, with the same options.
         samples: Images to generate for the reported class accuracy.
+        tokenizer: Checkpoint folder whose tokenizer is kept as it is, so that only a prior is trained on its codes.
         options: Fields of `Recipe` that differ from the recipe of the preset; None is no difference.
 
     Returns:
@@ -61,15 +63,23 @@ def train(
     """
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
+    kept = None if tokenizer is None else load(tokenizer)
+    if kept is not None:
+        config = _on_tokenizer(config, kept)
+        given["stored_dtype"] = "float32"  # in half its codes would be others
     recipe = dataclasses.replace(definition(model).recipe(preset), **given)
     source = open_data(data, config.tokenizer.resolution)
     system = create(_adapt(config, source), seed)
+    if kept is not None:
+        system.tokenizer.load_state_dict(kept.tokenizer.state_dict())
     seed_everything(seed, verbose=False)  # for the discriminator
     first = TokenizerTraining(system.tokenizer, recipe)
     asked: dict[str, Any] = {"model": model, "preset": preset, "data": data, "data_fingerprint": source.fingerprint}
     asked |= {"seed": seed, "recipe": recipe.to_dict()}
+    if kept is not None:
+        asked["tokenizer"] = digest(kept)
     state = _prepare(Path(output), asked, resume)
-    seconds, classifier = _train(system, first, source, seed, state)
+    seconds, classifier = _train(system, None if kept else first, recipe, source, seed, state)
     system.to(getattr(torch, recipe.stored_dtype)).float().eval()
     check_finite(system.state_dict(), f"the system stored as {recipe.stored_dtype}")
     training = asked | {"versions": _versions(), "seconds": seconds}
@@ -82,6 +92,30 @@ def train(
     with temporary_folder(state) as old:  # so that what is left when this is cut is no state
         os.replace(state, old / state.name)
     return training
+
+
+def _on_tokenizer(config: SystemConfig, kept: System) -> SystemConfig:
+    """The configuration of a prior for the codes of a tokenizer that is there already."""
+    tokenizer: Any = kept.config.tokenizer
+    prior = config.prior
+    wanted: type[Any] = definition(config.model).tokenizer_config
+    if not isinstance(tokenizer, wanted):
+        raise VqdeployError(
+            f"{config.model} has another kind of tokenizer", fix=f"--model {kept.config.model}, or one that fits"
+        )
+    if prior is None:
+        raise VqdeployError(f"{config.preset} has no prior to train", fix="vqdeploy models")
+    known = {field.name for field in dataclasses.fields(prior)}
+    fields = {"codebook_size": tokenizer.codebook_size, "code_dim": tokenizer.code_dim, "grid": tokenizer.grid}
+    if "levels" in known:
+        grids = tokenizer.level_grids
+        if len(grids) != len(prior.levels):
+            raise VqdeployError(f"{config.preset} has other levels", expected=len(prior.levels), found=len(grids))
+        fields["levels"] = tuple(
+            dataclasses.replace(level, grid=grid) for level, grid in zip(prior.levels, grids, strict=True)
+        )
+    prior = dataclasses.replace(prior, **{name: value for name, value in fields.items() if name in known})
+    return dataclasses.replace(config, tokenizer=tokenizer, prior=prior, source=kept.config.source)
 
 
 def _adapt(config: SystemConfig, data: Data) -> SystemConfig:
@@ -126,10 +160,10 @@ def _compare(before: dict[str, Any], asked: dict[str, Any]) -> None:
 
 
 def _train(
-    system: System, first: TokenizerTraining, data: Data, seed: int, state: Path
+    system: System, first: TokenizerTraining | None, recipe: Recipe, data: Data, seed: int, state: Path
 ) -> tuple[dict[str, float], ImageClassifier | None]:
-    """Runs the three stages. Returns how long each took, and the classifier."""
-    recipe, seconds = first.recipe, {}
+    """Runs the three stages, without `first` the last two. Returns how long each took, and the classifier."""
+    seconds: dict[str, float] = {}
 
     def stage(name: str, module: LightningModule, steps: int, **options: Any) -> None:
         seed_everything(seed, verbose=False)
@@ -137,7 +171,8 @@ def _train(
         seconds[name] = round(elapsed, 1)
         check_finite(module.state_dict(), f"what the stage {name} has trained")
 
-    stage("tokenizer", first, recipe.steps)
+    if first is not None:
+        stage("tokenizer", first, recipe.steps)
     if system.prior is None:
         return seconds, None
     classifier = None
