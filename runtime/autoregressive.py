@@ -91,7 +91,9 @@ class AutoregressiveSampler(Sampler):
         self._since[slot] = self._calls
         self._known[slot] = known
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
-        rows = {slot: item.label} | ({slot + self.slots: self.no_label} if self.guided else {})
+        rows = {slot: item.label}
+        if self.guided and self.no_label is not None:
+            rows[slot + self.slots] = self.no_label
         for row, label in rows.items():
             self._greedy[slot] = self._write(self._binding, row, item, label)
             self._clear(row)
@@ -102,7 +104,7 @@ class AutoregressiveSampler(Sampler):
             for row, label in rows.items():
                 self._prefill(row, item, label, known[:first])
 
-    def _write(self, binding: Binding, row: int, item: Item, label: int | None) -> np.ndarray:
+    def _write(self, binding: Binding, row: int, item: Item, label: int) -> np.ndarray:
         """Writes the inputs that stay the same for all steps of an image; the row becomes its own partner."""
         inputs = binding.inputs
         inputs["label"][row] = label
@@ -117,7 +119,7 @@ class AutoregressiveSampler(Sampler):
                 self._held[name][row] = 0
         self._used.add(row)
 
-    def _prefill(self, row: int, item: Item, label: int | None, known: np.ndarray) -> None:
+    def _prefill(self, row: int, item: Item, label: int, known: np.ndarray) -> None:
         """Prefill: one call for a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
         caches = {name: self._held[name][row : row + 1] for name in in_place}
