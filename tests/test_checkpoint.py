@@ -415,7 +415,7 @@ def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
         (["tokenizer", "pixel_range"], [1.0, 1.0], "pixel_range"),
         (["tokenizer", "conv", "resolution"], 18, "resolution"),
         (["tokenizer", "conv", "resolution"], 0, "resolution .* is too small; expected 1 or more, found 0"),
-        (["tokenizer", "conv", "channel_multipliers"], [], "describes no model"),
+        (["tokenizer", "conv", "channel_multipliers"], [], "does not describe a model"),
         (["tokenizer", "decay"], 2.0, r"decay .* is out of range; expected 0\.\.1, found 2.0"),
         (["labels"], ["cat"], "labels"),
         (["sampling", "steps"], 0, "steps is out of range"),

@@ -234,7 +234,7 @@ def test_another_checkpoint_is_refused(plan, system):
     other = deepcopy(system)
     other.prior.pos_emb_d.data[0, 0, 0] += 1e-3
     with pytest.raises(
-        VqdeployError, match=r"made of another checkpoint; expected digest .*, found .*--checkpoint"
+        VqdeployError, match=r"made from another checkpoint; expected digest .*, found .*--checkpoint"
     ) as caught:
         verify(plan, other)
     assert caught.value.exit_code == 2

@@ -219,7 +219,7 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
     """
     if "model" not in config:
         fix = "vqdeploy.verify.modules.verify(PLAN, MODULE, STAGES), in Python"
-        raise VqdeployError(f"{plan} was made of a module and not of a checkpoint", fix=fix)
+        raise VqdeployError(f"{plan} was made from a module, not from a checkpoint", fix=fix)
     if folder is None and config["preset"] not in definition(config["model"]).presets:
         raise VqdeployError(f"{plan} was made from a checkpoint that is not shipped", fix="add --checkpoint FOLDER")
     system = load(folder) if folder else default(config["model"], config["preset"])

@@ -69,7 +69,7 @@ def test_values_beyond_the_limits_are_refused(name):
 
 
 def test_an_option_of_a_later_version_is_refused():
-    with pytest.raises(VqdeployError, match=r"sharpness is not known here\. Fix: pip install -U vqdeploy"):
+    with pytest.raises(VqdeployError, match=r"unknown option sharpness\. Fix: pip install -U vqdeploy"):
         choose({}, {"sharpness": 1}, depth=1, codebook_size=2)
 
 

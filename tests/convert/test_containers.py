@@ -132,7 +132,7 @@ def test_shards_stay_in_their_folder(weights, tmp_path, shard):
 @pytest.mark.parametrize("text", ["[]", "{}", "no", '{"weight_map": 3}'])
 def test_what_is_no_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ArtifactError, match="no index of shards"):
+    with pytest.raises(ArtifactError, match="not an index of shards"):
         read(tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_folders_that_hold_one_file_or_several(weights, tmp_path):
     torch.save(weights, tmp_path / "some.pth")
     same(read(tmp_path).weights, weights)
     torch.save(weights, tmp_path / "other.pt")
-    with pytest.raises(VqdeployError, match=r"stands out; expected the path of one, found other\.pt, some\.pth"):
+    with pytest.raises(VqdeployError, match=r"one file of weights; expected .*, found other\.pt, some\.pth"):
         read(tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_damaged_flax(tmp_path, data):
         (b"\n <html>", "is a web page"),
         (b"", "is empty"),
         (b"\x89HDF\r\n", "HDF5"),
-        (b"hello", "no file of weights"),
+        (b"hello", "is not a weight file"),
         (b"PK\x03\x04abc", "is damaged"),
         (b"\x80\x02", "pickle is malformed"),
         (b"\x10\0\0\0\0\0\0\0{", "is damaged"),
@@ -276,7 +276,7 @@ def test_no_tag_makes_an_object(tmp_path, monkeypatch, text):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "trap_module.py").write_text("open('MARK', 'w')")
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ArtifactError, match="is no configuration") as caught:
+    with pytest.raises(ArtifactError, match="is not a configuration") as caught:
         read_config(tmp_path / "c.yaml")
     assert not (tmp_path / "MARK").exists()
     assert "\n" not in str(caught.value)

@@ -150,11 +150,11 @@ def test_nothing_that_is_known(tmp_path):
 
 
 def test_what_has_no_codes_is_named(tmp_path):
-    for golden, message in (("vqgan", "a KL autoencoder"), ("movq", "as Kandinsky 3 has it"), ("diffusers_vq", "KL")):
+    for golden, message in (("vqgan", "a KL autoencoder"), ("movq", "as in Kandinsky 3"), ("diffusers_vq", "KL")):
         _, _, state = read_golden(golden)
         del state["quantize.embedding.weight"]
         save(state, tmp_path / "file")
-        refused(rf"{message}.*it makes no codes", tmp_path, tokenizer=tmp_path / "file")
+        refused(rf"{message}.*makes no codes", tmp_path, tokenizer=tmp_path / "file")
 
 
 def test_moving_averages_of_some_weights(tmp_path):
@@ -212,7 +212,7 @@ def test_a_prior_of_another_tokenizer(tmp_path):
     other = write_tokenizer("vqgan", tmp_path)
     prior = arguments[arguments.index("--prior") + 1]
     refused(
-        "not for such a tokenizer; expected one of a RQVAE, found a MoVQ",
+        "does not fit the tokenizer; expected one of a RQVAE, found a MoVQ",
         tmp_path,
         tokenizer=other[1],
         tokenizer_config=other[3],
@@ -259,10 +259,13 @@ def test_a_prior_whose_condition_is_an_image(tmp_path):
 def test_labels_of_another_prior(tmp_path):
     arguments = write_system("taming_gpt", tmp_path)
     named = {"priors": [arguments[1]], "prior_config": arguments[3]}
-    for text, message in (("a\nb", "labels are not those of the prior; expected 10, found 2"), ("[1]", "no names")):
+    for text, message in (
+        ("a\nb", "labels are not those of the prior; expected 10, found 2"),
+        ("[1]", "class names"),
+    ):
         file = tmp_path / ("labels.txt" if "a" in text else "labels.json")
         file.write_text(text)
-        error = ArtifactError if "no names" in message else VqdeployError
+        error = ArtifactError if "class names" in message else VqdeployError
         refused(message, tmp_path, error=error, labels=file, **named)
     refused("does not exist", tmp_path, error=VqdeployError, labels=tmp_path / "none.txt", **named)
 

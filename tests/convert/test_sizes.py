@@ -74,5 +74,5 @@ def test_an_oblong_plan(tmp_path):
     assert (pipeline.image_shape, pipeline.grid) == ((32, 48, 3), (8, 12, 1))
     assert pipeline.reconstruct(np.zeros((1, 32, 48, 3), np.uint8)).shape == (1, 32, 48, 3)
     assert verify(tmp_path / "plan", system)["passed"]
-    with pytest.raises(VqdeployError, match=r"does not ship\. Fix: add --checkpoint FOLDER"):
+    with pytest.raises(VqdeployError, match=r"is not shipped\. Fix: add --checkpoint FOLDER"):
         verify(tmp_path / "plan")

@@ -231,7 +231,7 @@ class TestAudioCodec:
             ([*run, "--task", "decode"], "--stage is not an option of this task"),
             (run[:3], "this plan has no images and codes"),
             (["run", "--engine", str(plan), "--stage", "encode"], "takes one file of arrays"),
-            (["verify", "--engine", str(plan)], "made of a module and not of a checkpoint"),
+            (["verify", "--engine", str(plan)], "made from a module, not from a checkpoint"),
         ):
             with pytest.raises(VqdeployError, match=message):
                 CliRunner().invoke(app, arguments, catch_exceptions=False)

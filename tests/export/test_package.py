@@ -224,7 +224,7 @@ def test_a_failing_export_leaves_nothing(monkeypatch, system, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp64"}, "no such precision"),
+        ({"dtype": "fp64"}, "unsupported precision"),
         ({"dtype": "FP32"}, "expected fp32"),
         ({"opset": 23}, "expected 24..25, found 23"),
         ({"opset": 0}, "expected 24..25, found 0"),

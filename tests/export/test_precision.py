@@ -118,7 +118,7 @@ def test_rows_take_few_products(vqvae2_package, vqvae2_half_package):
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "FP16", ""])
 def test_another_precision_is_refused(system, tmp_path, dtype):
-    with pytest.raises(VqdeployError, match="no such precision; expected fp32 or fp16") as caught:
+    with pytest.raises(VqdeployError, match="unsupported precision; expected fp32 or fp16") as caught:
         export(system, tmp_path / "onnx", dtype)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -346,7 +346,7 @@ def test_a_driver_that_will_do(monkeypatch):
 def test_a_session_that_fell_back_to_the_cpu_is_refused(plan):
     """ONNX Runtime goes on without a provider that it cannot load."""
     bundle = Bundle(plan)
-    with pytest.raises(VqdeployError, match="ONNX Runtime gave up CUDA"):
+    with pytest.raises(VqdeployError, match="ONNX Runtime disabled CUDA"):
         CudaSession(bundle, bundle.manifest.stage("decode"), SimpleNamespace(handle=77))
 
 

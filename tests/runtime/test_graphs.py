@@ -112,9 +112,12 @@ def test_no_operator_need_not_end_or_draws():
         ("k = Div (n, n) y = Cast <to = 1> (k)", "Div of integers needs divisors that are known"),
         (
             "m = Constant <value_ints = [-1]> () k = Div (n, m) y = Cast <to = 1> (k)",
-            "divisors that are known, and pos",
+            "divisors that are known to be pos",
         ),
-        ("m = Constant <value_ints = [0]> () k = Mod (n, m) y = Cast <to = 1> (k)", "divisors that are known, and pos"),
+        (
+            "m = Constant <value_ints = [0]> () k = Mod (n, m) y = Cast <to = 1> (k)",
+            "divisors that are known to be pos",
+        ),
         ("m = Shape (x) k = Div (n, m) y = Cast <to = 1> (k)", "divisors that are known"),
         (
             "s = Constant <value_ints = [1, 4, 8, 0]> () c = ConstantOfShape (s) y = InstanceNormalization (c, x, x)",

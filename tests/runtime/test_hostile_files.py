@@ -83,9 +83,9 @@ def test_a_plan_that_is_cut_while_it_is_open(plan, tmp_path):
     path = Path(shutil.copy(plan, tmp_path / "a.plan"))
     bundle = Bundle(path)
     os.truncate(path, 4096)
-    refused(bundle.verify, "was cut while it was read")
-    refused(lambda: bundle.read("encode.onnx"), "was cut while it was read")
-    refused(lambda: bundle.extract(tmp_path / "out"), "was cut while it was read")
+    refused(bundle.verify, "was truncated while it was read")
+    refused(lambda: bundle.read("encode.onnx"), "was truncated while it was read")
+    refused(lambda: bundle.extract(tmp_path / "out"), "was truncated while it was read")
     assert not (tmp_path / "out").exists()
 
 

@@ -133,7 +133,7 @@ def test_without_a_place_to_write_to_there_is_a_warning(place, caplog):
     place.parent.mkdir(parents=True)
     place.write_text("a file where the folder should be")
     opened()[0].save()
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
     assert "Fix" not in caplog.text
 
 
@@ -166,4 +166,4 @@ def test_nothing_is_written_where_another_can(place, caplog):
     place.chmod(0o770)
     opened()[0].save()
     assert not list(place.iterdir())
-    assert "nothing is kept in" in caplog.text
+    assert "kernels are not cached in" in caplog.text

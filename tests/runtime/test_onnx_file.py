@@ -67,7 +67,7 @@ def message(number, content):
         (field(1, 0, b"\xff" * 10), "does not end"),
         (field(1, 0, b"\xff" * 9 + b"\x7f"), "does not end"),
         (field(1, 0), "does not end"),
-        (field(7, 2, b"\x7f"), "longer than what it lies in"),
+        (field(7, 2, b"\x7f"), "exceeds the enclosing message"),
         (field(7, 3), "another type"),
         (message(2, b"\xff"), "utf-8"),
         (message(7, message(1, message(5, field(2, 5, b"\0\0")))), "not an ONNX graph"),

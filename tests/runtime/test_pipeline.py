@@ -210,7 +210,7 @@ def test_images_of_a_batch_may_know_different_parts(pipeline):
 def test_a_position_that_is_known_in_part_is_refused(pipeline):
     start = np.zeros((1, *GRID), np.int64)
     start[0, 3, 3] = [5, -1, -1, -1]
-    with pytest.raises(VqdeployError, match="known in part"):
+    with pytest.raises(VqdeployError, match="known partly"):
         pipeline.complete(start, [0])
 
 

@@ -195,7 +195,7 @@ def test_resume_is_refused_when_the_images_have_changed(tmp_path, folder, monkey
         picture.with_name("7.png").unlink(missing_ok=True)
         picture.write_bytes(content)
         change()
-        with pytest.raises(VqdeployError, match=r"images of .* have changed since the training was cut.*out\.training"):
+        with pytest.raises(VqdeployError, match=r"images of .* have changed since .* interrupted.*out\.training"):
             train(**options, resume=True)
     (folder / "light" / "9.png").rename(picture)
     train(**options, resume=True)
