@@ -177,6 +177,7 @@ class VectorQuantize(Replacement):
         return _channels_first(quantized, first), codes, torch.zeros(())
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes -> their codebook vectors, before the output projection."""
         if self.separate_codebook_per_head and self.heads > 1:
             parts = [_rows(indices[..., h], table) for h, table in enumerate(self.stored)]
             vectors = torch.cat(parts, -1)
@@ -185,10 +186,12 @@ class VectorQuantize(Replacement):
         return _channels_first(vectors, self.first)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes -> their vectors, after the output projection."""
         output: Tensor = self.project_out(self.get_codes_from_indices(indices))
         return output
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
+        """See `Replacement.far`."""
         z = self._split(_channels_last(x, self.first and x.ndim > 2))
         found = codes.reshape(z.shape[:-1])
         used = found >= 0  # -1 where masked
@@ -300,13 +303,16 @@ class ResidualVQ(_Residual):
         return (*result, self.get_codes_from_indices(codes)) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes [..., Q] -> the vector of each code [Q, ..., D], zeros for missing codes."""
         return self._each(indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes -> sums of their vectors over the depths, after the output projection."""
         output: Tensor = self.project_out(self._sum(indices))
         return output
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
+        """See `Replacement.far`."""
         z = _channels_last(self.project_in(x.float()), self.first)
         return self._far_by_depth(z, codes, self.metric, slack)
 
@@ -330,13 +336,16 @@ class Grouped(Replacement):
         return torch.cat(quantized, self.along), *map(torch.stack, rest[: len(rest) - len(every)]), *every
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes [G, ..., Q] -> the vectors of each group."""
         return torch.stack([rvq.get_codes_from_indices(own) for rvq, own in zip(self.rvqs, indices, strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes -> sums of their vectors over the depths, after the output projection."""
         parts = [rvq.get_output_from_indices(own) for rvq, own in zip(self.rvqs, indices, strict=True)]
         return torch.cat(parts, self.along)
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
+        """See `Replacement.far`."""
         parts = x.chunk(self.groups, self.along)
         return torch.stack([r.far(p, c, slack) for r, p, c in zip(self.rvqs, parts, codes, strict=True)])
 
@@ -367,9 +376,11 @@ class SimVQ(Replacement):
         return _channels_first(quantized.to(x.dtype), self.channel_first), codes, torch.zeros(())
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Codes -> their vectors."""
         return _channels_first(_rows(indices, self.table), self.channel_first)
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
+        """See `Replacement.far`."""
         z = _channels_last(x, self.channel_first)
         return _far(z.flatten(0, -2), self.table, "l2", codes.flatten(), slack).view(codes.shape)
 
@@ -411,13 +422,16 @@ class ResidualSimVQ(_Residual):
         return (*result, self.get_codes_from_indices(codes)) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes [..., Q] -> the vector of each code [Q, ..., D], zeros for missing codes."""
         vectors = self._each(indices)
         return vectors.movedim(-1, 2) if self.channel_first else vectors
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes -> sums of their vectors over the depths, after the output projection."""
         return _channels_first(self._sum(indices), self.channel_first)
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
+        """See `Replacement.far`."""
         z = _channels_last(x, self.channel_first).float()
         kept = _nonzero(z) > 0 if self.rotates else torch.ones_like(z[..., :1], dtype=torch.bool)
         return self._far_by_depth(z, codes, "l2", slack) & kept
@@ -439,6 +453,7 @@ class Scalar(Replacement):
         return quantized.to(x.dtype), *rest
 
     def indices_to_codes(self, indices: Tensor, **options: Any) -> Tensor:
+        """Codes -> their vectors, after the output projection."""
         vectors: Tensor = self.original.indices_to_codes(indices, **options)
         return vectors
 
@@ -509,13 +524,16 @@ class ResidualScalar(_Residual):
         return (*result, self.get_codes_from_indices(codes)) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes [..., Q] -> the vector of each code [Q, ..., D], zeros for missing codes."""
         return self._each(indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes -> sums of their vectors over the depths, after the output projection."""
         output: Tensor = self.original.project_out(self._sum(indices))
         return output
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
+        """See `Replacement.far`."""
         original = self.original
         first = getattr(original, "is_channel_first", False)
         residual = original.project_in(_channels_last(x, first).float()).flatten(0, -2)[None]
@@ -549,6 +567,7 @@ class RandomProjectionQuantizer(Replacement):
         return codes
 
     def far(self, x: Tensor, codes: Tensor, slack: float) -> Tensor:
+        """See `Replacement.far`."""
         return self.vq.far(self._project(x), codes, slack)
 
 

@@ -54,6 +54,11 @@ class SystemConfig(Config):
 
     @classmethod
     def from_dict(cls, data: Any) -> "SystemConfig":
+        """Builds the configuration, nested ones by the classes of its system.
+
+        Raises:
+            ArtifactError: The system is unknown, or a field is malformed.
+        """
         if not isinstance(data, dict) or data.get("model") not in list(SYSTEMS):
             found = data.get("model") if isinstance(data, dict) else data
             raise ArtifactError("the configuration names no known model", expected=sorted(SYSTEMS), found=found)

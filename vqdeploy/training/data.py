@@ -55,6 +55,7 @@ class Draws(Images):
         return self.count
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        """The image at this index of the sequence, and its label."""
         rng = rng or np.random.default_rng((self.seed, index))
         return self.images.item(int(rng.integers(len(self.images))), rng)
 
@@ -102,6 +103,7 @@ class Digits(Images):
         return len(self.labels)
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        """A digit and its label; rotated, scaled and shifted with `rng`."""
         angle, zoom, x, y = rng.uniform(-1, 1, 4).tolist() if rng else (0.0, 0.0, 0.0, 0.0)
         turn, digit = 0.18 * angle, self.digits[index]
         step = (8 + 2 * self.MARGIN) / self.resolution * (1 + 0.12 * zoom)
@@ -145,6 +147,7 @@ class Crops(Images):
         return self.length
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        """A crop and the index of its photograph."""
         label = index % len(self.images)
         share, x, y, mirror = (rng or np.random.default_rng(index)).random(4).tolist()
         image = square(self.images[label], self.resolution, 0.3 + 0.7 * share, x, y)
@@ -185,6 +188,7 @@ class Files(Images):
         return len(self.files)
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        """An image and its class; cropped and mirrored at random with `rng`."""
         path, label = self.files[index]
         image = open_image(path)
         if rng is None:
