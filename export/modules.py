@@ -218,7 +218,7 @@ class _Part(graphs.Stage):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to the log what PyTorch prints of a failure: whole graphs, beside the exception."""
+    """Redirects what PyTorch prints on failure, whole graphs, to the log."""
     logger, printed = logging.getLogger("torch.fx"), io.StringIO()
     level = logger.level
     logger.setLevel(logging.ERROR)

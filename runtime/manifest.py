@@ -282,7 +282,7 @@ def _check_tokenizer(tokenizer: TokenizerInfo, manifest: Manifest) -> None:
 
 
 def _check_sampling(sampling: SamplingInfo, manifest: Manifest) -> None:
-    _require(manifest.tokenizer is not None, "sampling", "a tokenizer beside it", "none")
+    _require(manifest.tokenizer is not None, "sampling", "a tokenizer", "none")
     _require(1 <= sampling.classes < 2**31, "sampling.classes", "1 or more", sampling.classes)
     _require(sampling.no_label in (None, sampling.classes), "sampling.no_label", sampling.classes, sampling.no_label)
     labels = len(manifest.labels)

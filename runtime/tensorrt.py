@@ -143,7 +143,7 @@ class Engine:
         return engine
 
     def _obstacle(self, blob: memoryview) -> str:
-        """Why an engine was refused."""
+        """Why an engine was rejected."""
         if self._backend == "tensorrt":
             return str(self._logger.reason)
         _, found = self._runtime.get_engine_validity(blob)

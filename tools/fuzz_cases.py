@@ -1,7 +1,7 @@
 """Damaged and hostile files and arguments, of every kind that vqdeploy reads; `tools/fuzz.py` runs them.
 
 A case is a kind and a number: the same pair makes the same files. Digests are computed anew after a change, so that
-what lies behind them is reached.
+the code behind the check is reached.
 """
 
 import contextlib
@@ -34,20 +34,20 @@ from vqdeploy.runtime import load, rules
 from vqdeploy.runtime.operators import OPERATORS
 
 SYSTEMS = ("rqvae", "movq", "vitvqgan", "vqgan", "vqvae2")
-LONGEST = 500  # characters of a message
+LONGEST = 500  # most characters of a message
 _MANIFEST, _WEIGHTS = "manifest.json", "weights.safetensors"
-_LARGEST = 1 << 24  # pixels and codes that the harness itself gives
+_LARGEST = 1 << 24  # most pixels and codes that the harness passes
 
 Members = dict[str, bytes]
 
 
 class Fault(Exception):
-    """What no input may cause; the text says which kind it is."""
+    """A fault, which no input may cause; the text names its kind."""
 
 
 @dataclass
 class Material:
-    """Good artifacts to start from: `NAME-onnx`, `NAME.plan`, `NAME-portable.plan` in a folder."""
+    """Valid artifacts to start from: `NAME-onnx`, `NAME.plan`, `NAME-portable.plan` in a folder."""
 
     folder: Path
     systems: tuple[str, ...] = SYSTEMS
@@ -61,11 +61,11 @@ class Material:
         return self.folder / f"{rnd.choice(self.systems)}{rnd.choice(('', '', '-portable'))}.plan"
 
 
-# What is done with a file, which must end well or in one sentence
+# Uses of a file, which must succeed or raise a one-sentence error
 
 
 def use_plan(path: Path, rnd: random.Random) -> None:
-    """Loads a plan and asks it for everything."""
+    """Loads a plan and runs all tasks."""
     with load(path, device="cpu", threads=1) as pipeline:
         for info in pipeline.manifest.stages:
             shapes = {i.name: [s if isinstance(s, int) else 1 for s in i.shape] for i in info.inputs}
@@ -124,7 +124,7 @@ def use_command(*arguments: object) -> None:
 
 
 def check_message(text: str) -> None:
-    """One line that can be shown."""
+    """Checks that a message is one printable line."""
     if len(text) > LONGEST:
         raise Fault(f"message: {len(text)} characters: {text[:100]!a}")
     if not text.isprintable():
@@ -211,9 +211,9 @@ def at(data: Any, path: tuple[Any, ...]) -> Any:
 
 
 def mutate_json(data: Any, rnd: random.Random) -> None:
-    """Changes one value of a document in place."""
+    """Changes one value of a document."""
     paths = list(places(data))
-    # Lists of names are long: choose how deep first, so that what is rare is reached.
+    # Lists of names are long: choose how deep first, so that rare values are reached.
     depth = rnd.choice(sorted({len(path) for path in paths}))
     *path, last = rnd.choice([path for path in paths if len(path) == depth])
     parent, kind = at(data, tuple(path)), rnd.randrange(10)
@@ -264,7 +264,7 @@ def members(path: Path) -> tuple[Any, Members]:
 
 
 def digests(manifest: Any, files: Members) -> None:
-    """Puts the digests of the members into a manifest, where it has the place for them."""
+    """Updates the digests of the members in a manifest."""
     if isinstance(manifest, dict) and isinstance(manifest.get("members"), dict):
         for name in files:
             if name in manifest["members"]:
@@ -272,7 +272,7 @@ def digests(manifest: Any, files: Members) -> None:
 
 
 def write_plan(path: Path, manifest: Any, files: Members) -> Path:
-    """A plan with right digests."""
+    """Writes a plan with correct digests."""
     digests(manifest, files)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(_MANIFEST, to_text(manifest))
@@ -282,7 +282,7 @@ def write_plan(path: Path, manifest: Any, files: Members) -> Path:
 
 
 def write_package(folder: Path, manifest: Any, files: Members) -> Path:
-    """A package with right digests."""
+    """Writes a package with correct digests."""
     digests(manifest, files)
     folder.mkdir()
     (folder / _MANIFEST).write_text(to_text(manifest))
@@ -326,7 +326,7 @@ def attribute_value(rule: Any, rnd: random.Random) -> Any:
 
 
 def mutate_graph(model: onnx.ModelProto, rnd: random.Random) -> None:
-    """Changes one thing of a graph in place."""
+    """Changes one part of a graph."""
     nodes = rnd.choice(node_lists(model))
     place = rnd.randrange(len(nodes))
     node, kind = nodes[place], rnd.randrange(14)
@@ -467,7 +467,7 @@ def plan_bytes(rnd: random.Random, material: Material, folder: Path) -> None:
 
 
 def plan_directory(rnd: random.Random, material: Material, folder: Path) -> None:
-    """A plan whose end, where the directory of the ZIP lies, is damaged; and archives of odd members."""
+    """A plan with a damaged ZIP directory, and archives with odd members."""
     manifest, files = members(material.plan(rnd))
     path = write_plan(folder / "a.plan", manifest, files)
     kind = rnd.randrange(5)
@@ -652,7 +652,7 @@ def package(rnd: random.Random, material: Material, folder: Path) -> None:
 
 
 def odd_file(path: Path, rnd: random.Random) -> None:
-    """Puts what is no file, or another one, in the place of a path."""
+    """Replaces a path by another file or something that is not a file."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     kind = rnd.randrange(5)
@@ -669,7 +669,7 @@ def odd_file(path: Path, rnd: random.Random) -> None:
 
 
 def odd_paths(rnd: random.Random, material: Material, folder: Path) -> None:
-    """Pipes, devices, links and folders in the place of files."""
+    """Pipes, devices, links and folders instead of files."""
     name = rnd.choice(("a.plan", "a.png", "a.npz", "\x1b[31m.plan", "a\nb.png", os.fsdecode(b"\xff.plan"), "x" * 255))
     path = folder / name
     odd_file(path, rnd)
@@ -817,7 +817,7 @@ def arguments(rnd: random.Random, material: Material, folder: Path) -> None:
         "--device",
     ]
     words += ["--keep-levels", "--columns", "--layer", "--film", "--threads", "--json", "--help", "--nosuch", "-o"]
-    # No file is named after what is typed here: outputs go to the folder.
+    # Outputs go to the folder, whatever the arguments.
     values: list[Any] = ["0", "1", "-1", "1.5", "nan", "inf", "1e400", "9" * 5000, "", "\x1b[31m", "\ud800", "a" * 5000]
     values += [
         "0.5,0.5",
@@ -954,7 +954,7 @@ KINDS: dict[str, Callable[[random.Random, Material, Path], None]] = {
 
 
 def run_case(kind: str, number: int, material: Material, folder: Path) -> str:
-    """Runs one case in an empty folder; `ok`, `refused`, or what is wrong."""
+    """Runs one case in an empty folder; `ok`, `refused`, or the fault."""
     rnd = random.Random(f"{kind} {number}")  # noqa: S311
     try:
         KINDS[kind](rnd, material, folder)

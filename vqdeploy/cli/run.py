@@ -17,7 +17,7 @@ def run(
     threads: Threads = 0,
     task: Annotated[
         str | None,
-        typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features; generate by itself."),
+        typer.Option(help="generate, reconstruct, inpaint, resample, encode, decode or features; generate by default."),
     ] = None,
     stage: Annotated[
         str | None, typer.Option(help="Run one stage on the arrays of an NPZ, for plans of your own modules.")

@@ -27,7 +27,7 @@ def tokenizer(source: Source) -> Part:
         raise ArtifactError(f"the depths of {source.path} have codebooks of their own, which is not supported")
     latent, code = declared.get("latent_shape"), declared.get("code_shape")
     if isinstance(latent, list) and isinstance(code, list) and latent[:2] != code[:2]:
-        raise ArtifactError(f"{source.path} folds places of the map into one, which is not supported", found=code)
+        raise ArtifactError(f"{source.path} folds positions of the map into one, which is not supported", found=code)
     size = whole(ddconfig, "resolution")
     source.weights["quantizer"] = books[0]  # marks the file as having a codebook
     conv = read_conv(source, lambda ours: ours, size)

@@ -24,7 +24,7 @@ class MaskGITConfig(Config):
 
     `classes` is the number of class labels; 1 means unconditional. The label `classes` itself stands for none, if the
     prior was trained without labels too. `network` is how the class enters: `plain` as here, `adaptive` through the
-    norms (`vqdeploy.models.adaptive_maskgit`), `class-last` as a token behind the codes
+    norms (`vqdeploy.models.adaptive_maskgit`), `class-last` as the last token
     (`vqdeploy.models.class_last_maskgit`), `bert` as in the published network (`vqdeploy.models.bert_maskgit`). Where
     `mlp_width` is 0 the MLPs are as wide as is usual for the network, mostly four times the width.
     """

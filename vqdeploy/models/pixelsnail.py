@@ -166,7 +166,7 @@ def _conv(kernel: int) -> Conv:
 
 
 class GatedResBlock(nn.Module):
-    """x + a gated pair of convolutions behind ELU.
+    """x + a gated pair of convolutions, each after ELU.
 
     `auxiliary` and `condition` are the channels of maps added after the first and after the second convolution; 0 for
     none.

@@ -91,7 +91,7 @@ def _judge(
 
 
 def _noise(batch: int, config: Any, first: int) -> Tensor:
-    """The noise behind the codes of images from `first` on [B * positions * Q, K]."""
+    """The noise of the codes of images from `first` on [B * positions * Q, K]."""
     noise = np.empty((batch, config.positions, config.depth, config.codebook_size), np.float32)
     for image, rows in enumerate(noise, first):
         gumbel([(SEED, image, position) for position in range(config.positions)], rows)
