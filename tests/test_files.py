@@ -147,7 +147,7 @@ def test_json_that_is_too_deep(tmp_path, brackets):
         if fits:
             read_json(tmp_path / "a")
         else:
-            with pytest.raises(ArtifactError, match="more than 64 lists and objects lie within each other"):
+            with pytest.raises(ArtifactError, match="more than 64 levels of nested lists and objects"):
                 read_json(tmp_path / "a")
 
 

@@ -146,7 +146,9 @@ def test_a_format_that_does_not_exist(tmp_path):
 
 def test_nothing_that_is_known(tmp_path):
     save({"codebook.a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "file")
-    refused("is no tokenizer of a known format; expected .*found codebook.a, b", tmp_path, tokenizer=tmp_path / "file")
+    refused(
+        "is not a tokenizer of a known format; expected .*found codebook.a, b", tmp_path, tokenizer=tmp_path / "file"
+    )
 
 
 def test_what_has_no_codes_is_named(tmp_path):

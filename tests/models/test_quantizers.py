@@ -106,7 +106,7 @@ def test_outside_training_the_codebook_stands_still_and_gradients_pass_through()
         (lambda: MoVQ(MoVQConfig(code_dim=30, groups=4)), "30 channels"),
         (lambda: MaskGIT(MaskGITConfig(width=66, heads=6)), "66 cannot be split among 4 channels"),
         (lambda: MaskGIT(MaskGITConfig(width=64, heads=7)), "7 heads"),
-        (lambda: AdaptiveMaskGIT(MaskGITConfig(grid=(4, 4, 4), network="adaptive")), "one code a position, and not 4"),
+        (lambda: AdaptiveMaskGIT(MaskGITConfig(grid=(4, 4, 4), network="adaptive")), "one code per position, not 4"),
         (lambda: AdaptiveMaskGIT(MaskGITConfig(grid=(4, 4, 1), width=64, heads=7, network="adaptive")), "7 heads"),
     ],
 )

@@ -22,11 +22,11 @@ _KNOWN = 1e30  # confidence of codes that stay
 class MaskGITConfig(Config):
     """Shape of the prior.
 
-    `classes` is the number of class labels; 1 means unconditional. The label `classes` itself stands for none, if the
-    prior was trained without labels too. `network` is how the class enters: `plain` as here, `adaptive` through the
-    norms (`vqdeploy.models.adaptive_maskgit`), `class-last` as the last token
-    (`vqdeploy.models.class_last_maskgit`), `bert` as in the published network (`vqdeploy.models.bert_maskgit`). Where
-    `mlp_width` is 0 the MLPs are as wide as is usual for the network, mostly four times the width.
+    `classes` is the number of class labels; 1 means unconditional. The label `classes` means no label, if the prior was
+    trained with label dropout. `network` is the architecture: `plain` as here, `adaptive` with the class in the norms
+    (`vqdeploy.models.adaptive_maskgit`), `class-last` with the class as last token
+    (`vqdeploy.models.class_last_maskgit`), `bert` as in the published network (`vqdeploy.models.bert_maskgit`). With a
+    `mlp_width` of 0 the MLPs have the usual width of the network, mostly four times the width.
     """
 
     grid: tuple[int, ...] = (16, 16, 4)
