@@ -91,7 +91,9 @@ class AutoregressiveSampler(Sampler):
         self._since[slot] = self._calls
         self._known[slot] = known
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
-        rows = {slot: item.label} | ({slot + self.slots: self.no_label} if self.guided else {})
+        rows = {slot: item.label}
+        if self.guided and self.no_label is not None:
+            rows[slot + self.slots] = self.no_label
         for row, label in rows.items():
             self._greedy[slot] = self._write(self._binding, row, item, label)
             self._clear(row)
@@ -102,7 +104,7 @@ class AutoregressiveSampler(Sampler):
             for row, label in rows.items():
                 self._prefill(row, item, label, known[:first])
 
-    def _write(self, binding: Binding, row: int, item: Item, label: int | None) -> np.ndarray:
+    def _write(self, binding: Binding, row: int, item: Item, label: int) -> np.ndarray:
         """Writes what an image keeps for all of its steps into a row, which is its own partner."""
         inputs = binding.inputs
         inputs["label"][row] = label
@@ -117,7 +119,7 @@ class AutoregressiveSampler(Sampler):
                 self._held[name][row] = 0
         self._used.add(row)
 
-    def _prefill(self, row: int, item: Item, label: int | None, known: np.ndarray) -> None:
+    def _prefill(self, row: int, item: Item, label: int, known: np.ndarray) -> None:
         """One call for a known prefix [S, Q], on the row's own part of the caches."""
         in_place = self._session.stage.aliases.values()
         caches = {name: self._held[name][row : row + 1] for name in in_place}

@@ -6,7 +6,7 @@ import io
 import itertools
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class CudaSession(DeviceSession, OnnxrtSession):
         options.add_run_config_entry("gpu_graph_id", str(graph if self.graphs else _NO_GRAPH))
         return options
 
-    def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> "CudaBinding":
+    def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> "CudaBinding":
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
         return CudaBinding(self, self._session, next(self._numbers), dims, shared or {}, self._stream)
 
@@ -118,7 +118,7 @@ class CudaBinding(DeviceBinding):
         session: "ort.InferenceSession",
         number: int,
         dims: dict[str, int],
-        shared: dict[str, DeviceArray],
+        shared: Mapping[str, DeviceArray],
         stream: Stream,
     ):
         super().__init__(owner.stage, dims, shared, stream)

@@ -8,13 +8,15 @@ own into an array; the inputs of a `DeviceBinding` are spared that.
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.manifest import StageInfo, TensorInfo
+from vqdeploy.runtime.session import Index
 
 try:
     from cuda.bindings import runtime as cudart
@@ -77,7 +79,7 @@ class Stream:
         self._scratch_size, self._scratch = 0, _Memory(0)
         weakref.finalize(self, cudart.cudaStreamDestroy, self.handle)
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> "DeviceArray":
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> "DeviceArray":
         """A new array of zeros."""
         array = self._empty(shape, np.dtype(dtype))
         array[...] = 0
@@ -174,18 +176,18 @@ class DeviceArray:
     def __len__(self) -> int:
         return len(self._view)
 
-    def __getitem__(self, index: Any) -> "DeviceArray":
-        index = index if isinstance(index, tuple) else (index,)
-        for each in index:
+    def __getitem__(self, index: Index) -> "DeviceArray":
+        places = index if isinstance(index, tuple) else (index,)
+        for each in places:
             if not isinstance(each, int | np.integer | slice | type(Ellipsis)) or isinstance(each, bool):
                 raise TypeError(
                     f"an array on a GPU is indexed by whole numbers and slices, not by {type(each).__name__}"
                 )
         # With an ellipsis numpy gives a view of a single value too, and does not read it.
-        view = self._view[index if Ellipsis in index else (*index, ...)]
+        view = self._view[places if Ellipsis in places else (*places, ...)]
         return DeviceArray(self._stream, self._memory, view)
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: Index, value: ArrayLike) -> None:
         target, stream, kinds = self[index]._view, self._stream.handle, cudart.cudaMemcpyKind
         if isinstance(value, DeviceArray):
             _copy(target, np.broadcast_to(value._view, target.shape), kinds.cudaMemcpyDeviceToDevice, stream)
@@ -197,7 +199,7 @@ class DeviceArray:
             source = np.ascontiguousarray(np.broadcast_to(values, target.shape))
             _copy(target, source, kinds.cudaMemcpyHostToDevice, stream)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         values = np.empty(self.shape, self.dtype)
         _copy(values, self._view, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost, self._stream.handle)
         self._stream.synchronize()
@@ -312,13 +314,13 @@ class DeviceBinding:
     copies: it takes them as they are when it is called. Outputs are arrays on the GPU.
     """
 
-    inputs: dict[str, Any]
+    inputs: dict[str, np.ndarray | DeviceArray]
     outputs: dict[str, DeviceArray]
 
-    def __init__(self, stage: StageInfo, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
+    def __init__(self, stage: StageInfo, dims: dict[str, int], shared: Mapping[str, DeviceArray], stream: Stream):
         places = {o.name: stage.aliases.get(o.name, o.name) for o in stage.outputs}  # whose buffer an output goes to
         missing = [name for name in places.values() if name not in shared]
-        held = buffers(stage, dims, missing, stream) | shared
+        held = buffers(stage, dims, missing, stream) | dict(shared)
         kept = {i.name: held[i.name] for i in stage.inputs if i.name in held}
         self._staged = _Staged(stream, [i for i in stage.inputs if i.name not in held], dims)
         self.inputs = self._staged.arrays | kept

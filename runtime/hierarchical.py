@@ -12,7 +12,7 @@ from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.sampler import Inputs, Item, Sampler, carried
-from vqdeploy.runtime.session import Binding, Session
+from vqdeploy.runtime.session import Array, Binding, Session
 
 _FROM_ROW = ("entry", "inner", "gates")
 _LEFT = ("past_left_x", "past_left_y", "past_row_x", "past_row_y")
@@ -41,7 +41,7 @@ class HierarchicalSampler(Sampler):
         names = level_names(len(tokenizer.maps))
         grids = [each[:2] for each in tokenizer.maps]
         self._levels = [_Level(n, sessions, grid, slots, self.seconds) for n, grid in zip(names, grids, strict=True)]
-        self._maps: list[Any] = []
+        self._maps: list[Array] = []
         self._places: Iterator[None] = iter(())
         self._left = 0
 
@@ -80,7 +80,7 @@ class HierarchicalSampler(Sampler):
         codes_of_slot: np.ndarray = self._layout.join(maps)[0]
         return codes_of_slot
 
-    def _running_levels(self) -> Iterator[tuple["_Level", Any]]:
+    def _running_levels(self) -> Iterator[tuple["_Level", Array]]:
         return zip(self._levels, self._maps, strict=True)
 
     def _admit(self, slot: int, item: Item) -> None:
@@ -109,7 +109,7 @@ class HierarchicalSampler(Sampler):
         self._maps, given = ([level.array(p) for level, p in zip(self._levels, parts, strict=True)] for _ in range(2))
         self._places = self._all_places(parts, given)
 
-    def _all_places(self, known: list[np.ndarray], given: list[Any]) -> Iterator[None]:
+    def _all_places(self, known: list[np.ndarray], given: list[Array]) -> Iterator[None]:
         """Draws the unknown codes of all levels, one place after the other."""
         first = 0
         for index, (level, codes) in enumerate(self._running_levels()):
@@ -142,7 +142,7 @@ class _Buffers(NamedTuple):
     condition: Binding | None
     rows: list[Binding]
     pixel: Binding
-    padded: Any
+    padded: Array
 
 
 class _Level:
@@ -162,12 +162,12 @@ class _Level:
         self._buffers: _Buffers | None = None
         self.greedy: dict[int, np.ndarray] = {}
 
-    def array(self, codes: np.ndarray) -> Any:
+    def array(self, codes: np.ndarray) -> Array:
         """A copy of codes where the engine can take them from without a wait."""
         return self._pixel.array(codes)
 
     def places(
-        self, codes: Any, above: Any, labels: dict[int, int], options: dict[int, dict[str, Any]]
+        self, codes: Array, above: Array | None, labels: dict[int, int], options: dict[int, dict[str, Any]]
     ) -> Iterator[tuple[int, int, Binding]]:
         """Row, column and the buffers of each place, in raster order, when all but the noise is written there.
 
@@ -181,7 +181,7 @@ class _Level:
         for binding in (pixel, *rows):
             binding.clear()
         self._write(options, pixel)
-        if condition is not None:
+        if condition is not None and above is not None:
             condition.inputs["codes"][:] = above
             self._run("condition", condition)
         side = pixel.inputs["codes"].shape[1]
@@ -232,7 +232,7 @@ class _Level:
         return _Buffers(above, _bound_rows(self._row, dims, shared), place, padded)
 
 
-def _bound_rows(row: Session, dims: dict[str, int], shared: dict[str, Any]) -> list[Binding]:
+def _bound_rows(row: Session, dims: dict[str, int], shared: Mapping[str, Array]) -> list[Binding]:
     """Bindings of `row`, one for each row above that it sees.
 
     Those rows stay where they are: from call to call their buffers change roles, and the new row goes where the
@@ -244,11 +244,11 @@ def _bound_rows(row: Session, dims: dict[str, int], shared: dict[str, Any]) -> l
     slots = {axis: [made[f"spread_{axis}"] for made in spread] for axis in "xy"}
     rows = []
     for turn in range(seen):
-        roles: dict[str, Any] = {}
+        roles: dict[str, Array] = {}
         for axis, buffers in slots.items():
             *above, roles[f"spread_{axis}"] = buffers[turn:] + buffers[:turn]
             roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}
-        rows.append(row.bind(dims, shared | roles | window))
+        rows.append(row.bind(dims, {**shared, **roles, **window}))
     return rows
 
 

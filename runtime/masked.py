@@ -6,6 +6,7 @@ Chang et al., "MaskGIT: Masked Generative Image Transformer" (CVPR 2022), sectio
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,7 +125,8 @@ class MaskedSampler(Sampler):
 
     def _fill_choice(self, running: Mapping[int, _Progress]) -> None:
         """The noise on the confidence, which fades out."""
-        noise, heat = self._binding.inputs["choice_noise"], self._binding.inputs["choice_temperature"]
+        noise: Any = self._binding.inputs["choice_noise"]  # an array of the host
+        heat = self._binding.inputs["choice_temperature"]
         items = {slot: self._items[slot] for slot in running}
         keys = [(item.seed, item.image, 2 * running[slot].done + 1) for slot, item in items.items()]
         self.draw(keys, [noise[slot] for slot in items])

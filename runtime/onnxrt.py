@@ -11,9 +11,10 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import graphs
+from vqdeploy.runtime import session as interface
 from vqdeploy.runtime.bundle import Bundle, tensors
 from vqdeploy.runtime.manifest import WEIGHTS, Manifest, StageInfo, TensorInfo
-from vqdeploy.runtime.session import Opener
+from vqdeploy.runtime.session import Array, Opener
 from vqdeploy.runtime.threads import cores
 
 try:
@@ -41,7 +42,7 @@ class Binding:
     outputs: Mapping[str, np.ndarray]
 
     def __init__(
-        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], shared: dict[str, np.ndarray]
+        self, session: "ort.InferenceSession", stage: StageInfo, dims: dict[str, int], shared: Mapping[str, np.ndarray]
     ):
         self._session, self._name = session, stage.name
         self._io = session.io_binding()
@@ -73,7 +74,7 @@ class Binding:
             buffer[...] = 0
 
 
-def _buffer(info: TensorInfo, dims: dict[str, int], shared: dict[str, np.ndarray]) -> np.ndarray:
+def _buffer(info: TensorInfo, dims: dict[str, int], shared: Mapping[str, np.ndarray]) -> np.ndarray:
     return shared[info.name] if info.name in shared else np.zeros(info.concrete(dims), info.dtype)
 
 
@@ -135,16 +136,16 @@ class OnnxrtSession:
         events: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text())
         return events
 
-    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
+    def buffers(self, dims: dict[str, int], *names: str) -> Mapping[str, Array]:
         """Empty buffers of inputs and outputs, for bindings to share."""
         infos = [info for info in (*self.stage.inputs, *self.stage.outputs) if info.name in names]
         return {info.name: np.zeros(info.concrete(dims), info.dtype) for info in infos}
 
-    def array(self, values: np.ndarray) -> Any:
+    def array(self, values: np.ndarray) -> Array:
         """A copy of an array where the buffers lie."""
         return values.copy()
 
-    def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> Any:
+    def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> interface.Binding:
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
         return Binding(self._session, self.stage, dims, shared or {})
 

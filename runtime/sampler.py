@@ -13,7 +13,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw, Key
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.session import Binding, Session
+from vqdeploy.runtime.session import Array, Binding, Session
 
 Inputs = Mapping[str, tuple[int, ...]]
 """Inputs of a graph by name, and what the shape of each must end with."""
@@ -81,7 +81,7 @@ class Sampler(ABC):
         self.draw = draw
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
-        self._copies: dict[int, tuple[Any, np.ndarray]] = {}  # of buffers, since the last step
+        self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # of buffers, since the last step
         self._begun = False
 
     @classmethod
@@ -166,7 +166,7 @@ class Sampler(ABC):
         self.seconds[stage] += time.perf_counter() - start
         self.last = binding
 
-    def _read(self, stage: str, values: Any) -> np.ndarray:
+    def _read(self, stage: str, values: Array) -> np.ndarray:
         """What engine calls left in a buffer [...]; the wait for it counts as time of the stage.
 
         Between two steps a buffer is copied once, whichever slots are asked for: on a GPU each copy waits.
@@ -196,7 +196,7 @@ def needs_guidance(options: Mapping[str, Any], label: int, no_label: int | None)
     return options.get("guidance_scale", 1.0) != 1 and label != no_label
 
 
-def write_options(options: dict[str, Any], inputs: Mapping[str, Any], row: int, depth: int, size: int) -> np.ndarray:
+def write_options(options: dict[str, Any], inputs: Mapping[str, Array], row: int, depth: int, size: int) -> np.ndarray:
     """Writes sampling options into a row of the inputs [rows, Q] of a graph.
 
     Args:
@@ -216,7 +216,7 @@ def write_options(options: dict[str, Any], inputs: Mapping[str, Any], row: int, 
     return greedy
 
 
-def carried(binding: Binding) -> dict[str, Any]:
+def carried(binding: Binding) -> dict[str, Array]:
     """What a call leaves for the next, by the name of its input there, apart from what is updated in place."""
     outputs = binding.outputs
     return {n.replace("present_", "past_", 1): outputs[n] for n in outputs if n.startswith("present_")}

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import Manifest, StageInfo
+
+Place = int | np.integer | slice | EllipsisType
+Index = Place | tuple[Place, ...]
 
 
 class Array(Protocol):
@@ -22,14 +27,14 @@ class Array(Protocol):
         """As numpy's."""
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype:
         """As numpy's."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Any, /) -> Any: ...
+    def __getitem__(self, index: Index, /) -> "Array": ...
 
-    def __setitem__(self, index: Any, value: Any, /) -> None: ...
+    def __setitem__(self, index: Index, value: ArrayLike, /) -> None: ...
 
     def __array__(self) -> np.ndarray: ...
 
@@ -38,11 +43,11 @@ class Binding(Protocol):
     """Inputs and outputs of fixed shape. Write into `inputs`, call `run`, read from `outputs`."""
 
     @property
-    def inputs(self) -> Mapping[str, Any]:
+    def inputs(self) -> Mapping[str, Array]:
         """Arrays by name."""
 
     @property
-    def outputs(self) -> Mapping[str, Any]:
+    def outputs(self) -> Mapping[str, Array]:
         """Arrays by name, without those that are written over an input."""
 
     def run(self) -> None:
@@ -61,13 +66,13 @@ class Session(Protocol):
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One call with fresh outputs."""
 
-    def bind(self, dims: dict[str, int], shared: dict[str, Any] | None = None) -> Binding:
+    def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> Binding:
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
 
-    def buffers(self, dims: dict[str, int], *names: str) -> dict[str, Any]:
+    def buffers(self, dims: dict[str, int], *names: str) -> Mapping[str, Array]:
         """Empty buffers of inputs and outputs, for bindings to share."""
 
-    def array(self, values: np.ndarray) -> Any:
+    def array(self, values: np.ndarray) -> Array:
         """A copy of an array where the buffers lie."""
 
 

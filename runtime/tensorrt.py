@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -83,7 +83,7 @@ class TensorrtSession(DeviceSession):
         self._engine = Engine(bundle, stage, stream)
         self._bound = kept(partial(_bound, self._engine, stream), self.device)  # the buffers of `run`
 
-    def bind(self, dims: dict[str, int], shared: dict[str, DeviceArray] | None = None) -> "TensorrtBinding":
+    def bind(self, dims: dict[str, int], shared: Mapping[str, DeviceArray] | None = None) -> "TensorrtBinding":
         """Buffers for these sizes of the open dimensions, some of them shared with other bindings."""
         return TensorrtBinding(self._engine, dims, shared or {}, self._stream)
 
@@ -269,11 +269,11 @@ class TensorrtBinding(DeviceBinding):
     which cannot be captured. The third call is captured.
     """
 
-    def __init__(self, engine: Engine, dims: dict[str, int], shared: dict[str, DeviceArray], stream: Stream):
+    def __init__(self, engine: Engine, dims: dict[str, int], shared: Mapping[str, DeviceArray], stream: Stream):
         stage = replace(engine.stage, aliases=engine.in_place)
         self._copied = {o: name for o, name in engine.stage.aliases.items() if o not in engine.in_place}
         missing = [name for name in self._copied.values() if name not in shared]
-        super().__init__(stage, dims, buffers(stage, dims, missing, stream) | shared, stream)
+        super().__init__(stage, dims, buffers(stage, dims, missing, stream) | dict(shared), stream)
         self._engine = engine
         self._calls = 0
         self._context: Any = None
