@@ -192,7 +192,7 @@ class _Part(graphs.Stage):
             try:
                 program = self._exported(opset)
             except Exception as error:  # exceptions of the exporter have no common base class
-                raise _refusal(error, self.name, self.module) from error
+                raise _refusal(error, self) from error
         _check_operators(program.model, self.name)
         attach(program.model)
         _free_names(program.model, self.name)
@@ -507,22 +507,28 @@ def _first_line(error: BaseException) -> str:
 _ONE_SIZE = "a dynamic dimension has one size only: remove it from dynamic, or the constant from the code"
 _HELP = (
     ("data-dependent", "the module branches on the value of a tensor: use torch.where, or decide before the export"),
-    ("Constraints violated", _ONE_SIZE),
-    ("specialized", _ONE_SIZE),
+    ("Constraints violated", "take the dimension from dynamic, or the number that fixes it from the code"),
+    ("specialized", "take the dimension from dynamic, or the number that fixes it from the code"),
     ("torchscript", "PyTorch's exporter has no ONNX operator for it"),
 )
 """Part of a message of PyTorch -> advice."""
 
 
-def _refusal(error: Exception, name: str, module: nn.Module) -> VqdeployError:
+def _refusal(error: Exception, part: _Part) -> VqdeployError:
     """The error for a stage that cannot be exported: part of the module, line, reason and advice."""
     if isinstance(error, VqdeployError):
         return error
     message = " ".join(map(str, _chain(error)))
     advice = [text for sign, text in _HELP if sign.lower() in message.lower()][:1]
-    advice += look_alikes(module)[:1]
+    advice += look_alikes(part.module)[:1]
+    reason = _first_line(list(_chain(error))[-1])
+    if closed := re.search(r"L\['inputs'\]\[(\d+)\]\.size\(\)\[(\d+)\]", message):
+        tensor, axis = list(part.inputs)[int(closed[1])], int(closed[2])
+        reason = f"{part.axes[tensor].get(axis, axis)} of {tensor} has one size only"
+        if any(isinstance(layer, nn.RNNBase) for layer in part.module.modules()):
+            advice.append("recurrent layers take the length of the example, and no other")
     return VqdeployError(
-        f"stage {name} cannot be exported{_place(error, module)}: {_first_line(list(_chain(error))[-1])}",
+        f"stage {part.name} cannot be exported{_place(error, part.module)}: {reason}",
         fix="; ".join([*advice, "quantizer_stages exports a quantizer alone"]),
     )
 

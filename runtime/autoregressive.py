@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw
-from vqdeploy.runtime.sampler import Inputs, Item, Sampler, carried, write_options
+from vqdeploy.runtime.sampler import Item, Sampler, carried, write_options
 from vqdeploy.runtime.session import Binding, Session
 
 
@@ -50,12 +51,18 @@ class AutoregressiveSampler(Sampler):
         self._used: set[int] = set()
 
     @classmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
         depth = tokenizer.maps[0][2]
-        per_code = dict.fromkeys(("codes", "temperature", "top_k", "top_p"), (depth,))
-        numbers = ("label", "position", *(() if sampling.no_label is None else ("partner", "guidance")))
-        return {"step": per_code | {"noise": (depth, tokenizer.codebook_size)} | dict.fromkeys(numbers, ())}
+        place = {"codes": whole("length", depth), "label": whole(), "position": whole()}
+        guidance = {} if sampling.no_label is None else {"partner": whole(), "guidance": floats()}
+        noise = {"noise": floats(depth, tokenizer.codebook_size)}
+        return {"step": place | guidance | noise | sampling_options(depth)}
+
+    @classmethod
+    def outputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
+        """What the sampler reads, stage by stage."""
+        return {"step": {"next_codes": whole(tokenizer.maps[0][2])}}
 
     @classmethod
     def rows(cls, guided: bool) -> int:

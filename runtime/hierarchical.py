@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vqdeploy.runtime.interface import Expected, Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.sampler import Inputs, Item, Sampler, carried
+from vqdeploy.runtime.sampler import Item, Sampler, carried
 from vqdeploy.runtime.session import Array, Binding, Session
 
 _FROM_ROW = ("entry", "inner", "gates")
-_LEFT = ("past_left_x", "past_left_y", "past_row_x", "past_row_y")
 
 
 class HierarchicalSampler(Sampler):
@@ -46,20 +46,33 @@ class HierarchicalSampler(Sampler):
         self._left = 0
 
     @classmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
-        stages: dict[str, Inputs] = {}
+        stages: dict[str, Tensors] = {}
         above: tuple[int, ...] = ()
         for name, (height, width, _) in zip(level_names(len(tokenizer.maps)), tokenizer.maps, strict=True):
-            row = ["row", "row_x", "row_y", "above_x.0", "above_y.0"]
+            row: dict[str, Expected] = {"codes": whole(f"{name} side", width), "row": whole()}
+            row |= {tensor: f"{name} {tensor}" for tensor in ("row_x", "row_y")}
+            row |= {f"above_{axis}.0": f"{name} spread_{axis}" for axis in "xy"}
             if above:
-                row += ["label", "condition"]
-                stages[f"{name}_condition"] = {"codes": above}
-            stages[f"{name}_row"] = {"codes": (width,), **dict.fromkeys(row, ())}
-            pixel = dict.fromkeys(("codes", "row", "column", *_FROM_ROW, *_LEFT), ())
-            options = dict.fromkeys(("temperature", "top_k", "top_p"), (1,))
-            stages[f"{name}_pixel"] = pixel | options | {"noise": (1, tokenizer.codebook_size)}
+                row |= {"label": whole(), "condition": f"{name} condition"}
+                stages[f"{name}_condition"] = {"codes": whole(*above)}
+            stages[f"{name}_row"] = row
+            pixel: dict[str, Expected] = {"codes": whole(f"{name} side"), "row": whole(), "column": whole()}
+            pixel |= {tensor: f"{name} {tensor}" for tensor in _FROM_ROW}
+            pixel |= {f"past_{tensor}": f"{name} {tensor}" for tensor in ("row_x", "row_y", "left_x", "left_y")}
+            stages[f"{name}_pixel"] = pixel | {"noise": floats(1, tokenizer.codebook_size)} | sampling_options(1)
             above = height, width
+        return stages
+
+    @classmethod
+    def outputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
+        """What the sampler reads, stage by stage."""
+        stages: dict[str, Tensors] = {}
+        for name in level_names(len(tokenizer.maps)):
+            stages[f"{name}_condition"] = {"condition": f"{name} condition"}
+            stages[f"{name}_row"] = {tensor: f"{name} {tensor}" for tensor in (*_FROM_ROW, "spread_x", "spread_y")}
+            stages[f"{name}_pixel"] = {"next_codes": whole(1)}
         return stages
 
     @classmethod

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw
-from vqdeploy.runtime.sampler import Inputs, Item, Sampler, write_options
+from vqdeploy.runtime.sampler import Item, Sampler, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 from vqdeploy.runtime.session import Session
 
@@ -54,12 +55,19 @@ class MaskedSampler(Sampler):
         self._progress: dict[int, _Progress] = {}
 
     @classmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
         grid = tokenizer.maps[0]
-        codes = dict.fromkeys(("codes", "given", "choice_noise"), grid) | {"noise": (*grid, tokenizer.codebook_size)}
-        options = dict.fromkeys(("temperature", "top_k", "top_p"), grid[2:])
-        return {"step": codes | options | dict.fromkeys(("label", "guidance", "masked", "choice_temperature"), ())}
+        state = {"codes": whole(*grid), "given": whole(*grid), "masked": whole()}
+        noise = {"noise": floats(*grid, tokenizer.codebook_size), "choice_noise": floats(*grid)}
+        guidance = {"label": whole("conditions"), "guidance": floats("conditions")}
+        options = sampling_options(grid[2]) | {"choice_temperature": floats()}
+        return {"step": state | noise | guidance | options}
+
+    @classmethod
+    def outputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
+        """What the sampler reads, stage by stage."""
+        return {"step": dict.fromkeys(("drawn", "remaining"), whole(*tokenizer.maps[0]))}
 
     @classmethod
     def most_slots(cls, stages: Mapping[str, StageInfo], device: str) -> int:

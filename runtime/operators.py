@@ -153,6 +153,17 @@ ONNX = {
     "EyeLike": Operator("input", "output", {"dtype": DTYPES, "k": Ints(-65536, 65536)}, ()),
     "Flatten": Operator("input", "output=input", {"axis": AXIS}, ()),
     "Floor": Operator("X", "Y=X", {}, ()),
+    "GRU": Operator(
+        "X W R B? sequence_lens? initial_h?",
+        "Y?=X Y_h?=X",
+        {
+            "direction": Strings("bidirectional", "forward", "reverse"),
+            "hidden_size": Ints(1, 65536),
+            "layout": FLAG,
+            "linear_before_reset": FLAG,
+        },
+        (),
+    ),
     "Gather": Operator("data indices", "output=data", {"axis": AXIS}, ()),
     "GatherElements": Operator("data indices", "output=data", {"axis": AXIS}, ()),
     "GatherND": Operator("data indices", "output=data", {"batch_dims": Ints(0, 7)}, ()),
@@ -183,6 +194,17 @@ ONNX = {
     "IsInf": Operator("X", "Y=BOOL", {"detect_negative": FLAG, "detect_positive": FLAG}, ()),
     "IsNaN": Operator("X", "Y=BOOL", {}, ()),
     "LRN": Operator("X", "Y=X", {"alpha": FLOAT, "beta": FLOAT, "bias": FLOAT, "size": Ints(1, 4096)}, ("size",)),
+    "LSTM": Operator(
+        "X W R B? sequence_lens? initial_h? initial_c? P?",
+        "Y?=X Y_h?=X Y_c?=X",
+        {
+            "direction": Strings("bidirectional", "forward", "reverse"),
+            "hidden_size": Ints(1, 65536),
+            "input_forget": FLAG,
+            "layout": FLAG,
+        },
+        (),
+    ),
     "LayerNormalization": Operator(
         "X Scale B?", "Y=X Mean? InvStdDev?", {"axis": AXIS, "epsilon": FLOAT, "stash_type": DTYPES}, ()
     ),

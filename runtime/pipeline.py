@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.runtime import options
+from vqdeploy.runtime import interface, options
 from vqdeploy.runtime.arguments import as_array, as_numbers, check_whole, is_whole
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.runtime.backends import BACKENDS
@@ -745,15 +745,12 @@ def _check_sampler(bundle: Bundle) -> None:
         expected = " or ".join(SAMPLERS)
         raise ArtifactError("unknown kind of sampling", expected=expected, found=found, fix="pip install -U vqdeploy")
     kind = SAMPLERS[sampling.kind]
-    for name, wanted in kind.inputs(tokenizer, sampling).items():
-        shapes = {info.name: info.shape for info in manifest.stage(name).inputs}
-        for tensor, end in wanted.items():
-            shape = shapes.get(tensor)
-            if shape is None or shape[len(shape) - len(end) :] != end:
-                expected = (
-                    f"an input {tensor} of shape [..., {', '.join(map(str, end))}]" if end else f"an input {tensor}"
-                )
-                raise ArtifactError(f"stage {name} does not fit its sampler", expected=expected, found=shape)
+    inputs, outputs = kind.inputs(tokenizer, sampling), kind.outputs(tokenizer, sampling)
+    if any(stage.name == "features" for stage in manifest.stages):
+        codes = interface.whole(*Layout(tokenizer.maps).shape)
+        inputs["features"] = {"codes": codes, "label": interface.whole()}
+        outputs["features"] = {"features": interface.floats("layers", "width")}
+    interface.check(manifest, inputs, outputs)
     try:
         options.choose({}, sampling.options, Layout(tokenizer.maps).depth, tokenizer.codebook_size)
     except VqdeployError as error:

@@ -10,13 +10,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.interface import Tensors
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw, Key
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.session import Array, Binding, Session
-
-Inputs = Mapping[str, tuple[int, ...]]
-"""Graph inputs by name, with the trailing dimensions of each."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,13 @@ class Sampler(ABC):
 
     @classmethod
     @abstractmethod
-    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Inputs]:
+    def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
+
+    @classmethod
+    @abstractmethod
+    def outputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
+        """What the sampler reads, stage by stage, apart from what one call leaves for the next."""
 
     @classmethod
     def rows(cls, guided: bool) -> int:

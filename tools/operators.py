@@ -27,8 +27,8 @@ Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedR
 REDUCTIONS = """ArgMax ArgMin CumSum LogSoftmax ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
 ReduceMin ReduceProd ReduceSum ReduceSumSquare Softmax"""
 LAYERS = """Attention AveragePool BatchNormalization Conv ConvInteger ConvTranspose DequantizeLinear
-DynamicQuantizeLinear Einsum Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization
-InstanceNormalization LayerNormalization LpNormalization LRN MatMul MatMulInteger MaxPool QuantizeLinear Resize
+DynamicQuantizeLinear Einsum GRU Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization
+InstanceNormalization LayerNormalization LpNormalization LRN LSTM MatMul MatMulInteger MaxPool QuantizeLinear Resize
 RMSNormalization RotaryEmbedding"""
 MOVES = """Compress Concat Constant ConstantOfShape DepthToSpace Expand EyeLike Flatten Gather GatherElements
 GatherND NonZero OneHot Pad Range Reshape ScatterElements ScatterND Shape Size Slice SpaceToDepth Split Squeeze Tile
@@ -51,6 +51,7 @@ INTEGERS: dict[str, str] = {
     "blocksize": "Ints(1, 256)",
     "dilations": "Ints(1, 4096)",
     "group": "Ints(1, 65536)",
+    "hidden_size": "Ints(1, 65536)",
     "k": "Ints(-65536, 65536)",
     "K": "Ints(1, 16777216)",
     "N": "Ints(1, 16777216)",
@@ -90,7 +91,6 @@ STRINGS: dict[str, tuple[str, ...]] = {
         "half_pixel_symmetric",
         "pytorch_half_pixel",
     ),
-    "direction": ("LEFT", "RIGHT"),
     "keep_aspect_ratio_policy": ("stretch",),
     "nearest_mode": ("ceil", "floor", "round_prefer_ceil", "round_prefer_floor"),
     "padding_mode": ("border", "reflection", "zeros"),
@@ -98,7 +98,10 @@ STRINGS: dict[str, tuple[str, ...]] = {
     "round_mode": ("down", "nearest", "up"),
 }
 MODES = {
+    "BitShift": ("LEFT", "RIGHT"),
     "DepthToSpace": ("CRD", "DCR"),
+    "GRU": ("bidirectional", "forward", "reverse"),
+    "LSTM": ("bidirectional", "forward", "reverse"),
     "GridSample": ("cubic", "linear", "nearest"),
     "Pad": ("constant", "edge", "reflect", "wrap"),
     "Resize": ("cubic", "linear", "nearest"),
@@ -111,6 +114,10 @@ LEFT_OUT = {
     "value_string",
     "value_strings",
     "training_mode",
+    "activations",
+    "activation_alpha",
+    "activation_beta",
+    "clip",
     "k_quant_type",
     "v_quant_type",
     "kv_cache_bit_width",
@@ -152,7 +159,11 @@ def rule(operator: str, name: str, attribute: Any) -> str:
     if kind.startswith("INT"):
         text = INTEGERS.get(name, "FLAG")
     elif kind == "STRING":
-        text = "EQUATION" if name == "equation" else f"Strings{MODES[operator] if name == 'mode' else STRINGS[name]!r}"
+        text = (
+            "EQUATION"
+            if name == "equation"
+            else f"Strings{MODES[operator] if name in ('mode', 'direction') else STRINGS[name]!r}"
+        )
     else:
         text = kind.removesuffix("S")
     return f"List({text})" if kind in ("INTS", "FLOATS") else text

@@ -388,6 +388,16 @@ def test_a_batch_is_no_larger_than_the_module_takes(tmp_path):
     assert load(tmp_path / "b.plan").manifest.stage("forward").dims["batch"] == SizeRange(1, 2, 2)
 
 
+def test_recurrent_layers_have_the_length_of_the_example(tmp_path):
+    model = nn.LSTM(4, 6, batch_first=True).eval()
+    stage = Stage(lambda m, x: m(x)[0], inputs={"x": torch.randn(2, 5, 4)}, outputs=["y"])
+    pipe = exported(model, {"forward": stage}, tmp_path, dynamic={"x": {0: "batch"}})
+    x = torch.randn(3, 5, 4)
+    np.testing.assert_allclose(pipe.run("forward", x=x.numpy())["y"], model(x)[0].detach(), atol=1e-6)
+    with pytest.raises(VqdeployError, match=r"length of x has one size only.*recurrent layers"):
+        export_module(model, {"forward": stage}, tmp_path / "a-onnx", dynamic={"x": {0: "batch", 1: "length"}})
+
+
 def test_a_quantizer_alone(tmp_path):
     quantizer = library.VectorQuantize(dim=8, codebook_size=16).eval()
     stages = quantizer_stages(quantizer, torch.randn(1, 4, 8))
@@ -453,7 +463,7 @@ class TestRefusals:
         self.refused(Gated(Noisy()), tmp_path, expected)
 
     def test_a_dimension_that_is_not_open(self, tmp_path):
-        self.refused(Reshaped(), tmp_path, "stage forward cannot be exported.*one size only")
+        self.refused(Reshaped(), tmp_path, "stage forward cannot be exported.*batch of x has one size only")
 
     def test_a_quantizer_that_cannot_be_served(self, tmp_path):
         beam = library.ResidualVQ(dim=4, codebook_size=4, num_quantizers=2, beam_size=2)
