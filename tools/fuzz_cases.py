@@ -562,7 +562,7 @@ def mutate_interface(stage: Any, graph: onnx.GraphProto, rnd: random.Random) -> 
         values.append(new)
         if side == "outputs":
             graph.node.append(helper.make_node("Identity", [graph.input[0].name], ["more"]))
-    else:
+    elif stage["inputs"] and stage["outputs"]:
         stage["aliases"] = {
             rnd.choice(stage["outputs"])["name"]: rnd.choice(stage["inputs"])["name"] for _ in range(rnd.randrange(3))
         }
