@@ -4,8 +4,11 @@ The functions of the stages run on a copy of the module, whose quantizers are re
 Numbers cross the border of a stage as float32, int64 or uint8, whatever the module has inside.
 """
 
+import ast
+import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import logging
 import re
@@ -29,6 +32,7 @@ from vqdeploy.export.quantizers import copied, look_alikes, replace_quantizers
 from vqdeploy.export.stage import Dimension
 from vqdeploy.files import replacing_folder
 from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, Provenance
+from vqdeploy.runtime.operators import OPERATORS
 
 log = logging.getLogger("vqdeploy")
 
@@ -183,29 +187,64 @@ class _Part(graphs.Stage):
 
     def to_onnx(self, opset: int = OPSET) -> onnx_ir.Model:
         """Exports the module."""
-        shapes = tuple(dict.fromkeys(self.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in self.inputs)
-        try:
-            exported = torch.export.export(
-                self.module, tuple(self.inputs.values()), dynamic_shapes=(shapes,), strict=False
-            )
-            program: Any = torch.onnx.export(
-                exported,
-                (),
-                dynamo=True,
-                input_names=list(self.inputs),
-                output_names=self.outputs,
-                opset_version=opset,
-                custom_translation_table=translations(),
-                verbose=False,
-            )
-        except Exception as error:  # PyTorch's have no common base class
-            raise _refusal(error, self.name, self.module) from error
+        with _quiet():
+            try:
+                program = self._exported(opset)
+            except Exception as error:  # PyTorch's have no common base class
+                raise _refusal(error, self.name, self.module) from error
+        _check_operators(program.model, self.name)
         attach(program.model)
         _free_names(program.model, self.name)
         _bound_divisors(program.model)
         _name_dimensions(program.model, self.axes)
         model: onnx_ir.Model = program.model
         return model
+
+    def _exported(self, opset: int) -> Any:
+        shapes = tuple(dict.fromkeys(self.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in self.inputs)
+        inputs = tuple(self.inputs.values())
+        return torch.onnx.export(
+            torch.export.export(self.module, inputs, dynamic_shapes=(shapes,), strict=False),
+            (),
+            dynamo=True,
+            input_names=list(self.inputs),
+            output_names=self.outputs,
+            opset_version=opset,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps to the log what PyTorch prints of a failure: whole graphs, beside the exception."""
+    logger, printed = logging.getLogger("torch.fx"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    finally:
+        logger.setLevel(level)
+        if printed.getvalue():
+            log.debug("PyTorch: %s", printed.getvalue())
+
+
+_SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"  # what PyTorch's exporter leaves
+
+
+def _check_operators(model: onnx_ir.Model, stage: str) -> None:
+    """Refuses operators that plans do not have, by the part of the module that needs them."""
+    for node in model.graph:
+        if node.domain in ("", "ai.onnx") and node.op_type not in OPERATORS[""]:
+            *scopes, _ = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
+            name = scopes[-1].removeprefix("model").lstrip(".") if scopes else ""
+            lines = re.findall(r'File "([^"]+)", line (\d+)', node.metadata_props.get(_TRACE, ""))
+            own = [f" ({file}, line {line})" for file, line in lines if not file.startswith((_TORCH, __file__))]
+            part = f"{name or 'the module itself'}{own[-1] if own else ''}"
+            random = "Random" in node.op_type or node.op_type in ("Bernoulli", "Multinomial")
+            fix = "take random numbers as an input" if random else "quantizer_stages exports a quantizer alone"
+            raise VqdeployError(f"stage {stage} cannot be exported in {part}: plans have no {node.op_type}", fix=fix)
 
 
 def _free_names(model: onnx_ir.Model, stage: str) -> None:
@@ -460,7 +499,7 @@ _KINDS = ("smallest", "usual", "largest")
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = re.sub(r"\s*\((unhinted|Size-like).*", "", str(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 

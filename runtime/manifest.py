@@ -213,15 +213,22 @@ def _check_stages(manifest: Manifest) -> None:
             held = 1 <= sizes.min <= sizes.usual <= sizes.max <= _LARGEST
             _require(held, f"stages.{stage.name}.dims.{name}", "1 <= min <= usual <= max", sizes.to_dict())
         for output, name in stage.aliases.items():
-            held = output in outputs and name in inputs and inputs[name].shape == outputs[output].shape
-            _require(held, f"stages.{stage.name}.aliases", "an output and an input of its shape", f"{output}: {name}")
+            held = output in outputs and name in inputs and _alike(inputs[name], outputs[output])
+            expected = "an output and an input of its shape and type"
+            _require(held, f"stages.{stage.name}.aliases", expected, f"{output}: {name}")
+        taken = list(stage.aliases.values())
+        _require(len(set(taken)) == len(taken), f"stages.{stage.name}.aliases", "an input for each output", taken)
+
+
+def _alike(one: TensorInfo, other: TensorInfo) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
 def _check_tensor(info: TensorInfo, where: str) -> None:
     known = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
     _require(info.dtype in known, f"{where}.dtype", " or ".join(known), info.dtype)
     sizes = [size for size in info.shape if not isinstance(size, str)]
-    held = len(info.shape) <= 32 and all(0 <= size <= _LARGEST for size in sizes)
+    held = len(info.shape) <= 32 and all(1 <= size <= _LARGEST for size in sizes)
     _require(held and math.prod(sizes) <= 2**40, f"{where}.shape", "sizes of an array", list(info.shape)[:8])
 
 

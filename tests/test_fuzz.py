@@ -50,7 +50,7 @@ def material(artifacts, cases, tmp_path_factory):
     return cases.Material(folder, tuple(SYSTEMS))
 
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(15))
 def test_no_case_of_a_kind_is_a_fault(cases, material, tmp_path, number):
     kind = list(cases.KINDS)[number]
     for case in range(CASES.get(kind, USUAL)):
@@ -61,7 +61,7 @@ def test_no_case_of_a_kind_is_a_fault(cases, material, tmp_path, number):
 
 
 def test_all_kinds_are_tested(cases):
-    assert len(cases.KINDS) == 14
+    assert len(cases.KINDS) == 15
 
 
 def test_a_case_is_made_again_from_its_number(cases, material, tmp_path):

@@ -76,6 +76,8 @@ def use_plan(path: Path, rnd: random.Random) -> None:
             images = np.full((1, *pipeline.image_shape), rnd.randrange(256), np.uint8)
             with contextlib.suppress(VqdeployError):
                 pipeline.decode(pipeline.encode(images))
+            with contextlib.suppress(VqdeployError):
+                pipeline.features(images)
         if pipeline.manifest.sampling:
             options: dict[str, Any] = {"seed": rnd.randrange(100)}
             if "steps" in pipeline.sampling.options:
@@ -508,6 +510,76 @@ def plan_graph(rnd: random.Random, material: Material, folder: Path) -> None:
     use_plan(write_plan(folder / "a.plan", manifest, files), rnd)
 
 
+def plan_interface(rnd: random.Random, material: Material, folder: Path) -> None:
+    """A plan of which a graph and the manifest agree, on other inputs and outputs than its sampler knows."""
+    manifest, files = members(material.plan(rnd))
+    stage = rnd.choice(manifest["stages"])
+    model = onnx.load_from_string(files[stage["file"]])
+    for _ in range(rnd.choice((1, 1, 2))):
+        mutate_interface(stage, model.graph, rnd)
+    files[stage["file"]] = model.SerializeToString()
+    use_plan(write_plan(folder / "a.plan", manifest, files), rnd)
+
+
+def mutate_interface(stage: Any, graph: onnx.GraphProto, rnd: random.Random) -> None:
+    """Changes an input or an output of a stage and of its graph in the same way."""
+    side = rnd.choice(("inputs", "outputs", "outputs"))
+    infos, values = stage[side], graph.input if side == "inputs" else graph.output
+    place = rnd.randrange(len(infos)) if infos else 0
+    kind = rnd.randrange(7) if infos else 5
+    if kind == 0:  # another name
+        _rename(stage, graph, infos[place]["name"], rnd.choice(("x", "codes", "label", "present_x", "past_x", "noise")))
+    elif kind == 1 and side == "outputs":
+        stage["aliases"].pop(infos[place]["name"], None)
+        del infos[place], values[place]
+    elif kind == 2:  # another order
+        infos.append(infos.pop(place))
+        moved = copy.deepcopy(values[place])
+        del values[place]
+        values.append(moved)
+    elif kind == 3:  # an open dimension of another name
+        other = rnd.choice(("batch", "n", "length", "conditions"))
+        for name in list(stage["dims"]):
+            stage["dims"].setdefault(other, stage["dims"][name])
+        for info, tensor in zip(infos, values, strict=True):
+            dims = tensor.type.tensor_type.shape.dim
+            for axis, size in enumerate(info["shape"]):
+                if isinstance(size, str) and rnd.random() < 0.5:
+                    info["shape"][axis] = dims[axis].dim_param = other
+    elif kind == 4:  # a size for an open dimension, or the other way round
+        dims = values[place].type.tensor_type.shape.dim
+        if dims:
+            axis, size = rnd.randrange(len(dims)), rnd.choice((0, 1, 2, 5, 2**20, "batch"))
+            infos[place]["shape"][axis] = size
+            if isinstance(size, str):
+                dims[axis].dim_param = size
+            else:
+                dims[axis].dim_value = size
+    elif kind == 5:  # one more
+        new = copy.deepcopy(graph.input[0])
+        new.name = "more"
+        infos.append(stage["inputs"][0] | {"name": "more"})
+        values.append(new)
+        if side == "outputs":
+            graph.node.append(helper.make_node("Identity", [graph.input[0].name], ["more"]))
+    else:
+        stage["aliases"] = {
+            rnd.choice(stage["outputs"])["name"]: rnd.choice(stage["inputs"])["name"] for _ in range(rnd.randrange(3))
+        }
+
+
+def _rename(stage: Any, graph: onnx.GraphProto, old: str, new: str) -> None:
+    for value_ in (*graph.input, *graph.output, *graph.value_info):
+        value_.name = new if value_.name == old else value_.name
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = new if name == old else name
+    for info in (*stage["inputs"], *stage["outputs"]):
+        info["name"] = new if info["name"] == old else info["name"]
+    stage["aliases"] = {new if o == old else o: new if i == old else i for o, i in stage["aliases"].items()}
+
+
 def plan_graph_bytes(rnd: random.Random, material: Material, folder: Path) -> None:
     """A plan with a graph whose bytes are damaged and whose digest is right."""
     manifest, files = members(material.plan(rnd))
@@ -867,6 +939,7 @@ KINDS: dict[str, Callable[[random.Random, Material, Path], None]] = {
     "plan directory": plan_directory,
     "plan manifest": plan_manifest,
     "plan graph": plan_graph,
+    "plan interface": plan_interface,
     "plan graph bytes": plan_graph_bytes,
     "plan node": plan_node,
     "plan weights": plan_weights,

@@ -40,6 +40,12 @@ def test_tokenizer(run, tmp_path, name):
         assert_close(tokenizer.latents(tensors["in/image"]).permute(0, 3, 1, 2), tensors["out/z"])
 
 
+def test_averages_that_are_taken_are_named(run, tmp_path):
+    for name, taken in (("rqvae", "state_dict_ema"), ("llamagen_vq", "ema")):
+        (note,) = run(*write_tokenizer(name, tmp_path), "-o", tmp_path / "out")["notes"]
+        assert note == f"moving averages are taken, {taken} of {name}.ckpt; --raw takes the weights themselves"
+
+
 @torch.no_grad()
 def test_raw_weights_are_taken_when_they_are_asked_for(run, tmp_path):
     arguments = write_tokenizer("movqgan_ema", tmp_path)

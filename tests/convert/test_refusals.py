@@ -1,7 +1,9 @@
 """What does not fit is refused in one sentence that names it, and nothing is left behind."""
 
+import contextlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from support.golden import read_golden
@@ -272,3 +274,28 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
     with pytest.raises(VqdeployError, match="holds something else"):
         import_checkpoint(tmp_path / "mine", arguments[1], tokenizer_config=arguments[3])
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("name", ["movq", "diffusers_vq", "llamagen_vq", "emu3_vq", "rqvae", "vitvq", "vqvae2"])
+def test_weights_of_odd_shapes_end_in_a_sentence(tmp_path, name):
+    """Each weight in turn without an axis, with one more, empty, or gone: it is refused, and never in a traceback."""
+    _, _, state = read_golden(name)
+    file = write_config(TOKENIZERS[name][3](read_golden(name)[0]), tmp_path / "c.json")
+    rng = np.random.default_rng(0)
+    for key in rng.permutation(sorted(key for key, weight in state.items() if weight.ndim))[:5]:
+        weight = state[key]
+        for odd in (weight[:0], weight[None], weight.flatten()[0], weight.repeat_interleave(2, -1)):
+            save(state | {key: odd.contiguous()}, tmp_path / "file")
+            with contextlib.suppress(VqdeployError):
+                import_checkpoint(tmp_path / "out", tmp_path / "file", tokenizer_config=file)
+
+
+@pytest.mark.parametrize("value", [None, {}, "text", -1, float("nan"), [[]]])
+def test_odd_configurations_end_in_a_sentence(tmp_path, value):
+    for name in ("vqgan", "diffusers_vq", "emu3_vq", "vitvq"):
+        config, _, state = read_golden(name)
+        save(state, tmp_path / "file")
+        for key in config:
+            file = write_config(TOKENIZERS[name][3](config | {key: value}), tmp_path / "c.json")
+            with contextlib.suppress(VqdeployError):
+                import_checkpoint(tmp_path / "out", tmp_path / "file", tokenizer_config=file)

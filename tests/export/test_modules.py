@@ -407,6 +407,13 @@ class Gate(nn.Module):
         return -x
 
 
+class Noisy(nn.Module):
+    """Adds noise of its own."""
+
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
 class Gated(nn.Module):
     def __init__(self, gate):
         super().__init__()
@@ -440,6 +447,10 @@ class TestRefusals:
         where = rf"in inner.1 \({re.escape(__file__)}, line {line}\)"
         helps = "branches on the value of a tensor: use torch.where.*quantizer_stages"
         self.refused(Gated(Gate()), tmp_path, f"{where}.*{helps}")
+
+    def test_an_operator_that_plans_do_not_have(self, tmp_path):
+        expected = rf"in inner.1 \({re.escape(__file__)}, line \d+\): plans have no Random.*Fix: take random numbers as"
+        self.refused(Gated(Noisy()), tmp_path, expected)
 
     def test_a_dimension_that_is_not_open(self, tmp_path):
         self.refused(Reshaped(), tmp_path, "stage forward cannot be exported.*one size only")

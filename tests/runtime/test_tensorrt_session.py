@@ -377,7 +377,10 @@ def test_an_engine_that_its_manifest_does_not_describe(small_engines, gpu, tmp_p
         folder.mkdir()
         others = tuple(wrong if stage.name == "step" else stage for stage in stages)
         plan = changed(small_engines, folder / "a.plan", stages=others)
-        with pytest.raises(ArtifactError, match=r"stage step of .* is not the engine that its manifest describes"):
+        described = (
+            r"stage step of .* is not the engine that its manifest describes|stages\.step\S* of the manifest is wrong"
+        )
+        with pytest.raises(ArtifactError, match=described):
             load(plan).session("step")
 
 
@@ -435,7 +438,7 @@ def test_a_shape_that_the_engine_refuses(small_engines, gpu, monkeypatch):
     context = type(pipeline.session("decode")._engine.common_context())
     monkeypatch.setattr(context, "set_input_shape", lambda self, name, shape: False)
     with pytest.raises(
-        VqdeployError, match=r"takes no codes of shape \[1, 4, 4, 4\]; expected a batch of 1 to 64\. "
+        VqdeployError, match=r"takes no codes of shape \[1, 4, 4, 4\]; expected batch of 1 to 64\. "
     ) as e:
         pipeline.decode(np.zeros((1, *pipeline.grid), np.int64))
     assert e.value.exit_code == 2

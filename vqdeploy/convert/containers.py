@@ -61,6 +61,13 @@ class Source:
     config: Any = None
     raw: bool = False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to tell the user of where the weights were."""
+        if _last(self.taken) not in _AVERAGED:
+            return ()
+        return (f"moving averages are taken, {self.taken} of {self.path.name}; --raw takes the weights themselves",)
+
 
 def read(path: Path, raw: bool = False, config: Path | None = None) -> Source:
     """Reads the weights of a file or a folder, and the configuration beside them.

@@ -96,9 +96,7 @@ def averaged(source: Source, shadow: Callable[[str], str]) -> tuple[Source, tupl
         return replace(source, weights=weights), ()
     if lost := [key for key in own if key not in there]:
         raise ArtifactError(f"{source.path} has moving averages of some weights, and not of {lost[0]}", fix="add --raw")
-    return replace(source, weights=weights | there), (
-        "its moving averages are taken; --raw takes the weights themselves",
-    )
+    return replace(source, weights=weights | there), ("moving averages are taken; --raw takes the weights themselves",)
 
 
 def refuse_what_has_no_codes(source: Source) -> None:

@@ -1,8 +1,9 @@
 """`vqdeploy import`: published weights to a checkpoint folder, whatever public code wrote them."""
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +121,12 @@ def import_checkpoint(
     else:
         raise VqdeployError("a system needs a tokenizer", fix="add --tokenizer FILE")
     formats = [_format(source, TOKENIZERS, "tokenizer", name)]
-    parts = {"tokenizer": TOKENIZERS[formats[0]].read(source)}
+    with _malformed(source):
+        parts = {"tokenizer": TOKENIZERS[formats[0]].read(source)}
     if sources:
         formats.append(_format(sources[0], PRIORS, "prior", name))
-        parts["prior"] = _prior(sources, PRIORS[formats[1]], parts["tokenizer"])
+        with _malformed(sources[0]):
+            parts["prior"] = _prior(sources, PRIORS[formats[1]], parts["tokenizer"])
     config = _system(parts, _labels(labels) if labels else (), formats)
     files = [source] * (tokenizer is not None) + sources
     provenance = {
@@ -136,8 +139,18 @@ def import_checkpoint(
         "model": config.model,
         "formats": formats,
         "parameters": {name: sum(w.numel() for w in part.weights.values()) for name, part in parts.items()},
-        "notes": [note for part in parts.values() for note in part.notes],
+        "notes": [note for file in files for note in file.notes] + [n for part in parts.values() for n in part.notes],
     }
+
+
+@contextlib.contextmanager
+def _malformed(source: Source) -> Iterator[None]:
+    """Weights whose names are known and whose shapes are none of such weights."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ArtifactError(f"{source.path} or its configuration makes no model ({reason})") from error
 
 
 def _format(source: Source, formats: Mapping[str, TokenizerFormat | PriorFormat], kind: str, name: str | None) -> str:
