@@ -11,11 +11,12 @@ from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, PackedAt
 from vqdeploy.export.stage import Stage
 from vqdeploy.models import vitvqgan
 from vqdeploy.models.conv import SpatialNorm, Upsample
+from vqdeploy.models.vqvae2 import AnyTokenizer
 
 _FASTER: dict[type, Any] = {Upsample: SplitUpsample, SpatialNorm: Modulation, vitvqgan.Attention: PackedAttention}
 
 
-def _laid_out(tokenizer: Any) -> Any:
+def _laid_out(tokenizer: AnyTokenizer) -> AnyTokenizer:
     """A copy of a tokenizer with layers for inference."""
     tokenizer = copy.deepcopy(tokenizer)
     for module in list(tokenizer.modules()):
@@ -28,7 +29,7 @@ def _laid_out(tokenizer: Any) -> Any:
 class Encode(nn.Module):
     """Image uint8 [B, H, W, 3] -> codes int64 [B, h, w, Q]."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: AnyTokenizer):
         super().__init__()
         self.input = ImageInput(tokenizer.config.pixel_range)
         self.tokenizer = _laid_out(tokenizer)
@@ -41,7 +42,7 @@ class Encode(nn.Module):
 class Decode(nn.Module):
     """Codes int64 [B, h, w, Q], -1 for a residual depth to skip -> image uint8 [B, H, W, 3]."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: AnyTokenizer):
         super().__init__()
         self.output = ImageOutput(tokenizer.config.pixel_range)
         self.tokenizer = _laid_out(tokenizer)
@@ -51,7 +52,7 @@ class Decode(nn.Module):
         return image
 
 
-def maps_of(tokenizer: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
+def maps_of(tokenizer: AnyTokenizer, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
     """Height, width and depth of each code map, for images of the given size.
 
     Raises:
@@ -76,7 +77,7 @@ def _shown(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def stages(tokenizer: Any, size: tuple[int, int] | None = None) -> list[Stage]:
+def stages(tokenizer: AnyTokenizer, size: tuple[int, int] | None = None) -> list[Stage]:
     """Both stages of a tokenizer, for images of a height and width; by default those of its configuration."""
     height, width = size or (tokenizer.config.resolution,) * 2
     maps = maps_of(tokenizer, (height, width))

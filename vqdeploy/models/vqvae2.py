@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.models.modules import Modules
 from vqdeploy.models.quantizers import MultichannelQuantizer, Quantized
+from vqdeploy.models.tokenizer import Tokenizer
 
 Grids = tuple[tuple[int, ...], ...]
 """Height and width of the code map of each level, top first."""
@@ -215,3 +216,7 @@ class VQVAE2(nn.Module):
         for level, features in enumerate(rest, 1):
             merged = self.merge(level, quantize(level, self.latents(level, features, merged)), merged)
         return merged
+
+
+AnyTokenizer = Tokenizer | VQVAE2
+"""A tokenizer with one code map or with several."""

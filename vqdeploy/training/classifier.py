@@ -1,11 +1,11 @@
 """A small classifier of the real images, which judges class-conditional samples."""
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from vqdeploy.models.pixels import to_range
@@ -28,7 +28,7 @@ class ImageClassifier(LightningModule):
         logits: Tensor = self.layers(to_range(images, (-1.0, 1.0)))
         return logits
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW."""
         optimizer = torch.optim.AdamW(self.parameters(), self.recipe.classifier_learning_rate)
         scheduler = schedule(optimizer, self.recipe.classifier_steps)

@@ -1,12 +1,12 @@
 """Metrics of tokenizers and of samples. Images are uint8 [N, 3, R, R]."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqdeploy.models.pixels import to_range, to_uint8
+from vqdeploy.models.vqvae2 import AnyTokenizer
 from vqdeploy.reference import Noise
 from vqdeploy.reference import generate as sample_codes
 from vqdeploy.systems import System
@@ -28,7 +28,7 @@ def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Any, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+def reconstruct(tokenizer: AnyTokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Images -> reconstructions and codes."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
     pixels, codes = [], []

@@ -1,10 +1,10 @@
 """Stage 2: the prior learns the codes of the frozen tokenizer."""
 
 import logging
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from vqdeploy.models.pixels import to_range
@@ -29,7 +29,7 @@ class PriorTraining(LightningModule):
         for frozen in filter(None, (system.tokenizer, classifier)):
             frozen.requires_grad_(False).eval()
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the betas and weight decay of the RQ-Transformer, for every prior."""
         parameters = self.system.prior.parameters()
         optimizer = torch.optim.AdamW(parameters, self.recipe.prior_learning_rate, (0.9, 0.95), weight_decay=1e-4)

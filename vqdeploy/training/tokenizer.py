@@ -6,9 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from vqdeploy.models.pixels import to_range, to_uint8
+from vqdeploy.models.vqvae2 import AnyTokenizer
 from vqdeploy.systems import Recipe
 from vqdeploy.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from vqdeploy.training.metrics import codebook_use, psnr
@@ -35,7 +37,7 @@ class TokenizerTraining(LightningModule):
 
     automatic_optimization = False
 
-    def __init__(self, tokenizer: Any, recipe: Recipe):
+    def __init__(self, tokenizer: AnyTokenizer, recipe: Recipe):
         super().__init__()
         # Lightning does not change modes, and the codebook is updated in training mode only.
         self.tokenizer, self.recipe = tokenizer.train(), recipe
@@ -44,7 +46,7 @@ class TokenizerTraining(LightningModule):
         self.perceptual = [perceptual_network()] if recipe.perceptual_weight else []
         self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam for the tokenizer and the discriminator, if any."""
         networks = [network for network in (self.tokenizer, self.discriminator) if network is not None]
         optimizers = [torch.optim.Adam(n.parameters(), self.recipe.learning_rate, (0.5, 0.9)) for n in networks]
