@@ -60,7 +60,7 @@ def test_the_checker_accepts_every_graph(pair):
 
 def test_the_package_says_so_and_is_half_as_large(package, half_package, system):
     assert read(half_package).precision == "fp16"
-    assert read(half_package).checkpoint == digest(system)
+    assert read(half_package).provenance.checkpoint == digest(system)
     properties = onnx.load(half_package / "step.onnx", load_external_data=False).metadata_props
     assert {entry.key: entry.value for entry in properties}["precision"] == "fp16"
     sizes = [(folder / WEIGHTS).stat().st_size for folder in (package, half_package)]
@@ -101,7 +101,7 @@ def test_a_stage_runs_in_pytorch_too(system):
 
 @torch.no_grad()
 def test_an_adaptive_prior(adaptive_system):
-    stage = next(stage for stage in stages(adaptive_system) if stage.name == "step")
+    stage = next(stage for stage in stages(adaptive_system.prior) if stage.name == "step")
     stage.inputs["guidance"] = torch.tensor([[1.0, 0.0], [1.5, -0.5]])
     half = in_precision(stage, "fp16")
     assert all(torch.equal(x, stage.inputs[name]) for name, x in half.inputs.items())

@@ -284,6 +284,7 @@ def _read_images(pipeline: Pipeline, files: Sequence[Path]) -> np.ndarray:
 
 
 def _read_codes(file: Path) -> np.ndarray:
+    check_regular(file)
     try:
         return _read_archive(file, ["codes"])["codes"]
     except ArtifactError as error:
