@@ -36,14 +36,18 @@ _LIFE = 400  # cases per process, against leaks
 
 
 def prepare(folder: Path, systems: tuple[str, ...]) -> Material:
+<<<<<<< HEAD
     """Exports and builds missing artifacts."""
+=======
+    """Exports and builds what is not there yet, or of another version."""
+>>>>>>> hostile
     folder.mkdir(parents=True, exist_ok=True)
     for system in systems:
         package = folder / f"{system}-onnx"
-        if not package.exists():
+        if _damage("export", package):
             _command("export", "--model", system, "--no-verify", "-o", package)
         for name, device in ((system, "cpu"), (f"{system}-portable", "cuda")):
-            if not (folder / f"{name}.plan").exists():
+            if _damage("build", folder / f"{name}.plan"):
                 _command("build", package, "--device", device, "-o", folder / f"{name}.plan")
     return Material(folder, systems)
 
@@ -200,7 +204,7 @@ def _long_command(verb: str, material: Material, folder: Path) -> tuple[list[str
         "export": ["export", "--model", system, "--no-verify", "-o", "out"],
         "build": ["build", material.folder / f"{system}-onnx", "-o", "out"],
         "run": ["run", "--engine", material.folder / f"{system}.plan", "--num-images", 8, "-o", "out"],
-        "train": ["train", "--model", system, "--epochs", 1, "-o", "out"],
+        "train": ["train", "--model", system, "--steps", 20, "--prior-steps", 20, "--batch-size", 16, "-o", "out"],
     }
     return [sys.executable, "-m", "vqdeploy", *map(str, words[verb])], folder / "out"
 
@@ -212,7 +216,9 @@ def _left_behind(verb: str, folder: Path, output: Path, sent: signal.Signals, sa
         problems.append(f"a traceback: {said.strip().splitlines()[-1][:200]}")
     elif "Traceback" in said:
         problems.append("a traceback of an interrupt")
-    others = [p.name for p in folder.iterdir() if p != output and not p.name.startswith(".") and "resume" not in p.name]
+    others = [
+        p.name for p in folder.iterdir() if p != output and not p.name.startswith(".") and p.name != "out.training"
+    ]
     hidden = [p.name for p in folder.iterdir() if p.name.startswith(".")]
     if others:
         problems.append(f"left {others[:3]}")

@@ -20,6 +20,7 @@ from vqdeploy.runtime import bundle, device, load
 from vqdeploy.runtime.backends import LIBRARIES
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import SizeRange
+from vqdeploy.runtime.tensorrt import TensorrtBackend
 from vqdeploy.verify import verify
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -361,27 +362,20 @@ def test_an_engine_that_this_gpu_cannot_run(small_engines, gpu, tmp_path):
         load(plan).session("decode")
 
 
-def test_an_engine_that_its_manifest_does_not_describe(small_engines, gpu, tmp_path):
-    stages = Bundle(small_engines).manifest.stages
-    step = next(stage for stage in stages if stage.name == "step")
-    for number, wrong in enumerate(
-        (
-            replace(step, outputs=step.outputs[1:]),
-            replace(step, inputs=(replace(step.inputs[0], dtype="int32"), *step.inputs[1:])),
-            replace(step, inputs=(replace(step.inputs[0], shape=("batch", 1, 4)), *step.inputs[1:])),
-            replace(step, aliases=step.aliases | {"logits": "codes"}),
-            replace(step, aliases=step.aliases | {"no": "such"}),
-        )
+def test_an_engine_that_its_manifest_does_not_describe(small_engines, gpu):
+    bundle = Bundle(small_engines)
+    step = bundle.manifest.stage("step")
+    open_stage = TensorrtBackend("tensorrt-rtx").opener(bundle, "cuda", 0, None)
+    open_stage(step)
+    for wrong in (
+        replace(step, outputs=step.outputs[1:]),
+        replace(step, inputs=(replace(step.inputs[0], dtype="int32"), *step.inputs[1:])),
+        replace(step, inputs=(replace(step.inputs[0], shape=("batch", 1, 4)), *step.inputs[1:])),
+        replace(step, aliases=step.aliases | {"logits": "codes"}),
+        replace(step, aliases=step.aliases | {"no": "such"}),
     ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        others = tuple(wrong if stage.name == "step" else stage for stage in stages)
-        plan = changed(small_engines, folder / "a.plan", stages=others)
-        described = (
-            r"stage step of .* is not the engine that its manifest describes|stages\.step\S* of the manifest is wrong"
-        )
-        with pytest.raises(ArtifactError, match=described):
-            load(plan).session("step")
+        with pytest.raises(ArtifactError, match=r"stage step of .* is not the engine that its manifest describes"):
+            open_stage(wrong)
 
 
 def test_a_context_that_the_library_refuses(small_engines, gpu, monkeypatch):
