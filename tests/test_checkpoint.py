@@ -266,12 +266,12 @@ def test_a_weight_of_the_wrong_shape(copy):
 
 def test_a_missing_weight(copy):
     change(copy, lambda weights: weights.pop("prior.classifier.linear.bias"))
-    refused(copy, "name different weights, such as prior.classifier.linear.bias")
+    refused(copy, "do not have the same weights, such as prior.classifier.linear.bias")
 
 
 def test_an_unknown_weight(copy):
     change(copy, lambda weights: weights.update({"prior.extra": torch.zeros(3)}))
-    refused(copy, "name different weights, such as prior.extra")
+    refused(copy, "do not have the same weights, such as prior.extra")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])

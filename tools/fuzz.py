@@ -36,11 +36,7 @@ _LIFE = 400  # cases per process, against leaks
 
 
 def prepare(folder: Path, systems: tuple[str, ...]) -> Material:
-<<<<<<< HEAD
-    """Exports and builds missing artifacts."""
-=======
     """Exports and builds what is not there yet, or of another version."""
->>>>>>> hostile
     folder.mkdir(parents=True, exist_ok=True)
     for system in systems:
         package = folder / f"{system}-onnx"
