@@ -240,8 +240,8 @@ def test_another_checkpoint_is_refused(plan, system):
     assert caught.value.exit_code == 2
 
 
-def test_without_a_checkpoint_the_preset_is_compared(plan):
-    with pytest.raises(VqdeployError, match="no preset 'small'"):
+def test_without_a_checkpoint_only_what_is_shipped_is_compared(plan):
+    with pytest.raises(VqdeployError, match="made from a checkpoint that is not shipped"):
         verify(plan)
 
 
