@@ -154,8 +154,8 @@ def test_a_row_that_is_not_written(copy, vqvae2_system, stage):
 def test_a_draw_without_noise(copy, vqvae2_system):
     change_function(copy, "bottom_pixel", "GumbelSample", replace_with("perturbed", "Identity", "kept"))
     found = failures(verify_package(copy, vqvae2_system))
-    failed(found, "generate: full distribution: tokens")
-    assert not any(name.startswith("step:") for name in found)
+    # The step is checked by a sampler that noise forces to given codes, so it shows there too.
+    failed(found, "generate: full distribution: tokens", BOTTOM)
 
 
 # The loop

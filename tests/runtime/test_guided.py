@@ -117,11 +117,11 @@ def test_caches_are_updated_in_place(vit_pipeline):
 class LongCaches(Bundle):
     """A plan whose `step` has more places in its caches than there are positions."""
 
-    def member(self, name):
-        content = super().member(name)
+    def read(self, name):
+        content = super().read(name)
         if name != "step.onnx":
             return content
-        graph = onnx.load_from_string(bytes(content))
+        graph = onnx.load_from_string(content)
         for info in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
             if info.name.startswith(("past_", "present_")):
                 info.type.tensor_type.shape.dim[2].dim_value = PLACES
@@ -146,7 +146,7 @@ def resident():
 def test_a_step_touches_no_more_of_the_caches_than_the_places_in_use(vit_plan, tmp_path):
     """The caches lie in files full of holes: what is read or written of them comes into memory, and nothing else."""
     bundle = LongCaches(vit_plan)
-    nodes = onnx.load_from_string(bundle.member("step.onnx")).graph.node
+    nodes = onnx.load_from_string(bundle.read("step.onnx")).graph.node
     assert [node.op_type for node in nodes].count("GroupQueryAttention") == 3
     session = OnnxrtSession(bundle, bundle.step(), threads=1)
     infos = [info for info in session.stage.inputs if info.name.startswith("past_")]
