@@ -142,7 +142,7 @@ def triton_is(monkeypatch):
         ("tensorrt", "11.4.0.106", True, None),
         ("tensorrt", "10.14.1.48.post1", True, "at least 10.15"),
         ("tensorrt", "12.0.0", True, "below 12.0"),
-        ("tensorrt", "unknown", True, "this is unknown"),
+        ("tensorrt", "unknown", True, "and is unknown"),
         ("tensorrt", "11.4.0", False, "pip install triton"),
         ("tensorrt-rtx", "1.7.1", True, "tensorrt-rtx has no ahead-of-time compiled plugins"),
         ("onnxrt", "1.23.2", True, "onnxrt has no ahead-of-time compiled plugins"),
