@@ -152,8 +152,9 @@ def fuzz(material: Material, kinds: list[str], first: int, count: int, jobs: int
     for kind in kinds:
         found = outcomes[kind]
         print(f"| {kind} | {sum(found.values())} | {' | '.join(str(found[column]) for column in columns)} |")
-    print(f"\n{count} cases, {len(faults)} faults, {time.monotonic() - start:.0f} s")
-    return not faults
+    ran = sum(map(Counter.total, outcomes.values()))
+    print(f"\n{ran} of {count} cases, {len(faults)} faults, {time.monotonic() - start:.0f} s")
+    return not faults and ran == count
 
 
 # Kills
