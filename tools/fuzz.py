@@ -88,7 +88,9 @@ class Worker:
             command = [sys.executable, __file__, "--worker", "--folder", self._material.folder, "--systems", systems]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
             self._cases = 0
-            self._answer(_START)
+            if (answer := self._answer(_START)) != "ready":
+                self.stop()
+                return f"signal: the process did not start ({answer})"
         self._cases += 1
         self._process.stdin.write(json.dumps([kind, number]).encode() + b"\n")  # type: ignore[union-attr]
         self._process.stdin.flush()  # type: ignore[union-attr]
