@@ -73,7 +73,6 @@ class Sampler(ABC):
             guided: Whether it supports guidance, at twice the work for every slot.
             draw: Fills the noise.
         """
-        self._sessions, self._tokenizer = sessions, tokenizer
         self.slots, self.guided, self.no_label = slots, guided, info.no_label
         self.seconds: dict[str, float] = defaultdict(float)
         self.draw = draw
