@@ -7,7 +7,6 @@ several calls that take turns in one process; memory is what calls add to a proc
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from vector_quantize_pytorch import ResidualVQ
 
 from vqdeploy.engines.build import build
 from vqdeploy.export import export_module, quantizer_stages
+from vqdeploy.machine import peak_memory_mb
 from vqdeploy.runtime import load
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import Bundle
@@ -60,18 +60,18 @@ def caller(kind: str, plan: Path, x: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def memory(kind: str, plan: str, count: str) -> None:
-    """Prints how many bytes the peak of this process grows by in calls, beyond one with 64 vectors."""
+    """Prints how many MB the peak of this process grows by in calls, beyond one with 64 vectors."""
     caller(kind, Path(plan), vectors(64))()
     call = caller(kind, Path(plan), vectors(int(count)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_mb()
     call()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(peak_memory_mb() - before)
 
 
-def memory_of(kind: str, plan: Path, count: int) -> int:
+def memory_of(kind: str, plan: Path, count: int) -> float:
     """As `memory`, from a process of its own."""
     command = [sys.executable, __file__, "memory", kind, str(plan), str(count)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
 
 
 def profile(plan: Path, x: np.ndarray, folder: Path) -> dict[str, float]:
@@ -107,7 +107,7 @@ def main(count: str = "100000", repeats: str = "5") -> None:
         for kind in KINDS:
             grown = memory_of(kind, plan, len(x[0]))
             differ, times = (codes[kind] != codes["eager"]).mean(), best[kind] / best["plan"]
-            print(f"{kind:9} {best[kind]:7.3f} s  {times:5.2f} times the plan  {grown / 2**20:7.0f} MiB", end="")
+            print(f"{kind:9} {best[kind]:7.3f} s  {times:5.2f} times the plan  {grown:7.0f} MB", end="")
             print(f"  {differ:.2e} of the codes differ")
         shares = {operator: round(share, 3) for operator, share in profile(plan, x, folder).items()}
         print("profile of the plan", json.dumps(shares))
