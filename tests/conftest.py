@@ -1,5 +1,6 @@
 """What all tests share. Packages and plans come from `support.artifacts`."""
 
+import gc
 import json
 import os
 import subprocess
@@ -12,22 +13,35 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from support.artifacts import Artifacts, remove_old
+from support.registry import remember_translations
 
 from vqdeploy import cli
+from vqdeploy.runtime import onnxrt
 from vqdeploy.runtime.manifest import SizeRange
 
 # Read when Triton is imported: the tests run its kernels on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("suite", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("suite")
-torch.set_num_threads(1)  # its waiting threads and those of ONNX Runtime would take the cores from each other
+# Waiting threads of PyTorch and ONNX Runtime would take the cores from each other, and from other workers of xdist.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for PyTorch in the processes that tests start
+onnxrt.cores = lambda: 1
 
+remember_translations()
 ARTIFACTS = Path(__file__).parents[1] / ".pytest_cache" / "artifacts"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):  # a worker of xdist
         remove_old(ARTIFACTS)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported stays: an export, which makes many small objects, need not search it for garbage each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from vqdeploy import checkpoint
 from vqdeploy.files import read_json
 from vqdeploy.runtime.images import read
-from vqdeploy.systems import definition
+from vqdeploy.systems import create, definition, preset
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import open_data
 
@@ -30,19 +30,23 @@ def load_script(name):
 
 
 @pytest.fixture(scope="module")
-def tiny_movq(artifacts):
-    return artifacts.plan(checkpoint.default("movq"))
+def movq(artifacts):
+    """A plan for images of the digits' size, untrained."""
+    config = preset("movq", "tiny")
+    conv = replace(config.tokenizer.conv, res_blocks=0)
+    config = replace(config, tokenizer=replace(config.tokenizer, conv=conv), prior=replace(config.prior, layers=1))
+    return artifacts.plan(create(config))
 
 
-def test_masked_reconstruction(tiny_movq, tmp_path):
-    load_script("masked_reconstruction").main(str(tiny_movq), str(EXAMPLES / "digits"), str(tmp_path / "m.png"))
+def test_masked_reconstruction(movq, tmp_path):
+    load_script("masked_reconstruction").main(str(movq), str(EXAMPLES / "digits"), str(tmp_path / "m.png"))
     with Image.open(tmp_path / "m.png") as sheet:
         assert sheet.size == (10 * 34 - 2, 5 * 34 - 2)
         last = np.asarray(sheet)[-32:, :32]
     np.testing.assert_array_equal(last, read(EXAMPLES / "digits" / "0.png"))
 
 
-def test_accuracy_by_steps(tiny_movq, monkeypatch, capsys):
+def test_accuracy_by_steps(movq, monkeypatch, capsys):
     script = load_script("accuracy_by_steps")
     for name, value in {"SAMPLES": 20, "STEPS": (1, 8), "RATIOS": (0.5,)}.items():
         monkeypatch.setattr(script, name, value)
@@ -50,7 +54,7 @@ def test_accuracy_by_steps(tiny_movq, monkeypatch, capsys):
     monkeypatch.setattr(script, "train_judge", lambda resolution: judge)
     held_out = open_data("digits", 32).held_out
     monkeypatch.setattr(script, "open_data", lambda *_: SimpleNamespace(held_out=Subset(held_out, range(20))))
-    script.main(str(tiny_movq), "1.5")
+    script.main(str(movq), "1.5")
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows == ["steps", "---", "1", "8", "masked", "---", "50%"]
 

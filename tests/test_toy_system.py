@@ -76,7 +76,7 @@ TOY = Definition(
             "toy",
             "tiny",
             PatchesConfig(),
-            GPTConfig((4, 4, 1), 32, width=32, layers=2, heads=2, classes=3, dropout=0.0),
+            GPTConfig((4, 4, 1), 32, width=32, layers=1, heads=2, classes=3, dropout=0.0),
             ("ant", "bee", "cow"),
             GuidedSampling(guidance_scale=2.0),
         )

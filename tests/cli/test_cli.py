@@ -13,9 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from support.systems import SMALL
 
 from vqdeploy.runtime import load
 from vqdeploy.runtime.images import read, read_mask, veil
+from vqdeploy.systems import create
 from vqdeploy.verify.checks import LIMITS
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
@@ -85,8 +87,9 @@ def test_env_json(vqdeploy):
     assert {"python", "system", "cores", "torch", "onnxruntime", "vqdeploy"} <= set(facts)
 
 
-def test_export_and_build_json(vqdeploy, checkpoint_folder, tmp_path):
-    result = parsed(vqdeploy("export", "--checkpoint", checkpoint_folder, "--json"))
+def test_export_and_build_json(vqdeploy, artifacts, tmp_path):
+    tokenizer = artifacts.checkpoint(create(replace(SMALL, prior=None)))
+    result = parsed(vqdeploy("export", "--checkpoint", tokenizer, "--json"))
     assert result["package"] == "rqvae-onnx"
     assert result["verify"]["passed"] is True
     result = parsed(vqdeploy("build", "--json", "--max-batch", 4))

@@ -1,5 +1,7 @@
 """A prior is trained on a tokenizer that was imported."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.public import write_tokenizer
@@ -7,6 +9,7 @@ from support.public import write_tokenizer
 from vqdeploy import checkpoint
 from vqdeploy.convert.importer import import_checkpoint
 from vqdeploy.errors import VqdeployError
+from vqdeploy.systems import preset
 from vqdeploy.training import train
 
 SHORT = {"prior_steps": 2, "classifier_steps": 2, "batch_size": 4, "samples": 10}
@@ -21,7 +24,11 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("model", ["vqgan", "movq"])
-def test_the_tokenizer_stays_as_it_is(tmp_path, tokenizer, model):
+def test_the_tokenizer_stays_as_it_is(tmp_path, tokenizer, model, monkeypatch):
+    small = preset(model, "tiny")
+    small = replace(small, prior=replace(small.prior, width=32, layers=1, heads=2))
+    monkeypatch.setattr("vqdeploy.training.run.find_preset", lambda *_: small)
+    monkeypatch.setattr("vqdeploy.training.prior._SAMPLES", 1)
     report = train(model, data="digits", output=tmp_path / "out", tokenizer=tokenizer, **SHORT)
     system, kept = checkpoint.load(tmp_path / "out"), checkpoint.load(tokenizer)
     for name, weight in kept.tokenizer.state_dict().items():
