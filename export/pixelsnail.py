@@ -27,7 +27,7 @@ from vqdeploy.models.pixelsnail import (
     PlainExit,
     VQVAE2Prior,
 )
-from vqdeploy.runtime.hierarchical import level_names
+from vqdeploy.runtime.manifest import level_names
 
 _PRODUCTS = 8  # products per tile of a row; more lose precision
 _PRODUCTS_IN_HALF = 4  # uses the points 0, 1 and -1 only: further ones would cost two bits in fp16

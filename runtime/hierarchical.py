@@ -9,7 +9,7 @@ import numpy as np
 
 from vqdeploy.runtime.interface import Expected, Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
-from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
+from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo, level_names
 from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.sampler import Item, Sampler, carried
@@ -262,8 +262,3 @@ def _bound_rows(row: Session, dims: dict[str, int], shared: Mapping[str, Array])
             roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}
         rows.append(row.bind(dims, {**shared, **roles, **window}))
     return rows
-
-
-def level_names(count: int) -> list[str]:
-    """Names of the levels of a hierarchy, top first."""
-    return ["top", *(f"middle{i}" for i in range(1, count - 1)), "bottom"] if count > 1 else ["top"]

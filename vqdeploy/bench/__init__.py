@@ -22,8 +22,7 @@ from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import tensors
-from vqdeploy.runtime.hierarchical import level_names
-from vqdeploy.runtime.manifest import WEIGHTS
+from vqdeploy.runtime.manifest import WEIGHTS, level_names
 
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.hierarchical import level_names
+from vqdeploy.runtime.manifest import level_names
 from vqdeploy.systems import System
 from vqdeploy.verify.autoregressive import check_generation
 from vqdeploy.verify.checks import Check, compare_logits, limits
