@@ -7,8 +7,7 @@ from torch import Tensor
 
 from vqdeploy.reference import masked
 from vqdeploy.reference.guidance import Noise, guided_logits
-from vqdeploy.runtime.options import for_graph
-from vqdeploy.systems import SYSTEMS, SystemConfig
+from vqdeploy.systems import GuidedSampling, MaskedSampling, Sampling, SystemConfig
 
 __all__ = ["Noise", "generate", "guided_logits"]
 
@@ -16,13 +15,20 @@ __all__ = ["Noise", "generate", "guided_logits"]
 @torch.no_grad()
 def generate(prior: Any, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
     """Samples codes int64 [B, *grid] for labels [B], with the default options, on the device of the labels."""
-    options = config.sampling.to_dict()
+    sampling: Sampling = config.sampling
     depth, size = config.prior.depth, config.prior.codebook_size
-    arrays = for_graph(options, depth, size)
-    choices = [torch.tensor(array, device=labels.device).repeat(len(labels), 1) for array in arrays.values()]
-    if SYSTEMS[config.model].kind == "masked":
-        return masked.generate(prior, config.sampling, labels, noise, choices)
+    choices = [torch.full((len(labels), depth), value, device=labels.device) for value in _choices(sampling, size)]
+    if isinstance(sampling, MaskedSampling):
+        return masked.generate(prior, sampling, labels, noise, choices)
     shape = (len(labels), depth, size)
-    guidance = [options["guidance_scale"]] if "guidance_scale" in options else []
+    guidance = [sampling.guidance_scale] if isinstance(sampling, GuidedSampling) else []
     codes: Tensor = prior.generate(labels, lambda place: noise(place, shape).to(labels.device), *choices, *guidance)
     return codes
+
+
+def _choices(sampling: Sampling, size: int) -> tuple[float, int, float]:
+    """Temperature, top-k and top-p; temperature 0 takes the most likely code, and top-k 0 keeps all."""
+    greedy = sampling.temperature < 1e-20  # beyond which logits overflow
+    temperature = 1.0 if greedy else min(float(sampling.temperature), 1e20)
+    top_k = 1 if greedy else sampling.top_k or size
+    return temperature, top_k, float(sampling.top_p)
