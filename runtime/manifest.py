@@ -162,7 +162,7 @@ class Manifest(Config):
     targets: tuple[str, ...] = ()
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: object) -> Self:
         """Parses a manifest: checks the format version first, then that its parts are consistent.
 
         Raises:

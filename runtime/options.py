@@ -31,7 +31,7 @@ def choose(given: dict[str, Any], defaults: dict[str, Any], depth: int, codebook
     return {name: _check(OPTIONS[name], value, depth, codebook_size) for name, value in chosen.items()}
 
 
-def _check(option: SamplingOption, value: Any, depth: int, codebook_size: int) -> Any:
+def _check(option: SamplingOption, value: object, depth: int, codebook_size: int) -> object:
     if option.choices:
         option.check(value, codebook_size)
         return value

@@ -125,7 +125,7 @@ def _check_sizes(file: Path, config: SystemConfig, elements: int) -> None:
                 raise ArtifactError(f"{name} in {file} is too large", expected=expected, found=number)
 
 
-def _numbers(part: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+def _numbers(part: object, name: str = "") -> Iterator[tuple[str, int | float]]:
     """All numbers of a configuration, with the names of their fields."""
     if isinstance(part, Config):
         for field in dataclasses.fields(part):

@@ -47,7 +47,7 @@ class SamplingOption:
             return f"{self.low:g}..codebook size"
         return f"{self.low:g}..{self.high:.0f}" if math.isfinite(self.high) else f"{self.low:g} or more"
 
-    def check(self, value: float | str, codebook_size: int) -> None:
+    def check(self, value: object, codebook_size: int) -> None:
         """Rejects a value of the wrong kind or out of range.
 
         Raises:
@@ -57,7 +57,7 @@ class SamplingOption:
             if value not in self.choices:
                 raise VqdeployError(f"there is no such {self.name}", expected=" or ".join(self.choices), found=value)
             return
-        if isinstance(value, str):
+        if not isinstance(value, int | float):
             raise VqdeployError(f"{self.name} is malformed", expected="a number", found=value)
         low, high = self.low, codebook_size if self.high is None else self.high
         if not low <= value <= min(high, sys.float_info.max):  # NaN fails too

@@ -1,10 +1,11 @@
 """Sampling in PyTorch with the algorithms of the public implementations, for training metrics and `bench`."""
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from vqdeploy.models.prior import AutoregressivePrior, Prior
 from vqdeploy.reference import masked
 from vqdeploy.reference.guidance import Noise, guided_logits
 from vqdeploy.systems import GuidedSampling, MaskedSampling, Sampling, SystemConfig
@@ -13,7 +14,7 @@ __all__ = ["Noise", "generate", "guided_logits"]
 
 
 @torch.no_grad()
-def generate(prior: Any, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
+def generate(prior: Prior | AutoregressivePrior, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
     """Samples codes int64 [B, *grid] for labels [B], with the default options, on the device of the labels."""
     sampling: Sampling = config.sampling
     depth, size = config.prior.depth, config.prior.codebook_size
@@ -22,8 +23,8 @@ def generate(prior: Any, config: SystemConfig, labels: Tensor, noise: Noise) -> 
         return masked.generate(prior, sampling, labels, noise, choices)
     shape = (len(labels), depth, size)
     guidance = [sampling.guidance_scale] if isinstance(sampling, GuidedSampling) else []
-    codes: Tensor = prior.generate(labels, lambda place: noise(place, shape).to(labels.device), *choices, *guidance)
-    return codes
+    autoregressive = cast(AutoregressivePrior, prior)
+    return autoregressive.generate(labels, lambda place: noise(place, shape).to(labels.device), *choices, *guidance)
 
 
 def _choices(sampling: Sampling, size: int) -> tuple[float, int, float]:

@@ -1,11 +1,10 @@
 """Parallel decoding of masked codes in PyTorch (Chang et al., "MaskGIT", CVPR 2022, section 3.2)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vqdeploy.models.maskgit import unmask
+from vqdeploy.models.prior import Prior
 from vqdeploy.reference.guidance import Noise, guided_logits
 from vqdeploy.reference.schedules import choice_weight, halton_ranks, masked_counts
 from vqdeploy.systems import MaskedSampling
@@ -13,7 +12,7 @@ from vqdeploy.systems import MaskedSampling
 _BY_ORDER = 1e6  # weight of the order, beside which no log-probability counts
 
 
-def generate(prior: Any, sampling: MaskedSampling, labels: Tensor, noise: Noise, options: list[Tensor]) -> Tensor:
+def generate(prior: Prior, sampling: MaskedSampling, labels: Tensor, noise: Noise, options: list[Tensor]) -> Tensor:
     """Codes [B, h, w, Q] for labels [B]; `options` are temperature, top-k and top-p [B, Q]."""
     config, device = prior.config, labels.device
     shape = (len(labels), *config.grid)

@@ -18,6 +18,7 @@ from vqdeploy.systems.system import Definition, MaskedSampling, SystemConfig
 from vqdeploy.systems.vqgan import published_vqgan
 
 if TYPE_CHECKING:
+    from vqdeploy.export.maskgit import MaskedPrior
     from vqdeploy.export.stage import Stage
 
 _preset = partial(SystemConfig, "movq", sampling=MaskedSampling())
@@ -71,7 +72,7 @@ def make_prior(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
     return _NETWORKS[config.network](config)
 
 
-def stages(prior: MaskGIT, precision: str) -> "list[Stage]":
+def stages(prior: "MaskedPrior", precision: str) -> "list[Stage]":
     """The stages of a masked prior."""
     from vqdeploy.export import maskgit
 
