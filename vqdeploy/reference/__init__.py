@@ -8,7 +8,7 @@ from torch import Tensor
 from vqdeploy.models.prior import AutoregressivePrior, Prior
 from vqdeploy.reference import masked
 from vqdeploy.reference.guidance import Noise, guided_logits
-from vqdeploy.systems import GuidedSampling, MaskedSampling, Sampling, SystemConfig
+from vqdeploy.systems import SYSTEMS, GuidedSampling, Sampling, SystemConfig
 
 __all__ = ["Noise", "generate", "guided_logits"]
 
@@ -18,18 +18,23 @@ def generate(prior: Prior | AutoregressivePrior, config: SystemConfig, labels: T
     """Samples codes int64 [B, *grid] for labels [B], with the default options, on the device of the labels."""
     sampling: Sampling = config.sampling
     depth, size = config.prior.depth, config.prior.codebook_size
-    choices = [torch.full((len(labels), depth), value, device=labels.device) for value in _choices(sampling, size)]
-    if isinstance(sampling, MaskedSampling):
-        return masked.generate(prior, sampling, labels, noise, choices)
+    choices = [value.to(labels.device).repeat(len(labels), 1) for value in _choices(sampling, depth, size)]
+    if SYSTEMS[config.model].kind == "masked":
+        return masked.generate(prior, config.sampling, labels, noise, choices)
     shape = (len(labels), depth, size)
     guidance = [sampling.guidance_scale] if isinstance(sampling, GuidedSampling) else []
     autoregressive = cast(AutoregressivePrior, prior)
     return autoregressive.generate(labels, lambda place: noise(place, shape).to(labels.device), *choices, *guidance)
 
 
-def _choices(sampling: Sampling, size: int) -> tuple[float, int, float]:
-    """Temperature, top-k and top-p; temperature 0 takes the most likely code, and top-k 0 keeps all."""
-    greedy = sampling.temperature < 1e-20  # beyond which logits overflow
-    temperature = 1.0 if greedy else min(float(sampling.temperature), 1e20)
-    top_k = 1 if greedy else sampling.top_k or size
-    return temperature, top_k, float(sampling.top_p)
+def _choices(sampling: Sampling, depth: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature, top-k and top-p [Q]; temperature 0 takes the most likely code, and top-k 0 keeps all.
+
+    `bench` replaces the defaults of a checkpoint by options with one value, or one per depth.
+    """
+    temperature = torch.tensor(sampling.temperature, dtype=torch.float32).expand(depth)
+    top_k = torch.tensor(sampling.top_k, dtype=torch.int64).expand(depth)
+    top_p = torch.tensor(sampling.top_p, dtype=torch.float32).expand(depth)
+    greedy = temperature < 1e-20  # logits divided by less overflow
+    top_k = torch.where(greedy, 1, torch.where(top_k == 0, size, top_k))
+    return torch.where(greedy, 1, temperature.clamp(max=1e20)), top_k, top_p
