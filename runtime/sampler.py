@@ -80,6 +80,11 @@ class Sampler(ABC):
         self._running: set[int] = set()
         self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # host copies of buffers since the last step
         self._begun = False
+        self._prepare(sessions, tokenizer)
+
+    @abstractmethod
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
+        """Makes the buffers for all slots; the last act of the constructor."""
 
     @classmethod
     @abstractmethod
