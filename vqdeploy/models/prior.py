@@ -1,9 +1,12 @@
-"""The interface of priors, for what drives any of them."""
+"""The interface of priors, and the base of configurations of those that have one code map."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from vqdeploy.config import Config
 
 
 class PriorConfig(Protocol):
@@ -48,3 +51,20 @@ class AutoregressivePrior(Prior, Protocol):
             noise: Index of a draw -> Gumbel noise float32 [B, Q, K].
             *options: Temperature, top-k and top-p [B, Q], and the guidance scale if there is one.
         """
+
+
+@dataclass(frozen=True)
+class MapConfig(Config):
+    """Base of configurations of priors with one code map; `grid` is its height, width and depth."""
+
+    grid: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of the code map."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def depth(self) -> int:
+        """Number of codes per position."""
+        return self.grid[2]
