@@ -162,7 +162,7 @@ class Manifest(Config):
     targets: tuple[str, ...] = ()
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: object) -> Self:
         """Parses a manifest: checks the format version first, then that its parts are consistent.
 
         Raises:
@@ -288,3 +288,8 @@ def _check_sampling(sampling: SamplingInfo, manifest: Manifest) -> None:
     _require(sampling.no_label in (None, sampling.classes), "sampling.no_label", sampling.classes, sampling.no_label)
     labels = len(manifest.labels)
     _require(labels in (0, sampling.classes), "labels", f"{sampling.classes} names, or none", labels)
+
+
+def level_names(count: int) -> list[str]:
+    """Names of the levels of a hierarchy, top first."""
+    return ["top", *(f"middle{i}" for i in range(1, count - 1)), "bottom"] if count > 1 else ["top"]
