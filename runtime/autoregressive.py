@@ -54,6 +54,7 @@ class AutoregressiveSampler(Sampler):
         self._fixed: dict[int, frozenset[int]] = {}  # known positions after the first one to draw
         self._greedy: dict[int, np.ndarray] = {}
         self._used: set[int] = set()
+        self._text: Binding | None = None  # prefills a text without known codes, in caches of its own
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
@@ -134,13 +135,19 @@ class AutoregressiveSampler(Sampler):
     def _prefill(self, row: int, item: Item, condition: int | np.ndarray, known: np.ndarray) -> None:
         """Prefill: one call for the condition and a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
-        caches = {name: self._held[name][row : row + 1] for name in in_place}
-        binding = self._session.bind({"batch": 1, "length": self._before + len(known)}, caches)
+        dims = {"batch": 1, "length": self._before + len(known)}
+        if len(known):
+            binding = self._session.bind(dims, {name: self._held[name][row : row + 1] for name in in_place})
+            states = carried(binding)
+        else:
+            # Every image needs it; on a GPU, buffers and a context for each would cost more than copies of the caches.
+            binding = self._text = self._text or self._session.bind(dims)
+            states = {name: binding.inputs[name] for name in in_place} | carried(binding)
         self._write(binding, 0, item, condition)
         binding.inputs["codes"][0, self._before + 1 :] = known[:-1]
         binding.inputs["position"][:] = 0
         self._run("step", binding)
-        for name, state in carried(binding).items():
+        for name, state in states.items():
             self._held[name][row : row + 1] = state
         if len(known):
             self._held["codes"][row, 0] = known[-1]

@@ -94,6 +94,7 @@ three_plan = _artifact("plan", "three")
 three_pipeline = _artifact("pipeline", "three")
 
 half_package = _artifact("package", "rqvae", "fp16")
+text_half_package = _artifact("package", "text", "fp16")
 movq_half_package = _artifact("package", "movq", "fp16")
 vit_half_package = _artifact("package", "vit", "fp16")
 vqgan_half_package = _artifact("package", "vqgan", "fp16")
