@@ -73,7 +73,7 @@ def make_prior(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
     return _NETWORKS[config.network](config)
 
 
-def stages(prior: Any, precision: str) -> list[Any]:
+def stages(prior: Any, floats: str) -> list[Any]:
     """The stages of a masked prior."""
     from vqdeploy.export import maskgit
 

@@ -77,7 +77,7 @@ def _make_prior(config: RQTransformerConfig, tokenizer: RQVAE) -> RQTransformer:
     return RQTransformer(config, tokenizer.quantizer.codebook)
 
 
-def _stages(prior: Any, precision: str) -> list[Any]:
+def _stages(prior: Any, floats: str) -> list[Any]:
     from vqdeploy.export import rqtransformer
 
     return rqtransformer.stages(prior)

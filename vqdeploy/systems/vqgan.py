@@ -43,7 +43,7 @@ def _make_prior(config: GPTConfig, tokenizer: MoVQ) -> GPT:
     return GPT(config)
 
 
-def _stages(prior: Any, precision: str) -> list[Any]:
+def _stages(prior: Any, floats: str) -> list[Any]:
     from vqdeploy.export import gpt
 
     return gpt.stages(prior)

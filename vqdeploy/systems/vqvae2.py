@@ -44,10 +44,10 @@ def _make_prior(config: VQVAE2PriorConfig, tokenizer: VQVAE2) -> VQVAE2Prior:
     return VQVAE2Prior(config)
 
 
-def _stages(prior: Any, precision: str) -> list[Any]:
+def _stages(prior: Any, floats: str) -> list[Any]:
     from vqdeploy.export import pixelsnail
 
-    return pixelsnail.stages(prior, precision)
+    return pixelsnail.stages(prior, floats)
 
 
 SYSTEM = Definition(
