@@ -132,21 +132,20 @@ class InferenceBlock(nn.Module):
 
 
 def embed_entries(
-    codes: Tensor, label: Tensor, position: Tensor, table: Tensor, labels: Tensor, places: Tensor
+    codes: Tensor, condition: Tensor, entry: Tensor, table: Tensor, places: Tensor, length: int = 1
 ) -> Tensor:
-    """Entries position..position + S - 1 [B, S, width]: entry 0 is the label, entry t + 1 the codes of position t.
+    """Entries of a transformer [B, S, width]: the condition, then the codes of each position.
 
     Args:
-        codes: Codes of the positions [B, S, Q]; those of entry 0 are ignored.
-        label: Labels [B].
-        position: [B].
+        codes: Codes of the entries [B, S, Q]; those of the condition are ignored.
+        condition: Embedding of the condition at each entry [B, S, width], or [B, 1, width] for all.
+        entry: Index of each entry [B, S]; entry length + t has the codes of position t.
         table: Embedding of each code [K, width]; the depths of a position are summed.
-        labels: Embedding of each label [classes, width].
         places: Embedding of each position [h * w, width].
+        length: Entries of the condition.
     """
-    entry = position[:, None] + torch.arange(codes.shape[1])
-    x = F.embedding(codes, table).sum(2) + F.embedding((entry - 1).clamp(min=0), places)
-    return torch.where((entry == 0)[:, :, None], F.embedding(label, labels)[:, None], x)
+    x = F.embedding(codes, table).sum(2) + F.embedding((entry - length).clamp(min=0), places)
+    return torch.where((entry < length)[:, :, None], condition, x)
 
 
 class PackedAttention(nn.Module):

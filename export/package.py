@@ -34,6 +34,7 @@ from vqdeploy.runtime.manifest import (
     SizeRange,
     StageInfo,
     TensorInfo,
+    TextInfo,
     TokenizerInfo,
 )
 from vqdeploy.systems import SYSTEMS, System
@@ -126,9 +127,11 @@ def _describe_tokenizer(system: System, size: tuple[int, int]) -> TokenizerInfo:
 def _describe_sampling(system: System) -> SamplingInfo | None:
     if system.prior is None:
         return None
-    classes, options = system.config.prior.classes, system.config.sampling.to_dict()
-    kind = SYSTEMS[system.config.model].kind
-    if not getattr(system.config.prior, "null_label", True):
+    prior, options = system.config.prior, system.config.sampling.to_dict()
+    kind, length, classes = SYSTEMS[system.config.model].kind, getattr(prior, "condition_length", 1), prior.classes
+    if length > 1:
+        return SamplingInfo(kind, 1, None, options, TextInfo(length, vocabulary=classes))
+    if not getattr(prior, "null_label", True):
         options.pop("guidance_scale", None)
     return SamplingInfo(kind, classes, classes if "guidance_scale" in options else None, options)
 

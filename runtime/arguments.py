@@ -41,11 +41,13 @@ def as_array(name: str, value: object) -> np.ndarray:
 
 
 def as_numbers(name: str, value: object, whole: bool = False) -> np.ndarray:
-    """A number or nested list as an array: float64, or int64 with `whole`. Strings and bool are rejected.
+    """A number, nested list or array as an array: float64, or int64 with `whole`. Strings and bool are rejected.
 
     Raises:
         VqdeployError: An element has another type.
     """
+    if whole and isinstance(value, np.ndarray) and value.dtype.kind == "i":
+        return value.astype(np.int64)
     try:
         array = np.asarray(value, object)
         if all(is_whole(item) if whole else _is_number(item) for item in array.flat):

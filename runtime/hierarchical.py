@@ -134,7 +134,7 @@ class HierarchicalSampler(Sampler):
         """The label of each slot, and its options at a level in the form of the graph inputs."""
         labels, options = {}, {}
         for slot, item in self._items.items():
-            labels[slot] = item.label
+            labels[slot] = int(item.condition)
             choices = for_graph(item.options, len(self._levels), self._size)
             options[slot] = {name: values[index] for name, values in choices.items()}
         return labels, options

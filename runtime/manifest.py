@@ -90,20 +90,35 @@ class TokenizerInfo(Config):
 
 
 @dataclass(frozen=True)
+class TextInfo(Config):
+    """The texts that condition a prior: token ids int64 [length]. What makes ids of words is not in a plan.
+
+    Attributes:
+        length: Tokens of a text; all of them are attended, padding too.
+        vocabulary: Number of token ids.
+    """
+
+    length: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class SamplingInfo(Config):
     """How codes are drawn.
 
     Attributes:
         kind: The sampler, a key of `vqdeploy.runtime.pipeline.SAMPLERS`.
-        classes: Number of labels; 1 for an unconditional prior.
+        classes: Number of labels; 1 for a prior that is unconditional, or conditioned on texts.
         no_label: The label of the unconditional branch of guidance; None if the prior has none.
         options: The sampling options of the prior with their defaults.
+        text: The texts of a prior that is conditioned on them; None for labels.
     """
 
     kind: str
     classes: int
     no_label: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    text: TextInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -288,6 +303,14 @@ def _check_sampling(sampling: SamplingInfo, manifest: Manifest) -> None:
     _require(sampling.no_label in (None, sampling.classes), "sampling.no_label", sampling.classes, sampling.no_label)
     labels = len(manifest.labels)
     _require(labels in (0, sampling.classes), "labels", f"{sampling.classes} names, or none", labels)
+    if sampling.text is not None:
+        sizes = sampling.text.to_dict()
+        held = all(1 <= size < 2**31 for size in sizes.values())
+        _require(held, "sampling.text", "a length and a vocabulary of 1 or more", sizes)
+        _require(sampling.kind == "autoregressive", "sampling.text", "none for this kind of sampling", sizes)
+        found = {"classes": sampling.classes, "no_label": sampling.no_label, "labels": labels}
+        held = found == {"classes": 1, "no_label": None, "labels": 0}
+        _require(held, "sampling.text", "no labels beside it", found)
 
 
 def level_names(count: int) -> list[str]:

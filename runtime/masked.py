@@ -93,9 +93,9 @@ class MaskedSampler(Sampler):
         inputs["codes"][slot] = inputs["given"][slot] = np.where(item.known < 0, self._size, item.known)
         # A label of weight 0 changes no logit.
         scale = options["guidance_scale"] if self.guides(item) else 1
-        ballast = item.label if self.no_label is None else self.no_label
+        ballast = item.condition if self.no_label is None else self.no_label
         inputs["label"][slot], inputs["guidance"][slot] = ballast, 1 - scale
-        inputs["label"][slot, 0], inputs["guidance"][slot, 0] = item.label, scale
+        inputs["label"][slot, 0], inputs["guidance"][slot, 0] = item.condition, scale
         if by_order:
             inputs["choice_noise"][slot], inputs["choice_temperature"][slot] = order_noise(self._shape), BY_ORDER
 

@@ -105,8 +105,9 @@ def _check_config(file: Path, config: SystemConfig) -> None:
         wanted, given = (getattr(part, name, None) for part in (tokenizer, prior))
         if wanted != given:
             raise ArtifactError(f"{name} of the prior in {file} is not the tokenizer's", expected=wanted, found=given)
-    if config.labels and len(config.labels) != prior.classes:
-        raise ArtifactError(f"{file} names a wrong number of labels", expected=prior.classes, found=len(config.labels))
+    classes = 0 if getattr(prior, "condition_length", 1) > 1 else prior.classes
+    if config.labels and len(config.labels) != classes:
+        raise ArtifactError(f"{file} names a wrong number of labels", expected=classes, found=len(config.labels))
     options = config.sampling.to_dict()
     try:
         check_names(set(options))

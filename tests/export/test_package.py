@@ -236,13 +236,6 @@ def test_refuses(system, tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_refuses_a_prior_conditioned_on_text(system, tmp_path):
-    config = replace(system.config, prior=replace(system.config.prior, condition_length=8))
-    with pytest.raises(VqdeployError, match="text cannot be exported"):
-        export(create(config), tmp_path / "onnx")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_place_that_cannot_be_written_is_named(system, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(VqdeployError, match="file/onnx cannot be written"):

@@ -84,7 +84,8 @@ def bench(
           `task`; `batch_size` in images; `median_ms`, `p90_ms` and `p99_ms`, times of a call in milliseconds;
           `images_per_s` by the median; `iterations`, the number of timed calls. `generate` of the plan has medians of
           `steps_ms` (engine calls of the prior; for a hierarchy `STAGE_ms` of each stage) and `host_ms` (noise and
-          schedules between them), and figures per step, set against the roofline of this machine on a CPU: `step_ms`;
+          schedules between them), and figures per step, set against the roofline of this machine on a CPU: `step_ms`
+          (of an engine call: the prefill of a text counts as a step);
           autoregressive: `weight_mb_per_step` (1e6 bytes), `weight_gb_s`, `share_of_read_bandwidth` (0..1); masked:
           `gflop_per_step`, `gflop_s`, `share_of_matmul_rate` (0..1); hierarchical: `parts`, for each stage its `calls`,
           `call_ms`, `share` of the median (0..1), `weight_mb`, `weight_gb_s`, `gflop` and `gflop_s` of a call.
@@ -153,7 +154,7 @@ def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any
     if task == "decode":
         codes = rng.integers(0, pipeline.codebook_size, (batch, *pipeline.grid))
         return _timed(lambda: pipeline.decode(codes))
-    labels = [i % pipeline.classes for i in range(batch)]
+    labels = pipeline.condition.examples(batch)
     known = np.full((batch, *pipeline.grid), -1)
 
     def generate() -> Phases:
@@ -232,6 +233,8 @@ def _step_figures(
     if pipeline.sampling.kind == "hierarchical":
         return {"parts": _parts(pipeline, result)} if bound else {}
     steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
+    if pipeline.condition.length > 1:
+        steps += result["batch_size"]  # a text is prefilled by a call of its own
     time_ms = result["steps_ms"] / steps
     if not bound:
         return {"step_ms": time_ms}

@@ -66,7 +66,7 @@ class Reference:
             return partial(extrapolate, self.system.prior, batch, compiled, self.device)
         prior, config = self.system.prior, self.system.config
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **self.options))
-        labels = torch.arange(batch, device=self.device) % pipeline.classes
+        labels = torch.from_numpy(pipeline.condition.examples(batch)).to(self.device)
         if compiled:
             # The cache of each layer, empty or filled, is compiled separately.
             torch._dynamo.config.recompile_limit = 256

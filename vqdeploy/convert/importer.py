@@ -197,6 +197,8 @@ def _labels(file: Path) -> tuple[str, ...]:
 
 def _system(parts: Mapping[str, Part], labels: tuple[str, ...], formats: Sequence[str]) -> SystemConfig:
     tokenizer, prior = parts["tokenizer"], parts.get("prior")
+    if labels and prior and getattr(prior.config, "condition_length", 1) > 1:
+        raise VqdeployError("a prior that is conditioned on texts has no labels", expected="no --labels")
     if labels and (prior is None or prior.config.classes != len(labels)):
         expected = prior.config.classes if prior else "none without a prior"
         raise VqdeployError("the labels are not those of the prior", expected=expected, found=len(labels))

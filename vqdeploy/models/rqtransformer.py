@@ -108,7 +108,7 @@ class RQTransformer(nn.Module):
         """Samples codes position by position with KV caches that grow, as the public implementation does.
 
         Args:
-            labels: Labels [B].
+            labels: Labels [B], or texts [B, condition_length].
             noise: Index of a position -> Gumbel noise [B, Q, K].
             temperature: [B, Q], above 0.
             top_k: [B, Q] int64, in 1..K.

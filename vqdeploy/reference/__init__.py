@@ -15,7 +15,7 @@ __all__ = ["Noise", "generate", "guided_logits"]
 
 @torch.no_grad()
 def generate(prior: Prior | AutoregressivePrior, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
-    """Samples codes int64 [B, *grid] for labels [B], with the default options, on the device of the labels."""
+    """Samples codes int64 [B, *grid] for labels [B] or texts [B, length], with the default options, on their device."""
     sampling: Sampling = config.sampling
     depth, size = config.prior.depth, config.prior.codebook_size
     choices = [value.to(labels.device).repeat(len(labels), 1) for value in _choices(sampling, depth, size)]

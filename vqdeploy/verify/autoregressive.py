@@ -30,7 +30,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     """Teacher-forced logits of the cached step, position by position and after prefill, against the full pass."""
     batch, config = 2, system.prior.config
     codes = rng.integers(0, config.codebook_size, (batch, config.positions, config.depth))
-    labels = rng.integers(0, config.classes, batch)
+    labels = rng.integers(0, config.classes, (batch, *pipeline.condition.shape))
     reference = system.prior.logits(torch.from_numpy(codes).view(batch, *config.grid), torch.from_numpy(labels))
     reference = reference.view(batch, config.positions, config.depth, -1)
     checks = []
@@ -39,8 +39,8 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         forced = forced_logits(pipeline, codes, known.reshape(batch, *config.grid), labels)
         logits = torch.from_numpy(forced)
         checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest, "step"))
-    labels = np.arange(IMAGES) % config.classes
-    drawn = pipeline.generate(labels.tolist(), seed=SEED).codes
+    labels = pipeline.condition.examples(IMAGES)
+    drawn = pipeline.generate(labels, seed=SEED).codes
     forced = forced_logits(pipeline, drawn.reshape(len(labels), config.positions, -1), np.full_like(drawn, -1), labels)
     expected = system.prior.logits(torch.from_numpy(drawn), torch.from_numpy(labels)).reshape(forced.shape)
     return checks + compare_distributions(
@@ -68,7 +68,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     `logits` are the checks of `check_logits`, which determine the margin.
     """
     tolerance = tolerance_of(logits)
-    labels = [i % pipeline.classes for i in range(IMAGES)]
+    labels = pipeline.condition.examples(IMAGES)
     checks = []
     distributions: dict[str, dict[str, Any]] = {
         "full distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
@@ -85,7 +85,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     checks.append(at_most("generate", "codes that differ in a second run", (again != codes).sum(), 0))
 
     chosen = IMAGES - 2
-    label = [labels[chosen]]
+    label = labels[chosen : chosen + 1]
     alone = pipeline.generate(label, seed=SEED, first_image=chosen, **options).codes
     far, close = _judge(system, alone, label, chosen, options, tolerance)
     different = np.flatnonzero((alone != codes[chosen : chosen + 1]).ravel())
@@ -95,11 +95,11 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
 
 
 def _judge(
-    system: System, codes: np.ndarray, labels: list[int], first: int, options: dict[str, Any], tolerance: float
+    system: System, codes: np.ndarray, labels: np.ndarray, first: int, options: dict[str, Any], tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """`judge` for generated codes, given the codes before each; both results have the shape of the codes."""
     scale = options.get("guidance_scale", 1.0)
-    logits = guided_logits(system.prior, torch.from_numpy(codes), torch.tensor(labels), scale).flatten(0, -2)
+    logits = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale).flatten(0, -2)
     tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
     config = system.prior.config
     noise = _noise((len(codes), config.positions, config.depth, config.codebook_size), first)
