@@ -26,7 +26,8 @@ class Entries(nn.Module):
         self.register_buffer("places", prior.pos_emb_code[0].detach())
 
     def forward(self, codes: Tensor, label: Tensor, position: Tensor) -> Tensor:
-        return embed_entries(codes, label, position, self.codes, self.labels, self.places)
+        entry = position[:, None] + torch.arange(codes.shape[1])
+        return embed_entries(codes, F.embedding(label, self.labels)[:, None], entry, self.codes, self.places)
 
 
 class Step(nn.Module):

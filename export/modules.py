@@ -27,7 +27,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.export import stage as graphs
 from vqdeploy.export.functions import OPSET, attach, translations
 from vqdeploy.export.package import write_package
-from vqdeploy.export.precision import DTYPES
+from vqdeploy.export.precision import DTYPES, in_precision
 from vqdeploy.export.quantizers import copied, look_alikes, replace_quantizers
 from vqdeploy.export.stage import Dimension
 from vqdeploy.files import replacing_folder
@@ -92,7 +92,10 @@ def export_module(
     for sentence in look_alikes(model):
         log.warning("%s", sentence)
     reference, (served, _) = copied(model), replace_quantizers(model)
-    parts = [_part(name, stage, reference, served, dynamic or {}, sizes or {}) for name, stage in stages.items()]
+    parts = [
+        in_precision(_part(name, stage, reference, served, dynamic or {}, sizes or {}), dtype)
+        for name, stage in stages.items()
+    ]
     described = Manifest(
         format=FORMAT,
         name=re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name),
@@ -190,21 +193,20 @@ class _Part(graphs.Stage):
         """Exports the module."""
         with _quiet():
             try:
-                program = self._exported(opset)
+                model = self._exported(opset)
             except Exception as error:  # exceptions of the exporter have no common base class
                 raise _refusal(error, self) from error
-        _check_operators(program.model, self.name)
-        attach(program.model)
-        _free_names(program.model, self.name)
-        _bound_divisors(program.model)
-        _name_dimensions(program.model, self.axes)
-        model: onnx_ir.Model = program.model
+        _check_operators(model, self.name)
+        attach(model)
+        _free_names(model, self.name)
+        _bound_divisors(model)
+        _name_dimensions(model, self.axes)
         return model
 
-    def _exported(self, opset: int) -> Any:
+    def _exported(self, opset: int) -> onnx_ir.Model:
         shapes = tuple(dict.fromkeys(self.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in self.inputs)
         inputs = tuple(self.inputs.values())
-        return torch.onnx.export(
+        program = torch.onnx.export(
             torch.export.export(self.module, inputs, dynamic_shapes=(shapes,), strict=False),
             (),
             dynamo=True,
@@ -214,6 +216,9 @@ class _Part(graphs.Stage):
             custom_translation_table=translations(),
             verbose=False,
         )
+        if program is None:
+            raise RuntimeError("PyTorch exported nothing")
+        return program.model
 
 
 @contextlib.contextmanager
@@ -301,7 +306,9 @@ def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
         value.shape = onnx_ir.Shape([own.get(i, d) for i, d in enumerate(value.shape or ())])
 
 
-def _dim(value: Any, axis: int) -> Any:
+def _dim(value: onnx_ir.Value, axis: int) -> int | str | None:
+    if value.shape is None:
+        raise ValueError(f"{value} has no shape")
     dim = value.shape[axis]
     return dim if isinstance(dim, int) else dim.value
 

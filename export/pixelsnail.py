@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import Projection, widened
+from vqdeploy.export.layers import Product, Projection, sensitive, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.pixelsnail import (
     AttentionExit,
     CodeCondition,
@@ -27,7 +28,7 @@ from vqdeploy.models.pixelsnail import (
     PlainExit,
     VQVAE2Prior,
 )
-from vqdeploy.runtime.hierarchical import level_names
+from vqdeploy.runtime.manifest import level_names
 
 _PRODUCTS = 8  # products per tile of a row; more lose precision
 _PRODUCTS_IN_HALF = 4  # uses the points 0, 1 and -1 only: further ones would cost two bits in fp16
@@ -47,19 +48,6 @@ class CodeTable(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return F.embedding(codes + self.starts, self.rows).sum(-2)
-
-
-class Product(nn.Module):
-    """A matrix product without a bias."""
-
-    weight: Tensor  # [inputs, outputs]
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.register_buffer("weight", weight.contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
 
 
 def _gated(network: PixelSNAIL) -> list[GatedResBlock]:
@@ -205,9 +193,10 @@ class PointwiseGate(nn.Module):
         return x + F.glu(self.conv2(F.elu(h)), 1)
 
 
-def _pointwise(conv: Any) -> Projection:
-    linear = nn.Linear(conv.in_channels, conv.out_channels).to(conv.weight)
-    linear.weight.data, linear.bias.data = conv.weight.detach().flatten(1), conv.bias.detach()
+def _pointwise(conv: nn.Module) -> Projection:
+    weight, bias = (conv.get_parameter(name).detach() for name in ("weight", "bias"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0]).to(weight)
+    linear.weight.data, linear.bias.data = weight.flatten(1), bias
     return Projection(linear)
 
 
@@ -268,12 +257,13 @@ class Pixel(nn.Module):
         self.blocks = config.blocks
         offsets = network.entry.codes.offsets
         self.entry = CodeTable(network.entry.codes, [i for i, (down, _) in enumerate(offsets) if down == 0])
-        self.first = nn.ModuleList(_taps(block.conv1.left) for block in gated)
-        self.second = nn.ModuleList(_taps(block.conv2.left) for block in gated)
+        self.first = Modules(_taps(block.conv1) for block in gated)
+        self.second = Modules(_taps(block.conv2) for block in gated)
         kind: Any = PixelAttention if config.attention else PixelExit
-        self.exits = nn.ModuleList(kind(block.exit) for block in network.blocks)
+        # The path of the residuals to the logits: in 8 bits it alone costs more than everything else together.
+        self.exits = sensitive(nn.ModuleList(kind(block.exit) for block in network.blocks))
         self.out_blocks = nn.ModuleList(PointwiseGate(block) for block in network.out_blocks)
-        self.out = _pointwise(network.out)
+        self.out = sensitive(_pointwise(network.out))
         self.register_buffer("background", network.background[0].flatten(1).T.contiguous())
 
     def forward(
@@ -384,12 +374,12 @@ class Pixel(nn.Module):
         return torch.cat([places[:, :, 1:], new[:, :, None]], 2).flatten(1)
 
 
-def _taps(left: Any) -> Product:
+def _taps(causal: nn.Module) -> Product:
     """The convolution to the left as a matrix [side * inputs, outputs]."""
-    return Product(left.weight.detach()[:, :, 0].permute(2, 1, 0).flatten(0, 1))
+    return Product(causal.get_parameter("left.weight").detach()[:, :, 0].permute(2, 1, 0).flatten(0, 1))
 
 
-def _each(left: Tensor, products: Any) -> Tensor:
+def _each(left: Tensor, products: Modules[Product]) -> Tensor:
     """Applies one matrix to each of L equal parts of [B, L * n], and concatenates the results."""
     parts = left.split(left.shape[1] // len(products), 1)
     return torch.cat([product(part) for part, product in zip(parts, products, strict=True)], 1)
@@ -408,9 +398,9 @@ class Condition(nn.Module):
         return self.condition.refine(x).permute(0, 2, 3, 1)
 
 
-def stages(prior: VQVAE2Prior, precision: str) -> list[Stage]:
-    """The stages of a prior at a precision."""
-    products = _PRODUCTS if precision == "fp32" else _PRODUCTS_IN_HALF
+def stages(prior: VQVAE2Prior, floats: str) -> list[Stage]:
+    """The stages of a prior whose floats are `fp32` or `fp16`."""
+    products = _PRODUCTS if floats == "fp32" else _PRODUCTS_IN_HALF
     graphs = []
     for name, network in zip(level_names(len(prior.levels)), prior.levels, strict=True):
         graphs += _level(name, network, prior.config.codebook_size, products)

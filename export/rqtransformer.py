@@ -6,39 +6,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models.rqtransformer import RQTransformer
 
 
+class Label(nn.Module):
+    """The entry of a label: labels [B] -> [B, 1, width]."""
+
+    labels: Tensor  # [classes, width]
+
+    def __init__(self, prior: RQTransformer):
+        super().__init__()
+        self.register_buffer("labels", (prior.cond_emb.weight + prior.pos_emb_cond[0]).detach())
+
+    def forward(self, label: Tensor, entry: Tensor) -> Tensor:
+        return F.embedding(label, self.labels)[:, None]
+
+
+class Text(nn.Module):
+    """The entries of a text: token ids [B, C] and indices of entries [B, S] -> [B, S, width].
+
+    What it gives for entries behind the text means nothing.
+    """
+
+    words: Tensor  # [vocabulary, width]
+    places: Tensor  # [C, width]
+
+    def __init__(self, prior: RQTransformer):
+        super().__init__()
+        self.register_buffer("words", prior.cond_emb.weight.detach())
+        self.register_buffer("places", prior.pos_emb_cond[0].detach())
+
+    def forward(self, text: Tensor, entry: Tensor) -> Tensor:
+        place = entry.clamp(max=len(self.places) - 1)
+        return F.embedding(text.gather(1, place), self.words) + F.embedding(place, self.places)
+
+
 class Step(nn.Module):
     """Codes of the position after S known entries.
 
-    Entry 0 is the condition, entry t + 1 the codes of position t. A call takes entries position..position + S - 1,
-    writes their keys and values into the KV caches, and samples the codes of position `position + S - 1`: S = 1 in the
-    sampling loop, more for prefill.
+    The first C entries are the condition, a label or the tokens of a text; entry C + t has the codes of position t. A
+    call takes entries position..position + S - 1, writes their keys and values into the KV caches, and samples the
+    codes after the last of them: S = 1 in the sampling loop, more for prefill. Texts are attended causally, as they are
+    in training, so their keys and values are written once, by the prefill.
     """
 
     body: Any  # list of InferenceBlock
     head: Any  # list of InferenceBlock
     input_table: Tensor  # [K, width]
     head_table: Tensor  # [K, width]
-    labels: Tensor  # [classes, width]
     places: Tensor  # [h * w, width]
     depths: Tensor  # [Q, width]
 
     def __init__(self, prior: RQTransformer):
         super().__init__()
         config = prior.config
-        self.depth, self.positions = config.depth, config.positions
+        self.depth, self.length = config.depth, config.condition_length
+        self.condition = Text(prior) if config.condition_length > 1 else Label(prior)
         self.body = nn.ModuleList(InferenceBlock(block) for block in prior.body_transformer.blocks)
         self.head = nn.ModuleList(InferenceBlock(block) for block in prior.head_transformer.blocks)
         self.norm, self.classifier = prior.classifier.layer_norm, Projection(prior.classifier.linear)
         # Both projections are linear in rows of the codebook, so each becomes a table; biases are added once.
         self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())
         self.register_buffer("head_table", (prior.codebook @ prior.head_mlp.weight.T).detach())
-        self.register_buffer("labels", (prior.cond_emb.weight + prior.pos_emb_cond[0]).detach())
         self.register_buffer("places", prior.pos_emb_hw[0].detach())
         depths = prior.pos_emb_d[0].detach().clone()
         depths[1:] += prior.head_mlp.bias.detach()
@@ -47,7 +78,7 @@ class Step(nn.Module):
     def forward(
         self,
         codes: Tensor,
-        label: Tensor,
+        condition: Tensor,
         position: Tensor,
         noise: Tensor,
         temperature: Tensor,
@@ -56,7 +87,9 @@ class Step(nn.Module):
         past_key: list[Tensor],
         past_value: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        x = embed_entries(codes, label, position, self.input_table, self.labels, self.places)
+        entry = position[:, None] + torch.arange(codes.shape[1])
+        given = self.condition(condition, entry)
+        x = embed_entries(codes, given, entry, self.input_table, self.places, self.length)
         keys, values = [], []
         for block, key, value in zip(self.body, past_key, past_value, strict=True):
             x, key, value = block.cached(x, key, value, position)
@@ -82,21 +115,15 @@ class Step(nn.Module):
 
 
 def stages(prior: RQTransformer) -> list[Stage]:
-    """The stage of a prior.
-
-    Raises:
-        VqdeployError: The prior is conditioned on text.
-    """
+    """The stage of a prior, with an input `label` [B], or `text` [B, C] if it is conditioned on texts."""
     config = prior.config
-    if config.condition_length > 1:
-        raise VqdeployError(
-            "a prior that is conditioned on text cannot be exported", expected="classes or no condition"
-        )
-    head_dim, layers = config.width // config.heads, range(config.body_layers)
-    per_code, cache = (2, config.depth), (2, config.heads, config.positions, head_dim)
+    head_dim, layers, length = config.width // config.heads, range(config.body_layers), config.condition_length
+    entries = length + config.positions - 1  # nothing is drawn after the codes of the last position
+    per_code, cache = (2, config.depth), (2, config.heads, entries, head_dim)
+    condition = {"text": torch.zeros(2, length, dtype=torch.int64)}
     inputs: dict[str, Tensor | list[Tensor]] = {
         "codes": torch.zeros(2, 2, config.depth, dtype=torch.int64),
-        "label": torch.zeros(2, dtype=torch.int64),
+        **(condition if length > 1 else {"label": torch.zeros(2, dtype=torch.int64)}),
         "position": torch.zeros(2, dtype=torch.int64),
         "noise": torch.zeros(*per_code, config.codebook_size),
         "temperature": torch.ones(per_code),
@@ -111,7 +138,7 @@ def stages(prior: RQTransformer) -> list[Stage]:
         Step(prior),
         inputs,
         ["next_codes", "logits", *(f"present_{name}" for name in caches)],
-        dynamic={"codes": {1: Dimension("length", config.positions)}},
+        dynamic={"codes": {1: Dimension("length", entries)}},
         states=("past_key", "past_value"),
         aliases={f"present_{name}": f"past_{name}" for name in caches},
     )

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, TokenizerInfo
-from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.sampler import Item, Sampler, carried, write_options
 from vqdeploy.runtime.session import Binding, Session
 
@@ -16,29 +16,25 @@ from vqdeploy.runtime.session import Binding, Session
 class AutoregressiveSampler(Sampler):
     """Runs the stage `step` of an autoregressive prior.
 
+    The entries of the prior are its condition, then the codes of each position. The prefill of an image writes the keys
+    and values of all entries before the first call: of a text but its last token, and of known codes at the start.
+
     With guidance a slot takes two batch rows: row `slot` with the label, and row `slot + slots` without it, which gets
     the same codes. The graph input `partner` gives, for each row, the row that guidance moves its logits away from.
     """
 
-    def __init__(
-        self,
-        sessions: Mapping[str, Session],
-        info: SamplingInfo,
-        tokenizer: TokenizerInfo,
-        slots: int,
-        guided: bool,
-        draw: Draw,
-    ):
-        super().__init__(sessions, info, tokenizer, slots, guided, draw)
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         self._session = session = sessions["step"]
+        slots = self.slots
         self._shape = Layout(tokenizer.maps).shape
-        rows = slots * self.rows(guided)
+        rows = slots * self.rows(self.guided)
         dims = {"batch": rows, "length": 1}
         self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
         self._held = session.buffers(dims, "codes", "next_codes", *self._past)
         self._binding = session.bind(dims, self._held)
         height, width, self._depth = self._shape
         self._positions = height * width
+        self._before = self.condition.length - 1  # entries before the one that the first position is drawn after
         # Indexed by engine call: one copy stores the codes of all slots, whatever the position of each.
         self._drawn = session.array(np.zeros((self._positions, slots, self._depth), np.int64))
         self._known = session.array(np.zeros((slots, self._positions, self._depth), np.int64))
@@ -49,12 +45,13 @@ class AutoregressiveSampler(Sampler):
         self._fixed: dict[int, frozenset[int]] = {}  # known positions after the first one to draw
         self._greedy: dict[int, np.ndarray] = {}
         self._used: set[int] = set()
+        self._text: Binding | None = None  # prefills a text without known codes, in caches of its own
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
         depth = tokenizer.maps[0][2]
-        place = {"codes": whole("length", depth), "label": whole(), "position": whole()}
+        place = {"codes": whole("length", depth), **Condition.of(sampling).input, "position": whole()}
         guidance = {} if sampling.no_label is None else {"partner": whole(), "guidance": floats()}
         noise = {"noise": floats(depth, tokenizer.codebook_size)}
         return {"step": place | guidance | noise | sampling_options(depth)}
@@ -98,23 +95,23 @@ class AutoregressiveSampler(Sampler):
         self._since[slot] = self._calls
         self._known[slot] = known
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
-        rows = {slot: item.label}
+        rows = {slot: item.condition}
         if self.guided and self.no_label is not None:
             rows[slot + self.slots] = self.no_label
-        for row, label in rows.items():
-            self._greedy[slot] = self._write(self._binding, row, item, label)
+        for row, condition in rows.items():
+            self._greedy[slot] = self._write(self._binding, row, item, condition)
             self._clear(row)
         if self.guides(item):
             self._binding.inputs["partner"][slot] = slot + self.slots
             self._binding.inputs["guidance"][slot] = item.options["guidance_scale"]
-        if first > 0:
-            for row, label in rows.items():
-                self._prefill(row, item, label, known[:first])
+        if self._before + first > 0:
+            for row, condition in rows.items():
+                self._prefill(row, item, condition, known[:first])
 
-    def _write(self, binding: Binding, row: int, item: Item, label: int) -> np.ndarray:
+    def _write(self, binding: Binding, row: int, item: Item, condition: int | np.ndarray) -> np.ndarray:
         """Writes the inputs that stay the same for all steps of an image; the row becomes its own partner."""
         inputs = binding.inputs
-        inputs["label"][row] = label
+        inputs[self.condition.name][row] = condition
         if "partner" in inputs:
             inputs["partner"][row], inputs["guidance"][row] = row, 1
         return write_options(item.options, inputs, row, self._depth, inputs["noise"].shape[-1])
@@ -126,23 +123,30 @@ class AutoregressiveSampler(Sampler):
                 self._held[name][row] = 0
         self._used.add(row)
 
-    def _prefill(self, row: int, item: Item, label: int, known: np.ndarray) -> None:
-        """Prefill: one call for a known prefix [S, Q], on the cache row of the slot."""
+    def _prefill(self, row: int, item: Item, condition: int | np.ndarray, known: np.ndarray) -> None:
+        """Prefill: one call for the condition and a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
-        caches = {name: self._held[name][row : row + 1] for name in in_place}
-        binding = self._session.bind({"batch": 1, "length": len(known)}, caches)
-        self._write(binding, 0, item, label)
-        binding.inputs["codes"][0, 1:] = known[:-1]
+        dims = {"batch": 1, "length": self._before + len(known)}
+        if len(known):
+            binding = self._session.bind(dims, {name: self._held[name][row : row + 1] for name in in_place})
+            states = carried(binding)
+        else:
+            # Every image needs it; on a GPU, buffers and a context for each would cost more than copies of the caches.
+            binding = self._text = self._text or self._session.bind(dims)
+            states = {name: binding.inputs[name] for name in in_place} | carried(binding)
+        self._write(binding, 0, item, condition)
+        binding.inputs["codes"][0, self._before + 1 :] = known[:-1]
         binding.inputs["position"][:] = 0
         self._run("step", binding)
-        for name, state in carried(binding).items():
+        for name, state in states.items():
             self._held[name][row : row + 1] = state
-        self._held["codes"][row, 0] = known[-1]
+        if len(known):
+            self._held["codes"][row, 0] = known[-1]
 
     def _call(self) -> None:
         binding, slots = self._binding, self.slots
         running = sorted(self._running)
-        binding.inputs["position"][:slots] = np.where(self._next < self._positions, self._next, 0)
+        binding.inputs["position"][:slots] = np.where(self._next < self._positions, self._before + self._next, 0)
         if self.guided:
             binding.inputs["position"][slots:] = binding.inputs["position"][:slots]
         self._fill_noise(binding.inputs["noise"], {slot: int(self._next[slot]) for slot in running}, self._greedy)

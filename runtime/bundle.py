@@ -269,6 +269,8 @@ def weights(header: bytes, size: int) -> dict[str, Weight]:
     """
     try:
         entries = parse_json(header)
+        if not isinstance(entries, dict):
+            raise TypeError("the header is not an object")
         entries.pop("__metadata__", None)
         found = {name: _weight(**entry) for name, entry in entries.items()}
     except (AttributeError, *_DAMAGE) as error:
@@ -282,6 +284,7 @@ _DTYPES: Mapping[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,
     "I64": np.int64,
+    "I8": np.int8,
     "I32": np.int32,
     "U8": np.uint8,
     "BOOL": np.bool_,

@@ -10,15 +10,13 @@ from typing import Any, Self
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError
+from vqdeploy.precision import MIXED, PRECISIONS
 
 FORMAT = 1
 """Format version of the manifest. Other versions are rejected."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _MOST_LEVELS, _LARGEST = 64, 2**31  # beyond what any graph has
-
-PRECISIONS = ("fp32", "fp16")
-"""Precisions of packages and plans."""
 
 FILE = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -59,6 +57,7 @@ class StageInfo(Config):
         aliases: Output -> the input whose buffer it may share, for in-place updates.
         dims: Size range of each dynamic dimension.
         plugins: Nodes that our kernels run in an engine; empty in a package.
+        precision: One of `vqdeploy.precision.PRECISIONS`.
     """
 
     name: str
@@ -69,6 +68,7 @@ class StageInfo(Config):
     aliases: dict[str, str] = field(default_factory=dict)
     dims: dict[str, SizeRange] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,35 @@ class TokenizerInfo(Config):
 
 
 @dataclass(frozen=True)
+class TextInfo(Config):
+    """The texts that condition a prior: token ids int64 [length]. What makes ids of words is not in a plan.
+
+    Attributes:
+        length: Tokens of a text; all of them are attended, padding too.
+        vocabulary: Number of token ids.
+    """
+
+    length: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class SamplingInfo(Config):
     """How codes are drawn.
 
     Attributes:
         kind: The sampler, a key of `vqdeploy.runtime.pipeline.SAMPLERS`.
-        classes: Number of labels; 1 for an unconditional prior.
+        classes: Number of labels; 1 for a prior that is unconditional, or conditioned on texts.
         no_label: The label of the unconditional branch of guidance; None if the prior has none.
         options: The sampling options of the prior with their defaults.
+        text: The texts of a prior that is conditioned on them; None for labels.
     """
 
     kind: str
     classes: int
     no_label: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    text: TextInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ class Manifest(Config):
     Attributes:
         format: Format version, `FORMAT`.
         name: Default name of files made from it.
-        precision: One of `PRECISIONS`.
+        precision: One of `PRECISIONS`, that of the quantized stages if the others are in fp32, or `MIXED`.
         opset: ONNX opset of the graphs.
         provenance: Where it comes from.
         stages: Its graphs or engines.
@@ -162,7 +177,7 @@ class Manifest(Config):
     targets: tuple[str, ...] = ()
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: object) -> Self:
         """Parses a manifest: checks the format version first, then that its parts are consistent.
 
         Raises:
@@ -174,13 +189,14 @@ class Manifest(Config):
                 "the manifest has an unknown format", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
         manifest = super().from_dict(data)
-        if manifest.precision not in PRECISIONS:
-            raise ArtifactError(
-                "the manifest has an unknown precision",
-                expected=" or ".join(PRECISIONS),
-                found=repr(manifest.precision),
-                fix="pip install -U vqdeploy",
-            )
+        for precision in (manifest.precision, *(stage.precision for stage in manifest.stages)):
+            if precision not in (*PRECISIONS, MIXED):
+                raise ArtifactError(
+                    "the manifest has an unknown precision",
+                    expected=" or ".join(PRECISIONS),
+                    found=repr(precision),
+                    fix="pip install -U vqdeploy",
+                )
         _check_names(manifest)
         _check_stages(manifest)
         if manifest.tokenizer:
@@ -287,3 +303,16 @@ def _check_sampling(sampling: SamplingInfo, manifest: Manifest) -> None:
     _require(sampling.no_label in (None, sampling.classes), "sampling.no_label", sampling.classes, sampling.no_label)
     labels = len(manifest.labels)
     _require(labels in (0, sampling.classes), "labels", f"{sampling.classes} names, or none", labels)
+    if sampling.text is not None:
+        sizes = sampling.text.to_dict()
+        held = all(1 <= size < 2**31 for size in sizes.values())
+        _require(held, "sampling.text", "a length and a vocabulary of 1 or more", sizes)
+        _require(sampling.kind == "autoregressive", "sampling.text", "none for this kind of sampling", sizes)
+        found = {"classes": sampling.classes, "no_label": sampling.no_label, "labels": labels}
+        held = found == {"classes": 1, "no_label": None, "labels": 0}
+        _require(held, "sampling.text", "no labels beside it", found)
+
+
+def level_names(count: int) -> list[str]:
+    """Names of the levels of a hierarchy, top first."""
+    return ["top", *(f"middle{i}" for i in range(1, count - 1)), "bottom"] if count > 1 else ["top"]

@@ -13,7 +13,6 @@ import numpy as np
 from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
-from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.sampler import Item, Sampler, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 from vqdeploy.runtime.session import Session
@@ -36,19 +35,10 @@ class MaskedSampler(Sampler):
 
     raster = False
 
-    def __init__(
-        self,
-        sessions: Mapping[str, Session],
-        info: SamplingInfo,
-        tokenizer: TokenizerInfo,
-        slots: int,
-        guided: bool,
-        draw: Draw,
-    ):
-        super().__init__(sessions, info, tokenizer, slots, guided, draw)
-        session = sessions["step"]
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
+        slots, session = self.slots, sessions["step"]
         self._shape, self._size = Layout(tokenizer.maps).shape, tokenizer.codebook_size
-        dims = {"batch": slots, "conditions": 2 if guided else 1}
+        dims = {"batch": slots, "conditions": 2 if self.guided else 1}
         # The codes stay on the device of the engine from step to step.
         self._binding = session.bind(dims, session.buffers(dims, "codes", "given"))
         self._result = session.array(np.zeros((slots, *self._shape), np.int64))
@@ -103,9 +93,9 @@ class MaskedSampler(Sampler):
         inputs["codes"][slot] = inputs["given"][slot] = np.where(item.known < 0, self._size, item.known)
         # A label of weight 0 changes no logit.
         scale = options["guidance_scale"] if self.guides(item) else 1
-        ballast = item.label if self.no_label is None else self.no_label
+        ballast = item.condition if self.no_label is None else self.no_label
         inputs["label"][slot], inputs["guidance"][slot] = ballast, 1 - scale
-        inputs["label"][slot, 0], inputs["guidance"][slot, 0] = item.label, scale
+        inputs["label"][slot, 0], inputs["guidance"][slot, 0] = item.condition, scale
         if by_order:
             inputs["choice_noise"][slot], inputs["choice_temperature"][slot] = order_noise(self._shape), BY_ORDER
 

@@ -19,6 +19,7 @@ from vqdeploy.runtime.arguments import as_array, as_numbers, check_whole, is_who
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
@@ -60,6 +61,9 @@ class Step:
     codes: np.ndarray
 
 
+Conditions = Sequence[int] | np.ndarray
+"""Labels [B], or texts [B, length]."""
+
 Callback = Callable[[Step], object]
 
 
@@ -70,7 +74,7 @@ class Output:
     Attributes:
         images: uint8 [B, H, W, 3].
         codes: int64 [B, *grid].
-        options: The effective sampling options, see `Pipeline.options`, with `seed` and `labels`.
+        options: The effective sampling options, see `Pipeline.options`, with `seed` and `labels`, or `texts`.
         timings: Wall-clock seconds. `steps_s`: engine calls of the prior, including waits for a GPU. `host_s`: work
             between them (noise, schedules, callbacks). `decode_s`: the decoder. `total_s`: their sum.
     """
@@ -203,12 +207,21 @@ class Pipeline:
 
     @property
     def classes(self) -> int:
-        """Number of labels; 1 for an unconditional prior.
+        """Number of labels; 1 for a prior that is unconditional, or conditioned on texts.
 
         Raises:
             VqdeployError: The plan has no prior.
         """
         return self.sampling.classes
+
+    @property
+    def condition(self) -> Condition:
+        """What images are conditioned on: labels, or texts of a length and a vocabulary.
+
+        Raises:
+            VqdeployError: The plan has no prior.
+        """
+        return Condition.of(self.sampling)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -274,6 +287,8 @@ class Pipeline:
         Raises:
             VqdeployError: There is no such class.
         """
+        if self.condition.name == "text":
+            raise VqdeployError("this prior has no labels", expected="texts as token ids", found=name)
         names = self.manifest.labels
         if isinstance(name, str) and name in names:
             return names.index(name)
@@ -325,7 +340,7 @@ class Pipeline:
         with self._lock:
             return self._sessions[stage].run(**arrays)
 
-    def features(self, images: np.ndarray, labels: Sequence[int] | None = None) -> np.ndarray:
+    def features(self, images: np.ndarray, labels: Conditions | None = None) -> np.ndarray:
         """Hidden states of the prior before its first layer and after each, averaged over the positions.
 
         Args:
@@ -343,21 +358,22 @@ class Pipeline:
                 "this plan has no features", expected="a stage `features`", found=", ".join(self.stages)
             )
         codes = self.encode(images)
-        classes = self._check_labels(labels, len(codes))
+        name, conditions = self.condition.name, self._check_conditions(labels, len(codes))
         parts = self._batches(len(codes), min(self._batch.max, _FEATURE_IMAGES))
         return np.concatenate(
-            [self._run("features", codes=codes[part], label=classes[part])["features"] for part in parts]
+            [self._run("features", codes=codes[part], **{name: conditions[part]})["features"] for part in parts]
         )
 
     def reconstruct(self, images: np.ndarray, depth: int | None = None) -> np.ndarray:
         """Images uint8 [B, H, W, 3] -> codes -> images uint8 [B, H, W, 3]; see `encode` and `decode`."""
         return self.decode(self.encode(images), depth)
 
-    def generate(self, labels: Sequence[int] | None = None, *, num_images: int | None = None, **options: Any) -> Output:
+    def generate(self, labels: Conditions | None = None, *, num_images: int | None = None, **options: Any) -> Output:
         """Samples images.
 
         Args:
-            labels: Class of each image; None for `num_images` of an unconditional prior.
+            labels: Class of each image; None for `num_images` of an unconditional prior. A prior that is conditioned on
+                texts takes their token ids int64 [B, length]; `condition` has the length and the vocabulary.
             num_images: Number of images if `labels` is None; 1 by default.
             **options: `seed`, `first_image`, `callback` and sampling options; see `complete`.
 
@@ -365,22 +381,20 @@ class Pipeline:
             VqdeployError: A label or an option is out of range, or the plan has no prior.
         """
         if labels is None:
-            if self.classes > 1:
-                raise VqdeployError(
-                    "this prior needs labels", expected=f"labels in 0..{self.classes - 1}", found="none"
-                )
+            if not self._unconditional:
+                raise self.condition.missing()
             num_images = 1 if num_images is None else num_images
             check_whole(1, num_images=num_images)
-            labels = [0] * num_images
+            labels = np.zeros(num_images, np.int64)
         elif num_images is not None:
             raise VqdeployError("labels already give the number of images", expected="no num_images", found=num_images)
-        known = np.full((as_numbers("the list of labels", labels, whole=True).size, *self.grid), -1, np.int64)
+        known = np.full((len(self.condition.check(labels)), *self.grid), -1, np.int64)
         return self.complete(known, labels, **options)
 
     def inpaint(
         self,
         images: np.ndarray,
-        labels: Sequence[int] | None = None,
+        labels: Conditions | None = None,
         *,
         mask: np.ndarray | None = None,
         mask_ratio: float | None = None,
@@ -396,7 +410,8 @@ class Pipeline:
 
         Args:
             images: uint8 [B, H, W, 3].
-            labels: Class of each image; None for an unconditional prior, and for no label if the prior takes guidance.
+            labels: Classes, or texts as for `generate`; None for an unconditional prior, and for no label if the prior
+                takes guidance.
             mask: Bool [B, H, W] or [H, W], True for unknown pixels.
             mask_ratio: Instead of a mask, the fraction of codes to sample: random positions, by the seed, for a masked
                 prior, the bottom rows for an autoregressive one.
@@ -425,7 +440,7 @@ class Pipeline:
     def resample(
         self,
         images: np.ndarray,
-        labels: Sequence[int] | None = None,
+        labels: Conditions | None = None,
         *,
         keep: int = 1,
         completions: int = 1,
@@ -454,12 +469,15 @@ class Pipeline:
         known = np.concatenate([np.where(np.arange(codes.shape[1]) < count, codes, -1)] * completions)
         return self.complete(known, self._repeated(labels, len(codes), completions), **options)
 
-    def _repeated(self, labels: Sequence[int] | None, count: int, completions: int) -> list[int] | None:
-        """The labels of all completions; an unconditional prior has one label, 0."""
+    def _repeated(self, labels: Conditions | None, count: int, completions: int) -> np.ndarray | None:
+        """The labels or texts of all completions; an unconditional prior has one label, 0."""
         if labels is None:
-            return [0] * (count * completions) if self.classes == 1 else None
-        repeated: list[int] = np.tile(self._check_labels(labels, count), completions).tolist()
-        return repeated
+            return np.zeros(count * completions, np.int64) if self._unconditional else None
+        return np.concatenate([self.condition.check(labels, count)] * completions)
+
+    @property
+    def _unconditional(self) -> bool:
+        return self.classes == 1 and self.sampling.text is None
 
     def unknown(
         self,
@@ -492,7 +510,7 @@ class Pipeline:
     def complete(
         self,
         known: np.ndarray,
-        labels: Sequence[int] | None,
+        labels: Conditions | None,
         *,
         seed: int = 0,
         first_image: int = 0,
@@ -505,7 +523,7 @@ class Pipeline:
 
         Args:
             known: Codes int64 [B, *grid], -1 for codes to sample.
-            labels: Class of each image [B]; None for no label, if the prior takes guidance.
+            labels: Class of each image [B], or texts as for `generate`; None for no label, if the prior takes guidance.
             seed: Seed of the noise, a nonnegative integer.
             first_image: Index of the first image: the noise of image i depends on (seed, first_image + i).
             callback: Called with a `Step` after each step. On a GPU, each call waits for the codes.
@@ -538,7 +556,7 @@ class Pipeline:
             "total_s": end - start,
         }
         named = None if labels is None else np.asarray(labels).tolist()
-        return Output(images, codes, {"seed": seed, "labels": named, **chosen}, timings)
+        return Output(images, codes, {"seed": seed, f"{self.condition.name}s": named, **chosen}, timings)
 
     def options(self, **given: Any) -> dict[str, Any]:
         """The effective sampling options: those given, else the defaults of the checkpoint.
@@ -551,7 +569,7 @@ class Pipeline:
     def sample(
         self,
         known: np.ndarray,
-        labels: Sequence[int] | None,
+        labels: Conditions | None,
         seed: int = 0,
         first_image: int = 0,
         chosen: dict[str, Any] | None = None,
@@ -559,14 +577,14 @@ class Pipeline:
     ) -> tuple[np.ndarray, dict[str, float]]:
         """The codes of `complete`, and the seconds of each stage; `chosen` comes from `options`."""
         known = self._check_codes(known, lowest=-1)
-        classes = self._check_labels(labels, len(known))
+        conditions = self._check_conditions(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
         chosen = chosen or self.options()
-        guided = any(needs_guidance(chosen, label, self.sampling.no_label) for label in classes)
+        guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
         codes, seconds = [], dict.fromkeys(self.stages, 0.0)
         for part in self._batches(len(known), self._call_images(guided)):
             images = range(*part.indices(len(known)))
-            items = [Item(known[i], int(classes[i]), seed, first_image + i, chosen) for i in images]
+            items = [Item(known[i], conditions[i], seed, first_image + i, chosen) for i in images]
             with self.sampler(len(items), guided) as sampler:
                 sampler.seconds.clear()
                 codes += self._all_codes(sampler, items, images, callback)
@@ -639,19 +657,12 @@ class Pipeline:
         stages = {stage.name: stage for stage in self.manifest.stages}
         return min(self._batch.max // rows, self._sampler_class.most_slots(stages, self.device))
 
-    def _check_labels(self, labels: Sequence[int] | None, count: int) -> np.ndarray:
-        classes = self.classes
-        if labels is None and self.sampling.no_label is not None:
-            return np.full(count, self.sampling.no_label)
-        if labels is None:
-            raise VqdeployError("this prior needs labels", expected=f"labels in 0..{classes - 1}", found="none")
-        array = as_numbers("the list of labels", labels, whole=True)
-        if array.shape != (count,):
-            expected = f"a list of one for each image ({count})"
-            raise VqdeployError("there are too few or too many labels", expected=expected, found=array.tolist())
-        if wrong := [label for label in array.tolist() if not 0 <= label < classes]:
-            raise VqdeployError("a label is out of range", expected=f"0..{classes - 1}", found=wrong[0])
-        return array
+    def _check_conditions(self, labels: Conditions | None, count: int) -> np.ndarray:
+        if labels is not None:
+            return self.condition.check(labels, count)
+        if self.sampling.no_label is None:
+            raise self.condition.missing()
+        return np.full(count, self.sampling.no_label)
 
     def _check_codes(self, codes: np.ndarray, lowest: int = 0) -> np.ndarray:
         codes = as_array("codes", codes)
@@ -748,7 +759,7 @@ def _check_sampler(bundle: Bundle) -> None:
     inputs, outputs = kind.inputs(tokenizer, sampling), kind.outputs(tokenizer, sampling)
     if any(stage.name == "features" for stage in manifest.stages):
         codes = interface.whole(*Layout(tokenizer.maps).shape)
-        inputs["features"] = {"codes": codes, "label": interface.whole()}
+        inputs["features"] = {"codes": codes, **Condition.of(sampling).input}
         outputs["features"] = {"features": interface.floats("layers", "width")}
     interface.check(manifest, inputs, outputs)
     try:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.interface import Tensors
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw, Key
@@ -23,14 +24,14 @@ class Item:
 
     Attributes:
         known: Codes int64 [*grid], -1 for codes to draw.
-        label: Its class, or `no_label` of the manifest.
+        condition: Its class or `no_label` of the manifest; or the token ids int64 [length] of its text.
         seed: Seed of its noise.
         image: Index of the image, which with `seed` keys its noise.
         options: Sampling options, from `vqdeploy.runtime.options.choose`.
     """
 
     known: np.ndarray
-    label: int
+    condition: int | np.ndarray
     seed: int
     image: int
     options: dict[str, Any]
@@ -40,7 +41,7 @@ class Sampler(ABC):
     """The batch of an engine as slots, each of which holds one image.
 
     `admit` puts an image into a free slot, `step` makes one engine call for all slots, `codes` reads the codes of a
-    slot so far, and `release` frees it. Images share the call and nothing else: label, options, noise and progress
+    slot so far, and `release` frees it. Images share the call and nothing else: condition, options, noise and progress
     belong to the slot, so that an image gets the codes that it would get alone.
 
     Attributes:
@@ -73,13 +74,18 @@ class Sampler(ABC):
             guided: Whether it supports guidance, at twice the work for every slot.
             draw: Fills the noise.
         """
-        self.slots, self.guided, self.no_label = slots, guided, info.no_label
+        self.slots, self.guided, self.no_label, self.condition = slots, guided, info.no_label, Condition.of(info)
         self.seconds: dict[str, float] = defaultdict(float)
         self.draw = draw
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
         self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # host copies of buffers since the last step
         self._begun = False
+        self._prepare(sessions, tokenizer)
+
+    @abstractmethod
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
+        """Makes the buffers for all slots; the last act of the constructor."""
 
     @classmethod
     @abstractmethod
@@ -103,18 +109,22 @@ class Sampler(ABC):
 
     def guides(self, item: Item) -> bool:
         """Whether an image needs a sampler with guidance."""
-        return needs_guidance(item.options, item.label, self.no_label)
+        return needs_guidance(item.options, item.condition, self.no_label)
 
     def admit(self, slot: int, item: Item) -> None:
         """Puts an image into a free slot.
 
         Raises:
-            VqdeployError: The slot is in use, images cannot join now, or the image needs guidance.
+            VqdeployError: The slot is in use, images cannot join now, the image needs guidance, or its condition is
+                of another kind.
         """
         if slot in self._items or not 0 <= slot < self.slots:
             raise VqdeployError(f"slot {slot} is not free", expected=f"a free one of {self.slots}")
         if self.joins == "when empty" and self._begun:
             raise VqdeployError("images cannot join while others run", expected="an empty sampler")
+        if np.shape(item.condition) != self.condition.shape:
+            expected = f"a {self.condition.name} {list(self.condition.shape)}"
+            raise VqdeployError("the condition does not fit", expected=expected, found=list(np.shape(item.condition)))
         if self.guides(item) and not self.guided:
             raise VqdeployError("this sampler takes no guidance", expected="a guidance scale of 1")
         self._copies.clear()
@@ -178,7 +188,7 @@ class Sampler(ABC):
             self.seconds[stage] += time.perf_counter() - start
         return self._copies[id(values)][1]
 
-    def _fill_noise(self, noise: Any, draws: Mapping[int, int], greedy: Mapping[int, np.ndarray]) -> None:
+    def _fill_noise(self, noise: Array, draws: Mapping[int, int], greedy: Mapping[int, np.ndarray]) -> None:
         """Writes the noise of the draw of each slot into its row of `noise` [rows, ..., Q, K].
 
         Depths that are `greedy` [Q] get zeros. Logits in fp16 often tie, top-k keeps ties, and noise would then choose
@@ -186,15 +196,16 @@ class Sampler(ABC):
         """
         drawn = [slot for slot in draws if not greedy[slot].all()]
         keys: list[Key] = [(self._items[s].seed, self._items[s].image, draws[s]) for s in drawn]
-        self.draw(keys, [noise[slot] for slot in drawn])
+        rows = {slot: np.asarray(noise[slot]) for slot in draws}  # views: noise is an array of the host
+        self.draw(keys, [rows[slot] for slot in drawn])
         for slot in draws:
             if greedy[slot].any():
-                noise[slot][..., greedy[slot], :] = 0
+                rows[slot][..., greedy[slot], :] = 0
 
 
-def needs_guidance(options: Mapping[str, Any], label: int, no_label: int | None) -> bool:
+def needs_guidance(options: Mapping[str, Any], condition: int | np.ndarray, no_label: int | None) -> bool:
     """Whether an image is sampled with guidance: it has a label and a scale other than 1."""
-    return options.get("guidance_scale", 1.0) != 1 and label != no_label
+    return bool(options.get("guidance_scale", 1.0) != 1 and condition != no_label)
 
 
 def write_options(options: dict[str, Any], inputs: Mapping[str, Array], row: int, depth: int, size: int) -> np.ndarray:

@@ -68,6 +68,11 @@ portable_plan = _artifact("plan", "rqvae", portable=True)
 pipeline = _artifact("pipeline", "rqvae")
 splitting_pipeline = _artifact("pipeline", "rqvae", batch=SizeRange(1, 1, 2))  # calls of at most two images
 
+text_system = _artifact("system", "text")
+text_package = _artifact("package", "text")
+text_plan = _artifact("plan", "text")
+text_pipeline = _artifact("pipeline", "text")
+
 movq_system = _artifact("system", "movq")
 movq_package = _artifact("package", "movq")
 movq_plan = _artifact("plan", "movq")
@@ -103,6 +108,7 @@ three_plan = _artifact("plan", "three")
 three_pipeline = _artifact("pipeline", "three")
 
 half_package = _artifact("package", "rqvae", "fp16")
+text_half_package = _artifact("package", "text", "fp16")
 movq_half_package = _artifact("package", "movq", "fp16")
 vit_half_package = _artifact("package", "vit", "fp16")
 vqgan_half_package = _artifact("package", "vqgan", "fp16")

@@ -66,6 +66,22 @@ def test_a_plan_in_half_is_timed_against_pytorch_in_half(half_package, checkpoin
     assert 2 * bench.step_weight_bytes(load(tmp_path / "half.plan")) == bench.step_weight_bytes(load(plan))
 
 
+def test_plans_are_compared(artifacts):
+    first, second = artifacts.plan("rqvae", "int8"), artifacts.plan("rqvae")
+    report = bench.bench(first, warm_up=0, iterations=1, compare=[second])
+    assert {r["name"] for r in report["results"]} == {"vqdeploy", second.stem}
+    assert set(report["ratios"]) == {f"{task}/b1/{second.stem}" for task in bench.TASKS}
+    assert second.stem in bench.table(report)
+    assert 3 * bench.step_weight_bytes(load(first)) < bench.step_weight_bytes(load(second))
+
+
+def test_plans_that_cannot_be_compared(plan, movq_plan):
+    with pytest.raises(VqdeployError, match="cannot be compared; expected images and codes of the same shapes"):
+        bench.bench(plan, compare=[movq_plan])
+    with pytest.raises(VqdeployError, match="two of what is compared have one name"):
+        bench.bench(plan, compare=[movq_plan, movq_plan])
+
+
 @pytest.mark.parametrize("name", ["movq_", "vqvae2_"])
 def test_every_kind_of_prior_has_a_baseline_in_half(request, name, tmp_path):
     checkpoint.save(request.getfixturevalue(f"{name}system"), tmp_path / "checkpoint")

@@ -27,6 +27,8 @@ _PACKAGES = (
     "rich",
 )
 
+_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
 
 def versions() -> dict[str, str]:
     """Versions of the relevant packages that are installed."""
@@ -46,6 +48,16 @@ def cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, ValueError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Those instruction sets of the processor that decide how fast products are; empty if unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return [name for name in _FEATURES if name in flags]
 
 
 def load() -> float | None:

@@ -18,6 +18,7 @@ from vqdeploy.export.stage import Stage
 from vqdeploy.export.tokenizer import _laid_out
 from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import FORMAT, Manifest, Provenance
+from vqdeploy.runtime.sampler import carried
 from vqdeploy.verify.forcing import forced_logits
 from vqdeploy.verify.masked import _logits
 
@@ -165,3 +166,34 @@ def test_greedy_codes_of_the_top_level(plan):
     pipeline, tensors = plan("pixelsnail")
     expected = tensors["out/greedy_codes"].flatten(1).numpy()
     assert np.array_equal(pipeline.generate([0], temperature=0.0).codes[:, : expected.shape[1]], expected)
+
+
+@pytest.mark.slow
+def test_the_bottom_level_given_the_top(plan):
+    pipeline, _ = plan("pixelsnail")
+    _, tensors, _ = read_golden("pixelsnail_bottom")
+    above, codes = (tensors[name].flatten(1).numpy() for name in ("in/condition", "in/codes"))
+    known = np.concatenate([above, np.full_like(codes, -1)], 1)
+    logits = forced_logits(pipeline, np.concatenate([above, codes], 1)[..., None], known, np.zeros(2, int))
+    close(np.moveaxis(logits[:, :, 0], 1, 2).reshape(tensors["out/logits"].shape), tensors["out/logits"].numpy())
+    greedy = tensors["out/greedy_codes"].flatten(1).numpy()
+    found = pipeline.complete(known[: len(greedy)], [0] * len(greedy), temperature=0.0).codes
+    assert np.array_equal(found[:, above.shape[1] :], greedy)
+
+
+@pytest.mark.slow
+def test_greedy_codes_of_a_token_shift_that_the_public_sampler_drops(plan, tmp_path, monkeypatch):
+    """Its cached steps mix each entry with zeros in place of the one before, unlike its full pass."""
+    pipeline, tensors = plan("vitvq_gpt")
+    labels, expected = tensors["in/class"].tolist(), tensors["out/greedy_codes"].numpy()
+    codes = pipeline.generate(labels, temperature=0.0).codes
+    prior = imported(write_system("vitvq_gpt", tmp_path), tmp_path).prior
+    full_pass = prior.logits(torch.from_numpy(codes), tensors["in/class"]).argmax(-1)
+    assert np.array_equal(full_pass, codes)
+
+    def unshifted(binding):
+        return {name: state for name, state in carried(binding).items() if not name.startswith("past_entry")}
+
+    monkeypatch.setattr("vqdeploy.runtime.autoregressive.carried", unshifted)
+    found = load(pipeline.bundle.path, threads=1).generate(labels, temperature=0.0).codes
+    assert np.array_equal(found.reshape(expected.shape), expected)

@@ -63,7 +63,7 @@ print(config.get_flag(trt.BuilderFlag.TF32), config.get_flag(trt.BuilderFlag.REQ
 
 
 @needs_rtx
-@pytest.mark.parametrize("package_of", ["package", "vqgan_package", "vqvae2_package"])
+@pytest.mark.parametrize("package_of", ["package", "text_package", "vqgan_package", "vqvae2_package"])
 def test_each_cache_is_an_update_in_place(package_of, request, python):
     """Sessions give a cache and what becomes of it one address."""
     package = request.getfixturevalue(package_of)
@@ -100,8 +100,11 @@ def test_an_adaptive_prior_builds(adaptive_package, tmp_path):
     assert Bundle(tmp_path / "a.plan").sizes()["step.engine"] > 50_000
 
 
+HALF = ["", "text_", "movq_", "vit_", "vqgan_", "vqvae2_"]
+
+
 @needs_rtx
-@pytest.mark.parametrize("name", ["", "movq_", "vit_", "vqgan_", "vqvae2_"], ids=lambda name: name[:-1] or "rqvae")
+@pytest.mark.parametrize("name", HALF, ids=lambda name: name[:-1] or "rqvae")
 def test_every_stage_is_built_in_half(request, name, tmp_path):
     """The types of a network are those of its graph: a cast that is missing is refused."""
     package = request.getfixturevalue(f"{name}half_package")

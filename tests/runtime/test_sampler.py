@@ -12,7 +12,7 @@ from vqdeploy.runtime import load
 from vqdeploy.runtime.pipeline import SAMPLERS
 from vqdeploy.runtime.sampler import Item
 
-SYSTEMS = ("", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three")
+SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three")
 
 
 def named(system, kind):
@@ -48,7 +48,7 @@ def test_what_is_no_number_in_the_caches_ends_with_its_request(name, portable, r
     """One request that overflows leaves NaN in the caches of its rows; 0 times NaN is NaN."""
     build(request.getfixturevalue(named(name, "package")), tmp_path / "x.plan", portable=portable)
     pipeline = load(tmp_path / "x.plan", threads=1)
-    labels = [i % pipeline.classes for i in range(2)]
+    labels = pipeline.condition.examples(2)
     expected = pipeline.generate(labels, seed=2)
     rest = pipeline.inpaint(expected.images, labels, mask_ratio=0.5, seed=2)
     for poison in (np.nan, np.inf):
@@ -65,7 +65,7 @@ def test_an_image_whose_codes_are_all_known_takes_no_call(any_pipeline):
     known = np.zeros(any_pipeline.grid, np.int64)
     with any_pipeline.sampler(2) as sampler:
         options = any_pipeline.options(**({"guidance_scale": 1.0} if any_pipeline.sampling.no_label else {}))
-        sampler.admit(1, Item(known, 0, 0, 0, options))
+        sampler.admit(1, Item(known, any_pipeline.condition.examples(1)[0], 0, 0, options))
         sampler.seconds.clear()
         assert sampler.step() == [1]
         assert not sampler.seconds

@@ -39,6 +39,12 @@ SMALL = SystemConfig(
     labels=("cat", "dog", "eel"),
     sampling=Sampling(temperature=0.9, top_k=40, top_p=0.95),
 )
+SMALL_TEXT = replace(  # texts longer than the code map, and a vocabulary that is not the codebook
+    SMALL,
+    tokenizer=replace(SMALL.tokenizer, conv=replace(CONV, channels=8, norm_groups=2), depth=2),
+    prior=replace(SMALL.prior, grid=(4, 4, 2), classes=40, condition_length=18),
+    labels=(),
+)
 SMALL_MOVQ = SystemConfig(
     model="movq",
     preset="small",
@@ -131,6 +137,8 @@ def lively_vqvae2(config: SystemConfig) -> System:
 
 SYSTEMS: dict[str, Callable[[], System]] = {
     "rqvae": lambda: lively(SMALL),
+    # An RQ-Transformer that is conditioned on texts.
+    "text": lambda: lively(SMALL_TEXT),
     "movq": lambda: lively(SMALL_MOVQ),
     # One code a position, an adaptive prior, and the other variants of the tokenizer.
     "adaptive": lambda: lively(SMALL_ADAPTIVE),

@@ -7,7 +7,7 @@ from vqdeploy.runtime.schedules import SCHEDULES
 
 
 def random_item(pipeline, rng, image):
-    """An image with a label, seed, options and known codes of its own."""
+    """An image with a condition, seed, options and known codes of its own."""
     options = {
         "temperature": rng.choice([0.0, 0.7, 1.3]),
         "top_k": int(rng.integers(0, 5)),
@@ -23,8 +23,8 @@ def random_item(pipeline, rng, image):
     known[pipeline.layout.share(share, raster, [image], seed=int(rng.integers(9)))[0]] = -1
     if raster and len(pipeline.grid) == 3 and rng.random() < 0.3:
         known.reshape(-1, pipeline.grid[-1])[-1] = 0  # known behind what is drawn
-    label = int(rng.integers(pipeline.classes))
-    return Item(known, label, int(rng.integers(100)), image, pipeline.options(**options))
+    condition = rng.integers(pipeline.condition.size, size=pipeline.condition.shape)
+    return Item(known, condition, int(rng.integers(100)), image, pipeline.options(**options))
 
 
 def alone(pipeline, item, slots, slot, guided):

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,11 @@ from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import tensors
-from vqdeploy.runtime.hierarchical import level_names
-from vqdeploy.runtime.manifest import WEIGHTS
+from vqdeploy.runtime.manifest import WEIGHTS, level_names
+from vqdeploy.runtime.threads import cores
+
+if TYPE_CHECKING:
+    from vqdeploy.bench.baselines import Reference
 
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
@@ -55,10 +58,11 @@ def bench(
     progress: Callable[[str], object] = lambda name: None,
     device: str = "auto",
     threads: int = 0,
+    compare: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Times tasks of a plan, and the same tasks in PyTorch.
+    """Times tasks of a plan, and the same tasks in PyTorch and of other plans.
 
-    Calls of the plan and of the baselines alternate, so that all see the same machine.
+    Calls of the plan and of what it is compared with alternate, so that all see the same machine.
 
     Args:
         engine: The plan.
@@ -73,21 +77,24 @@ def bench(
         progress: Called with a description before each measurement.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs there too.
         threads: CPU threads of the engine, as for `vqdeploy.runtime.load`; 0 for one per core.
+        compare: Other plans, of codes of the same shape.
 
     Returns:
         A dictionary of JSON types:
 
-        - `results`: a list with a dictionary for each task, batch size and runner. `name` is `vqdeploy` or the
-        baseline;
+        - `results`: a list with a dictionary for each task, batch size and runner. `name` is `vqdeploy`, the
+          baseline or the name of the other plan;
           `task`; `batch_size` in images; `median_ms`, `p90_ms` and `p99_ms`, times of a call in milliseconds;
           `images_per_s` by the median; `iterations`, the number of timed calls. `generate` of the plan has medians of
           `steps_ms` (engine calls of the prior; for a hierarchy `STAGE_ms` of each stage) and `host_ms` (noise and
-          schedules between them), and figures per step, set against the roofline of this machine on a CPU: `step_ms`;
+          schedules between them), and figures per step, set against the roofline of this machine on a CPU: `step_ms`
+          (of an engine call: the prefill of a text counts as a step);
           autoregressive: `weight_mb_per_step` (1e6 bytes), `weight_gb_s`, `share_of_read_bandwidth` (0..1); masked:
           `gflop_per_step`, `gflop_s`, `share_of_matmul_rate` (0..1); hierarchical: `parts`, for each stage its `calls`,
           `call_ms`, `share` of the median (0..1), `weight_mb`, `weight_gb_s`, `gflop` and `gflop_s` of a call.
         - `ratios`: speedups, see `ratios`.
-        - `environment`: `cpu`, `cores`, `load` (average of one minute), `python`, `versions`, `load_s` (seconds to open
+        - `environment`: `cpu`, `cpu_features` (AVX2 and the like), `cores`, `threads` (of the engine), `load` (average
+          of one minute, before the first call), `python`, `versions`, `load_s` (seconds to open
           the plan), `peak_memory_mb` (2^20 bytes, of this process), `plan`; on a GPU `gpu` (compute capability) and
           `gpu_memory_mb` (2^20 bytes in use); the roofline as far as it was measured: `read_bandwidth_gb_s`,
           `matmul_gflop_s`.
@@ -95,29 +102,36 @@ def bench(
         - `profile`, with `profile`: a list of `op`, `ms`, `share` (0..1) and `calls` of one generation, descending.
 
     Raises:
-        VqdeployError: A task, baseline or size is not known.
+        VqdeployError: A task, baseline or size is not known, or plans cannot be compared.
     """
+    facts = environment() | {"threads": threads or cores()}
     _check(tasks, TASKS, "task")
     _check(baselines, BASELINES, "baseline")
+    names = ["vqdeploy", *baselines, *(path.stem for path in compare)]
+    if len(set(names)) < len(names):
+        raise VqdeployError("two of what is compared have one name", found=", ".join(names))
     start = time.perf_counter()
     pipeline = load(engine, device, threads)
     load_seconds = time.perf_counter() - start
     tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.sampling]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
-    reference: Any = _reference(pipeline, checkpoint, chosen) if baselines else None
+    reference = _reference(pipeline, checkpoint, chosen) if baselines else None
+    others = {path.stem: _comparable(load(path, device, threads), pipeline) for path in compare}
     # Measured just before the steps, because the speed of shared machines drifts.
     bound = _bound(pipeline) if "generate" in tasks and pipeline.device == "cpu" else {}
     results = []
     for task in sorted(tasks, key=TASKS.index):
         for batch in batch_sizes:
             runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch, chosen))]
-            runners += [
-                Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
-                for name in baselines
-            ]
+            if reference:
+                runners += [
+                    Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
+                    for name in baselines
+                ]
+            runners += [Runner(name, _plan_call(other, task, batch, chosen)) for name, other in others.items()]
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
-    facts = environment() | {
+    facts |= {
         "load_s": load_seconds,
         "peak_memory_mb": machine.peak_memory_mb(),
         "plan": _describe(pipeline),
@@ -136,7 +150,18 @@ def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
         raise VqdeployError(f"there is no such {kind}", expected=" or ".join(known), found=unknown[0])
 
 
-def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]) -> Any:
+def _comparable(other: Pipeline, pipeline: Pipeline) -> Pipeline:
+    """The other plan, if it has the codes, the images and the sampler of the first."""
+    first, second = (
+        (p.tokenizer.to_dict(), p.manifest.sampling and (p.sampling.kind, p.sampling.classes, p.sampling.text))
+        for p in (pipeline, other)
+    )
+    if first != second:
+        raise VqdeployError(f"{other.bundle.path} cannot be compared", expected="images and codes of the same shapes")
+    return other
+
+
+def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]) -> "Reference":
     from vqdeploy.bench.baselines import Reference
 
     return Reference(pipeline, checkpoint, options)
@@ -150,7 +175,7 @@ def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any
     if task == "decode":
         codes = rng.integers(0, pipeline.codebook_size, (batch, *pipeline.grid))
         return _timed(lambda: pipeline.decode(codes))
-    labels = [i % pipeline.classes for i in range(batch)]
+    labels = pipeline.condition.examples(batch)
     known = np.full((batch, *pipeline.grid), -1)
 
     def generate() -> Phases:
@@ -229,6 +254,8 @@ def _step_figures(
     if pipeline.sampling.kind == "hierarchical":
         return {"parts": _parts(pipeline, result)} if bound else {}
     steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
+    if pipeline.condition.length > 1:
+        steps += result["batch_size"]  # a text is prefilled by a call of its own
     time_ms = result["steps_ms"] / steps
     if not bound:
         return {"step_ms": time_ms}
@@ -375,9 +402,10 @@ def _read(parts: list[np.ndarray]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """CPU, cores, load and versions; see `bench`."""
+    """CPU, its features, cores, load and versions; see `bench`."""
     return {
         "cpu": machine.cpu(),
+        "cpu_features": machine.cpu_features(),
         "cores": os.cpu_count(),
         "load": machine.load(),
         "python": platform.python_version(),
@@ -400,12 +428,16 @@ def _describe(pipeline: Pipeline) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    lines = [f"{'task':9} {'batch':>5} {'':10} {'median':>10} {'p90':>10} {'p99':>10} {'images/s':>9} {'ratio':>6}"]
+    width = max(10, *(len(r["name"]) for r in report["results"]))
+    head = " ".join(f"{name:>10}" for name in ("median", "p90", "p99"))
+    lines = [f"{'task':9} {'batch':>5} {'':{width}} {head} {'images/s':>9} {'ratio':>6}"]
     for r in report["results"]:
         ratio = report["ratios"].get(f"{r['task']}/b{r['batch_size']}/{r['name']}")
         times = " ".join(f"{r[key]:7.1f} ms" for key in ("median_ms", "p90_ms", "p99_ms"))
         shown = f"{ratio:5.2f}x" if ratio else ""
-        lines.append(f"{r['task']:9} {r['batch_size']:5} {r['name']:10} {times} {r['images_per_s']:9.2f} {shown:>6}")
+        lines.append(
+            f"{r['task']:9} {r['batch_size']:5} {r['name']:{width}} {times} {r['images_per_s']:9.2f} {shown:>6}"
+        )
     for r in report["results"]:
         for name, part in r.get("parts", {}).items():
             lines.append(_part_line(r["batch_size"], name, part))
@@ -421,7 +453,10 @@ def table(report: dict[str, Any]) -> str:
     facts = report["environment"]
     if "gpu" in facts:
         lines.append(f"{facts['gpu']}, {facts['gpu_memory_mb']:.0f} MB of its memory in use at the end")
-    lines.append(f"{facts['plan']}; {facts['cpu']}, {facts['cores']} cores; loaded in {facts['load_s']:.2f} s")
+    cpu = ", ".join([facts["cpu"], f"{facts['cores']} cores", *facts["cpu_features"]])
+    lines.append(f"{facts['plan']}; {cpu}; loaded in {facts['load_s']:.2f} s")
+    busy = "" if facts["load"] is None else f"; {facts['load']:.1f} processes ran or waited in the minute before"
+    lines.append(f"{facts['threads']} threads{busy}")
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ class Reference:
                 raise VqdeployError("this PyTorch has no CUDA", fix="pip install torch")
             torch.backends.cudnn.allow_tf32 = False  # plans in fp32 have none either
         self.system = checkpoints.source(manifest.config, origin.checkpoint, checkpoint, pipeline.bundle.path)
-        self.dtype = DTYPES[manifest.precision]
+        self.dtype = DTYPES["fp16" if manifest.precision == "fp16" else "fp32"]
         self.system.to(self.device, self.dtype)
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
@@ -66,7 +66,7 @@ class Reference:
             return partial(extrapolate, self.system.prior, batch, compiled, self.device)
         prior, config = self.system.prior, self.system.config
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **self.options))
-        labels = torch.arange(batch, device=self.device) % pipeline.classes
+        labels = torch.from_numpy(pipeline.condition.examples(batch)).to(self.device)
         if compiled:
             # The cache of each layer, empty or filled, is compiled separately.
             torch._dynamo.config.recompile_limit = 256

@@ -24,13 +24,16 @@ def bench(
     warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Untimed calls.")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
     baseline: Annotated[str, typer.Option(help="PyTorch baselines, comma-separated: eager,compile.")] = "",
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Another plan of the same images and codes to time; repeatable.")
+    ] = None,
     sampling: dict[str, Any],
     checkpoint: Checkpoint = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time of a step goes.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the times as a PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time the tasks of a plan, and the same in PyTorch."""
+    """Time the tasks of a plan, and the same in PyTorch or of other plans."""
     from vqdeploy import bench as benchmark
 
     with progress("timing") as tell:
@@ -47,6 +50,7 @@ def bench(
             progress=tell,
             device=device,
             threads=threads,
+            compare=compare or (),
         )
     if plot:
         benchmark.plot(report, plot)

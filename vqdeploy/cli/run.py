@@ -23,9 +23,17 @@ def run(
         str | None, typer.Option(help="Run one stage on the arrays of an NPZ, for plans of your own modules.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
+    text_ids: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts as token ids, for priors conditioned on texts: an NPY [B, length], or text_ids in an NPZ."
+        ),
+    ] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help="Images per label, a row each; inpaint, resample: completions per image."),
+        typer.Option(
+            min=1, max=10_000, help="Images per label or text, a row each; inpaint, resample: completions per image."
+        ),
     ] = None,
     seed: Seed = 0,
     sampling: dict[str, Any],
@@ -72,6 +80,7 @@ def run(
         task=task,
         stage=stage,
         labels=label or (),
+        text_ids=text_ids,
         num_images=num_images,
         inputs=inputs or (),
         mask=mask,

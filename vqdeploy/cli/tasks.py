@@ -27,9 +27,10 @@ _FILM_VEIL = 0.75  # tentative codes stay visible
 class Job:
     """What the command line asked for; `options` are those of `Pipeline.complete`.
 
-    `num_images` is the number of images of each label, or of completions of each image, and `columns` that of a row of
-    decoded ones; None for a usual number. `keep_levels` is what `resample` keeps, `depth` what decoding uses. `film` is
-    where the steps of the first image go. `threads` is that of `vqdeploy.load`, `stage` what the task `stage` runs.
+    `text_ids` is the file with the token ids of texts. `num_images` is the number of images of each label or text, or
+    of completions of each image, and `columns` that of a row of decoded ones; None for a usual number. `keep_levels` is
+    what `resample` keeps, `depth` what decoding uses. `film` is where the steps of the first image go. `threads` is
+    that of `vqdeploy.load`, `stage` what the task `stage` runs.
     """
 
     engine: Path
@@ -38,6 +39,7 @@ class Job:
     task: str = "generate"
     stage: str | None = None
     labels: Sequence[str] = ()
+    text_ids: Path | None = None
     num_images: int | None = None
     inputs: Sequence[Path] = ()
     mask: Path | None = None
@@ -73,16 +75,19 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
-    names: Sequence[str | int] = job.labels or range(min(pipeline.classes, _CLASSES_SHOWN))
-    columns = job.num_images or _COLUMNS
-    labels = [pipeline.label(name) for name in names for _ in range(columns)]
+    conditions, columns = _conditions(pipeline, job), job.num_images or _COLUMNS
+    if conditions is None:
+        if pipeline.condition.name == "text":
+            raise VqdeployError("this prior needs texts", expected="--text-ids FILE", found="none")
+        conditions = np.arange(min(pipeline.classes, _CLASSES_SHOWN))
+    conditions = np.repeat(conditions, columns, 0)
     seen: list[np.ndarray] = []
 
     def watch(step: Step) -> None:
         if 0 in step.images:
             seen.append(step.codes[:1])
 
-    result = pipeline.generate(labels, callback=watch if job.film else None, **job.options)
+    result = pipeline.generate(conditions, callback=watch if job.film else None, **job.options)
     note = {"options": result.options, "timings": result.timings}
     written = _write(output, pipeline, result.images, columns, note)
     if job.film is None:
@@ -116,7 +121,7 @@ def _depth(pipeline: Pipeline, job: Job) -> dict[str, int]:
 def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, _files(job))
     keep = 1 if job.keep_levels is None else job.keep_levels
-    labels = _labels(pipeline, job, len(images))
+    labels = _conditions(pipeline, job, len(images))
     result = pipeline.resample(images, labels, keep=keep, completions=job.num_images or 1, **job.options)
     note = {"options": result.options, "kept_levels": keep, "timings": result.timings}
     return _write(output, pipeline, np.concatenate([images, result.images]), len(images), note)
@@ -126,7 +131,7 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, _files(job))
     mask = None if job.mask is None else read_mask(job.mask, pipeline.image_shape[0])
     ratio = 0.5 if mask is None and job.mask_ratio is None else job.mask_ratio
-    labels = _labels(pipeline, job, len(images))
+    labels = _conditions(pipeline, job, len(images))
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
@@ -140,10 +145,33 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     return _write(output, pipeline, shown, len(images), note)
 
 
-def _labels(pipeline: Pipeline, job: Job, count: int) -> list[int] | None:
-    """Labels of `count` images: one `--label` for each, one for all, or none."""
-    labels = [pipeline.label(name) for name in job.labels]
-    return labels * count if len(labels) == 1 else labels or None
+def _conditions(pipeline: Pipeline, job: Job, count: int = 1) -> np.ndarray | None:
+    """Labels [B] or texts [B, length]; one alone stands for all of `count` images; None where none is given."""
+    of_texts = pipeline.condition.name == "text"
+    if job.labels and of_texts:
+        raise VqdeployError("this prior takes texts and no labels", expected="--text-ids FILE", found="--label")
+    if job.text_ids and not of_texts:
+        raise VqdeployError("this prior takes labels and no texts", expected="--label NAME", found="--text-ids")
+    if job.text_ids:
+        conditions = pipeline.condition.check(_read_texts(job.text_ids))
+    elif job.labels:
+        conditions = np.array([pipeline.label(name) for name in job.labels])
+    else:
+        return None
+    return np.repeat(conditions, count if len(conditions) == 1 else 1, 0)
+
+
+def _read_texts(file: Path) -> np.ndarray:
+    """Token ids [B, length] out of an NPY, or of `text_ids` in an NPZ."""
+    check_regular(file)
+    with file.open("rb") as stream:
+        if stream.read(2) == b"PK":
+            return _read_archive(file, ["text_ids"])["text_ids"]
+    try:
+        return np.array(np.load(file, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # parsers of numpy raise anything
+        expected = "an NPY of token ids, or an NPZ with text_ids"
+        raise ArtifactError(f"{file} does not hold texts", expected=expected, found=str(error)[:200]) from error
 
 
 def _encode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -154,7 +182,7 @@ def _encode(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 def _features(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     files = _files(job)
     images = _read_images(pipeline, files)
-    features = pipeline.features(images, _labels(pipeline, job, len(images)))
+    features = pipeline.features(images, _conditions(pipeline, job, len(images)))
     if job.layer is not None:
         if not 0 <= job.layer < features.shape[1]:
             raise VqdeployError("no such layer", expected=f"0..{features.shape[1] - 1}", found=job.layer)
@@ -205,6 +233,7 @@ class Task(NamedTuple):
 _OPTIONS = {
     "--stage": "stage",
     "--label": "labels",
+    "--text-ids": "text_ids",
     "--num-images": "num_images",
     "--input": "inputs",
     "--mask": "mask",
@@ -217,9 +246,9 @@ _OPTIONS = {
 }
 
 TASKS = {
-    "generate": Task(_generate, ".png", "--label --num-images --film", samples=True),
+    "generate": Task(_generate, ".png", "--label --text-ids --num-images --film", samples=True),
     "reconstruct": Task(_reconstruct, ".png", "--input --depth"),
-    "inpaint": Task(_inpaint, ".png", "--input --label --num-images --mask --mask-ratio", samples=True),
+    "inpaint": Task(_inpaint, ".png", "--input --label --text-ids --num-images --mask --mask-ratio", samples=True),
     "resample": Task(_resample, ".png", "--input --label --num-images --keep-levels", samples=True),
     "encode": Task(_encode, ".npz", "--input"),
     "decode": Task(_decode, ".png", "--input --columns --depth"),

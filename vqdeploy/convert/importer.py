@@ -189,7 +189,7 @@ def _labels(file: Path) -> tuple[str, ...]:
     data = read_json(file)
     if isinstance(data, dict):
         data = [data[key] for key in sorted(data, key=int)] if all(key.isdecimal() for key in data) else None
-    names = [name[-1] if isinstance(name, list) and name else name for name in data or ()]
+    names = [name[-1] if isinstance(name, list) and name else name for name in data] if isinstance(data, list) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ArtifactError(f"{file} has no class names", expected="a list of strings")
     return tuple(names)
@@ -197,6 +197,8 @@ def _labels(file: Path) -> tuple[str, ...]:
 
 def _system(parts: Mapping[str, Part], labels: tuple[str, ...], formats: Sequence[str]) -> SystemConfig:
     tokenizer, prior = parts["tokenizer"], parts.get("prior")
+    if labels and prior and getattr(prior.config, "condition_length", 1) > 1:
+        raise VqdeployError("a prior that is conditioned on texts has no labels", expected="no --labels")
     if labels and (prior is None or prior.config.classes != len(labels)):
         expected = prior.config.classes if prior else "none without a prior"
         raise VqdeployError("the labels are not those of the prior", expected=expected, found=len(labels))

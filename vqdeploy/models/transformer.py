@@ -26,7 +26,7 @@ def bidirectional(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class GrowingCache:
-    """A KV cache that grows by concatenation, one entry per call, as in the public samplers."""
+    """A KV cache that grows by concatenation, as in the public samplers; the entries of a call attend causally."""
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
@@ -44,6 +44,9 @@ class GrowingCache:
         self.value = value if self.value is None else torch.cat([self.value, value], 2)
         scale: float = query.shape[-1] ** -0.5
         scores = query @ (self.key * scale).transpose(-1, -2)
+        if query.shape[2] > 1:
+            later = scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1 + scores.shape[-1] - scores.shape[-2])
+            scores = scores.masked_fill(later, -torch.inf)
         return scores.softmax(-1) @ self.value
 
 

@@ -10,7 +10,17 @@ from vqdeploy.reference import guided_logits
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.systems import System
-from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
+from vqdeploy.verify.checks import (
+    IMAGES,
+    SEED,
+    Check,
+    at_most,
+    compare_distributions,
+    compare_logits,
+    judge,
+    limits,
+    tolerance_of,
+)
 from vqdeploy.verify.forcing import forced_logits
 
 _SCALE = 3.0  # guidance scale
@@ -20,7 +30,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     """Teacher-forced logits of the cached step, position by position and after prefill, against the full pass."""
     batch, config = 2, system.prior.config
     codes = rng.integers(0, config.codebook_size, (batch, config.positions, config.depth))
-    labels = rng.integers(0, config.classes, batch)
+    labels = rng.integers(0, config.classes, (batch, *pipeline.condition.shape))
     reference = system.prior.logits(torch.from_numpy(codes).view(batch, *config.grid), torch.from_numpy(labels))
     reference = reference.view(batch, config.positions, config.depth, -1)
     checks = []
@@ -28,8 +38,14 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         known = np.where(np.arange(config.positions)[:, None] < prefix, codes, -1)
         forced = forced_logits(pipeline, codes, known.reshape(batch, *config.grid), labels)
         logits = torch.from_numpy(forced)
-        checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest.precision))
-    return checks
+        checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest, "step"))
+    labels = pipeline.condition.examples(IMAGES)
+    drawn = pipeline.generate(labels, seed=SEED).codes
+    forced = forced_logits(pipeline, drawn.reshape(len(labels), config.positions, -1), np.full_like(drawn, -1), labels)
+    expected = system.prior.logits(torch.from_numpy(drawn), torch.from_numpy(labels)).reshape(forced.shape)
+    return checks + compare_distributions(
+        "drawn codes", torch.from_numpy(forced), expected, limits(pipeline.manifest, "step")
+    )
 
 
 def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
@@ -42,7 +58,7 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
     found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
     inputs = torch.from_numpy(codes), torch.from_numpy(labels)
     expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)
-    difference, limit = (found - expected).abs(), limits(pipeline.manifest.precision).logits * expected.abs().max()
+    difference, limit = (found - expected).abs(), limits(pipeline.manifest, "features").logits * expected.abs().max()
     return [at_most("features", "largest difference of averaged states", float(difference.max()), float(limit))]
 
 
@@ -52,7 +68,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     `logits` are the checks of `check_logits`, which determine the margin.
     """
     tolerance = tolerance_of(logits)
-    labels = [i % pipeline.classes for i in range(IMAGES)]
+    labels = pipeline.condition.examples(IMAGES)
     checks = []
     distributions: dict[str, dict[str, Any]] = {
         "full distribution": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
@@ -69,7 +85,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     checks.append(at_most("generate", "codes that differ in a second run", (again != codes).sum(), 0))
 
     chosen = IMAGES - 2
-    label = [labels[chosen]]
+    label = labels[chosen : chosen + 1]
     alone = pipeline.generate(label, seed=SEED, first_image=chosen, **options).codes
     far, close = _judge(system, alone, label, chosen, options, tolerance)
     different = np.flatnonzero((alone != codes[chosen : chosen + 1]).ravel())
@@ -79,20 +95,21 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
 
 
 def _judge(
-    system: System, codes: np.ndarray, labels: list[int], first: int, options: dict[str, Any], tolerance: float
+    system: System, codes: np.ndarray, labels: np.ndarray, first: int, options: dict[str, Any], tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """`judge` for generated codes, given the codes before each; both results have the shape of the codes."""
     scale = options.get("guidance_scale", 1.0)
-    logits = guided_logits(system.prior, torch.from_numpy(codes), torch.tensor(labels), scale).flatten(0, -2)
+    logits = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale).flatten(0, -2)
     tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
-    noise = _noise(len(codes), system.prior.config, first)
+    config = system.prior.config
+    noise = _noise((len(codes), config.positions, config.depth, config.codebook_size), first)
     far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
     return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
 
 
-def _noise(batch: int, config: Any, first: int) -> Tensor:
+def _noise(shape: tuple[int, int, int, int], first: int) -> Tensor:
     """The noise of the codes of images from `first` on [B * positions * Q, K]."""
-    noise = np.empty((batch, config.positions, config.depth, config.codebook_size), np.float32)
+    noise = np.empty(shape, np.float32)
     for image, rows in enumerate(noise, first):
-        gumbel([(SEED, image, position) for position in range(config.positions)], rows)
+        gumbel([(SEED, image, position) for position in range(shape[1])], rows)
     return torch.from_numpy(noise).flatten(0, 2)

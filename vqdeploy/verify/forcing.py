@@ -11,14 +11,14 @@ from vqdeploy.runtime.sampler import Item
 _FORCE = 1e9  # noise that dominates all logits
 
 
-def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray) -> np.ndarray:
     """Logits of each engine call, while noise forces the sampler to draw the given codes.
 
     Args:
         pipeline: A plan whose sampler draws in raster order.
         codes: Codes to draw [B, positions, Q].
         known: Codes known in advance [B, *grid], -1 elsewhere; at the same positions for all images.
-        labels: Labels [B].
+        conditions: Labels [B], or texts [B, length].
 
     Returns:
         Float32 [B, drawn positions, Q, K].
@@ -26,8 +26,8 @@ def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, labe
     with pipeline.sampler(len(codes)) as sampler:
         sampler.draw = _drawing(codes)
         options = untouched_options(pipeline)
-        for slot, label in enumerate(labels):
-            sampler.admit(slot, Item(known[slot], int(label), 0, slot, options))
+        for slot, condition in enumerate(conditions):
+            sampler.admit(slot, Item(known[slot], condition, 0, slot, options))
         collected = []
         while sampler.left(0):
             sampler.step()

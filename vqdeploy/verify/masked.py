@@ -7,12 +7,22 @@ import torch
 from torch import Tensor
 
 from vqdeploy.reference import guided_logits
+from vqdeploy.reference.schedules import choice_weight, halton_ranks, masked_counts
 from vqdeploy.runtime import Pipeline, Step
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.sampler import Item
-from vqdeploy.runtime.schedules import choice_temperature, masked_counts, order_noise
 from vqdeploy.systems import System
-from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
+from vqdeploy.verify.checks import (
+    IMAGES,
+    SEED,
+    Check,
+    at_most,
+    compare_distributions,
+    compare_logits,
+    judge,
+    limits,
+    tolerance_of,
+)
 from vqdeploy.verify.forcing import untouched_options
 
 _SCALE = 3.0  # guidance scale
@@ -31,7 +41,15 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
-        checks += compare_logits(name, logits, expected, limits(pipeline.manifest.precision))
+        checks += compare_logits(name, logits, expected, limits(pipeline.manifest, "step"))
+    labels = np.arange(IMAGES) % config.classes
+    codes = pipeline.generate(labels.tolist(), seed=SEED).codes
+    codes[rng.random(codes.shape) < np.linspace(0.2, 0.95, IMAGES)[:, None, None, None]] = config.codebook_size
+    for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
+        expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
+        logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
+        allowed = limits(pipeline.manifest, "step")
+        checks += compare_distributions(f"{name}, drawn codes", logits, expected, allowed, scale)
     return checks
 
 
@@ -149,9 +167,9 @@ def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: di
     """Confidence of each drawn code [B, h, w, Q], including the choice noise."""
     shape = step.codes.shape
     if options["schedule"] == "halton":
-        return torch.from_numpy(order_noise(shape[1:])).expand(shape)
+        return -halton_ranks(shape[1:]).expand(shape)
     likelihood = scaled.log_softmax(-1).gather(1, step.drawn.view(-1, 1)).view(shape)
-    heat = choice_temperature(options["choice_temperature"], index, options["steps"])
+    heat = choice_weight(options["choice_temperature"], index, options["steps"])
     return likelihood + heat * _noise(shape, first, 2 * index + 1)
 
 

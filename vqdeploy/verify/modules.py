@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.modules import BATCH, Call, Stage, at_border, resized, weights_digest
 from vqdeploy.export.quantizers import Replacement, copied, quantizers, replace_quantizers
+from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline, load
-from vqdeploy.runtime.manifest import SizeRange, StageInfo
-from vqdeploy.verify.checks import Check, Limits, at_most, limits
+from vqdeploy.runtime.manifest import SizeRange, StageInfo, TensorInfo
+from vqdeploy.verify.checks import Check, at_most, limits
+
+_Index = slice | tuple[slice | Tensor, ...]
+_Result = Tensor | tuple[Tensor, ...]
 
 
 def verify(
@@ -97,7 +101,7 @@ class _Worst:
 
 @torch.no_grad()
 def _check_stage(pipeline: Pipeline, call: Call, stage: Stage, served: dict[str, nn.Module]) -> list[Check]:
-    info, allowed = pipeline.manifest.stage(call.name), limits(pipeline.manifest.precision)
+    info, allowed = pipeline.manifest.stage(call.name), limits(pipeline.manifest, call.name)
     axes = {tensor.name: {i: d for i, d in enumerate(tensor.shape) if isinstance(d, str)} for tensor in info.inputs}
     noise = torch.Generator().manual_seed(0)
     worst = {output.name: _Worst() for output in info.outputs}
@@ -116,7 +120,7 @@ def _check_stage(pipeline: Pipeline, call: Call, stage: Stage, served: dict[str,
     return [check for output in info.outputs for check in _checks(call.name, output, worst[output.name], allowed)]
 
 
-def _checks(stage: str, output: Any, worst: _Worst, allowed: Limits) -> Iterator[Check]:
+def _checks(stage: str, output: TensorInfo, worst: _Worst, allowed: Limits) -> Iterator[Check]:
     if output.dtype == "float32":
         limit = allowed.logits * max(worst.largest, 1e-6)
         yield at_most(stage, f"{output.name}: largest difference", worst.difference, limit)
@@ -171,7 +175,7 @@ def _compare(
             worst[name].add(difference=float((own - theirs).abs().max()), largest=float(theirs.abs().max()))
 
 
-def _rows_alike(shapes: dict[str, tuple[int | str, ...]], name: str, differs: dict[str, Tensor]) -> Any:
+def _rows_alike(shapes: dict[str, tuple[int | str, ...]], name: str, differs: dict[str, Tensor]) -> _Index:
     """Index of the batch items whose codes equal those of the module; floats of others may legitimately differ."""
     if BATCH not in shapes[name]:
         return slice(None)
@@ -194,7 +198,7 @@ class _Quantized:
     codes: Tensor
 
 
-def _codes(result: Any) -> Tensor:
+def _codes(result: _Result) -> Tensor:
     codes: Tensor = result if isinstance(result, Tensor) else result[1]
     return codes
 
@@ -224,7 +228,7 @@ def _origins(
     given = iter(record)
     start = 0
 
-    def number(_module: nn.Module, _inputs: Any, result: Any) -> Any:
+    def number(_module: nn.Module, _inputs: object, result: _Result) -> _Result:
         nonlocal start
         codes = next(given).codes
         places = torch.arange(start, start + codes.numel()).view(codes.shape)
