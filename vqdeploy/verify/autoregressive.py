@@ -39,8 +39,8 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         forced = forced_logits(pipeline, codes, known.reshape(batch, *config.grid), labels)
         logits = torch.from_numpy(forced)
         checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest, "step"))
-    labels = np.arange(IMAGES) % config.classes
-    drawn = pipeline.generate(labels.tolist(), seed=SEED).codes
+    labels = pipeline.condition.examples(IMAGES)
+    drawn = pipeline.generate(labels, seed=SEED).codes
     forced = forced_logits(pipeline, drawn.reshape(len(labels), config.positions, -1), np.full_like(drawn, -1), labels)
     expected = system.prior.logits(torch.from_numpy(drawn), torch.from_numpy(labels)).reshape(forced.shape)
     return checks + compare_distributions(
