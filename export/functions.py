@@ -419,7 +419,9 @@ def attach(model: onnx_ir.Model) -> None:
         model.graph.opset_imports[DOMAIN] = 1
 
 
-def _rank(value: Any) -> int:
+def _rank(value: onnx_ir.Value | None) -> int:
+    if value is None or value.shape is None:
+        raise ValueError(f"{value} has no shape")
     return len(value.shape)
 
 

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from vqdeploy.export.layers import InferenceBlock, Projection, attend_to_all, widened
 from vqdeploy.export.stage import Dimension, Stage
+from vqdeploy.models.adaptive_maskgit import AdaptiveMaskGIT
+from vqdeploy.models.bert_maskgit import BertMaskGIT
+from vqdeploy.models.class_last_maskgit import ClassLastMaskGIT
 from vqdeploy.models.maskgit import MaskGIT, unmask
 from vqdeploy.models.modules import Modules
+
+MaskedPrior = MaskGIT | AdaptiveMaskGIT | ClassLastMaskGIT | BertMaskGIT
 
 
 class Logits(nn.Module):
@@ -90,7 +95,7 @@ class Step(nn.Module):
         return *unmask(guided, given, noise, choice_noise, masked, *options), guided
 
 
-def stages(prior: Any) -> list[Stage]:
+def stages(prior: MaskedPrior) -> list[Stage]:
     """The stage of a masked prior."""
     grid, size = prior.config.grid, prior.config.codebook_size
     per_code = (2, grid[-1])

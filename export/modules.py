@@ -193,21 +193,20 @@ class _Part(graphs.Stage):
         """Exports the module."""
         with _quiet():
             try:
-                program = self._exported(opset)
+                model = self._exported(opset)
             except Exception as error:  # exceptions of the exporter have no common base class
                 raise _refusal(error, self) from error
-        _check_operators(program.model, self.name)
-        attach(program.model)
-        _free_names(program.model, self.name)
-        _bound_divisors(program.model)
-        _name_dimensions(program.model, self.axes)
-        model: onnx_ir.Model = program.model
+        _check_operators(model, self.name)
+        attach(model)
+        _free_names(model, self.name)
+        _bound_divisors(model)
+        _name_dimensions(model, self.axes)
         return model
 
-    def _exported(self, opset: int) -> Any:
+    def _exported(self, opset: int) -> onnx_ir.Model:
         shapes = tuple(dict.fromkeys(self.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in self.inputs)
         inputs = tuple(self.inputs.values())
-        return torch.onnx.export(
+        program = torch.onnx.export(
             torch.export.export(self.module, inputs, dynamic_shapes=(shapes,), strict=False),
             (),
             dynamo=True,
@@ -217,6 +216,9 @@ class _Part(graphs.Stage):
             custom_translation_table=translations(),
             verbose=False,
         )
+        if program is None:
+            raise RuntimeError("PyTorch exported nothing")
+        return program.model
 
 
 @contextlib.contextmanager
@@ -304,7 +306,9 @@ def _name_dimensions(model: onnx_ir.Model, axes: Axes) -> None:
         value.shape = onnx_ir.Shape([own.get(i, d) for i, d in enumerate(value.shape or ())])
 
 
-def _dim(value: Any, axis: int) -> Any:
+def _dim(value: onnx_ir.Value, axis: int) -> int | str | None:
+    if value.shape is None:
+        raise ValueError(f"{value} has no shape")
     dim = value.shape[axis]
     return dim if isinstance(dim, int) else dim.value
 

@@ -233,6 +233,11 @@ def _describe(stage: Stage, model: onnx_ir.Model) -> StageInfo:
     )
 
 
-def _tensor(value: Any) -> TensorInfo:
-    shape = (d if isinstance(d, int) else d.value for d in value.shape)
-    return TensorInfo(value.name, str(value.dtype.numpy()), tuple(shape))
+def _tensor(value: onnx_ir.Value) -> TensorInfo:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise ValueError(f"{value} has no name, type or shape")
+    return TensorInfo(value.name, str(value.dtype.numpy()), tuple(_size(d) for d in value.shape))
+
+
+def _size(dim: int | onnx_ir.SymbolicDim) -> int | str:
+    return dim if isinstance(dim, int) else str(dim.value)

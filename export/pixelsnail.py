@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vqdeploy.export.layers import Product, Projection, sensitive, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.pixelsnail import (
     AttentionExit,
     CodeCondition,
@@ -27,7 +28,7 @@ from vqdeploy.models.pixelsnail import (
     PlainExit,
     VQVAE2Prior,
 )
-from vqdeploy.runtime.hierarchical import level_names
+from vqdeploy.runtime.manifest import level_names
 
 _PRODUCTS = 8  # products per tile of a row; more lose precision
 _PRODUCTS_IN_HALF = 4  # uses the points 0, 1 and -1 only: further ones would cost two bits in fp16
@@ -192,9 +193,10 @@ class PointwiseGate(nn.Module):
         return x + F.glu(self.conv2(F.elu(h)), 1)
 
 
-def _pointwise(conv: Any) -> Projection:
-    linear = nn.Linear(conv.in_channels, conv.out_channels).to(conv.weight)
-    linear.weight.data, linear.bias.data = conv.weight.detach().flatten(1), conv.bias.detach()
+def _pointwise(conv: nn.Module) -> Projection:
+    weight, bias = (conv.get_parameter(name).detach() for name in ("weight", "bias"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0]).to(weight)
+    linear.weight.data, linear.bias.data = weight.flatten(1), bias
     return Projection(linear)
 
 
@@ -255,8 +257,8 @@ class Pixel(nn.Module):
         self.blocks = config.blocks
         offsets = network.entry.codes.offsets
         self.entry = CodeTable(network.entry.codes, [i for i, (down, _) in enumerate(offsets) if down == 0])
-        self.first = nn.ModuleList(_taps(block.conv1.left) for block in gated)
-        self.second = nn.ModuleList(_taps(block.conv2.left) for block in gated)
+        self.first = Modules(_taps(block.conv1) for block in gated)
+        self.second = Modules(_taps(block.conv2) for block in gated)
         kind: Any = PixelAttention if config.attention else PixelExit
         # The path of the residuals to the logits: in 8 bits it alone costs more than everything else together.
         self.exits = sensitive(nn.ModuleList(kind(block.exit) for block in network.blocks))
@@ -372,12 +374,12 @@ class Pixel(nn.Module):
         return torch.cat([places[:, :, 1:], new[:, :, None]], 2).flatten(1)
 
 
-def _taps(left: Any) -> Product:
+def _taps(causal: nn.Module) -> Product:
     """The convolution to the left as a matrix [side * inputs, outputs]."""
-    return Product(left.weight.detach()[:, :, 0].permute(2, 1, 0).flatten(0, 1))
+    return Product(causal.get_parameter("left.weight").detach()[:, :, 0].permute(2, 1, 0).flatten(0, 1))
 
 
-def _each(left: Tensor, products: Any) -> Tensor:
+def _each(left: Tensor, products: Modules[Product]) -> Tensor:
     """Applies one matrix to each of L equal parts of [B, L * n], and concatenates the results."""
     parts = left.split(left.shape[1] // len(products), 1)
     return torch.cat([product(part) for part, product in zip(parts, products, strict=True)], 1)

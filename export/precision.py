@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
                 weight.data = _fitting(weight.data, dtype)
         if isinstance(getattr(part, "weight", None), Tensor):  # norms may go without
             part.register_forward_pre_hook(_in_type_of_weight)
-    inputs = {name: _cast(x, dtype) if name in stage.states else x for name, x in stage.inputs.items()}
+    inputs = {name: _state(x, dtype) if name in stage.states else x for name, x in stage.inputs.items()}
     return dataclasses.replace(stage, module=module, inputs=inputs, precision=precision)
 
 
@@ -119,7 +119,7 @@ def _quantize(module: nn.Module) -> None:
 
 
 def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    cast: Tensor = _cast(weight, dtype)
+    cast = _cast(weight, dtype)
     if cast.is_floating_point() and (cast.isinf() & weight.isfinite()).any():
         largest = torch.finfo(dtype).max
         found = f"{float(weight.abs().max()):.4g}"
@@ -129,11 +129,14 @@ def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _in_type_of_weight(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(_cast(x, layer.weight.dtype) for x in inputs)
+def _in_type_of_weight(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    weight = cast(Tensor, layer.weight)
+    return tuple(_state(x, weight.dtype) if isinstance(x, Tensor | list) else x for x in inputs)
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if isinstance(x, list):
-        return [_cast(each, dtype) for each in x]
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+def _state(x: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
+    return [_cast(each, dtype) for each in x] if isinstance(x, list) else _cast(x, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x

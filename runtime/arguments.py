@@ -1,7 +1,7 @@
 """Validates arguments from Python and converts them to arrays."""
 
 from numbers import Integral, Real
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 
@@ -11,12 +11,12 @@ LARGEST = 2**62
 """Upper bound of seeds and image indices, which key the noise."""
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is an integer; bool does not count."""
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, numpy's too; bool does not count."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_whole(lowest: int = 0, **named: Any) -> None:
+def check_whole(lowest: int = 0, **named: object) -> None:
     """Rejects values that are not integers in `lowest`..`LARGEST`.
 
     Raises:
@@ -28,7 +28,7 @@ def check_whole(lowest: int = 0, **named: Any) -> None:
             raise VqdeployError(f"{name} is out of range", expected=expected, found=_shown(value))
 
 
-def as_array(name: str, value: Any) -> np.ndarray:
+def as_array(name: str, value: object) -> np.ndarray:
     """`value` as a numpy array.
 
     Raises:
@@ -40,7 +40,7 @@ def as_array(name: str, value: Any) -> np.ndarray:
         raise VqdeployError(f"{name} cannot be an array", expected="rows of one length", found=_shown(value)) from error
 
 
-def as_numbers(name: str, value: Any, whole: bool = False) -> np.ndarray:
+def as_numbers(name: str, value: object, whole: bool = False) -> np.ndarray:
     """A number, nested list or array as an array: float64, or int64 with `whole`. Strings and bool are rejected.
 
     Raises:
@@ -58,10 +58,10 @@ def as_numbers(name: str, value: Any, whole: bool = False) -> np.ndarray:
     raise VqdeployError(f"{name} is malformed", expected=expected, found=_shown(value))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value as one short line of text."""
     return " ".join(str(value).split())[:80]

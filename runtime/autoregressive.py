@@ -9,7 +9,6 @@ from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, TokenizerInfo
-from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.sampler import Item, Sampler, carried, write_options
 from vqdeploy.runtime.session import Binding, Session
 
@@ -24,19 +23,11 @@ class AutoregressiveSampler(Sampler):
     the same codes. The graph input `partner` gives, for each row, the row that guidance moves its logits away from.
     """
 
-    def __init__(
-        self,
-        sessions: Mapping[str, Session],
-        info: SamplingInfo,
-        tokenizer: TokenizerInfo,
-        slots: int,
-        guided: bool,
-        draw: Draw,
-    ):
-        super().__init__(sessions, info, tokenizer, slots, guided, draw)
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         self._session = session = sessions["step"]
+        slots = self.slots
         self._shape = Layout(tokenizer.maps).shape
-        rows = slots * self.rows(guided)
+        rows = slots * self.rows(self.guided)
         dims = {"batch": rows, "length": 1}
         self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
         self._held = session.buffers(dims, "codes", "next_codes", *self._past)

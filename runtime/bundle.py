@@ -269,6 +269,8 @@ def weights(header: bytes, size: int) -> dict[str, Weight]:
     """
     try:
         entries = parse_json(header)
+        if not isinstance(entries, dict):
+            raise TypeError("the header is not an object")
         entries.pop("__metadata__", None)
         found = {name: _weight(**entry) for name, entry in entries.items()}
     except (AttributeError, *_DAMAGE) as error:

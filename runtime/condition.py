@@ -1,7 +1,6 @@
 """What an image is conditioned on: a class label, or the token ids of a text."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -41,7 +40,7 @@ class Condition:
         """Entries of an autoregressive prior that the condition takes."""
         return self.shape[0] if self.shape else 1
 
-    def check(self, given: Any, count: int | None = None) -> np.ndarray:
+    def check(self, given: object, count: int | None = None) -> np.ndarray:
         """Conditions of a request as an array.
 
         Args:

@@ -9,8 +9,7 @@ import numpy as np
 
 from vqdeploy.runtime.interface import Expected, Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
-from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
-from vqdeploy.runtime.noise import Draw
+from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo, level_names
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.sampler import Item, Sampler, carried
 from vqdeploy.runtime.session import Array, Binding, Session
@@ -27,20 +26,12 @@ class HierarchicalSampler(Sampler):
 
     joins = "when empty"
 
-    def __init__(
-        self,
-        sessions: Mapping[str, Session],
-        info: SamplingInfo,
-        tokenizer: TokenizerInfo,
-        slots: int,
-        guided: bool,
-        draw: Draw,
-    ):
-        super().__init__(sessions, info, tokenizer, slots, guided, draw)
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         self._layout, self._size = Layout(tokenizer.maps), tokenizer.codebook_size
         names = level_names(len(tokenizer.maps))
         grids = [each[:2] for each in tokenizer.maps]
-        self._levels = [_Level(n, sessions, grid, slots, self.seconds) for n, grid in zip(names, grids, strict=True)]
+        slots, seconds = self.slots, self.seconds
+        self._levels = [_Level(n, sessions, grid, slots, seconds) for n, grid in zip(names, grids, strict=True)]
         self._maps: list[Array] = []
         self._places: Iterator[None] = iter(())
         self._left = 0
@@ -262,8 +253,3 @@ def _bound_rows(row: Session, dims: dict[str, int], shared: Mapping[str, Array])
             roles |= {f"above_{axis}.{i}": buffer for i, buffer in enumerate(above)}
         rows.append(row.bind(dims, {**shared, **roles, **window}))
     return rows
-
-
-def level_names(count: int) -> list[str]:
-    """Names of the levels of a hierarchy, top first."""
-    return ["top", *(f"middle{i}" for i in range(1, count - 1)), "bottom"] if count > 1 else ["top"]

@@ -177,7 +177,7 @@ class Manifest(Config):
     targets: tuple[str, ...] = ()
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: object) -> Self:
         """Parses a manifest: checks the format version first, then that its parts are consistent.
 
         Raises:
@@ -311,3 +311,8 @@ def _check_sampling(sampling: SamplingInfo, manifest: Manifest) -> None:
         found = {"classes": sampling.classes, "no_label": sampling.no_label, "labels": labels}
         held = found == {"classes": 1, "no_label": None, "labels": 0}
         _require(held, "sampling.text", "no labels beside it", found)
+
+
+def level_names(count: int) -> list[str]:
+    """Names of the levels of a hierarchy, top first."""
+    return ["top", *(f"middle{i}" for i in range(1, count - 1)), "bottom"] if count > 1 else ["top"]

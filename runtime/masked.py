@@ -13,7 +13,6 @@ import numpy as np
 from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
-from vqdeploy.runtime.noise import Draw
 from vqdeploy.runtime.sampler import Item, Sampler, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
 from vqdeploy.runtime.session import Session
@@ -36,19 +35,10 @@ class MaskedSampler(Sampler):
 
     raster = False
 
-    def __init__(
-        self,
-        sessions: Mapping[str, Session],
-        info: SamplingInfo,
-        tokenizer: TokenizerInfo,
-        slots: int,
-        guided: bool,
-        draw: Draw,
-    ):
-        super().__init__(sessions, info, tokenizer, slots, guided, draw)
-        session = sessions["step"]
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
+        slots, session = self.slots, sessions["step"]
         self._shape, self._size = Layout(tokenizer.maps).shape, tokenizer.codebook_size
-        dims = {"batch": slots, "conditions": 2 if guided else 1}
+        dims = {"batch": slots, "conditions": 2 if self.guided else 1}
         # The codes stay on the device of the engine from step to step.
         self._binding = session.bind(dims, session.buffers(dims, "codes", "given"))
         self._result = session.array(np.zeros((slots, *self._shape), np.int64))

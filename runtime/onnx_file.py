@@ -132,7 +132,7 @@ class _Reader:
                 values[name] = value
         return values
 
-    def _value(self, kind: str, at: int, end: int, depth: int) -> Any:
+    def _value(self, kind: str, at: int, end: int, depth: int) -> object:
         if kind == "bytes":
             return self._data[at:end]
         if kind == "text":

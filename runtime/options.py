@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.options import SAMPLING_OPTIONS, SamplingOption
+from vqdeploy.options import OPTIONS, SamplingOption, check_names
 from vqdeploy.runtime.arguments import as_numbers
 
 _COLDEST, _HOTTEST = 1e-20, 1e20  # range of temperatures for which logits / temperature fits fp32
-_OPTIONS = {option.name: option for option in SAMPLING_OPTIONS}
 
 
 def choose(given: dict[str, Any], defaults: dict[str, Any], depth: int, codebook_size: int) -> dict[str, Any]:
@@ -27,30 +26,23 @@ def choose(given: dict[str, Any], defaults: dict[str, Any], depth: int, codebook
     given = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(set(given) - set(defaults)):
         raise VqdeployError(f"this system has no option {unknown[0]}", expected=", ".join(defaults), found=unknown[0])
-    if unknown := sorted(set(defaults) - set(_OPTIONS)):
-        raise VqdeployError(f"unknown option {unknown[0]}", fix="pip install -U vqdeploy")
+    check_names(set(defaults))
     chosen = defaults | given
-    return {name: _check(_OPTIONS[name], value, depth, codebook_size) for name, value in chosen.items()}
+    return {name: _check(OPTIONS[name], value, depth, codebook_size) for name, value in chosen.items()}
 
 
-def _check(option: SamplingOption, value: Any, depth: int, codebook_size: int) -> Any:
+def _check(option: SamplingOption, value: object, depth: int, codebook_size: int) -> object:
     if option.choices:
-        if value not in option.choices:
-            raise VqdeployError(f"there is no such {option.name}", expected=" or ".join(option.choices), found=value)
+        option.check(value, codebook_size)
         return value
-    low, high = option.low, codebook_size if option.high is None else option.high
-    values, most = np.atleast_1d(as_numbers(option.name, value)), depth if option.per_depth else 1
-    if values.shape not in ((1,), (most,)):
+    as_numbers(option.name, value)
+    values, most = np.asarray(value), depth if option.per_depth else 1
+    if np.atleast_1d(values).shape not in ((1,), (most,)):
         expected = f"one value or {most}" if most > 1 else "one value"
         raise VqdeployError(f"{option.name} has the wrong number of values", expected=expected, found=values.size)
-    if not np.all((values >= low) & (values <= high) & np.isfinite(values)):
-        expected = f"{low}..{high}" if np.isfinite(high) else f"a finite number from {low} on"
-        raise VqdeployError(f"{option.name} is out of range", expected=expected, found=value)
-    if option.type is int and np.any(values % 1):
-        raise VqdeployError(f"{option.name} is malformed", expected="integers", found=value)
-    if option.per_depth:
-        return np.asarray(value).tolist()
-    return option.type(values[0])
+    for each in values.ravel().tolist():
+        option.check(each, codebook_size)
+    return values.tolist() if option.per_depth else option.type(values.item())
 
 
 def for_graph(chosen: dict[str, Any], depth: int, codebook_size: int) -> dict[str, np.ndarray]:

@@ -81,6 +81,11 @@ class Sampler(ABC):
         self._running: set[int] = set()
         self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # host copies of buffers since the last step
         self._begun = False
+        self._prepare(sessions, tokenizer)
+
+    @abstractmethod
+    def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
+        """Makes the buffers for all slots; the last act of the constructor."""
 
     @classmethod
     @abstractmethod
@@ -183,7 +188,7 @@ class Sampler(ABC):
             self.seconds[stage] += time.perf_counter() - start
         return self._copies[id(values)][1]
 
-    def _fill_noise(self, noise: Any, draws: Mapping[int, int], greedy: Mapping[int, np.ndarray]) -> None:
+    def _fill_noise(self, noise: Array, draws: Mapping[int, int], greedy: Mapping[int, np.ndarray]) -> None:
         """Writes the noise of the draw of each slot into its row of `noise` [rows, ..., Q, K].
 
         Depths that are `greedy` [Q] get zeros. Logits in fp16 often tie, top-k keeps ties, and noise would then choose
@@ -191,10 +196,11 @@ class Sampler(ABC):
         """
         drawn = [slot for slot in draws if not greedy[slot].all()]
         keys: list[Key] = [(self._items[s].seed, self._items[s].image, draws[s]) for s in drawn]
-        self.draw(keys, [noise[slot] for slot in drawn])
+        rows = {slot: np.asarray(noise[slot]) for slot in draws}  # views: noise is an array of the host
+        self.draw(keys, [rows[slot] for slot in drawn])
         for slot in draws:
             if greedy[slot].any():
-                noise[slot][..., greedy[slot], :] = 0
+                rows[slot][..., greedy[slot], :] = 0
 
 
 def needs_guidance(options: Mapping[str, Any], condition: int | np.ndarray, no_label: int | None) -> bool:

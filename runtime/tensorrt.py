@@ -4,7 +4,7 @@ import importlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from vqdeploy.runtime import device
 from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.device import DeviceArray, DeviceBinding, DeviceSession, Graph, Stream, buffers
-from vqdeploy.runtime.kept import kept
 from vqdeploy.runtime.kernel_cache import KernelCache
 from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
 from vqdeploy.runtime.session import Opener
 
 log = logging.getLogger("vqdeploy")
+
+_KEPT_BINDINGS = 2  # one for each batch size of a split request, since buffers, contexts and graphs are slow to make
 
 
 class TensorrtBackend:
@@ -81,7 +82,8 @@ class TensorrtSession(DeviceSession):
     def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream):
         self.stage, self._stream = stage, stream
         self._engine = Engine(bundle, stage, stream)
-        self._bound = kept(partial(_bound, self._engine, stream), self.device)  # cached buffers of `run`
+        # The bindings of `run`. A function of the session would be a reference cycle, which holds GPU memory for long.
+        self._bound = lru_cache(_KEPT_BINDINGS)(partial(_bound, self._engine, stream))
 
     def bind(self, dims: dict[str, int], shared: Mapping[str, DeviceArray] | None = None) -> "TensorrtBinding":
         """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too."""

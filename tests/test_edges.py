@@ -64,14 +64,6 @@ FILES = {
 }
 """Modules that are no part of their folder's part."""
 
-TO_MEND = {
-    ("vqdeploy.checkpoint", "vqdeploy.runtime.options"),
-    ("vqdeploy.export.pixelsnail", "vqdeploy.runtime.hierarchical"),
-    ("vqdeploy.reference", "vqdeploy.runtime.options"),
-    ("vqdeploy.reference.masked", "vqdeploy.runtime.schedules"),
-}
-"""Edges that are forbidden and there. None may be added."""
-
 
 def part(module: str) -> str:
     return FILES.get(module) or module.split(".")[1]
@@ -90,12 +82,7 @@ def test_every_module_is_in_the_table():
 @pytest.mark.parametrize("name", list(EDGES))
 def test_a_part_imports_what_it_may(name):
     wrong = [edge for edge in imports() if part(edge.source) == name and not allowed(edge)]
-    new = [edge for edge in wrong if (edge.source, edge.target) not in TO_MEND]
-    assert not new, "\n".join(f"{modules()[edge.source]}:{edge.line} imports {edge.target}" for edge in new)
-
-
-def test_what_was_mended_is_off_the_list():
-    assert {(edge.source, edge.target) for edge in imports() if not allowed(edge)} >= TO_MEND
+    assert not wrong, "\n".join(f"{modules()[edge.source]}:{edge.line} imports {edge.target}" for edge in wrong)
 
 
 def test_imports_are_found():

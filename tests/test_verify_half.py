@@ -9,9 +9,10 @@ from onnx import helper
 from support.mutations import change_function, change_weight, failed, failures, replace_with
 
 from vqdeploy.engines.build import build
+from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime import load
-from vqdeploy.verify import verify, verify_package
-from vqdeploy.verify.checks import judge
+from vqdeploy.verify import _largest_number, verify, verify_package
+from vqdeploy.verify.checks import at_most, judge
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +61,15 @@ def test_what_a_gpu_could_not_hold_is_found(half_package, system, tmp_path, monk
     finally:
         hook.remove()
     failed(failures(report), "reference: largest number that leaves a layer")
+
+
+@pytest.mark.parametrize("values", [[np.nan, 1.0], [1.0, np.nan], [np.nan, np.inf], [np.inf, np.nan]])
+def test_a_layer_that_gives_nan_is_found_whenever_it_runs(values):
+    layer = torch.nn.Identity()
+    with _largest_number([layer]) as largest:
+        for value in values:
+            layer(torch.tensor([0.5, value, -2.0]))
+    assert not at_most("reference", "largest number", float(largest), PRECISIONS["fp16"].limits.largest).passed
 
 
 # What is broken

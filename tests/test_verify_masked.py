@@ -18,7 +18,7 @@ from support.mutations import (
 )
 
 from vqdeploy.engines.build import build
-from vqdeploy.runtime import masked
+from vqdeploy.runtime import masked, schedules
 from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.verify import verify, verify_package
@@ -126,6 +126,28 @@ def test_the_wrong_metric(copy, movq_system):
 def test_counts_that_are_off_by_one(movq_plan, movq_system, monkeypatch):
     counts = masked.masked_counts
     monkeypatch.setattr(masked, "masked_counts", lambda *args: np.maximum(counts(*args) - 1, 0))
+    failed(failures(verify(movq_plan, movq_system)), "generate: full distribution: codes masked")
+
+
+def test_the_wrong_schedule(movq_plan, movq_system, monkeypatch):
+    monkeypatch.setitem(schedules._SHARES, "cosine", schedules._SHARES["linear"])
+    failed(failures(verify(movq_plan, movq_system)), "generate: full distribution: codes masked")
+
+
+def test_rows_and_columns_of_the_order_swapped(movq_plan, movq_system, monkeypatch):
+    order = schedules.halton_order
+
+    def swapped(height, width):
+        return order(width, height) % height * width + order(width, height) // height
+
+    monkeypatch.setattr(schedules, "halton_order", swapped)
+    found = failures(verify(movq_plan, movq_system))
+    failed(found, "generate: by order, guided: codes masked")
+    assert not any("full distribution" in name for name in found)
+
+
+def test_noise_on_the_choice_that_does_not_fade(movq_plan, movq_system, monkeypatch):
+    monkeypatch.setattr(masked, "choice_temperature", lambda start, step, steps: start)
     failed(failures(verify(movq_plan, movq_system)), "generate: full distribution: codes masked")
 
 

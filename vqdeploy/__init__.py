@@ -4,7 +4,7 @@ import logging
 import os
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vqdeploy.errors import show_record
 
@@ -20,7 +20,7 @@ logging.getLogger("vqdeploy").addFilter(show_record)
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports the runtime on first use of `load`."""
     if name == "load":
         return import_module("vqdeploy.runtime").load

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import check_regular, read_json, replacing_folder, write_json
+from vqdeploy.options import OPTIONS, check_names
 from vqdeploy.systems import System, SystemConfig, create, definition, preset
 
 FILES = ("config.json", "model.safetensors", "training.json", "import.json", "reconstructions.png", "samples.png")
@@ -107,10 +108,11 @@ def _check_config(file: Path, config: SystemConfig) -> None:
     classes = 0 if getattr(prior, "condition_length", 1) > 1 else prior.classes
     if config.labels and len(config.labels) != classes:
         raise ArtifactError(f"{file} names a wrong number of labels", expected=classes, found=len(config.labels))
-    from vqdeploy.runtime.options import choose  # importing this module must not import the runtime
-
+    options = config.sampling.to_dict()
     try:
-        choose({}, config.sampling.to_dict(), prior.depth, prior.codebook_size)
+        check_names(set(options))
+        for name, value in options.items():
+            OPTIONS[name].check(value, prior.codebook_size)
     except VqdeployError as error:
         raise ArtifactError(f"the sampling in {file} is wrong: {error}") from error
 
@@ -124,7 +126,7 @@ def _check_sizes(file: Path, config: SystemConfig, elements: int) -> None:
                 raise ArtifactError(f"{name} in {file} is too large", expected=expected, found=number)
 
 
-def _numbers(part: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+def _numbers(part: object, name: str = "") -> Iterator[tuple[str, int | float]]:
     """All numbers of a configuration, with the names of their fields."""
     if isinstance(part, Config):
         for field in dataclasses.fields(part):

@@ -13,7 +13,7 @@ class Config:
     """Base class of configurations."""
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: object) -> Self:
         """Builds the configuration, nested ones included.
 
         Raises:
@@ -46,11 +46,11 @@ class Config:
         }
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:
+def _default(field: "dataclasses.Field[Any]") -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Config):
         return value.differences()
     if isinstance(value, tuple | list):
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _parse(hint: Any, value: Any, where: str) -> Any:
+def _parse(hint: object, value: object, where: str) -> object:
     if hint is Any:
         return value
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -78,6 +78,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise ArtifactError(f"{where} is malformed", expected="an object", found=repr(value))
         return {key: _parse(typing.get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
+    if not isinstance(hint, type):
+        raise TypeError(f"{where} has the type {hint}, which is not supported")
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ArtifactError(f"{where} is malformed", expected=f"a value of type {hint.__name__}", found=repr(value))

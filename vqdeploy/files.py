@@ -11,7 +11,7 @@ import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 
@@ -200,12 +200,12 @@ def check_regular(path: Path) -> None:
         raise ArtifactError(f"{path} cannot be read (it is not a regular file)")
 
 
-def to_json(data: Any, indent: int | None = None) -> str:
+def to_json(data: object, indent: int | None = None) -> str:
     """JSON in ASCII, with null for NaN and infinities."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
-def _finite(data: Any) -> Any:
+def _finite(data: object) -> object:
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -213,12 +213,12 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Writes an object as indented JSON; see `to_json`."""
     path.write_text(to_json(data, indent=2) + "\n", encoding="utf-8")
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes) -> object:
     """Parses untrusted JSON.
 
     Raises:
@@ -246,7 +246,7 @@ def _parse_float(text: str) -> float:
     return number if math.isfinite(number) else _refuse(text)
 
 
-def _depth(data: Any) -> int:
+def _depth(data: object) -> int:
     """Nesting depth of lists and objects."""
     depth, level = 0, [data]
     while level := [item for item in level if isinstance(item, dict | list)]:
@@ -255,7 +255,7 @@ def _depth(data: Any) -> int:
     return depth
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """Reads a JSON file; see `parse_json`.
 
     Raises:

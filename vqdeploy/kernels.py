@@ -8,12 +8,16 @@ Importing this module imports Triton, so import it in a function where Triton is
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from triton import JITFunction
 
 WARPS = {16: 4, 64: 8}
 """Vectors per program -> warps. Small blocks give more programs, large ones reuse the codebook tiles."""
@@ -141,7 +145,7 @@ def _tiles(dim: int, rows: int) -> dict[str, int]:
     return {"D": dim, "ROWS": rows, "ENTRIES": _ENTRIES, "COLUMNS": 32 if dim > 16 else 16}
 
 
-def nearest(z: Any, codebook: Any, codes: Any, metric: str) -> None:
+def nearest(z: "Tensor", codebook: "Tensor", codes: "Tensor", metric: str) -> None:
     """Runs `vq_nearest` on contiguous PyTorch tensors.
 
     Args:
@@ -153,7 +157,7 @@ def nearest(z: Any, codebook: Any, codes: Any, metric: str) -> None:
     _launch(vq_nearest, z, codebook, codes, METRIC=metric)
 
 
-def residual_quantize(z: Any, codebook: Any, codes: Any, quantized: Any, metric: str) -> None:
+def residual_quantize(z: "Tensor", codebook: "Tensor", codes: "Tensor", quantized: "Tensor", metric: str) -> None:
     """Runs `vq_residual` on contiguous PyTorch tensors.
 
     Args:
@@ -167,7 +171,7 @@ def residual_quantize(z: Any, codebook: Any, codes: Any, quantized: Any, metric:
     _launch(vq_residual, z, codebook, codes, quantized, DEPTH=codes.shape[1], METRIC=metric, SHARED=shared)
 
 
-def _launch(kernel: Any, z: Any, codebook: Any, *outputs: Any, **constants: Any) -> None:
+def _launch(kernel: "JITFunction[Any]", z: "Tensor", codebook: "Tensor", *outputs: "Tensor", **constants: Any) -> None:
     (count, dim), size = z.shape, codebook.shape[-2]
     rows = 16 if count < 4096 else 64
     if count:
@@ -221,7 +225,13 @@ def compile_residual(
     return _compile(vq_residual, pointers, capability, options, **constants)
 
 
-def _compile(kernel: Any, pointers: dict[str, str], capability: int, options: dict[str, Any], **constants: Any) -> Ptx:
+def _compile(
+    kernel: "JITFunction[Any]",
+    pointers: dict[str, str],
+    capability: int,
+    options: dict[str, Any],
+    **constants: Any,
+) -> Ptx:
     kinds = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
     # TensorRT aligns tensors to 16 bytes, which allows wide loads.

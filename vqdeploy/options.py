@@ -1,7 +1,10 @@
 """The sampling options: one table for validation, the command line and the README."""
 
 import math
+import sys
 from dataclasses import dataclass
+
+from vqdeploy.errors import VqdeployError
 
 _STRONGEST = 1e6  # far below the limits of fp32 and of the confidence of known codes
 
@@ -44,6 +47,25 @@ class SamplingOption:
             return f"{self.low:g}..codebook size"
         return f"{self.low:g}..{self.high:.0f}" if math.isfinite(self.high) else f"{self.low:g} or more"
 
+    def check(self, value: object, codebook_size: int) -> None:
+        """Rejects a value of the wrong kind or out of range.
+
+        Raises:
+            VqdeployError: It names the option, and what was expected.
+        """
+        if self.choices:
+            if value not in self.choices:
+                raise VqdeployError(f"there is no such {self.name}", expected=" or ".join(self.choices), found=value)
+            return
+        if not isinstance(value, int | float):
+            raise VqdeployError(f"{self.name} is malformed", expected="a number", found=value)
+        low, high = self.low, codebook_size if self.high is None else self.high
+        if not low <= value <= min(high, sys.float_info.max):  # NaN fails too
+            expected = f"{low}..{high}" if math.isfinite(high) else f"a finite number from {low} on"
+            raise VqdeployError(f"{self.name} is out of range", expected=expected, found=value)
+        if self.type is int and value % 1:
+            raise VqdeployError(f"{self.name} is malformed", expected="an integer", found=value)
+
 
 SAMPLING_OPTIONS = (
     SamplingOption("temperature", float, "Divides the logits; 0 takes the most likely code.", per_depth=True),
@@ -74,3 +96,16 @@ SAMPLING_OPTIONS = (
         "choice_temperature", float, "Scale of the noise on the confidence of a masked prior.", high=_STRONGEST
     ),
 )
+
+OPTIONS = {option.name: option for option in SAMPLING_OPTIONS}
+"""The same, by name."""
+
+
+def check_names(names: set[str]) -> None:
+    """Rejects a name that is not in the table.
+
+    Raises:
+        VqdeployError: An option of a later version.
+    """
+    if unknown := sorted(names - set(OPTIONS)):
+        raise VqdeployError(f"unknown option {unknown[0]}", fix="pip install -U vqdeploy")

@@ -10,8 +10,10 @@ import typer
 from vqdeploy.cli import app
 from vqdeploy.errors import VqdeployError
 from vqdeploy.options import SAMPLING_OPTIONS
-from vqdeploy.runtime.options import choose
+from vqdeploy.reference import _choices
+from vqdeploy.runtime.options import choose, for_graph
 from vqdeploy.runtime.schedules import SCHEDULES
+from vqdeploy.systems import Sampling
 
 ROOT = Path(__file__).parents[2]
 VERBS = typer.main.get_command(app).commands
@@ -71,6 +73,16 @@ def test_values_beyond_the_limits_are_refused(name):
 def test_an_option_of_a_later_version_is_refused():
     with pytest.raises(VqdeployError, match=r"unknown option sharpness\. Fix: pip install -U vqdeploy"):
         choose({}, {"sharpness": 1}, depth=1, codebook_size=2)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-30, 0.5, 1e30, [0, 0.5, 1, 2]])
+@pytest.mark.parametrize("top_k", [0, 3, [0, 1, 2, 64]])
+@pytest.mark.parametrize("top_p", [1, 0.9, [0, 0.5, 0.9, 1]])
+def test_the_reference_takes_options_as_plans_do(temperature, top_k, top_p):
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    expected = for_graph(options, 4, 64)
+    for (name, values), found in zip(expected.items(), _choices(Sampling(**options), 4, 64), strict=True):
+        np.testing.assert_array_equal(values, found, err_msg=name, strict=True)
 
 
 def test_options_of_the_command_line_arrive(vqdeploy, monkeypatch):

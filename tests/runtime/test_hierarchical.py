@@ -13,7 +13,7 @@ from vqdeploy.models.ops import sample
 from vqdeploy.models.pixels import channels_first, channels_last, to_range, to_uint8
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
-from vqdeploy.runtime.hierarchical import level_names
+from vqdeploy.runtime.manifest import level_names
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.onnxrt import OnnxrtSession
 from vqdeploy.runtime.sampler import Item

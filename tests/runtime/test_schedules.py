@@ -1,4 +1,4 @@
-"""Mask counts and the Halton order, against the numbers of the public implementations."""
+"""Mask counts and the Halton order of plans and of the reference, against the numbers of the public implementations."""
 
 from fractions import Fraction
 
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqdeploy.runtime.schedules import SCHEDULES, halton_order, masked_counts
+from vqdeploy.reference import schedules as reference
+from vqdeploy.runtime.schedules import SCHEDULES, choice_temperature, halton_order, masked_counts, order_noise
 
 # Codes that google-research/maskgit leaves masked after each step, by (schedule, number of codes).
 GOOGLE = [
@@ -54,6 +55,7 @@ def numbers(text: str) -> list[int]:
 def test_counts_of_google(schedule, unknown, table):
     expected = numbers(table)
     assert masked_counts(schedule, unknown, len(expected)).tolist() == expected
+    assert reference.masked_counts(schedule, unknown, len(expected)) == expected
 
 
 @pytest.mark.parametrize(("unknown", "table"), ARCCOS)
@@ -94,6 +96,23 @@ def test_nothing_or_one_to_find(schedule, steps):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_with_more_steps_than_codes_the_last_one_stays_open(schedule):
     assert masked_counts(schedule, 5, 40)[4:].tolist() == [1] * 36
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(unknown=st.integers(1, 3000), steps=st.integers(1, 120))
+def test_the_reference_has_the_same_counts(schedule, unknown, steps):
+    """`verify` judges by the reference, which shares no code with the samplers of plans."""
+    assert masked_counts(schedule, unknown, steps).tolist() == reference.masked_counts(schedule, unknown, steps)
+
+
+@given(step=st.integers(0, 20), left=st.integers(1, 20))
+def test_the_reference_has_the_same_choice_temperature(step, left):
+    assert choice_temperature(4.5, step, step + left) == reference.choice_weight(4.5, step, step + left)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (4, 4, 4), (3, 8, 2), (16, 16, 1), (17, 31, 1)])
+def test_the_reference_has_the_same_order(grid):
+    np.testing.assert_array_equal(-order_noise(grid), reference.halton_ranks(grid))
 
 
 @pytest.mark.parametrize("size", ORDER)

@@ -181,15 +181,17 @@ def test_a_training_that_was_cut_ends_with_the_weights_of_one_that_was_not(
 
 def test_resume_is_refused_when_the_images_have_changed(tmp_path, folder, monkeypatch):
     options = {"data": str(folder), "output": tmp_path / "out"} | SHORT
+    picture = folder / "dark" / "0.png"
+    Image.new("RGB", (40, 56)).save(picture, "BMP")
     _Cut(monkeypatch, TokenizerTraining, 1, "interrupt")
     with pytest.raises(KeyboardInterrupt):
         train(**options)
-    picture = folder / "dark" / "0.png"
     content = picture.read_bytes()
     for change in (
         picture.unlink,
         lambda: Image.new("RGB", (40, 56)).save(picture),
         lambda: picture.with_name("7.png").write_bytes(content),
+        lambda: picture.write_bytes(content[:-1] + b"\x07"),  # one pixel
         lambda: picture.rename(folder / "light" / "9.png"),
     ):
         picture.with_name("7.png").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,10 @@ from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import tensors
-from vqdeploy.runtime.hierarchical import level_names
-from vqdeploy.runtime.manifest import WEIGHTS
+from vqdeploy.runtime.manifest import WEIGHTS, level_names
+
+if TYPE_CHECKING:
+    from vqdeploy.bench.baselines import Reference
 
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
@@ -105,17 +107,18 @@ def bench(
     load_seconds = time.perf_counter() - start
     tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.sampling]
     chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
-    reference: Any = _reference(pipeline, checkpoint, chosen) if baselines else None
+    reference = _reference(pipeline, checkpoint, chosen) if baselines else None
     # Measured just before the steps, because the speed of shared machines drifts.
     bound = _bound(pipeline) if "generate" in tasks and pipeline.device == "cpu" else {}
     results = []
     for task in sorted(tasks, key=TASKS.index):
         for batch in batch_sizes:
             runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch, chosen))]
-            runners += [
-                Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
-                for name in baselines
-            ]
+            if reference:
+                runners += [
+                    Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
+                    for name in baselines
+                ]
             progress(f"{task}, batch {batch}")
             results += _measure(runners, task, batch, warm_up, iterations)
     facts = environment() | {
@@ -137,7 +140,7 @@ def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
         raise VqdeployError(f"there is no such {kind}", expected=" or ".join(known), found=unknown[0])
 
 
-def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]) -> Any:
+def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]) -> "Reference":
     from vqdeploy.bench.baselines import Reference
 
     return Reference(pipeline, checkpoint, options)

@@ -77,7 +77,7 @@ def _stage(stage: dict[str, Any]) -> Iterator[str]:
             yield from _tree(name, value, 1)
 
 
-def _tree(name: object, value: Any, depth: int = 0) -> Iterator[str]:
+def _tree(name: object, value: object, depth: int = 0) -> Iterator[str]:
     """Lines for a part of the manifest, one per value; a few short values share one."""
     start = "  " * depth + shown(name)
     if isinstance(value, dict) and (len(value) > _SHARE or any(map(_nests, value.values()))):
@@ -91,11 +91,11 @@ def _tree(name: object, value: Any, depth: int = 0) -> Iterator[str]:
         yield f"{start:28} {_listed(value)}"
 
 
-def _nests(value: Any) -> bool:
+def _nests(value: object) -> bool:
     return isinstance(value, dict | list | tuple)
 
 
-def _listed(value: Any) -> str:
+def _listed(value: object) -> str:
     """Values on one line, nested lists in brackets."""
     if isinstance(value, dict):
         return shown(", ".join(f"{key} {item}" for key, item in value.items()) or "none")

@@ -55,9 +55,9 @@ def _parameter(option: SamplingOption) -> inspect.Parameter:
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _parsed(option: SamplingOption, value: Any) -> Any:
+def _parsed(option: SamplingOption, value: str | float | None) -> str | float | list[str | float] | None:
     """Parses a value, or a list with one per depth: `0.9` or `0.9,0.8,1,1`."""
-    if value is None or not option.per_depth:
+    if not isinstance(value, str) or not option.per_depth:
         return value
     try:
         values = [option.type(part) for part in value.split(",")]

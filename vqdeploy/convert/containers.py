@@ -105,7 +105,7 @@ def _file(path: Path) -> Path:
     raise VqdeployError(f"{path} does not have exactly one file of weights", expected="the path of one", found=found)
 
 
-def _tree(file: Path) -> Any:
+def _tree(file: Path) -> object:
     with file.open("rb") as stream:
         start = stream.read(512)
     if file.name.endswith(".index.json"):
@@ -155,7 +155,8 @@ def _shards(index: Path) -> Weights:
             raise ArtifactError(f"{index} names a file outside its folder", found=shard)
         if not (index.parent / shard).is_file():
             raise VqdeployError(f"{index.parent / shard} does not exist, but {index.name} names it")
-        found = _tree(index.parent / shard)
+        tree = _tree(index.parent / shard)
+        found = tree if isinstance(tree, dict) else {}
         wanted = {name for name, place in names.items() if place == shard}
         if lost := sorted(name for name in wanted if not isinstance(found.get(name), Tensor)):
             raise ArtifactError(f"{index.parent / shard} lacks {lost[0]}, which {index.name} promises")
@@ -166,7 +167,7 @@ def _shards(index: Path) -> Weights:
 # Pickles
 
 
-def _zipped(file: Path) -> Any:
+def _zipped(file: Path) -> object:
     try:
         with zipfile.ZipFile(file) as archive:
             member = _pickle_of(file, archive.namelist())
@@ -191,7 +192,7 @@ def _pickle_of(file: Path, names: list[str]) -> str:
     return member
 
 
-def _pickled(file: Path) -> Any:
+def _pickled(file: Path) -> object:
     try:
         with file.open("rb") as stream:
             return _without_modules(file, _legacy(stream, file.stat().st_size))
@@ -243,7 +244,7 @@ class _Archive:
             return torch.frombuffer(bytearray(stream.read(bytes_)), dtype=dtype, count=size)
 
 
-def _legacy(stream: BinaryIO, file_size: int) -> Any:
+def _legacy(stream: BinaryIO, file_size: int) -> object:
     """A checkpoint of PyTorch before 1.6: pickles one after the other, then the elements of all storages."""
     storages: dict[str, Tensor] = {}
 
@@ -269,7 +270,7 @@ def _legacy(stream: BinaryIO, file_size: int) -> Any:
     return tree
 
 
-def _without_modules(file: Path, tree: Any) -> Any:
+def _without_modules(file: Path, tree: object) -> object:
     """Rejects a pickle of a class instance instead of a dictionary."""
     if isinstance(tree, pickles.StandIn):
         raise ArtifactError(
@@ -295,7 +296,7 @@ def _msgpack(file: Path) -> Weights:
         raise ArtifactError(f"{file} is damaged ({error})") from error
     weights: Weights = {}
 
-    def walk(node: Any, name: str) -> None:
+    def walk(node: object, name: str) -> None:
         if isinstance(node, dict) and "__msgpack_chunked_array__" in node:
             shape = [node["shape"][str(i)] for i in range(len(node["shape"]))]
             weights[name] = torch.cat([node["chunks"][str(i)] for i in range(len(node["chunks"]))]).reshape(shape)
@@ -324,7 +325,7 @@ _FLAX_DTYPES = {
 }
 
 
-def _flax_array(code: int, data: bytes) -> Any:
+def _flax_array(code: int, data: bytes) -> object:
     """Extension types of flax.serialization: 1 is an array, 3 a numpy scalar, both as (shape, dtype, bytes)."""
     import msgpack
 
@@ -342,7 +343,7 @@ def _flax_array(code: int, data: bytes) -> Any:
 # Weights in a tree
 
 
-def _choose(file: Path, tree: Any, raw: bool) -> tuple[str, Weights]:
+def _choose(file: Path, tree: object, raw: bool) -> tuple[str, Weights]:
     """The weights of a tree, and the path of their dictionary."""
     found = dict(_dictionaries(tree, "", set()))
     averaged = {name: weights for name, weights in found.items() if _last(name) in _AVERAGED}
@@ -372,7 +373,7 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _dictionaries(tree: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Weights]]:
+def _dictionaries(tree: object, name: str, seen: set[int]) -> Iterator[tuple[str, Weights]]:
     """All dictionaries that contain mostly tensors, by path."""
     if not isinstance(tree, dict) or id(tree) in seen or name.count("/") > _DEEPEST:
         return
@@ -397,7 +398,7 @@ def _unwrapped(weights: Mapping[str, Tensor]) -> Weights:
 # Configurations
 
 
-def read_config(file: Path) -> Any:
+def read_config(file: Path) -> object:
     """Reads a configuration, YAML or JSON, as data: the only supported tag is a tuple, read as a list.
 
     Raises:
@@ -417,7 +418,7 @@ def read_config(file: Path) -> Any:
         raise ArtifactError(f"{file} is not a configuration ({' '.join(str(error).split())})") from error
 
 
-def _yaml(text: str) -> Any:
+def _yaml(text: str) -> object:
     import yaml
 
     try:

@@ -189,7 +189,7 @@ def _labels(file: Path) -> tuple[str, ...]:
     data = read_json(file)
     if isinstance(data, dict):
         data = [data[key] for key in sorted(data, key=int)] if all(key.isdecimal() for key in data) else None
-    names = [name[-1] if isinstance(name, list) and name else name for name in data or ()]
+    names = [name[-1] if isinstance(name, list) and name else name for name in data] if isinstance(data, list) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ArtifactError(f"{file} has no class names", expected="a list of strings")
     return tuple(names)

@@ -103,14 +103,14 @@ def submodel(source: Source, prefix: str, config: str) -> Source:
     return replace(source, weights=weights, config=inner)
 
 
-def section(config: Any, *keys: str) -> dict[str, Any]:
+def section(config: object, *keys: str) -> dict[str, Any]:
     """The first section of a configuration with all of these keys; empty without one."""
     if isinstance(config, dict) and set(keys) <= set(config):
         return config
     return next((value for _, value in _entries(config) if isinstance(value, dict) and set(keys) <= set(value)), {})
 
 
-def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
+def _entries(config: object) -> Iterator[tuple[Any, Any]]:
     """All entries of a configuration, from all sections."""
     seen, left = set(), [config]
     while left:

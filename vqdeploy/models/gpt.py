@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.config import Config
 from vqdeploy.models.ops import sample
+from vqdeploy.models.prior import MapConfig
 from vqdeploy.models.transformer import Transformer, initialize
 
 
 @dataclass(frozen=True)
-class GPTConfig(Config):
+class GPTConfig(MapConfig):
     """Shape of the prior.
 
     `classes` is the number of class labels; 1 means unconditional. With `null_label`, the label `classes` means no
@@ -36,16 +36,6 @@ class GPTConfig(Config):
     token_shift: bool = False
     squared_relu: bool = False
     null_label: bool = True
-
-    @property
-    def positions(self) -> int:
-        """Number of positions of the code map."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def depth(self) -> int:
-        """Number of codes per position."""
-        return self.grid[2]
 
 
 class GPT(nn.Module):

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.config import Config
+from vqdeploy.models.prior import MapConfig
 from vqdeploy.models.transformer import Transformer, bidirectional, initialize
 
 _KNOWN = 1e30  # confidence of codes that stay
 
 
 @dataclass(frozen=True)
-class MaskGITConfig(Config):
+class MaskGITConfig(MapConfig):
     """Shape of the prior.
 
     `classes` is the number of class labels; 1 means unconditional. The label `classes` means no label, if the prior was
@@ -43,16 +43,6 @@ class MaskGITConfig(Config):
     def null_label(self) -> bool:
         """Whether the label `classes` means no label."""
         return self.network != "bert"
-
-    @property
-    def positions(self) -> int:
-        """Number of positions of the code map."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def depth(self) -> int:
-        """Number of codes per position."""
-        return self.grid[2]
 
 
 class MaskGIT(nn.Module):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqdeploy.config import Config
 from vqdeploy.models.ops import sample
+from vqdeploy.models.prior import MapConfig
 from vqdeploy.models.transformer import Transformer, initialize
 
 
 @dataclass(frozen=True)
-class RQTransformerConfig(Config):
+class RQTransformerConfig(MapConfig):
     """Shape of the prior.
 
     `classes` is the number of class labels; 1 means unconditional, with one label as start token. With
@@ -32,16 +32,6 @@ class RQTransformerConfig(Config):
     classes: int = 1000
     condition_length: int = 1
     dropout: float = 0.1
-
-    @property
-    def positions(self) -> int:
-        """Number of positions of the code map."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def depth(self) -> int:
-        """Number of codes per position."""
-        return self.grid[2]
 
 
 class Classifier(nn.Module):

@@ -1,28 +1,40 @@
 """Sampling in PyTorch with the algorithms of the public implementations, for training metrics and `bench`."""
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from vqdeploy.models.prior import AutoregressivePrior, Prior
 from vqdeploy.reference import masked
 from vqdeploy.reference.guidance import Noise, guided_logits
-from vqdeploy.runtime.options import for_graph
-from vqdeploy.systems import SYSTEMS, SystemConfig
+from vqdeploy.systems import SYSTEMS, GuidedSampling, Sampling, SystemConfig
 
 __all__ = ["Noise", "generate", "guided_logits"]
 
 
 @torch.no_grad()
-def generate(prior: Any, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
+def generate(prior: Prior | AutoregressivePrior, config: SystemConfig, labels: Tensor, noise: Noise) -> Tensor:
     """Samples codes int64 [B, *grid] for labels [B] or texts [B, length], with the default options, on their device."""
-    options = config.sampling.to_dict()
+    sampling: Sampling = config.sampling
     depth, size = config.prior.depth, config.prior.codebook_size
-    arrays = for_graph(options, depth, size)
-    choices = [torch.tensor(array, device=labels.device).repeat(len(labels), 1) for array in arrays.values()]
+    choices = [value.to(labels.device).repeat(len(labels), 1) for value in _choices(sampling, depth, size)]
     if SYSTEMS[config.model].kind == "masked":
         return masked.generate(prior, config.sampling, labels, noise, choices)
     shape = (len(labels), depth, size)
-    guidance = [options["guidance_scale"]] if "guidance_scale" in options else []
-    codes: Tensor = prior.generate(labels, lambda place: noise(place, shape).to(labels.device), *choices, *guidance)
-    return codes
+    guidance = [sampling.guidance_scale] if isinstance(sampling, GuidedSampling) else []
+    autoregressive = cast(AutoregressivePrior, prior)
+    return autoregressive.generate(labels, lambda place: noise(place, shape).to(labels.device), *choices, *guidance)
+
+
+def _choices(sampling: Sampling, depth: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperature, top-k and top-p [Q]; temperature 0 takes the most likely code, and top-k 0 keeps all.
+
+    `bench` replaces the defaults of a checkpoint by options with one value, or one per depth.
+    """
+    temperature = torch.tensor(sampling.temperature, dtype=torch.float32).expand(depth)
+    top_k = torch.tensor(sampling.top_k, dtype=torch.int64).expand(depth)
+    top_p = torch.tensor(sampling.top_p, dtype=torch.float32).expand(depth)
+    greedy = temperature < 1e-20  # logits divided by less overflow
+    top_k = torch.where(greedy, 1, torch.where(top_k == 0, size, top_k))
+    return torch.where(greedy, 1, temperature.clamp(max=1e20)), top_k, top_p

@@ -1,7 +1,8 @@
 """MoVQ with MaskGIT."""
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,15 +17,11 @@ from vqdeploy.systems.losses import masked_loss
 from vqdeploy.systems.system import Definition, MaskedSampling, SystemConfig
 from vqdeploy.systems.vqgan import published_vqgan
 
+if TYPE_CHECKING:
+    from vqdeploy.export.maskgit import MaskedPrior
+    from vqdeploy.export.stage import Stage
 
-def _preset(
-    preset: str,
-    tokenizer: MoVQConfig,
-    prior: MaskGITConfig | None = None,
-    sampling: MaskedSampling = MaskedSampling(),
-    labels: tuple[str, ...] = (),
-) -> SystemConfig:
-    return SystemConfig("movq", preset, tokenizer, prior, labels, sampling)
+_preset = partial(SystemConfig, "movq", sampling=MaskedSampling())
 
 
 def _published(channels: int = 128, res_blocks: int = 2) -> MoVQConfig:
@@ -44,8 +41,8 @@ _PRESETS = [
         "tiny",
         MoVQConfig(tiny.CONV, codebook_size=128, code_dim=32),
         MaskGITConfig((8, 8, 4), 128, width=128, layers=6, heads=4, classes=10),
-        MaskedSampling(steps=8, guidance_scale=2.0),
-        labels=tiny.LABELS,
+        tiny.LABELS,
+        sampling=MaskedSampling(steps=8, guidance_scale=2.0),
     ),
     _preset("bench", MoVQConfig(), MaskGITConfig()),
     _preset("paper", MoVQConfig(), MaskGITConfig(width=1024, layers=24, heads=16)),
@@ -54,7 +51,9 @@ _PRESETS = [
     _preset("270m", _published(channels=256)),
     _preset("vqgan-f16-1024", published_vqgan(1024)),
     _preset("vqgan-f16-16384", published_vqgan(16384)),
-    _preset("halton-large", _LLAMAGEN, _HALTON, MaskedSampling(steps=32, schedule="halton", guidance_scale=3.0)),
+    _preset(
+        "halton-large", _LLAMAGEN, _HALTON, sampling=MaskedSampling(steps=32, schedule="halton", guidance_scale=3.0)
+    ),
 ]
 
 
@@ -73,7 +72,7 @@ def make_prior(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
     return _NETWORKS[config.network](config)
 
 
-def stages(prior: Any, floats: str) -> list[Any]:
+def stages(prior: "MaskedPrior", floats: str) -> "list[Stage]":
     """The stages of a masked prior."""
     from vqdeploy.export import maskgit
 

@@ -1,6 +1,6 @@
 """RQ-VAE with the RQ-Transformer."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
@@ -8,6 +8,9 @@ from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
 from vqdeploy.systems import tiny
 from vqdeploy.systems.losses import soft_target_loss
 from vqdeploy.systems.system import Definition, Sampling, SystemConfig
+
+if TYPE_CHECKING:
+    from vqdeploy.export.stage import Stage
 
 _F32 = ConvConfig(channel_multipliers=(1, 1, 2, 2, 4, 4), attention_resolutions=(8,))
 _IMAGENET = RQVAEConfig(conv=_F32)
@@ -77,7 +80,7 @@ def _make_prior(config: RQTransformerConfig, tokenizer: RQVAE) -> RQTransformer:
     return RQTransformer(config, tokenizer.quantizer.codebook)
 
 
-def _stages(prior: Any, floats: str) -> list[Any]:
+def _stages(prior: RQTransformer, floats: str) -> "list[Stage]":
     from vqdeploy.export import rqtransformer
 
     return rqtransformer.stages(prior)

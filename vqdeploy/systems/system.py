@@ -53,7 +53,7 @@ class SystemConfig(Config):
     source: str | None = None
 
     @classmethod
-    def from_dict(cls, data: Any) -> "SystemConfig":
+    def from_dict(cls, data: object) -> "SystemConfig":
         """Builds the configuration, nested ones by the classes of its system.
 
         Raises:

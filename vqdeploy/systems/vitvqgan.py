@@ -1,24 +1,16 @@
 """ViT-VQGAN with a GPT, VIM in its paper."""
 
 import dataclasses
-from typing import Any
+from functools import partial
 
-from vqdeploy.models.gpt import GPT, GPTConfig
+from vqdeploy.models.gpt import GPTConfig
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGAN, ViTVQGANConfig
 from vqdeploy.systems import tiny
 from vqdeploy.systems.losses import next_code_loss
 from vqdeploy.systems.system import Definition, GuidedSampling, SystemConfig
+from vqdeploy.systems.vqgan import make_prior, stages
 
-
-def _preset(
-    preset: str,
-    tokenizer: ViTVQGANConfig,
-    prior: GPTConfig | None = None,
-    sampling: GuidedSampling = GuidedSampling(),
-    labels: tuple[str, ...] = (),
-) -> SystemConfig:
-    return SystemConfig("vitvqgan", preset, tokenizer, prior, labels, sampling)
-
+_preset = partial(SystemConfig, "vitvqgan", sampling=GuidedSampling())
 
 _BASE = ViTConfig(768, 12, 12, 3072)
 _BASE_VIT = ViTVQGANConfig(encoder=_BASE, decoder=_BASE)
@@ -31,8 +23,8 @@ _PRESETS = [
         "tiny",
         ViTVQGANConfig(32, 4, _TINY, _TINY, codebook_size=256, code_dim=16),
         tiny.GPT,
-        GuidedSampling(guidance_scale=2.0),
         tiny.LABELS,
+        sampling=GuidedSampling(guidance_scale=2.0),
     ),
     _preset("bench", ViTVQGANConfig(), GPTConfig()),
     _preset("small", ViTVQGANConfig()),
@@ -43,26 +35,16 @@ _PRESETS = [
 ]
 
 
-def _make_prior(config: GPTConfig, tokenizer: ViTVQGAN) -> GPT:
-    return GPT(config)
-
-
-def _stages(prior: Any, floats: str) -> list[Any]:
-    from vqdeploy.export import gpt
-
-    return gpt.stages(prior)
-
-
 SYSTEM = Definition(
     name="vitvqgan",
     kind="autoregressive",
     tokenizer=ViTVQGAN,
     tokenizer_config=ViTVQGANConfig,
-    prior=_make_prior,
+    prior=make_prior,
     prior_config=GPTConfig,
     sampling=GuidedSampling,
     loss=next_code_loss,
-    stages=_stages,
+    stages=stages,
     presets={config.preset: config for config in _PRESETS},
     recipes={"tiny": dataclasses.replace(tiny.RECIPE, steps=1000, learning_rate=1e-3, prior_learning_rate=1e-3)},
 )

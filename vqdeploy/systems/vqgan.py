@@ -1,7 +1,10 @@
 """VQGAN with a GPT."""
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from vqdeploy.models.gpt import GPT, GPTConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
@@ -9,15 +12,10 @@ from vqdeploy.systems import tiny
 from vqdeploy.systems.losses import next_code_loss
 from vqdeploy.systems.system import Definition, GuidedSampling, SystemConfig
 
+if TYPE_CHECKING:
+    from vqdeploy.export.stage import Stage
 
-def _preset(
-    preset: str,
-    tokenizer: MoVQConfig,
-    prior: GPTConfig | None = None,
-    sampling: GuidedSampling = GuidedSampling(),
-    labels: tuple[str, ...] = (),
-) -> SystemConfig:
-    return SystemConfig("vqgan", preset, tokenizer, prior, labels, sampling)
+_preset = partial(SystemConfig, "vqgan", sampling=GuidedSampling())
 
 
 def published_vqgan(codebook_size: int) -> MoVQConfig:
@@ -31,19 +29,21 @@ _PRESETS = [
         "tiny",
         MoVQConfig(tiny.CONV, codebook_size=256, code_dim=32, groups=1, modulation=False),
         tiny.GPT,
-        GuidedSampling(guidance_scale=2.0),
         tiny.LABELS,
+        sampling=GuidedSampling(guidance_scale=2.0),
     ),
     _preset("faces", published_vqgan(1024), GPTConfig((16, 16, 1), 1024, width=1024, layers=24, heads=16, classes=1)),
     _preset("imagenet", published_vqgan(16384), GPTConfig((16, 16, 1), 16384, width=1536, layers=48, heads=24)),
 ]
 
 
-def _make_prior(config: GPTConfig, tokenizer: MoVQ) -> GPT:
+def make_prior(config: GPTConfig, tokenizer: nn.Module) -> GPT:
+    """The GPT of a configuration."""
     return GPT(config)
 
 
-def _stages(prior: Any, floats: str) -> list[Any]:
+def stages(prior: GPT, floats: str) -> "list[Stage]":
+    """The stages of a GPT."""
     from vqdeploy.export import gpt
 
     return gpt.stages(prior)
@@ -54,11 +54,11 @@ SYSTEM = Definition(
     kind="autoregressive",
     tokenizer=MoVQ,
     tokenizer_config=MoVQConfig,
-    prior=_make_prior,
+    prior=make_prior,
     prior_config=GPTConfig,
     sampling=GuidedSampling,
     loss=next_code_loss,
-    stages=_stages,
+    stages=stages,
     presets={config.preset: config for config in _PRESETS},
     recipes={"tiny": dataclasses.replace(tiny.RECIPE, prior_learning_rate=1e-3)},
 )

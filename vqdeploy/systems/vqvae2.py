@@ -1,13 +1,16 @@
 """VQ-VAE-2 with a PixelSNAIL for each level."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2Prior, VQVAE2PriorConfig
 from vqdeploy.models.vqvae2 import VQVAE2, VQVAE2Config
 from vqdeploy.systems import tiny
 from vqdeploy.systems.losses import level_loss
 from vqdeploy.systems.system import Definition, Sampling, SystemConfig
+
+if TYPE_CHECKING:
+    from vqdeploy.export.stage import Stage
 
 
 def _tiny_pixelsnail(side: int, attention: bool) -> PixelSNAILConfig:
@@ -44,7 +47,7 @@ def _make_prior(config: VQVAE2PriorConfig, tokenizer: VQVAE2) -> VQVAE2Prior:
     return VQVAE2Prior(config)
 
 
-def _stages(prior: Any, floats: str) -> list[Any]:
+def _stages(prior: VQVAE2Prior, floats: str) -> "list[Stage]":
     from vqdeploy.export import pixelsnail
 
     return pixelsnail.stages(prior, floats)

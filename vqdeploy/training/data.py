@@ -63,8 +63,8 @@ class Draws(Images):
 class Data(NamedTuple):
     """`labels` names the classes and is empty when there are none; the label of every image is then 0.
 
-    `workers` is the number of loader processes that keep up with training. `fingerprint` changes when images are added,
-    removed or change their size in bytes.
+    `workers` is the number of loader processes that keep up with training. `fingerprint` is a digest of the images and
+    their classes.
     """
 
     train: Images
@@ -212,20 +212,25 @@ def _folder(folder: Path, resolution: int) -> Data:
     files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
     if len(files) < 2:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more", found=len(files))
-    _check([path for path, _ in files], folder)
+    fingerprint = _read([path for path, _ in files], folder)
     train, held_out = _split(files)
     if not held_out:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more in one of its classes", found=1)
     labels = tuple(name for name in classes if name)
     workers = min(cores(), 8) if resolution > 64 else 0
-    return Data(Files(train, resolution), Files(held_out, resolution), labels, _fingerprint(files, folder), workers)
+    return Data(Files(train, resolution), Files(held_out, resolution), labels, fingerprint, workers)
 
 
-def _check(files: list[Path], folder: Path) -> None:
-    """Reads every image, to find damaged ones before training."""
+def _read(files: list[Path], folder: Path) -> str:
+    """Reads every image, to find damaged ones before training, and returns a digest of their paths and contents."""
     log.info("reading %d images in %s", len(files), folder)
+    total = hashlib.sha256()
+    damaged = []
     with ThreadPool(cores()) as pool:
-        damaged = [text for text in pool.imap(_damage, files, chunksize=16) if text]
+        for file, (digest, damage) in zip(files, pool.imap(_digest, files, chunksize=16), strict=True):
+            total.update(os.fsencode(file.relative_to(folder)) + b"\0" + digest)
+            if damage is not None:
+                damaged.append(damage)
     for text in damaged:
         log.info("%s", text)
     if len(damaged) == 1:
@@ -236,14 +241,17 @@ def _check(files: list[Path], folder: Path) -> None:
             f"{len(damaged)} of {len(files)} images in {folder} cannot be read: {shortened(texts)}",
             fix="remove them; vqdeploy -v train names all",
         )
+    return total.hexdigest()
 
 
-def _damage(file: Path) -> str | None:
+def _digest(file: Path) -> tuple[bytes, str | None]:
+    """The sha256 of an image file, and why it cannot be read."""
     try:
         open_image(file)
-    except VqdeployError as error:
-        return str(error)
-    return None
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").digest(), None
+    except (VqdeployError, OSError) as error:
+        return b"", str(error)
 
 
 def _split(files: list[tuple[Path, int]]) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
@@ -259,13 +267,6 @@ def _split(files: list[tuple[Path, int]]) -> tuple[list[tuple[Path, int]], list[
         held_out += [found[i] for i in order[:count]]
         train += [found[i] for i in order[count:]]
     return train, held_out
-
-
-def _fingerprint(files: list[tuple[Path, int]], folder: Path) -> str:
-    total = hashlib.sha256()
-    for path, _ in files:
-        total.update(os.fsencode(path.relative_to(folder)) + f"\0{path.stat().st_size}\n".encode())
-    return total.hexdigest()
 
 
 def _tensor(image: Image.Image) -> Tensor:

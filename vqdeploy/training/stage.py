@@ -176,7 +176,7 @@ class _Keeper(Callback):
         _check(batch)
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, index: int
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: Batch, index: int
     ) -> None:
         self.batches = index + 1
         if self.batches % self.every == 0 or self.batches == self.steps or self.interrupts.pending:

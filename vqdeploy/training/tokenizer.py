@@ -1,13 +1,15 @@
 """Stage 1: the tokenizer learns to reconstruct (section 3.1 of the RQ-VAE paper)."""
 
 import logging
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from vqdeploy.models.pixels import to_range, to_uint8
 from vqdeploy.models.vqvae2 import AnyTokenizer
@@ -18,6 +20,8 @@ from vqdeploy.training.perceptual import perceptual_network
 from vqdeploy.training.stage import schedule
 
 logger = logging.getLogger("vqdeploy")
+
+T = TypeVar("T")
 
 
 def logit_laplace(reconstruction: Tensor, x: Tensor, margin: float = 0.1) -> Tensor:
@@ -86,11 +90,11 @@ class TokenizerTraining(LightningModule):
         return self.recipe.adversarial_weight * balance * generator
 
     def _step(self, which: int, loss: Tensor) -> None:
-        optimizer = _pick(self.optimizers(), which)
+        optimizer = _pick(cast("Optimizer | list[Optimizer]", self.optimizers()), which)
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
-        _pick(self.lr_schedulers(), which).step()
+        _pick(cast("LambdaLR | list[LambdaLR]", self.lr_schedulers()), which).step()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Collects held-out images, reconstructions and codes."""
@@ -109,6 +113,6 @@ class TokenizerTraining(LightningModule):
         logger.info("tokenizer: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
 
-def _pick(group: Any, which: int) -> Any:
+def _pick(group: T | list[T], which: int) -> T:
     """An optimizer or scheduler by index; Lightning returns a list only for several."""
     return group[which] if isinstance(group, list) else group

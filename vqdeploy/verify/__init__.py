@@ -76,7 +76,7 @@ def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
         checks = _checks(pipeline, system, progress)
     if watched:
         # Some CPU kernels compute in fp32 and hide overflows that a GPU would have.
-        checks.append(at_most("reference", "largest number that leaves a layer", largest[0], bound))
+        checks.append(at_most("reference", "largest number that leaves a layer", float(largest), bound))
     return {
         "passed": all(check.passed for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -103,13 +103,13 @@ def _checks(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
 
 
 @contextlib.contextmanager
-def _largest_number(layers: Iterable[torch.nn.Module]) -> Iterator[list[float]]:
-    """A list that collects the largest magnitude of the outputs of all layers."""
-    largest = [0.0]
+def _largest_number(layers: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    """A scalar that becomes the largest magnitude of the outputs of all layers; NaN if one has a NaN."""
+    largest = torch.zeros(())
 
     def keep(_layer: object, _inputs: object, output: object) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
-            largest[0] = max(largest[0], float(output.abs().max()))
+            largest.copy_(torch.maximum(largest, output.abs().max()))  # `max` of Python loses NaN
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:

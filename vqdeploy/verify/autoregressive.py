@@ -101,14 +101,15 @@ def _judge(
     scale = options.get("guidance_scale", 1.0)
     logits = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale).flatten(0, -2)
     tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
-    noise = _noise(len(codes), system.prior.config, first)
+    config = system.prior.config
+    noise = _noise((len(codes), config.positions, config.depth, config.codebook_size), first)
     far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
     return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
 
 
-def _noise(batch: int, config: Any, first: int) -> Tensor:
+def _noise(shape: tuple[int, int, int, int], first: int) -> Tensor:
     """The noise of the codes of images from `first` on [B * positions * Q, K]."""
-    noise = np.empty((batch, config.positions, config.depth, config.codebook_size), np.float32)
+    noise = np.empty(shape, np.float32)
     for image, rows in enumerate(noise, first):
-        gumbel([(SEED, image, position) for position in range(config.positions)], rows)
+        gumbel([(SEED, image, position) for position in range(shape[1])], rows)
     return torch.from_numpy(noise).flatten(0, 2)

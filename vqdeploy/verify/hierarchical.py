@@ -8,7 +8,7 @@ import torch
 
 from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.hierarchical import level_names
+from vqdeploy.runtime.manifest import level_names
 from vqdeploy.systems import System
 from vqdeploy.verify.autoregressive import check_generation
 from vqdeploy.verify.checks import SEED, Check, compare_distributions, compare_logits, limits

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from vqdeploy.reference import guided_logits
+from vqdeploy.reference.schedules import choice_weight, halton_ranks, masked_counts
 from vqdeploy.runtime import Pipeline, Step
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.sampler import Item
-from vqdeploy.runtime.schedules import choice_temperature, masked_counts, order_noise
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
     IMAGES,
@@ -167,9 +167,9 @@ def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: di
     """Confidence of each drawn code [B, h, w, Q], including the choice noise."""
     shape = step.codes.shape
     if options["schedule"] == "halton":
-        return torch.from_numpy(order_noise(shape[1:])).expand(shape)
+        return -halton_ranks(shape[1:]).expand(shape)
     likelihood = scaled.log_softmax(-1).gather(1, step.drawn.view(-1, 1)).view(shape)
-    heat = choice_temperature(options["choice_temperature"], index, options["steps"])
+    heat = choice_weight(options["choice_temperature"], index, options["steps"])
     return likelihood + heat * _noise(shape, first, 2 * index + 1)
 
 

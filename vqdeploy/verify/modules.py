@@ -22,8 +22,11 @@ from vqdeploy.export.modules import BATCH, Call, Stage, at_border, resized, weig
 from vqdeploy.export.quantizers import Replacement, copied, quantizers, replace_quantizers
 from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline, load
-from vqdeploy.runtime.manifest import SizeRange, StageInfo
+from vqdeploy.runtime.manifest import SizeRange, StageInfo, TensorInfo
 from vqdeploy.verify.checks import Check, at_most, limits
+
+_Index = slice | tuple[slice | Tensor, ...]
+_Result = Tensor | tuple[Tensor, ...]
 
 
 def verify(
@@ -117,7 +120,7 @@ def _check_stage(pipeline: Pipeline, call: Call, stage: Stage, served: dict[str,
     return [check for output in info.outputs for check in _checks(call.name, output, worst[output.name], allowed)]
 
 
-def _checks(stage: str, output: Any, worst: _Worst, allowed: Limits) -> Iterator[Check]:
+def _checks(stage: str, output: TensorInfo, worst: _Worst, allowed: Limits) -> Iterator[Check]:
     if output.dtype == "float32":
         limit = allowed.logits * max(worst.largest, 1e-6)
         yield at_most(stage, f"{output.name}: largest difference", worst.difference, limit)
@@ -172,7 +175,7 @@ def _compare(
             worst[name].add(difference=float((own - theirs).abs().max()), largest=float(theirs.abs().max()))
 
 
-def _rows_alike(shapes: dict[str, tuple[int | str, ...]], name: str, differs: dict[str, Tensor]) -> Any:
+def _rows_alike(shapes: dict[str, tuple[int | str, ...]], name: str, differs: dict[str, Tensor]) -> _Index:
     """Index of the batch items whose codes equal those of the module; floats of others may legitimately differ."""
     if BATCH not in shapes[name]:
         return slice(None)
@@ -195,7 +198,7 @@ class _Quantized:
     codes: Tensor
 
 
-def _codes(result: Any) -> Tensor:
+def _codes(result: _Result) -> Tensor:
     codes: Tensor = result if isinstance(result, Tensor) else result[1]
     return codes
 
@@ -225,7 +228,7 @@ def _origins(
     given = iter(record)
     start = 0
 
-    def number(_module: nn.Module, _inputs: Any, result: Any) -> Any:
+    def number(_module: nn.Module, _inputs: object, result: _Result) -> _Result:
         nonlocal start
         codes = next(given).codes
         places = torch.arange(start, start + codes.numel()).view(codes.shape)
