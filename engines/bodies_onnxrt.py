@@ -280,6 +280,28 @@ def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_search(head, metric, books, shared, end))
 
 
+# Integer products of activations that are quantized to 8 bits row by row, so that an image does not depend on its
+# batch. 128 stands for zero.
+_QUANTIZED_LINEAR = """
+<opset_import: ["" : 24], domain: "vqdeploy">
+QuantizedLinear (x, weight, scale) => (y)
+{
+    last = Constant <value_ints = [-1]> ()
+    smallest = Constant <value = float {1e-30}> ()
+    step = Constant <value = float {0.007874015748031496}> ()
+    zero = Constant <value = uint8 {128}> ()
+    sizes = Abs (x)
+    largest_any = ReduceMax <keepdims = 1> (sizes, last)
+    largest = Max (largest_any, smallest)
+    units = Div (x, largest)
+    integers = QuantizeLinear (units, step, zero)
+    products = MatMulInteger (integers, weight, zero)
+    products_float = Cast <to = 1> (products)
+    by_row = Mul (products_float, largest)
+    step_scale = Mul (scale, step)
+    y = Mul (by_row, step_scale)
+}"""
+
 # ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map. Its
 # InstanceNormalization is fp32; in fp32 graphs the casts are removed.
 _GROUP_NORM = """
@@ -317,7 +339,10 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     `heads` is the number of attention heads of the KV caches; with 0, cached attention keeps its portable body.
     """
     graph = model.graph
-    bodies = {"GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE)}
+    bodies = {
+        "GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE),
+        "QuantizedLinear": onnx.parser.parse_function(_QUANTIZED_LINEAR),
+    }
     for node in graph.node:
         if node.op_type == "PackedAttention":
             (own_heads,) = (attribute.i for attribute in node.attribute if attribute.name == "heads")

@@ -18,14 +18,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
+from onnx import inliner
+
 from vqdeploy.engines.builder import Built, BuiltStage, Options, refuse_plugin
 from vqdeploy.engines.plugin import obstacle
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.backends import LIBRARIES, source
-from vqdeploy.runtime.manifest import StageInfo
+from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
 
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 """Compute capabilities of a default TensorRT-RTX engine, by its documentation."""
+
+_QUANTIZED = ("vqdeploy", "QuantizedLinear")
 
 log = logging.getLogger("vqdeploy")
 
@@ -53,7 +58,8 @@ class TensorrtBuilder:
             for stage in stages:
                 progress(stage.name)
                 engine = folder / f"{stage.name}.engine"
-                job = Job(stage.name, str(package / stage.file), str(engine), _shapes(stage), plugin)
+                graph = _graph(package / stage.file, folder)
+                job = Job(stage.name, str(graph), str(engine), _shapes(stage), plugin)
                 nodes = worker.build(job, fall_back=options.plugin == "auto")
                 built.append(BuiltStage(engine, plugins=nodes))
             return Built(f"{self.backend} {worker.version}", targets, built)
@@ -73,6 +79,24 @@ class TensorrtBuilder:
         if mode == "on" and reason:
             raise refuse_plugin(reason)
         return mode != "off" and not reason
+
+
+def _graph(file: Path, folder: Path) -> Path:
+    """The graph to parse: that of the package, or a copy in a folder with the bodies of its quantized products inline.
+
+    The parser names the layer of a DequantizeLinear after its node, and two calls of a function have the same nodes.
+    """
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:  # the module of protobuf's DecodeError varies
+        raise ArtifactError(f"{file} is not an ONNX graph ({error})", fix="vqdeploy export") from error
+    if _QUANTIZED not in [(function.domain, function.name) for function in model.functions]:
+        return file
+    weights = folder / WEIGHTS
+    if not weights.exists():
+        weights.symlink_to((file.parent / WEIGHTS).resolve())
+    onnx.save(inliner.inline_selected_functions(model, [_QUANTIZED]), folder / file.name)
+    return folder / file.name
 
 
 def check(backend: str) -> None:

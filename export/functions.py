@@ -307,6 +307,15 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
 }}"""
 
 
+_QUANTIZED_LINEAR = """
+QuantizedLinear (x, weight, scale) => (y)
+{
+    table = DequantizeLinear <axis = 1> (weight, scale)
+    like_x = CastLike (table, x)
+    y = MatMul (x, like_x)
+}"""
+
+
 def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProto:
     """Parses a function of domain `vqdeploy` from ONNX text syntax."""
     opsets = ", ".join(f'"{domain}" : {version}' for domain, version in ({"": OPSET} | (imports or {})).items())
@@ -320,6 +329,7 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "PackedAttention": _packed_attention,
     "CachedAttention": lambda: _CACHED_ATTENTION,
     "WriteCache": lambda: _WRITE_CACHE,
+    "QuantizedLinear": lambda: _QUANTIZED_LINEAR,
     "GumbelSample": lambda: _GUMBEL_SAMPLE,
 }
 
@@ -374,6 +384,11 @@ def translations() -> dict[Callable[..., Any], Translation]:
         ),
         ops.write_cache.default: _node(
             "WriteCache", [("past", "T"), ("entries", "T"), ("position", _INT64)], [("present", "T")]
+        ),
+        ops.quantized_product.default: _node(
+            "QuantizedLinear",
+            [("x", "T"), ("weight", "tensor(int8)"), ("scale", "tensor(float)")],
+            [("y", "T")],
         ),
         ops.sample.default: _node("GumbelSample", sampling, [("codes", _INT64)]),
     }

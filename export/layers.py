@@ -1,6 +1,6 @@
 """Layers for inference, made from trained ones: the same function in a form that exports and runs better."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,34 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class Projection(nn.Module):
-    """One or more linear layers, concatenated, as MatMul and Add: the pattern that weight quantizers look for."""
+class Product(nn.Module):
+    """A matrix product, which `vqdeploy.export.precision` may quantize unless it is `sensitive`."""
 
     weight: Tensor  # [inputs, outputs]
+    sensitive: bool = False
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight.detach().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sensitive(module: M) -> M:
+    """Marks all products of a module as sensitive to quantization."""
+    for part in module.modules():
+        if isinstance(part, Product):
+            part.sensitive = True
+    return module
+
+
+class Projection(nn.Module):
+    """One or more linear layers, concatenated."""
+
     bias: Tensor  # [outputs]
 
     def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()):
@@ -28,11 +52,12 @@ class Projection(nn.Module):
         weight = torch.cat([layer.weight.T * scale for layer, scale in zip(layers, scales, strict=True)], 1)
         biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
         bias = torch.cat([bias * scale for bias, scale in zip(biases, scales, strict=True)])
-        self.register_buffer("weight", weight.detach().contiguous())
+        self.product = Product(weight)
         self.register_buffer("bias", bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        projected: Tensor = self.product(x) + self.bias
+        return projected
 
 
 def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -127,18 +152,16 @@ def embed_entries(
 class PackedAttention(nn.Module):
     """Attention of a ViT as one node, the scale folded into the queries."""
 
-    weight: Tensor  # [width, 3 * H * D]
-
     def __init__(self, attention: vitvqgan.Attention):
         super().__init__()
         self.heads = attention.heads
         scale = torch.ones_like(attention.to_qkv.weight[:, :1])
         scale[: len(scale) // 3] = (len(scale) // 3 // self.heads) ** -0.5
-        self.register_buffer("weight", (attention.to_qkv.weight * scale).T.detach().contiguous())
+        self.to_qkv = Product((attention.to_qkv.weight * scale).T)
         self.to_out = Projection(attention.to_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.to_out(torch.ops.vqdeploy.packed_attention(x @ self.weight, self.heads))
+        out: Tensor = self.to_out(torch.ops.vqdeploy.packed_attention(self.to_qkv(x), self.heads))
         return out
 
 

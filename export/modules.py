@@ -27,7 +27,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.export import stage as graphs
 from vqdeploy.export.functions import OPSET, attach, translations
 from vqdeploy.export.package import write_package
-from vqdeploy.export.precision import DTYPES
+from vqdeploy.export.precision import DTYPES, in_precision
 from vqdeploy.export.quantizers import copied, look_alikes, replace_quantizers
 from vqdeploy.export.stage import Dimension
 from vqdeploy.files import replacing_folder
@@ -92,7 +92,10 @@ def export_module(
     for sentence in look_alikes(model):
         log.warning("%s", sentence)
     reference, (served, _) = copied(model), replace_quantizers(model)
-    parts = [_part(name, stage, reference, served, dynamic or {}, sizes or {}) for name, stage in stages.items()]
+    parts = [
+        in_precision(_part(name, stage, reference, served, dynamic or {}, sizes or {}), dtype)
+        for name, stage in stages.items()
+    ]
     described = Manifest(
         format=FORMAT,
         name=re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name),

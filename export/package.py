@@ -19,9 +19,10 @@ from vqdeploy.checkpoint import digest
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export import tokenizer
 from vqdeploy.export.functions import OPSET
-from vqdeploy.export.precision import DTYPES, in_precision
+from vqdeploy.export.precision import has_products, in_precision
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
+from vqdeploy.precision import PRECISIONS, Choice, together
 from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.manifest import (
     FILE,
@@ -56,7 +57,7 @@ def export(
     Args:
         system: A tokenizer, with a prior or without.
         folder: Output folder. An existing package is replaced.
-        dtype: Precision of the graphs, one of `DTYPES`; see `vqdeploy.export.precision`.
+        dtype: Precision of the stages, as for `vqdeploy.precision.Choice.parse`.
         opset: ONNX opset, 24 or 25: `TensorScatter` came with 24.
         progress: Called with the name of each stage before its export.
         image_size: Height and width of the images; those of the configuration when None.
@@ -64,8 +65,6 @@ def export(
     Raises:
         VqdeployError: The precision, opset or size is not supported, or the folder cannot be written.
     """
-    if dtype not in DTYPES:
-        raise VqdeployError("unsupported precision", expected=" or ".join(DTYPES), found=repr(dtype))
     if not OPSET <= opset <= _NEWEST_OPSET:
         raise VqdeployError("unsupported opset", expected=f"{OPSET}..{_NEWEST_OPSET}", found=opset)
     config = system.config
@@ -82,10 +81,11 @@ def export(
         checkpoint=digest(system),
         source=config.source,
     )
+    stages = stages_of(system, dtype, size)
     described = Manifest(
         format=FORMAT,
         name=config.model,
-        precision=dtype,
+        precision=together([stage.precision for stage in stages]),
         opset=opset,
         provenance=provenance,
         stages=(),
@@ -95,15 +95,27 @@ def export(
         labels=config.labels,
         config=config.to_dict(),
     )
-    return write_package(stages_of(system, dtype, size), folder, described, progress)
+    return write_package(stages, folder, described, progress)
 
 
-def stages_of(system: System, precision: str = "fp32", image_size: tuple[int, int] | None = None) -> list[Stage]:
-    """The stages of a system: the tokenizer's, and those of the prior if it has one."""
-    stages = tokenizer.stages(system.tokenizer, image_size)
+def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] | None = None) -> list[Stage]:
+    """The stages of a system, the tokenizer's and those of the prior if it has one, each in its precision.
+
+    Raises:
+        VqdeployError: A precision is unknown, or does not suit its stage.
+    """
+    choice = Choice.parse(dtype)
+    own = tokenizer.stages(system.tokenizer, image_size)
+    names, of_prior = [stage.name for stage in own], list[Stage]()
     if system.prior is not None:
-        stages += SYSTEMS[system.config.model].stages(system.prior, precision)
-    return stages
+        named = [precision for name, precision in choice.named.items() if name not in names]
+        floats = PRECISIONS[(named or [choice.rest])[0]].floats
+        of_prior = SYSTEMS[system.config.model].stages(system.prior, floats)
+    choice.check(names, {stage.name: has_products(stage) for stage in of_prior})
+    return [
+        *(in_precision(stage, choice.of_tokenizer(stage.name)) for stage in own),
+        *(in_precision(stage, choice.of_prior(stage.name, has_products(stage))) for stage in of_prior),
+    ]
 
 
 def _describe_tokenizer(system: System, size: tuple[int, int]) -> TokenizerInfo:
@@ -136,7 +148,7 @@ def write_package(
         graphs: dict[str, tuple[Stage, onnx_ir.Model]] = {}
         for stage in stages:
             progress(stage.name)
-            model = _export_stage(in_precision(stage, described.precision), described.opset)
+            model = _export_stage(stage, described.opset)
             graphs[stage.name] = stage, model
         weights = _share_weights({name: model for name, (_, model) in graphs.items()})
         save_file(weights, new / WEIGHTS)
@@ -146,7 +158,7 @@ def write_package(
             common.ClearMetadataAndDocStringPass()(model)  # the exporter leaves stack traces
             origin = described.provenance
             notes = {"producer": origin.producer, "system": described.name, "checkpoint": origin.checkpoint}
-            model.metadata_props.update(notes | {"stage": stage.name, "precision": described.precision})
+            model.metadata_props.update(notes | {"stage": stage.name, "precision": stage.precision})
             onnx_ir.save(model, new / f"{stage.name}.onnx")
             infos.append(_describe(stage, model))
         members = {file.name: sha256(file) for file in sorted(new.iterdir())}
@@ -214,6 +226,7 @@ def _describe(stage: Stage, model: onnx_ir.Model) -> StageInfo:
         tuple(value.name for value in _large(model)),
         stage.aliases,
         {d.name: SizeRange(d.smallest, d.usual, d.largest) for d in sorted(stage.dimensions, key=lambda d: d.name)},
+        precision=stage.precision,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import Projection, widened
+from vqdeploy.export.layers import Product, Projection, sensitive, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
 from vqdeploy.models.modules import Modules
@@ -48,19 +48,6 @@ class CodeTable(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return F.embedding(codes + self.starts, self.rows).sum(-2)
-
-
-class Product(nn.Module):
-    """A matrix product without a bias."""
-
-    weight: Tensor  # [inputs, outputs]
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.register_buffer("weight", weight.contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
 
 
 def _gated(network: PixelSNAIL) -> list[GatedResBlock]:
@@ -273,9 +260,10 @@ class Pixel(nn.Module):
         self.first = Modules(_taps(block.conv1) for block in gated)
         self.second = Modules(_taps(block.conv2) for block in gated)
         kind: Any = PixelAttention if config.attention else PixelExit
-        self.exits = nn.ModuleList(kind(block.exit) for block in network.blocks)
+        # The path of the residuals to the logits: in 8 bits it alone costs more than everything else together.
+        self.exits = sensitive(nn.ModuleList(kind(block.exit) for block in network.blocks))
         self.out_blocks = nn.ModuleList(PointwiseGate(block) for block in network.out_blocks)
-        self.out = _pointwise(network.out)
+        self.out = sensitive(_pointwise(network.out))
         self.register_buffer("background", network.background[0].flatten(1).T.contiguous())
 
     def forward(
@@ -410,9 +398,9 @@ class Condition(nn.Module):
         return self.condition.refine(x).permute(0, 2, 3, 1)
 
 
-def stages(prior: VQVAE2Prior, precision: str) -> list[Stage]:
-    """The stages of a prior at a precision."""
-    products = _PRODUCTS if precision == "fp32" else _PRODUCTS_IN_HALF
+def stages(prior: VQVAE2Prior, floats: str) -> list[Stage]:
+    """The stages of a prior whose floats are `fp32` or `fp16`."""
+    products = _PRODUCTS if floats == "fp32" else _PRODUCTS_IN_HALF
     graphs = []
     for name, network in zip(level_names(len(prior.levels)), prior.levels, strict=True):
         graphs += _level(name, network, prior.config.codebook_size, products)

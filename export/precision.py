@@ -1,41 +1,53 @@
-"""The precision of a graph: the type of its weights and of the states that pass from call to call.
-
-Images, codes and inputs of a request, noise included, have the same types in every precision. Decisions are always in
-fp32: the search of the codebooks and the sampling.
-"""
+"""Brings the module of a stage to a precision; see `vqdeploy.precision`."""
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.export.layers import Product, Projection
 from vqdeploy.export.quantizers import Replacement
 from vqdeploy.export.stage import Stage
 from vqdeploy.models.quantizers import AveragedCodebook
+from vqdeploy.precision import PRECISIONS
 
 KEPT = (AveragedCodebook, Replacement)
 """Modules that compute in fp32 in every precision, with all their submodules."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-"""Name of a precision -> type of the weights."""
+"""`Precision.floats` -> type."""
+
+_LARGEST_INTEGER = 63
+"""7 bits: AVX2 adds two products with 8-bit activations in int16, where 8 bits overflow."""
 
 
 def in_precision(stage: Stage, precision: str) -> Stage:
-    """Converts weights and states of a stage to a precision, one of `DTYPES`; codebooks stay in fp32.
+    """Converts weights and states of a stage to a precision, one of `PRECISIONS`; codebooks stay in fp32.
 
     Each layer casts its inputs to the type of its weights, so that models need no code for precisions.
 
     Raises:
-        VqdeployError: A weight overflows the precision.
+        VqdeployError: A weight overflows the precision, or the stage has nothing that the precision is for.
     """
-    dtype = DTYPES[precision]
+    chosen = PRECISIONS[precision]
+    if chosen.products:
+        module = copy.deepcopy(stage.module)  # the layers belong to the system
+        if not has_products(stage):
+            raise VqdeployError(
+                f"stage {stage.name} has no matrix products to store in {precision}",
+                fix=f"--dtype {precision},{stage.name}=fp32",
+            )
+        _quantize(module)
+        return dataclasses.replace(stage, module=module, precision=precision)
+    dtype = DTYPES[chosen.floats]
     if dtype == torch.float32:
-        return stage
-    module = copy.deepcopy(stage.module)  # the layers belong to the system
-    kept = {part for owner in module.modules() if isinstance(owner, KEPT) for part in owner.modules()}
+        return dataclasses.replace(stage, precision=precision)
+    module = copy.deepcopy(stage.module)
+    kept = _kept(module)
     for part in module.modules():
         if part not in kept:
             for weight in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
@@ -43,18 +55,78 @@ def in_precision(stage: Stage, precision: str) -> Stage:
         if isinstance(getattr(part, "weight", None), Tensor):  # norms may go without
             part.register_forward_pre_hook(_in_type_of_weight)
     inputs = {name: _state(x, dtype) if name in stage.states else x for name, x in stage.inputs.items()}
-    return dataclasses.replace(stage, module=module, inputs=inputs)
+    return dataclasses.replace(stage, module=module, inputs=inputs, precision=precision)
+
+
+def has_products(stage: Stage) -> bool:
+    """Whether a stage has matrix products to quantize."""
+    return any(_quantizable(stage.module))
+
+
+def _quantizable(module: nn.Module) -> Iterator[tuple[nn.Module, str, Product | nn.Linear]]:
+    """The products and linear layers within a module that may be quantized, each with its owner and name there."""
+    kept = _kept(module)
+    for owner in list(module.modules()):
+        for name, part in list(owner.named_children()):
+            if (isinstance(part, Product) and not part.sensitive) or (isinstance(part, nn.Linear) and part not in kept):
+                yield owner, name, part
+
+
+def _kept(module: nn.Module) -> set[nn.Module]:
+    return {part for owner in module.modules() if isinstance(owner, KEPT) for part in owner.modules()}
+
+
+class QuantizedProduct(nn.Module):
+    """`Product` with weights in int8, scaled by column."""
+
+    weight: Tensor  # int8 [inputs, outputs]
+    scale: Tensor  # [outputs]
+
+    def __init__(self, product: Product):
+        super().__init__()
+        weight, scale = product.weight, _scale(product.weight)
+        integers = (weight / scale).round().clamp(-_LARGEST_INTEGER, _LARGEST_INTEGER)
+        self.register_buffer("weight", integers.to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.vqdeploy.quantized_product(x, self.weight, self.scale)
+        return product
+
+
+def _scale(weight: Tensor) -> Tensor:
+    """The scale [outputs] with the smallest squared error of each column: cutting off its largest weights may pay."""
+    largest = weight.abs().amax(0)
+    widest = torch.where(largest > 0, largest / _LARGEST_INTEGER, 1.0)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for share in torch.linspace(1, 0.6, 21):
+        scale = widest * share
+        integers = (weight / scale).round().clamp(-_LARGEST_INTEGER, _LARGEST_INTEGER)
+        error = (integers * scale - weight).square().sum(0)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _quantize(module: nn.Module) -> None:
+    """Quantizes the matrix products within a module."""
+    for owner, name, part in _quantizable(module):
+        if isinstance(part, Product):
+            owner.register_module(name, QuantizedProduct(part))
+        else:
+            projection = Projection(part)
+            projection.register_module("product", QuantizedProduct(projection.product))
+            owner.register_module(name, projection)
 
 
 def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = _cast(weight, dtype)
-    if cast.is_floating_point() and (cast.isinf() & weight.isfinite()).any():
+    fitted = _cast(weight, dtype)
+    if fitted.is_floating_point() and (fitted.isinf() & weight.isfinite()).any():
         largest = torch.finfo(dtype).max
         found = f"{float(weight.abs().max()):.4g}"
         raise VqdeployError(
             "a weight does not fit fp16", expected=f"at most {largest:.4g}", found=found, fix="--dtype fp32"
         )
-    return cast
+    return fitted
 
 
 def _in_type_of_weight(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

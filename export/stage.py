@@ -32,7 +32,8 @@ class Stage:
 
     A list of tensors becomes inputs `NAME.0`, `NAME.1` and so on. `dynamic` has the dynamic dimensions other than the
     batch, `aliases` the outputs that a backend may write in place of an input. `states` names the inputs that come from
-    earlier calls and so follow the precision; inputs of a request, noise too, keep their types.
+    earlier calls and so follow the precision; inputs of a request, noise too, keep their types. `precision` is one of
+    `vqdeploy.precision.PRECISIONS`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     dynamic: dict[str, dict[int, Dimension]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     states: tuple[str, ...] = ()
+    precision: str = "fp32"
 
     @property
     def input_names(self) -> list[str]:

@@ -284,6 +284,7 @@ _DTYPES: Mapping[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,
     "I64": np.int64,
+    "I8": np.int8,
     "I32": np.int32,
     "U8": np.uint8,
     "BOOL": np.bool_,

@@ -10,15 +10,13 @@ from typing import Any, Self
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError
+from vqdeploy.precision import MIXED, PRECISIONS
 
 FORMAT = 1
 """Format version of the manifest. Other versions are rejected."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _MOST_LEVELS, _LARGEST = 64, 2**31  # beyond what any graph has
-
-PRECISIONS = ("fp32", "fp16")
-"""Precisions of packages and plans."""
 
 FILE = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -59,6 +57,7 @@ class StageInfo(Config):
         aliases: Output -> the input whose buffer it may share, for in-place updates.
         dims: Size range of each dynamic dimension.
         plugins: Nodes that our kernels run in an engine; empty in a package.
+        precision: One of `vqdeploy.precision.PRECISIONS`.
     """
 
     name: str
@@ -69,6 +68,7 @@ class StageInfo(Config):
     aliases: dict[str, str] = field(default_factory=dict)
     dims: dict[str, SizeRange] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Manifest(Config):
     Attributes:
         format: Format version, `FORMAT`.
         name: Default name of files made from it.
-        precision: One of `PRECISIONS`.
+        precision: One of `PRECISIONS`, that of the quantized stages if the others are in fp32, or `MIXED`.
         opset: ONNX opset of the graphs.
         provenance: Where it comes from.
         stages: Its graphs or engines.
@@ -174,13 +174,14 @@ class Manifest(Config):
                 "the manifest has an unknown format", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
         manifest = super().from_dict(data)
-        if manifest.precision not in PRECISIONS:
-            raise ArtifactError(
-                "the manifest has an unknown precision",
-                expected=" or ".join(PRECISIONS),
-                found=repr(manifest.precision),
-                fix="pip install -U vqdeploy",
-            )
+        for precision in (manifest.precision, *(stage.precision for stage in manifest.stages)):
+            if precision not in (*PRECISIONS, MIXED):
+                raise ArtifactError(
+                    "the manifest has an unknown precision",
+                    expected=" or ".join(PRECISIONS),
+                    found=repr(precision),
+                    fix="pip install -U vqdeploy",
+                )
         _check_names(manifest)
         _check_stages(manifest)
         if manifest.tokenizer:

@@ -55,7 +55,7 @@ class Patches(Tokenizer):
         return self.outer(vectors.permute(0, 3, 1, 2))
 
 
-def stages(prior, precision):
+def stages(prior, floats):
     from vqdeploy.export import gpt
 
     return gpt.stages(prior)

@@ -9,10 +9,9 @@ from onnx import helper
 from support.mutations import change_function, change_weight, failed, failures, replace_with
 
 from vqdeploy.engines.build import build
-from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.verify import _largest_number, verify, verify_package
-from vqdeploy.verify.checks import at_most, judge, limits
+from vqdeploy.verify.checks import at_most, judge
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +68,7 @@ def test_a_layer_that_gives_nan_is_found_whenever_it_runs(values):
     with _largest_number([layer]) as largest:
         for value in values:
             layer(torch.tensor([0.5, value, -2.0]))
-    assert not at_most("reference", "largest number", float(largest), limits("fp16").largest).passed
+    assert not at_most("reference", "largest number", float(largest), 65504.0).passed
 
 
 # What is broken
@@ -151,11 +150,6 @@ def test_a_row_that_is_not_written(snail_copy, vqvae2_system):
 
 
 # The rules
-
-
-def test_an_unknown_precision_has_no_limits():
-    with pytest.raises(VqdeployError, match="precision of this plan is unknown; expected fp32 or fp16, found bf16"):
-        limits("bf16")
 
 
 def test_rounding_may_move_the_mass_of_a_nucleus():

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime import load
 from vqdeploy.runtime.images import read, read_mask, veil
-from vqdeploy.verify.checks import LIMITS
 
 VERBS = ("models", "train", "export", "build", "run", "verify", "inspect", "env")
 
@@ -676,7 +676,8 @@ def test_exit_codes(command, plan, tmp_path):
 
 
 def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypatch):
-    monkeypatch.setitem(LIMITS, "fp32", replace(LIMITS["fp32"], logits=0.0))
+    exact = replace(PRECISIONS["fp32"].limits, logits=0.0)
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], limits=exact))
     code, out, _ = vqdeploy("verify", "--engine", plan, "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     report = json.loads(out)
@@ -686,7 +687,8 @@ def test_a_failed_check_exits_with_1(vqdeploy, plan, checkpoint_folder, monkeypa
 
 def test_an_export_that_fails_its_checks_exits_with_1(vqdeploy, checkpoint_folder, package, monkeypatch):
     monkeypatch.setattr("vqdeploy.export.package.export", lambda system, folder, *_: shutil.copytree(package, folder))
-    monkeypatch.setitem(LIMITS, "fp32", replace(LIMITS["fp32"], logits=0.0))
+    exact = replace(PRECISIONS["fp32"].limits, logits=0.0)
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], limits=exact))
     code, out, err = vqdeploy("export", "--checkpoint", checkpoint_folder, "--json")
     assert code == 1
     assert json.loads(out)["verify"]["passed"] is False

@@ -178,9 +178,7 @@ def test_no_operator_that_tensorrt_lacks_or_that_has_no_seed(package, stage_):
 @pytest.fixture
 def tokenizer_only(monkeypatch):
     """Only the graphs of the tokenizer, where the package around them is what matters."""
-    monkeypatch.setattr(
-        "vqdeploy.export.package.stages_of", lambda system, precision, size: stages(system.tokenizer, size)
-    )
+    monkeypatch.setattr("vqdeploy.export.package.stages_of", lambda system, dtype, size: stages(system.tokenizer, size))
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(package, checkpoint_folder, tmp_path, python):

@@ -38,7 +38,7 @@ class Reference:
                 raise VqdeployError("this PyTorch has no CUDA", fix="pip install torch")
             torch.backends.cudnn.allow_tf32 = False  # plans in fp32 have none either
         self.system = checkpoints.source(manifest.config, origin.checkpoint, checkpoint, pipeline.bundle.path)
-        self.dtype = DTYPES[manifest.precision]
+        self.dtype = DTYPES["fp16" if manifest.precision == "fp16" else "fp32"]
         self.system.to(self.device, self.dtype)
 
     def call(self, task: str, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:

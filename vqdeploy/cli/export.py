@@ -25,7 +25,10 @@ def export(
     preset: Preset = "tiny",
     checkpoint: Checkpoint = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", "--precision", help="Precision of the graphs: fp32 or fp16.")
+        str,
+        typer.Option(
+            "--dtype", "--precision", help="Precision: fp32, fp16, int8, or of each stage, decode=fp16,step=int8."
+        ),
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
     image_size: Annotated[

@@ -64,6 +64,26 @@ def _(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return z.new_empty((z.shape[0],), dtype=torch.int64)
 
 
+@operator("quantized_product")
+def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Product with a matrix of small integers.
+
+    Args:
+        x: Rows [..., inputs].
+        weight: Integers int8 [inputs, outputs].
+        scale: What an integer of each column is worth [outputs].
+
+    Returns:
+        Rows [..., outputs] in the type of `x`.
+    """
+    return x @ (weight * scale).to(x.dtype)
+
+
+@quantized_product.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
 @operator("residual_quantize")
 def residual_quantize(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
     """Residual quantization (Lee et al., RQ-VAE, section 3.1; Zeghidour et al., SoundStream, algorithm 1).

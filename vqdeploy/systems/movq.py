@@ -72,7 +72,7 @@ def make_prior(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
     return _NETWORKS[config.network](config)
 
 
-def stages(prior: "MaskedPrior", precision: str) -> "list[Stage]":
+def stages(prior: "MaskedPrior", floats: str) -> "list[Stage]":
     """The stages of a masked prior."""
     from vqdeploy.export import maskgit
 

@@ -80,7 +80,7 @@ def _make_prior(config: RQTransformerConfig, tokenizer: RQVAE) -> RQTransformer:
     return RQTransformer(config, tokenizer.quantizer.codebook)
 
 
-def _stages(prior: RQTransformer, precision: str) -> "list[Stage]":
+def _stages(prior: RQTransformer, floats: str) -> "list[Stage]":
     from vqdeploy.export import rqtransformer
 
     return rqtransformer.stages(prior)

@@ -100,8 +100,8 @@ class Definition:
         prior_config: Class of that configuration.
         sampling: Its sampling options with their defaults.
         loss: Training loss of the prior.
-        stages: Returns the `vqdeploy.export.stage.Stage`s of a prior at a precision; those of the tokenizer are common
-            to all systems. It must import the exporter inside.
+        stages: Returns the `vqdeploy.export.stage.Stage`s of a prior whose floats are `fp32` or `fp16`; those of the
+            tokenizer are common to all systems. It must import the exporter inside.
         presets: Named configurations: `tiny`, `bench` and the published ones.
         recipes: Training recipes of presets that differ from the defaults of `Recipe`.
     """

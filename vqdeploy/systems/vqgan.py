@@ -42,7 +42,7 @@ def make_prior(config: GPTConfig, tokenizer: nn.Module) -> GPT:
     return GPT(config)
 
 
-def stages(prior: GPT, precision: str) -> "list[Stage]":
+def stages(prior: GPT, floats: str) -> "list[Stage]":
     """The stages of a GPT."""
     from vqdeploy.export import gpt
 

@@ -47,10 +47,10 @@ def _make_prior(config: VQVAE2PriorConfig, tokenizer: VQVAE2) -> VQVAE2Prior:
     return VQVAE2Prior(config)
 
 
-def _stages(prior: VQVAE2Prior, precision: str) -> "list[Stage]":
+def _stages(prior: VQVAE2Prior, floats: str) -> "list[Stage]":
     from vqdeploy.export import pixelsnail
 
-    return pixelsnail.stages(prior, precision)
+    return pixelsnail.stages(prior, floats)
 
 
 SYSTEM = Definition(

@@ -70,7 +70,7 @@ def verify_package(folder: Path, system: System, progress: Callable[[str], Any] 
 
 @torch.no_grad()
 def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) -> dict[str, Any]:
-    bound = limits(pipeline.manifest.precision).largest
+    bound = min(limits(pipeline.manifest, stage).largest for stage in pipeline.stages)
     watched = system.modules() if bound < math.inf else ()
     with _largest_number(watched) as largest:
         checks = _checks(pipeline, system, progress)

@@ -10,7 +10,17 @@ from vqdeploy.reference import guided_logits
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.systems import System
-from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
+from vqdeploy.verify.checks import (
+    IMAGES,
+    SEED,
+    Check,
+    at_most,
+    compare_distributions,
+    compare_logits,
+    judge,
+    limits,
+    tolerance_of,
+)
 from vqdeploy.verify.forcing import forced_logits
 
 _SCALE = 3.0  # guidance scale
@@ -28,8 +38,14 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         known = np.where(np.arange(config.positions)[:, None] < prefix, codes, -1)
         forced = forced_logits(pipeline, codes, known.reshape(batch, *config.grid), labels)
         logits = torch.from_numpy(forced)
-        checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest.precision))
-    return checks
+        checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest, "step"))
+    labels = np.arange(IMAGES) % config.classes
+    drawn = pipeline.generate(labels.tolist(), seed=SEED).codes
+    forced = forced_logits(pipeline, drawn.reshape(len(labels), config.positions, -1), np.full_like(drawn, -1), labels)
+    expected = system.prior.logits(torch.from_numpy(drawn), torch.from_numpy(labels)).reshape(forced.shape)
+    return checks + compare_distributions(
+        "drawn codes", torch.from_numpy(forced), expected, limits(pipeline.manifest, "step")
+    )
 
 
 def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
@@ -42,7 +58,7 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
     found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
     inputs = torch.from_numpy(codes), torch.from_numpy(labels)
     expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)
-    difference, limit = (found - expected).abs(), limits(pipeline.manifest.precision).logits * expected.abs().max()
+    difference, limit = (found - expected).abs(), limits(pipeline.manifest, "features").logits * expected.abs().max()
     return [at_most("features", "largest difference of averaged states", float(difference.max()), float(limit))]
 
 

@@ -1,4 +1,4 @@
-"""Checks (a value and its limit), limits by precision, and the margin rule."""
+"""Checks (a value and its limit), and the margin rule."""
 
 import math
 import sys
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqdeploy.errors import VqdeployError
 from vqdeploy.models.ops import truncate
+from vqdeploy.precision import PRECISIONS, Limits
+from vqdeploy.runtime.manifest import Manifest
 
 IMAGES = 4
 SEED = 1
@@ -17,45 +18,10 @@ _LARGEST = "largest difference of logits"
 _MASS = 1e-5  # rounding of a prefix sum of 16,384 probabilities
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits of deviations in one precision."""
-
-    codes: float  # share of codes that differ
-    distance: float  # excess over the smallest distance, relative to the largest distance
-    logits: float  # largest difference of logits or hidden states, relative to the largest
-    mean_logits: float  # mean difference, likewise
-    likeliest: float  # share of positions whose likeliest code differs
-    grey_levels: int  # of any pixel
-    psnr: float = 0.0  # in dB, of any image
-    largest: float = math.inf  # largest finite number
-
-
-LIMITS = {
-    "fp32": Limits(codes=0.01, distance=1e-4, logits=1e-4, mean_logits=1e-5, likeliest=0.01, grey_levels=1),
-    "fp16": Limits(
-        codes=0.05,
-        distance=2e-3,
-        logits=1e-2,
-        mean_logits=1e-3,
-        likeliest=0.03,
-        grey_levels=8,
-        psnr=50.0,
-        largest=65504.0,
-    ),
-}
-"""Limits by precision; see `docs/precision.md` for measurements."""
-
-
-def limits(precision: str) -> Limits:
-    """The limits of a precision.
-
-    Raises:
-        VqdeployError: The precision is unknown.
-    """
-    if precision not in LIMITS:
-        raise VqdeployError("the precision of this plan is unknown", expected=" or ".join(LIMITS), found=precision)
-    return LIMITS[precision]
+def limits(manifest: Manifest, *stages: str) -> Limits:
+    """The limits of stages that are judged together: of those in the manifest, the loosest."""
+    found = {PRECISIONS[stage.precision].limits for stage in manifest.stages if stage.name in stages}
+    return max(found, key=lambda each: each.logits)
 
 
 @dataclass(frozen=True)
@@ -90,6 +56,27 @@ def compare_logits(name: str, logits: Tensor, expected: Tensor, limits: Limits) 
         at_most("step", f"{name}: mean difference of logits", float(difference.mean()), limits.mean_logits * largest),
         at_most("step", f"{name}: share of top-1 codes that differ", float(differing), limits.likeliest),
     ]
+
+
+def compare_distributions(
+    name: str, logits: Tensor, expected: Tensor, limits: Limits, scale: float = 1.0
+) -> list[Check]:
+    """Checks the distributions of codes, of logits [..., K] at codes that the plan drew, against the reference.
+
+    Guidance by `scale` amplifies errors of logits as much; the divergence grows with their square.
+    """
+    best = expected.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 4 * (logits - expected).abs().mean()
+    differing = (logits.argmax(-1) != expected.argmax(-1))[clear]
+    found, wanted = logits.double().log_softmax(-1), expected.double().log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - found)).sum(-1).mean()
+    variation = (wanted.exp() - found.exp()).abs().sum(-1).mean() / 2
+    values = {
+        "share of clear top-1 codes that differ": (differing.sum() / max(len(differing), 1), limits.clear),
+        "Kullback-Leibler divergence": (divergence, scale**2 * limits.divergence),
+        "total variation distance": (variation, scale * limits.variation),
+    }
+    return [at_most("step", f"{name}: {metric}", float(value), limit) for metric, (value, limit) in values.items()]
 
 
 def tolerance_of(checks: list[Check]) -> float:

@@ -1,17 +1,20 @@
 """Checks of priors of several levels: the incremental sampler against the full forward pass, and whole generations."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.manifest import level_names
 from vqdeploy.systems import System
 from vqdeploy.verify.autoregressive import check_generation
-from vqdeploy.verify.checks import Check, compare_logits, limits
+from vqdeploy.verify.checks import SEED, Check, compare_distributions, compare_logits, limits
 from vqdeploy.verify.forcing import forced_logits
 
+_Compare = Callable[[str, torch.Tensor, torch.Tensor, Limits], list[Check]]
 _LABELS = 10  # most labels to try
 
 __all__ = ["check_generation", "check_logits"]
@@ -23,12 +26,16 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     batch = max(2, min(config.classes, _LABELS))
     codes = rng.integers(0, config.codebook_size, (batch, *config.grid))
     labels = np.arange(batch) % config.classes
-    reference = system.prior.logits(torch.from_numpy(codes), torch.from_numpy(labels))
-    logits = torch.from_numpy(forced_logits(pipeline, codes[..., None], np.full_like(codes, -1), labels))[:, :, 0]
-    sizes = [math.prod(each) for each in pipeline.layout.maps]
+    drawn = pipeline.generate(labels.tolist(), seed=SEED).codes
     checks = []
-    for name, found, expected in zip(
-        level_names(len(sizes)), logits.split(sizes, 1), reference.split(sizes, 1), strict=True
-    ):
-        checks += compare_logits(name, found, expected, limits(pipeline.manifest.precision))
+    compares: list[tuple[str, _Compare, np.ndarray]]
+    compares = [("", compare_logits, codes), (", drawn codes", compare_distributions, drawn)]
+    for kind, compare, given in compares:
+        expected = system.prior.logits(torch.from_numpy(given), torch.from_numpy(labels))
+        forced = forced_logits(pipeline, given[..., None], np.full_like(given, -1), labels)[:, :, 0]
+        sizes = [math.prod(each) for each in pipeline.layout.maps]
+        levels = torch.from_numpy(forced).split(sizes, 1), expected.split(sizes, 1)
+        for name, found, wanted in zip(level_names(len(sizes)), *levels, strict=True):
+            allowed = limits(pipeline.manifest, f"{name}_row", f"{name}_pixel")
+            checks += compare(name + kind, found, wanted, allowed)
     return checks

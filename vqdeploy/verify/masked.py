@@ -12,7 +12,17 @@ from vqdeploy.runtime import Pipeline, Step
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.sampler import Item
 from vqdeploy.systems import System
-from vqdeploy.verify.checks import IMAGES, SEED, Check, at_most, compare_logits, judge, limits, tolerance_of
+from vqdeploy.verify.checks import (
+    IMAGES,
+    SEED,
+    Check,
+    at_most,
+    compare_distributions,
+    compare_logits,
+    judge,
+    limits,
+    tolerance_of,
+)
 from vqdeploy.verify.forcing import untouched_options
 
 _SCALE = 3.0  # guidance scale
@@ -31,7 +41,15 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
-        checks += compare_logits(name, logits, expected, limits(pipeline.manifest.precision))
+        checks += compare_logits(name, logits, expected, limits(pipeline.manifest, "step"))
+    labels = np.arange(IMAGES) % config.classes
+    codes = pipeline.generate(labels.tolist(), seed=SEED).codes
+    codes[rng.random(codes.shape) < np.linspace(0.2, 0.95, IMAGES)[:, None, None, None]] = config.codebook_size
+    for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
+        expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
+        logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
+        allowed = limits(pipeline.manifest, "step")
+        checks += compare_distributions(f"{name}, drawn codes", logits, expected, allowed, scale)
     return checks
 
 

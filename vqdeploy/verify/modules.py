@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.modules import BATCH, Call, Stage, at_border, resized, weights_digest
 from vqdeploy.export.quantizers import Replacement, copied, quantizers, replace_quantizers
+from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.manifest import SizeRange, StageInfo, TensorInfo
-from vqdeploy.verify.checks import Check, Limits, at_most, limits
+from vqdeploy.verify.checks import Check, at_most, limits
 
 _Index = slice | tuple[slice | Tensor, ...]
 _Result = Tensor | tuple[Tensor, ...]
@@ -100,7 +101,7 @@ class _Worst:
 
 @torch.no_grad()
 def _check_stage(pipeline: Pipeline, call: Call, stage: Stage, served: dict[str, nn.Module]) -> list[Check]:
-    info, allowed = pipeline.manifest.stage(call.name), limits(pipeline.manifest.precision)
+    info, allowed = pipeline.manifest.stage(call.name), limits(pipeline.manifest, call.name)
     axes = {tensor.name: {i: d for i, d in enumerate(tensor.shape) if isinstance(d, str)} for tensor in info.inputs}
     noise = torch.Generator().manual_seed(0)
     worst = {output.name: _Worst() for output in info.outputs}

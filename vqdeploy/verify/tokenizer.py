@@ -6,16 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqdeploy.models.pixels import channels_first, channels_last, to_range, to_uint8
+from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline
 from vqdeploy.systems import System
-from vqdeploy.verify.checks import IMAGES, Check, Limits, at_least, at_most, limits
+from vqdeploy.verify.checks import IMAGES, Check, at_least, at_most, limits
 
 _LEAST_ERROR = 1e-5  # squared grey levels: bounds the PSNR by 98 dB, as JSON has no infinity
 
 
 def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
     """Checks `encode` by the margin rule, and `decode` from the same codes."""
-    tokenizer, shape, allowed = system.tokenizer, (IMAGES, *pipeline.grid), limits(pipeline.manifest.precision)
+    tokenizer, shape = system.tokenizer, (IMAGES, *pipeline.grid)
+    allowed = limits(pipeline.manifest, "encode", "decode")
     drawn = rng.integers(0, pipeline.codebook_size, shape)
     decoded = pipeline.decode(drawn)
     if pipeline.tokenizer.omits_depths:

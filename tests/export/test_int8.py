@@ -1,0 +1,235 @@
+"""Products in int8: the operator against integer arithmetic of numpy, the choice of precisions, and whole plans."""
+
+import re
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from safetensors.numpy import load_file
+from support.mutations import change_weight, failed, failures
+
+from vqdeploy.engines.bodies_onnxrt import swap_in
+from vqdeploy.engines.build import build
+from vqdeploy.engines.package import read
+from vqdeploy.errors import VqdeployError
+from vqdeploy.export.functions import DOMAIN, OPSET, function
+from vqdeploy.export.layers import Product
+from vqdeploy.export.package import export
+from vqdeploy.export.precision import QuantizedProduct
+from vqdeploy.precision import MIXED, Choice
+from vqdeploy.runtime import load
+from vqdeploy.verify import verify
+
+
+def graph_of(weight, scale, own):
+    """A graph of one node, with the portable function body or ONNX Runtime's."""
+    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(scale, "scale")]
+    node = helper.make_node("QuantizedLinear", ["x", "weight", "scale"], ["y"], domain=DOMAIN)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", len(weight)])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", len(scale)])
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    graph = helper.make_graph([node], "graph", [x], [y], constants)
+    functions = [function("QuantizedLinear")]
+    model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
+    if own:
+        swap_in(model, 0)
+    return model
+
+
+def session(weight, scale, own):
+    """That graph in ONNX Runtime, which replaces the portable body by a product of its own, in 8 bits too."""
+    return ort.InferenceSession(graph_of(weight, scale, own).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def integers(x, weight, scale):
+    """What ONNX Runtime's body computes, in integers of 64 bits."""
+    largest = np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-30))
+    rows = np.rint(x / largest * np.float32(127)).astype(np.int64)
+    return (rows @ weight.astype(np.int64)) * largest * scale / 127
+
+
+def example(rows, inputs, outputs, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, inputs), dtype=np.float32) * rng.lognormal(0, 2, (rows, 1)).astype(np.float32)
+    weight = rng.integers(-63, 64, (inputs, outputs)).astype(np.int8)
+    return x, weight, rng.lognormal(-3, 1, outputs).astype(np.float32)
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(1, 40), st.integers(0, 1000))
+def test_both_bodies(rows, inputs, outputs, seed):
+    x, weight, scale = example(rows, inputs, outputs, seed)
+    exact = x.astype(np.float64) @ (weight * scale.astype(np.float64))
+    size = np.abs(x).astype(np.float64) @ (np.abs(weight) * scale.astype(np.float64))
+    (portable,) = ReferenceEvaluator(graph_of(weight, scale, own=False)).run(None, {"x": x})
+    assert (np.abs(portable - exact) <= 1e-5 * size).all()
+    found = torch.ops.vqdeploy.quantized_product(*map(torch.from_numpy, (x, weight, scale)))
+    assert (np.abs(found.numpy() - exact) <= 1e-5 * size).all()
+    (own,) = session(weight, scale, own=True).run(None, {"x": x})
+    # A unit that lies halfway between two integers may be rounded either way.
+    step = np.abs(x).max(1, keepdims=True) / 127 * np.abs(weight).max(0) * scale
+    assert (np.abs(own - integers(x, weight, scale)) <= 1e-5 * size + 1.01 * step).all()
+    assert np.median(np.abs(own - integers(x, weight, scale)) / np.maximum(size, 1e-30)) < 1e-5
+
+
+def test_the_largest_numbers_do_not_overflow():
+    """Products of 255 and 127 in pairs overflow the int16 that AVX2 adds them in."""
+    x, weight = np.ones((3, 4096), np.float32), np.full((4096, 32), 63, np.int8)
+    (own,) = session(weight, np.ones(32, np.float32), own=True).run(None, {"x": x})
+    np.testing.assert_allclose(own, 4096 * 63, rtol=1e-6)
+    assert QuantizedProduct(Product(torch.eye(8) * 1e3 + torch.randn(8, 8))).weight.abs().max() == 63
+
+
+def test_a_row_does_not_depend_on_the_others():
+    x, weight, scale = example(17, 64, 48)
+    own = session(weight, scale, own=True)
+    (together,) = own.run(None, {"x": x})
+    for i in range(len(x)):
+        np.testing.assert_array_equal(own.run(None, {"x": x[i : i + 1]})[0], together[i : i + 1])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_row_of_zeros(own):
+    x, weight, scale = example(4, 64, 48)
+    x[1] = 0
+    (found,) = session(weight, scale, own).run(None, {"x": x})
+    assert (found[1] == 0).all()
+    assert np.isfinite(found).all()
+
+
+def test_what_overflows_is_not_hidden():
+    x, weight, scale = example(4, 64, 48)
+    x[2, 5] = np.inf
+    (found,) = session(weight, scale, own=True).run(None, {"x": x})
+    assert not np.isfinite(found[2]).any()
+    assert np.isfinite(found[[0, 1, 3]]).all()
+
+
+def test_a_column_is_as_close_as_its_largest_weight_allows():
+    torch.manual_seed(0)
+    weight = torch.randn(256, 40) * torch.logspace(-4, 4, 40)
+    weight[:, 7] = 0
+    quantized = QuantizedProduct(Product(weight))
+    error = (quantized.weight * quantized.scale - weight).square().mean(0).sqrt()
+    assert (error <= weight.abs().amax(0) / 63 / 12**0.5 * 1.05).all()
+    assert quantized.scale.isfinite().all()
+    assert (quantized.scale > 0).all()
+
+
+# The choice
+
+
+@pytest.mark.parametrize(
+    ("text", "encode", "step"),
+    [
+        ("fp32", "fp32", "fp32"),
+        ("fp16", "fp16", "fp16"),
+        ("int8", "fp32", "int8"),
+        ("encode=fp16,step=int8", "fp16", "int8"),
+        ("fp16, step=fp32", "fp16", "fp32"),
+        ("step=int8", "fp32", "int8"),
+    ],
+)
+def test_a_choice(text, encode, step):
+    choice = Choice.parse(text)
+    assert (choice.of_tokenizer("encode"), choice.of_prior("step", True)) == (encode, step)
+    assert Choice.parse("int8").of_prior("condition", False) == "fp32"
+
+
+@pytest.mark.parametrize("text", ["", ",", "int4", "step=", "=", "step=int8,", "step=int9", "Int8"])
+def test_no_choice(text):
+    with pytest.raises(VqdeployError, match="unsupported precision; expected fp32 or fp16 or int8, found '"):
+        Choice.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("dcode=fp16", "there is no stage 'dcode' to export; expected encode or decode or step"),
+        ("encode=int8", "stage encode has no matrix products to store in int8. Fix: --dtype int8,encode=fp32"),
+    ],
+)
+def test_what_does_not_suit_the_stages(system, tmp_path, dtype, message):
+    with pytest.raises(VqdeployError, match=re.escape(message)):
+        export(system, tmp_path / "onnx", dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_that_exchange_states_have_one_type(vqvae2_system, tmp_path):
+    with pytest.raises(
+        VqdeployError, match=r"exchange states of one type; expected fp16 or fp32, found .*top_row=fp16"
+    ):
+        export(vqvae2_system, tmp_path / "onnx", "top_row=fp16")
+
+
+# Packages and plans
+
+
+@pytest.fixture
+def int8(artifacts, tmp_path):
+    return shutil.copytree(artifacts.package("rqvae", "int8"), tmp_path / "package")
+
+
+def test_what_a_package_holds(artifacts):
+    package = artifacts.package("rqvae", "int8")
+    manifest = read(package)
+    assert manifest.precision == "int8"
+    assert [stage.precision for stage in manifest.stages] == ["fp32", "fp32", "int8"]
+    weights = load_file(package / "weights.safetensors")
+    matrices = {name for name, weight in weights.items() if weight.dtype == np.int8}
+    assert {"body.0.qkv.product.weight", "classifier.product.weight"} <= matrices
+    nodes = [node.op_type for node in onnx.load(package / "step.onnx", load_external_data=False).graph.node]
+    # Two layers of the body and one of the head at four depths, four products each; a classifier a depth.
+    assert nodes.count("QuantizedLinear") == 4 * (2 + 4) + 4
+    assert "MatMul" in nodes  # attention within the head is between activations
+
+
+def test_precisions_that_differ(movq_system, tmp_path):
+    manifest = export(movq_system, tmp_path / "onnx", "decode=fp16,step=int8")
+    assert manifest.precision == MIXED
+    assert [stage.precision for stage in manifest.stages] == ["fp32", "fp16", "int8"]
+    build(tmp_path / "onnx", tmp_path / "plan")
+    report = verify(tmp_path / "plan", movq_system)
+    assert failures(report) == set()
+    assert report["precision"] == MIXED
+
+
+@pytest.mark.parametrize("portable", [True, False], ids=["portable", "own"])
+@pytest.mark.parametrize("name", ["rqvae", "vit", "vqvae2"])
+def test_a_good_plan_passes(artifacts, name, portable):
+    report = verify(artifacts.plan(name, "int8", portable=portable), artifacts.system(name))
+    assert failures(report) == set()
+    assert any("divergence" in check["metric"] for check in report["checks"])
+
+
+def test_an_image_alone_is_the_image_in_a_batch(artifacts):
+    pipeline = artifacts.pipeline("rqvae", "int8")
+    together = pipeline.generate([0, 1, 2], seed=3).codes
+    alone = pipeline.generate([1], seed=3, first_image=1).codes
+    np.testing.assert_array_equal(alone[0], together[1])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("classifier.product.scale", lambda scale: np.multiply(scale[:1], 1.5, out=scale[:1])),
+        ("body.1.qkv.product.scale", lambda scale: np.multiply(scale, 1.1, out=scale)),
+        ("body.0.mlp_out.product.weight", lambda weight: np.copyto(weight, weight // 16 * 16)),
+        ("head.0.proj.product.weight", lambda weight: np.copyto(weight, weight[:, ::-1].copy())),
+    ],
+)
+def test_weights_that_are_off_are_found(int8, system, tensor, change):
+    change_weight(int8, torch.from_numpy(load_file(int8 / "weights.safetensors")[tensor]), change)
+    build(int8, int8 / "plan")
+    failed(failures(verify(int8 / "plan", system)), "step: drawn codes: Kullback-Leibler")
+
+
+def test_it_runs_without_the_exporter(artifacts):
+    with load(artifacts.plan("rqvae", "int8"), threads=1) as pipeline:
+        assert pipeline.generate([0]).codes.shape == (1, 4, 4, 4)
