@@ -119,14 +119,14 @@ def _quantize(module: nn.Module) -> None:
 
 
 def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = _cast(weight, dtype)
-    if cast.is_floating_point() and (cast.isinf() & weight.isfinite()).any():
+    fitted = _cast(weight, dtype)
+    if fitted.is_floating_point() and (fitted.isinf() & weight.isfinite()).any():
         largest = torch.finfo(dtype).max
         found = f"{float(weight.abs().max()):.4g}"
         raise VqdeployError(
             "a weight does not fit fp16", expected=f"at most {largest:.4g}", found=found, fix="--dtype fp32"
         )
-    return cast
+    return fitted
 
 
 def _in_type_of_weight(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
