@@ -44,7 +44,8 @@ class TokenizerOfAPlan:
     def __init__(self, system, reads=np.asarray, writes=np.asarray):
         self.model, self.reads, self.writes = system.tokenizer, reads, writes
         self.tokenizer = SimpleNamespace(omits_depths=False)
-        self.manifest, self.range = SimpleNamespace(precision="fp32"), system.tokenizer.config.pixel_range
+        stages = [SimpleNamespace(name=name, precision="fp32") for name in ("encode", "decode")]
+        self.manifest, self.range = SimpleNamespace(stages=stages), system.tokenizer.config.pixel_range
         self.codebook_size, self.image_shape = system.config.tokenizer.codebook_size, (32, 32, 3)
         self.grid = tuple(self.encode(np.zeros((1, *self.image_shape), np.uint8)).shape[1:])
 

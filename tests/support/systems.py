@@ -27,8 +27,6 @@ CONV = ConvConfig(
     latent_channels=16,
     norm_groups=4,
 )
-# Blocks in the middle, and in the decoder one on each level; `CONV` has them in the encoder too.
-THIN_CONV = replace(CONV, res_blocks=0)
 SMALL = SystemConfig(
     model="rqvae",
     preset="small",
@@ -48,7 +46,7 @@ SMALL_TEXT = replace(  # texts longer than the code map, and a vocabulary that i
 SMALL_MOVQ = SystemConfig(
     model="movq",
     preset="small",
-    tokenizer=MoVQConfig(conv=THIN_CONV, codebook_size=32, code_dim=16, groups=4),
+    tokenizer=MoVQConfig(conv=CONV, codebook_size=32, code_dim=16, groups=4),
     prior=MaskGITConfig(grid=(4, 4, 4), codebook_size=32, width=64, layers=2, heads=4, classes=3, dropout=0.0),
     labels=("cat", "dog", "eel"),
     sampling=MaskedSampling(
