@@ -46,6 +46,14 @@ def test_every_stage_of_tiny_builds(tiny, tmp_path):
 
 
 @needs_rtx
+def test_products_in_int8_are_built(artifacts, tmp_path):
+    """The parser names layers of DequantizeLinear by their node, and the calls of a function share their nodes."""
+    manifest = build(artifacts.package("rqvae", "int8"), tmp_path / "int8.plan", "tensorrt-rtx")
+    assert [stage.precision for stage in manifest.stages] == ["fp32", "fp32", "int8"]
+    assert [path.name for path in tmp_path.iterdir()] == ["int8.plan"]
+
+
+@needs_rtx
 def test_products_keep_all_bits_of_fp32_and_engines_can_be_captured(python):
     """TF32 is on by default, and engines may allocate memory as they run."""
     printed = python("""
