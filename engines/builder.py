@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vqdeploy.errors import VqdeployError
+import onnx
+
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime.manifest import StageInfo
 
 
@@ -80,6 +82,18 @@ class Builder(Protocol):
             ArtifactError: A stage cannot be built; the message names it.
         """
         ...
+
+
+def read_graph(file: Path) -> onnx.ModelProto:
+    """A graph of a package, without its weights.
+
+    Raises:
+        ArtifactError: The file is not a graph.
+    """
+    try:
+        return onnx.load(file, load_external_data=False)
+    except Exception as error:  # the module of protobuf's DecodeError varies
+        raise ArtifactError(f"{file} is not an ONNX graph ({error})", fix="vqdeploy export") from error
 
 
 def refuse_plugin(reason: str) -> VqdeployError:

@@ -7,8 +7,7 @@ from pathlib import Path
 import onnx
 
 from vqdeploy.engines.bodies_onnxrt import swap_in
-from vqdeploy.engines.builder import Built, BuiltStage, Options, refuse_plugin
-from vqdeploy.errors import ArtifactError
+from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, refuse_plugin
 from vqdeploy.runtime.manifest import StageInfo
 
 
@@ -36,10 +35,7 @@ class OnnxrtBuilder:
 
 def _build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool) -> BuiltStage:
     """Writes the graph of a stage, which refers to the weights by name."""
-    try:
-        model = onnx.load(package / stage.file, load_external_data=False)
-    except Exception as error:  # the module of protobuf's DecodeError varies
-        raise ArtifactError(f"{package / stage.file} is not an ONNX graph ({error})", fix="vqdeploy export") from error
+    model = read_graph(package / stage.file)
     if not portable:
         swap_in(model, _cache_heads(model.graph))
     target = folder / stage.file

@@ -21,9 +21,10 @@ from typing import Any
 import onnx
 from onnx import inliner
 
-from vqdeploy.engines.builder import Built, BuiltStage, Options, refuse_plugin
+from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, refuse_plugin
 from vqdeploy.engines.plugin import obstacle
 from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
 
@@ -58,7 +59,9 @@ class TensorrtBuilder:
             for stage in stages:
                 progress(stage.name)
                 engine = folder / f"{stage.name}.engine"
-                graph = _graph(package / stage.file, folder)
+                graph = package / stage.file
+                if PRECISIONS[stage.precision].products:
+                    graph = _inlined(graph, folder)
                 job = Job(stage.name, str(graph), str(engine), _shapes(stage), plugin)
                 nodes = worker.build(job, fall_back=options.plugin == "auto")
                 built.append(BuiltStage(engine, plugins=nodes))
@@ -81,21 +84,15 @@ class TensorrtBuilder:
         return mode != "off" and not reason
 
 
-def _graph(file: Path, folder: Path) -> Path:
-    """The graph to parse: that of the package, or a copy in a folder with the bodies of its quantized products inline.
+def _inlined(file: Path, folder: Path) -> Path:
+    """A copy of a graph in a folder, with the bodies of its quantized products inline.
 
     The parser names the layer of a DequantizeLinear after its node, and two calls of a function have the same nodes.
     """
-    try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception as error:  # the module of protobuf's DecodeError varies
-        raise ArtifactError(f"{file} is not an ONNX graph ({error})", fix="vqdeploy export") from error
-    if _QUANTIZED not in [(function.domain, function.name) for function in model.functions]:
-        return file
     weights = folder / WEIGHTS
     if not weights.exists():
         weights.symlink_to((file.parent / WEIGHTS).resolve())
-    onnx.save(inliner.inline_selected_functions(model, [_QUANTIZED]), folder / file.name)
+    onnx.save(inliner.inline_selected_functions(read_graph(file), [_QUANTIZED]), folder / file.name)
     return folder / file.name
 
 

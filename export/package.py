@@ -112,10 +112,11 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
         named = [precision for name, precision in choice.named.items() if name not in names]
         floats = PRECISIONS[(named or [choice.rest])[0]].floats
         of_prior = SYSTEMS[system.config.model].stages(system.prior, floats)
-    choice.check(names, {stage.name: has_products(stage) for stage in of_prior})
+    quantizable = {stage.name: has_products(stage) for stage in of_prior}
+    choice.check(names, quantizable)
     return [
         *(in_precision(stage, choice.of_tokenizer(stage.name)) for stage in own),
-        *(in_precision(stage, choice.of_prior(stage.name, has_products(stage))) for stage in of_prior),
+        *(in_precision(stage, choice.of_prior(stage.name, quantizable[stage.name])) for stage in of_prior),
     ]
 
 

@@ -35,12 +35,12 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     """
     chosen = PRECISIONS[precision]
     if chosen.products:
-        module = copy.deepcopy(stage.module)  # the layers belong to the system
         if not has_products(stage):
             raise VqdeployError(
                 f"stage {stage.name} has no matrix products to store in {precision}",
                 fix=f"--dtype {precision},{stage.name}=fp32",
             )
+        module = copy.deepcopy(stage.module)  # the layers belong to the system
         _quantize(module)
         return dataclasses.replace(stage, module=module, precision=precision)
     dtype = DTYPES[chosen.floats]

@@ -6,7 +6,7 @@ fp32: the search of codebooks and the sampling.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from vqdeploy.errors import VqdeployError
@@ -85,17 +85,9 @@ _FP16 = Limits(
     psnr=50.0,
     largest=65504.0,
 )
-_INT8 = Limits(
-    codes=0.01,
-    distance=1e-4,
-    logits=0.1,
-    mean_logits=0.03,
-    likeliest=0.3,
-    clear=5e-3,
-    divergence=5e-4,
-    variation=2e-2,
-    grey_levels=1,
-)
+_INT8 = replace(
+    _FP32, logits=0.1, mean_logits=0.03, likeliest=0.3, clear=5e-3, divergence=5e-4, variation=2e-2
+)  # of priors alone
 
 PRECISIONS = {
     "fp32": Precision("fp32", _FP32),

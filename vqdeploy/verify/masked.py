@@ -42,8 +42,8 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
         checks += compare_logits(name, logits, expected, limits(pipeline.manifest, "step"))
-    labels = np.arange(IMAGES) % config.classes
-    codes = pipeline.generate(labels.tolist(), seed=SEED).codes
+    labels = pipeline.condition.examples(IMAGES)
+    codes = pipeline.generate(labels, seed=SEED).codes
     codes[rng.random(codes.shape) < np.linspace(0.2, 0.95, IMAGES)[:, None, None, None]] = config.codebook_size
     for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
