@@ -361,6 +361,7 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     model.opset_import.extend(onnx.helper.make_opsetid(d, 1) for d in ("com.microsoft", "vqdeploy") if d not in used)
     if heads:
         _use_prefix_attention(graph, heads)
+    _use_block_products(graph)
     _keep_called(model)
 
 
@@ -382,6 +383,23 @@ def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
     """Rank of the tensors of a graph with a known shape."""
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
     return ranks | {initializer.name: len(initializer.dims) for initializer in graph.initializer}
+
+
+def _use_block_products(graph: onnx.GraphProto) -> None:
+    """Replaces products with weights in 4 bits by MatMulNBits, which takes the weights as they are.
+
+    It quantizes activations to 8 bits by blocks of a row, so that an image does not depend on its batch.
+    """
+    shapes = {initializer.name: initializer.dims for initializer in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "BlockQuantizedLinear":
+            outputs, blocks, half = shapes[node.input[1]]
+            sizes = {"K": blocks * 2 * half, "N": outputs, "bits": 4, "block_size": 2 * half, "accuracy_level": 4}
+            node.CopyFrom(
+                onnx.helper.make_node(
+                    "MatMulNBits", node.input, node.output, node.name, domain="com.microsoft", **sizes
+                )
+            )
 
 
 def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:

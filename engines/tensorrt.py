@@ -60,7 +60,7 @@ class TensorrtBuilder:
                 progress(stage.name)
                 engine = folder / f"{stage.name}.engine"
                 graph = package / stage.file
-                if PRECISIONS[stage.precision].products:
+                if PRECISIONS[stage.precision].bits:
                     graph = _inlined(graph, folder)
                 job = Job(stage.name, str(graph), str(engine), _shapes(stage), plugin)
                 nodes = worker.build(job, fall_back=options.plugin == "auto")

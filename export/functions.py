@@ -316,6 +316,33 @@ QuantizedLinear (x, weight, scale) => (y)
 }"""
 
 
+# Two weights a byte, as in `MatMulNBits` of ONNX Runtime. ONNX's own type of 4 bits has no bytes in safetensors, and
+# DequantizeLinear of it no kernel where this has.
+_BLOCK_QUANTIZED_LINEAR = """
+BlockQuantizedLinear (x, weight, scale) => (y)
+{
+    lower_half = Constant <value = uint8 {15}> ()
+    half = Constant <value = uint8 {4}> ()
+    zero = Constant <value = float {8.0}> ()
+    last = Constant <value_ints = [-1]> ()
+    by_block = Constant <value_ints = [0, 0, -1]> ()
+    first = BitwiseAnd (weight, lower_half)
+    second = BitShift <direction = "RIGHT"> (weight, half)
+    first_column = Unsqueeze (first, last)
+    second_column = Unsqueeze (second, last)
+    pairs = Concat <axis = -1> (first_column, second_column)
+    integers = Reshape (pairs, by_block)
+    floats = Cast <to = 1> (integers)
+    centred = Sub (floats, zero)
+    scale_column = Unsqueeze (scale, last)
+    blocks = Mul (centred, scale_column)
+    rows = Flatten <axis = 1> (blocks)
+    table = Transpose <perm = [1, 0]> (rows)
+    like_x = CastLike (table, x)
+    y = MatMul (x, like_x)
+}"""
+
+
 def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProto:
     """Parses a function of domain `vqdeploy` from ONNX text syntax."""
     opsets = ", ".join(f'"{domain}" : {version}' for domain, version in ({"": OPSET} | (imports or {})).items())
@@ -330,6 +357,7 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "CachedAttention": lambda: _CACHED_ATTENTION,
     "WriteCache": lambda: _WRITE_CACHE,
     "QuantizedLinear": lambda: _QUANTIZED_LINEAR,
+    "BlockQuantizedLinear": lambda: _BLOCK_QUANTIZED_LINEAR,
     "GumbelSample": lambda: _GUMBEL_SAMPLE,
 }
 
@@ -388,6 +416,11 @@ def translations() -> dict[Callable[..., Any], Translation]:
         ops.quantized_product.default: _node(
             "QuantizedLinear",
             [("x", "T"), ("weight", "tensor(int8)"), ("scale", "tensor(float)")],
+            [("y", "T")],
+        ),
+        ops.block_quantized_product.default: _node(
+            "BlockQuantizedLinear",
+            [("x", "T"), ("weight", "tensor(uint8)"), ("scale", "tensor(float)")],
             [("y", "T")],
         ),
         ops.sample.default: _node("GumbelSample", sampling, [("codes", _INT64)]),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
+from vqdeploy.export.layers import InferenceBlock, Projection, at_least, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models.gpt import GPT
 
@@ -37,7 +37,8 @@ class Step(nn.Module):
 
     def __init__(self, prior: GPT):
         super().__init__()
-        self.entries, self.norm, self.head = Entries(prior), prior.layer_norm, Projection(prior.head)
+        self.entries, self.norm = Entries(prior), prior.layer_norm
+        self.head = at_least(8, Projection(prior.head))
         self.body = nn.ModuleList(InferenceBlock(block) for block in prior.transformer.blocks)
 
     def forward(

@@ -17,14 +17,18 @@ def widened(x: Tensor) -> Tensor:
 
 
 class Product(nn.Module):
-    """A matrix product, which `vqdeploy.export.precision` may quantize unless it is `sensitive`."""
+    """A matrix product, which `vqdeploy.export.precision` may quantize to `least_bits` or more.
+
+    `moment` [inputs, inputs] is what is known of its inputs, see `vqdeploy.export.rounding.observed`.
+    """
 
     weight: Tensor  # [inputs, outputs]
-    sensitive: bool = False
+    least_bits: int = 4
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, moment: Tensor | None = None):
         super().__init__()
         self.register_buffer("weight", weight.detach().contiguous())
+        self.moment = moment
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
@@ -33,11 +37,11 @@ class Product(nn.Module):
 M = TypeVar("M", bound=nn.Module)
 
 
-def sensitive(module: M) -> M:
-    """Marks all products of a module as sensitive to quantization."""
+def at_least(bits: int, module: M) -> M:
+    """Keeps all products of a module, which are sensitive to quantization, at this many bits."""
     for part in module.modules():
         if isinstance(part, Product):
-            part.sensitive = True
+            part.least_bits = bits
     return module
 
 
@@ -52,7 +56,7 @@ class Projection(nn.Module):
         weight = torch.cat([layer.weight.T * scale for layer, scale in zip(layers, scales, strict=True)], 1)
         biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
         bias = torch.cat([bias * scale for bias, scale in zip(biases, scales, strict=True)])
-        self.product = Product(weight)
+        self.product = Product(weight, getattr(layers[0], "moment", None))
         self.register_buffer("bias", bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:

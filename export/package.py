@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.export import tokenizer
 from vqdeploy.export.functions import OPSET
 from vqdeploy.export.precision import has_products, in_precision
+from vqdeploy.export.rounding import observed
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
 from vqdeploy.precision import PRECISIONS, Choice, together
@@ -111,7 +113,13 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
     if system.prior is not None:
         named = [precision for name, precision in choice.named.items() if name not in names]
         floats = PRECISIONS[(named or [choice.rest])[0]].floats
-        of_prior = SYSTEMS[system.config.model].stages(system.prior, floats)
+        definition, rounds = SYSTEMS[system.config.model], "int4" in (choice.rest, *named)
+        if rounds and definition.kind == "masked":
+            raise VqdeployError(
+                "int4 is slower than int8 for a masked prior, whose products have many rows", fix="--dtype int8"
+            )
+        with observed(system.prior) if rounds and definition.kind == "autoregressive" else nullcontext():
+            of_prior = definition.stages(system.prior, floats)
     quantizable = {stage.name: has_products(stage) for stage in of_prior}
     choice.check(names, quantizable)
     return [

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import Product, Projection, sensitive, widened
+from vqdeploy.export.layers import Product, Projection, at_least, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
 from vqdeploy.models.modules import Modules
@@ -261,9 +261,9 @@ class Pixel(nn.Module):
         self.second = Modules(_taps(block.conv2) for block in gated)
         kind: Any = PixelAttention if config.attention else PixelExit
         # The path of the residuals to the logits: in 8 bits it alone costs more than everything else together.
-        self.exits = sensitive(nn.ModuleList(kind(block.exit) for block in network.blocks))
+        self.exits = at_least(32, nn.ModuleList(kind(block.exit) for block in network.blocks))
         self.out_blocks = nn.ModuleList(PointwiseGate(block) for block in network.out_blocks)
-        self.out = sensitive(_pointwise(network.out))
+        self.out = at_least(32, _pointwise(network.out))
         self.register_buffer("background", network.background[0].flatten(1).T.contiguous())
 
     def forward(

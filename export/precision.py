@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.layers import Product, Projection
 from vqdeploy.export.quantizers import Replacement
+from vqdeploy.export.rounding import BLOCK, rounded
 from vqdeploy.export.stage import Stage
 from vqdeploy.models.quantizers import AveragedCodebook
 from vqdeploy.precision import PRECISIONS
@@ -34,14 +35,14 @@ def in_precision(stage: Stage, precision: str) -> Stage:
         VqdeployError: A weight overflows the precision, or the stage has nothing that the precision is for.
     """
     chosen = PRECISIONS[precision]
-    if chosen.products:
+    if chosen.bits:
         if not has_products(stage):
             raise VqdeployError(
                 f"stage {stage.name} has no matrix products to store in {precision}",
                 fix=f"--dtype {precision},{stage.name}=fp32",
             )
         module = copy.deepcopy(stage.module)  # the layers belong to the system
-        _quantize(module)
+        _quantize(module, chosen.bits)
         return dataclasses.replace(stage, module=module, precision=precision)
     dtype = DTYPES[chosen.floats]
     if dtype == torch.float32:
@@ -68,7 +69,9 @@ def _quantizable(module: nn.Module) -> Iterator[tuple[nn.Module, str, Product | 
     kept = _kept(module)
     for owner in list(module.modules()):
         for name, part in list(owner.named_children()):
-            if (isinstance(part, Product) and not part.sensitive) or (isinstance(part, nn.Linear) and part not in kept):
+            if (isinstance(part, Product) and part.least_bits <= 8) or (
+                isinstance(part, nn.Linear) and part not in kept
+            ):
                 yield owner, name, part
 
 
@@ -107,15 +110,39 @@ def _scale(weight: Tensor) -> Tensor:
     return best
 
 
-def _quantize(module: nn.Module) -> None:
-    """Quantizes the matrix products within a module."""
+class BlockQuantizedProduct(nn.Module):
+    """`Product` with weights in 4 bits, scaled by blocks of inputs."""
+
+    weight: Tensor  # uint8 [outputs, blocks, BLOCK / 2], see `block_quantized_product`
+    scale: Tensor  # [outputs, blocks]
+
+    def __init__(self, product: Product):
+        super().__init__()
+        integers, scale = rounded(product.weight, product.moment)
+        first, second = (integers.T + 8).to(torch.uint8).unflatten(1, (-1, BLOCK // 2, 2)).unbind(-1)
+        self.register_buffer("weight", first | second << 4)
+        self.register_buffer("scale", scale.T.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.vqdeploy.block_quantized_product(x, self.weight, self.scale)
+        return product
+
+
+def _quantize(module: nn.Module, bits: int) -> None:
+    """Quantizes the matrix products within a module to this many bits, or 8 where they need more."""
     for owner, name, part in _quantizable(module):
         if isinstance(part, Product):
-            owner.register_module(name, QuantizedProduct(part))
+            owner.register_module(name, _quantized(part, bits))
         else:
             projection = Projection(part)
-            projection.register_module("product", QuantizedProduct(projection.product))
+            projection.register_module("product", _quantized(projection.product, bits))
             owner.register_module(name, projection)
+
+
+def _quantized(product: Product, bits: int) -> nn.Module:
+    if max(bits, product.least_bits) == 8 or len(product.weight) % BLOCK:
+        return QuantizedProduct(product)
+    return BlockQuantizedProduct(product)
 
 
 def _fitting(weight: Tensor, dtype: torch.dtype) -> Tensor:

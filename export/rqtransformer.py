@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import InferenceBlock, Projection, embed_entries, widened
+from vqdeploy.export.layers import InferenceBlock, Projection, at_least, embed_entries, widened
 from vqdeploy.export.stage import Dimension, Stage
 from vqdeploy.models.rqtransformer import RQTransformer
 
@@ -66,7 +66,7 @@ class Step(nn.Module):
         self.condition = Text(prior) if config.condition_length > 1 else Label(prior)
         self.body = nn.ModuleList(InferenceBlock(block) for block in prior.body_transformer.blocks)
         self.head = nn.ModuleList(InferenceBlock(block) for block in prior.head_transformer.blocks)
-        self.norm, self.classifier = prior.classifier.layer_norm, Projection(prior.classifier.linear)
+        self.norm, self.classifier = prior.classifier.layer_norm, at_least(8, Projection(prior.classifier.linear))
         # Both projections are linear in rows of the codebook, so each becomes a table; biases are added once.
         self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())
         self.register_buffer("head_table", (prior.codebook @ prior.head_mlp.weight.T).detach())

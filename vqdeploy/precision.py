@@ -53,12 +53,12 @@ class Precision:
     Attributes:
         floats: Type of weights and states, and of the arithmetic: `fp32` or `fp16`.
         limits: How far results may be off.
-        products: Type of the weights of matrix products, if another than `floats`.
+        bits: Bits of the weights of matrix products, if they are integers.
     """
 
     floats: str
     limits: Limits
-    products: str | None = None
+    bits: int | None = None
 
 
 _FP32 = Limits(
@@ -88,11 +88,13 @@ _FP16 = Limits(
 _INT8 = replace(
     _FP32, logits=0.1, mean_logits=0.03, likeliest=0.3, clear=5e-3, divergence=5e-4, variation=2e-2
 )  # of priors alone
+_INT4 = replace(_INT8, logits=0.3, mean_logits=0.05, likeliest=0.5, clear=0.05, divergence=8e-3, variation=6e-2)
 
 PRECISIONS = {
     "fp32": Precision("fp32", _FP32),
     "fp16": Precision("fp16", _FP16),
-    "int8": Precision("fp32", _INT8, products="int8"),
+    "int8": Precision("fp32", _INT8, bits=8),
+    "int4": Precision("fp32", _INT4, bits=4),
 }
 """Name -> precision."""
 
@@ -129,11 +131,11 @@ class Choice:
 
     def of_tokenizer(self, stage: str) -> str:
         """The precision of a stage of a tokenizer, fp32 if the chosen one is for products of a prior."""
-        return self.named.get(stage, "fp32" if PRECISIONS[self.rest].products else self.rest)
+        return self.named.get(stage, "fp32" if PRECISIONS[self.rest].bits else self.rest)
 
     def of_prior(self, stage: str, has_products: bool) -> str:
         """The precision of a stage of a prior, fp32 if the chosen one is for products and it has none."""
-        return self.named.get(stage, "fp32" if PRECISIONS[self.rest].products and not has_products else self.rest)
+        return self.named.get(stage, "fp32" if PRECISIONS[self.rest].bits and not has_products else self.rest)
 
     def check(self, tokenizer: Sequence[str], prior: Mapping[str, bool]) -> None:
         """Checks the choice against the names of the stages, those of the prior with whether they have products.
@@ -156,7 +158,7 @@ class Choice:
 
 def together(precisions: Sequence[str]) -> str:
     """The precision of a package with these of its stages."""
-    quantized = [name for name in precisions if PRECISIONS[name].products]
+    quantized = [name for name in precisions if PRECISIONS[name].bits]
     others = set(precisions) - set(quantized)
     if quantized and others <= {"fp32"} and len(set(quantized)) == 1:
         return quantized[0]

@@ -142,9 +142,9 @@ def test_a_choice(text, encode, step):
     assert Choice.parse("int8").of_prior("condition", False) == "fp32"
 
 
-@pytest.mark.parametrize("text", ["", ",", "int4", "step=", "=", "step=int8,", "step=int9", "Int8"])
+@pytest.mark.parametrize("text", ["", ",", "int3", "step=", "=", "step=int8,", "step=int9", "Int8"])
 def test_no_choice(text):
-    with pytest.raises(VqdeployError, match="unsupported precision; expected fp32 or fp16 or int8, found '"):
+    with pytest.raises(VqdeployError, match="unsupported precision; expected fp32 or fp16 or int8 or int4, found '"):
         Choice.parse(text)
 
 

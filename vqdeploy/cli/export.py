@@ -27,7 +27,7 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", "--precision", help="Precision: fp32, fp16, int8, or of each stage, decode=fp16,step=int8."
+            "--dtype", "--precision", help="Precision: fp32, fp16, int8, int4, or of each stage, decode=fp16,step=int8."
         ),
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,

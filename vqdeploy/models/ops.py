@@ -84,6 +84,28 @@ def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
+@operator("block_quantized_product")
+def block_quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Product with a matrix of 4 bits, scaled by blocks of inputs.
+
+    Args:
+        x: Rows [..., inputs].
+        weight: Pairs of integers 0..15, of which 8 stands for zero, uint8 [outputs, blocks, block / 2]; the first of a
+            pair is in the lower half of its byte.
+        scale: What an integer of each block is worth [outputs, blocks].
+
+    Returns:
+        Rows [..., outputs] in the type of `x`.
+    """
+    integers = torch.stack([weight & 15, weight >> 4], -1).flatten(2).to(scale.dtype) - 8
+    return x @ (integers * scale[..., None]).flatten(1).T.to(x.dtype)
+
+
+@block_quantized_product.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @operator("residual_quantize")
 def residual_quantize(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
     """Residual quantization (Lee et al., RQ-VAE, section 3.1; Zeghidour et al., SoundStream, algorithm 1).

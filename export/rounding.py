@@ -1,0 +1,84 @@
+"""Rounds matrices to 4 bits with the error compensated, by what is known of their inputs.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR 2023): each
+input's rounding error is made up for by the weights of the inputs that are yet to be rounded.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vqdeploy.models.prior import Prior
+
+BLOCK = 32
+"""Inputs that share a scale."""
+
+_LARGEST = 7
+_SMALLEST = -8
+_DAMPING = 0.01  # of the mean, added to all squares of inputs
+_POSITIONS = 1024  # of codes in one pass
+_PASSES = 4
+
+
+@contextmanager
+def observed(prior: Prior) -> Iterator[None]:
+    """Within it each linear layer of a prior has `moment`, the sums of products of its inputs [inputs, inputs].
+
+    The inputs are those for random codes: on the shipped priors they serve as well as those for codes of images.
+    """
+    config, generator = prior.config, torch.Generator().manual_seed(0)
+    images = max(1, _POSITIONS * config.depth // math.prod(config.grid))
+    condition = (images, *([length] if (length := getattr(config, "condition_length", 1)) > 1 else []))
+    layers = [layer for layer in cast(nn.Module, prior).modules() if isinstance(layer, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(_observe) for layer in layers]
+    try:
+        with torch.no_grad():
+            for _ in range(_PASSES):
+                codes = torch.randint(config.codebook_size, (images, *config.grid), generator=generator)
+                prior.logits(codes, torch.randint(config.classes, condition, generator=generator))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            vars(layer).pop("moment", None)
+
+
+def _observe(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+    rows = inputs[0].flatten(0, -2)
+    layer.moment = getattr(layer, "moment", 0) + rows.T @ rows
+
+
+def rounded(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rounds a matrix [inputs, outputs]; `moment` [inputs, inputs] is that of its inputs, None if it is not known.
+
+    Returns:
+        Integers -8..7 int8 [inputs, outputs], and what one is worth in each block of inputs [blocks, outputs].
+    """
+    rest, integers, scales = weight.clone(), torch.empty_like(weight), []
+    inverse = _inverse(torch.eye(len(weight)) if moment is None else moment)
+    for start in range(0, len(weight), BLOCK):
+        block = slice(start, start + BLOCK)
+        scale = torch.maximum(rest[block].amax(0) / _LARGEST, rest[block].amin(0) / _SMALLEST)
+        scale = torch.where(scale > 0, scale, 1.0)
+        errors = torch.empty_like(rest[block])
+        for i in range(start, start + BLOCK):
+            integers[i] = (rest[i] / scale).round().clamp(_SMALLEST, _LARGEST)
+            errors[i - start] = (rest[i] - integers[i] * scale) / inverse[i, i]
+            rest[i + 1 : block.stop] -= inverse[i, i + 1 : block.stop, None] * errors[i - start]
+        rest[block.stop :] -= inverse[block, block.stop :].T @ errors
+        scales.append(scale)
+    return integers.to(torch.int8), torch.stack(scales)
+
+
+def _inverse(moment: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse: row i has what an error of input i asks of the inputs behind it."""
+    moment = moment.double()
+    damped = moment + (_DAMPING * moment.diagonal().mean() + 1e-12) * torch.eye(len(moment))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
