@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import external_data_helper, inliner
 
@@ -111,8 +112,10 @@ def _use_int4(graph: onnx.GraphProto, package: Path) -> None:
         if weight not in tables:
             tables[weight] = f"{weight}_table"
             block = _to_int4(initializers[weight], package)
-            rows, attributes = f"{weight}_rows", {"axis": 1, "block_size": block}
-            nodes.append(onnx.helper.make_node("DequantizeLinear", [weight, scale], [rows], rows, **attributes))
+            rows = f"{weight}_rows"
+            nodes.append(
+                onnx.helper.make_node("DequantizeLinear", [weight, scale], [rows], rows, axis=1, block_size=block)
+            )
             nodes.append(onnx.helper.make_node("Transpose", [rows], [tables[weight]], tables[weight], perm=[1, 0]))
         nodes.append(onnx.helper.make_node("MatMul", [x, tables[weight]], node.output, node.name))
     del graph.node[:]
@@ -126,7 +129,7 @@ def _to_int4(weight: onnx.TensorProto, package: Path) -> int:
         weight.ClearField("external_data")
         weight.ClearField("data_location")
     outputs, blocks, half = weight.dims
-    weight.raw_data = bytes(byte ^ 0x88 for byte in weight.raw_data)  # 8 stands for zero: now zero does
+    weight.raw_data = (np.frombuffer(weight.raw_data, np.uint8) ^ 0x88).tobytes()  # 8 stands for zero: now zero does
     weight.data_type = onnx.TensorProto.INT4
     weight.dims[:] = [outputs, blocks * 2 * half]
     return 2 * int(half)
