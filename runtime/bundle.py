@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import struct
+import threading
 import weakref
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _DIRECTORY_BYTES = 1 << 20  # limit of the ZIP directory: an entry takes a few hundred
 _HEADER_BYTES = 1 << 26  # limit of the manifest and of the safetensors header, far above any model
 _CHUNK = 1 << 22
+_PAGES_S = 0.01  # seconds, in which an engine copies a few megabytes
 _REBUILD = "vqdeploy build PACKAGE"
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -151,6 +153,33 @@ class Bundle:
                 raise ArtifactError(f"{self.path} was truncated while it was read", fix=_REBUILD)
             start += len(chunk)
             yield chunk
+
+    def status(self) -> os.stat_result:
+        """Size, times and identity of the open file."""
+        return os.fstat(self._stream.fileno())
+
+    @contextlib.contextmanager
+    def sparing_memory(self) -> Iterator[None]:
+        """While the block runs, pages of the memory map are returned soon after they were read.
+
+        An engine that copies weights as it opens would otherwise hold them twice. Pages that are needed again are read
+        from the cache of the system.
+        """
+        done = threading.Event()
+        keeper = threading.Thread(target=self._return_pages, args=(done,), name="pages", daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            keeper.join()
+
+    def _return_pages(self, done: threading.Event) -> None:
+        last = False
+        while not last:
+            last = done.wait(_PAGES_S)
+            if hasattr(mmap, "MADV_DONTNEED"):  # Windows has no such call
+                self._map.madvise(mmap.MADV_DONTNEED)
 
     def verify(self) -> None:
         """Checks the sha256 of every member.

@@ -7,12 +7,13 @@ the digest of the engine, and its own digest fits.
 import hashlib
 import logging
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.files import replacing_file
+from vqdeploy.runtime import user_cache
+from vqdeploy.runtime.user_cache import private
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -20,12 +21,8 @@ log = logging.getLogger("vqdeploy")
 
 
 def folder() -> Path | None:
-    """The folder: `vqdeploy/tensorrt-rtx` in XDG_CACHE_HOME or in `~/.cache`; None without a home directory."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return (base if base.is_absolute() else Path.home() / ".cache") / "vqdeploy" / "tensorrt-rtx"
-    except RuntimeError:
-        return None
+    """The folder: `tensorrt-rtx` in the cache of the user."""
+    return user_cache.folder("tensorrt-rtx")
 
 
 class KernelCache:
@@ -57,7 +54,7 @@ class KernelCache:
         self._saved = compiled
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not _private(self._file.parent.stat()):
+            if not private(self._file.parent.stat()):
                 log.warning("kernels are not cached in %s: another user can write there", self._file.parent)
                 return
             with replacing_file(self._file) as file:
@@ -72,7 +69,7 @@ def _read(file: Path) -> bytes:
     """The saved kernels; empty if the file is missing, damaged, or writable by another user."""
     try:
         with open(file, "rb", opener=_open) as stream:
-            if not (_private(file.parent.stat()) and _private(os.fstat(stream.fileno()))):
+            if not (private(file.parent.stat()) and private(os.fstat(stream.fileno()))):
                 log.warning("%s is not read: another user could have written it", file)
                 return b""
             data = stream.read()
@@ -87,10 +84,3 @@ def _read(file: Path) -> bytes:
 
 def _open(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
-
-
-def _private(status: os.stat_result) -> bool:
-    """Whether only this user can write there; on Windows the folders of a user are private anyway."""
-    if os.name == "nt":
-        return True
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

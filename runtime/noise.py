@@ -18,7 +18,8 @@ Draw = Callable[[Sequence[Key], Iterable[np.ndarray]], None]
 
 _SMALLEST = np.float32(2**-25)  # in place of u = 0, whose logarithm is infinite
 _STEP = np.float32(2**-24)
-_WORTH_A_THREAD = 2**14  # draws
+_BLOCK = 8  # numbers of one count of Philox
+_WORTH_A_THREAD = 2**16  # numbers; waking a thread and passing the GIL back and forth takes as long as half of them
 
 
 def gumbel(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
@@ -32,13 +33,14 @@ def gumbel(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
         rows: Output, contiguous.
     """
     for key, row in zip(keys, rows, strict=True):
-        _fill(key, row)
+        _fill(key, row.reshape(-1))
 
 
 class ThreadedNoise:
     """`gumbel` on several threads, 0 for one per core; numpy releases the GIL while it draws.
 
-    The threads start on first use, and again in a forked process.
+    Threads may share a row, since the counter of Philox can start anywhere. They start on first use, and again in a
+    forked process.
     """
 
     def __init__(self, threads: int = 0):
@@ -47,11 +49,16 @@ class ThreadedNoise:
         self._process = 0
 
     def __call__(self, keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
-        rows = list(rows)
-        if self._threads == 1 or len(rows) < 2 or rows[0].size < _WORTH_A_THREAD:
-            gumbel(keys, rows)
-        else:
-            list(self._running_pool().map(_fill, keys, rows))
+        flat = [row.reshape(-1) for row in rows]
+        threads = min(self._threads, sum(row.size for row in flat) // _WORTH_A_THREAD)
+        if threads < 2:
+            gumbel(keys, flat)
+            return
+        own, *others = _shares(keys, flat, threads)
+        drawn = [self._running_pool().submit(_fill_all, share) for share in others]
+        _fill_all(own)
+        for share in drawn:
+            share.result()
 
     def _running_pool(self) -> ThreadPoolExecutor:
         if self._pool is None or self._process != os.getpid():
@@ -66,11 +73,11 @@ class _Philox(threading.local):
         self._bits = np.random.Philox(key=0)
         self._state: Any = self._bits.state
 
-    def raw(self, key: Key, count: int) -> np.ndarray:
-        """The first 32-bit numbers of `Philox(key=[seed, image], counter=[0, 0, 0, draw])`."""
+    def raw(self, key: Key, start: int, count: int) -> np.ndarray:
+        """32-bit numbers of `Philox(key=[seed, image], counter=[0, 0, 0, draw])`; `start` is a multiple of `_BLOCK`."""
         seed, image, draw = key
         self._state["state"]["key"][:] = seed, image
-        self._state["state"]["counter"][:] = 0, 0, 0, draw
+        self._state["state"]["counter"][:] = start // _BLOCK, 0, 0, draw
         self._bits.state = self._state
         raw: np.ndarray = self._bits.random_raw((count + 1) // 2)
         return raw.astype("<u8", copy=False).view("<u4")[:count]
@@ -79,9 +86,35 @@ class _Philox(threading.local):
 _philox = _Philox()
 
 
-def _fill(key: Key, row: np.ndarray) -> None:
-    flat = row.reshape(-1)
-    bits = _philox.raw(key, flat.size)
+_Part = tuple[Key, np.ndarray, int]
+"""Key of a row, a part of it, and where in the row the part starts."""
+
+
+def _shares(keys: Sequence[Key], rows: Sequence[np.ndarray], count: int) -> list[list[_Part]]:
+    """Cuts rows into `count` shares of nearly equal size."""
+    size = sum(row.size for row in rows) // count + 2 * _BLOCK  # up to a block is lost where a row ends
+    shares: list[list[_Part]] = [[]]
+    room = size
+    for key, row in zip(keys, rows, strict=True):
+        start = 0
+        while start < row.size:
+            if room < _BLOCK:
+                shares.append([])
+                room = size
+            part = row[start : start + room // _BLOCK * _BLOCK]
+            shares[-1].append((key, part, start))
+            start += part.size
+            room -= part.size
+    return shares
+
+
+def _fill_all(share: Sequence[_Part]) -> None:
+    for part in share:
+        _fill(*part)
+
+
+def _fill(key: Key, flat: np.ndarray, start: int = 0) -> None:
+    bits = _philox.raw(key, start, flat.size)
     bits >>= 8
     np.multiply(bits, _STEP, out=flat, dtype=np.float32, casting="unsafe")
     np.maximum(flat, _SMALLEST, out=flat)

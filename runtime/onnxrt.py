@@ -111,7 +111,8 @@ class OnnxrtSession:
             options.add_external_initializers(list(self._weights), list(self._weights.values()))
             graph = bundle.read(stage.file)
             graphs.check(graph, {name: weights[name] for name in stage.weights})
-            self._session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
+            with bundle.sparing_memory():
+                self._session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
         except Exception as error:
             raise failure(f"stage {stage.name} of {bundle.path} cannot be opened", error) from error
         if not self._described():

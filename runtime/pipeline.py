@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.runtime import interface, options
+from vqdeploy.runtime import checked, interface, options
 from vqdeploy.runtime.arguments import as_array, as_numbers, check_whole, is_whole
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.runtime.backends import BACKENDS
@@ -24,6 +24,7 @@ from vqdeploy.runtime.hierarchical import HierarchicalSampler
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.masked import MaskedSampler
+from vqdeploy.runtime.memory import return_freed
 from vqdeploy.runtime.noise import ThreadedNoise
 from vqdeploy.runtime.sampler import Item, Sampler, needs_guidance
 from vqdeploy.runtime.session import Opener, Session
@@ -85,7 +86,9 @@ class Output:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-def load(path: str | Path, device: str = "auto", threads: int = 0, *, verify: bool = True) -> "Pipeline":
+def load(
+    path: str | Path, device: str = "auto", threads: int = 0, *, verify: bool = True, keep: bool = True
+) -> "Pipeline":
     """Opens a plan: reads its manifest, checks the device and all digests. Stages open on first use.
 
     Args:
@@ -93,7 +96,10 @@ def load(path: str | Path, device: str = "auto", threads: int = 0, *, verify: bo
         device: `auto`, `cpu` or `cuda`. `auto` is CUDA if the plan was built for it and CUDA works here, else the CPU.
             Plans for TensorRT always run on CUDA.
         threads: CPU threads of the engine and of the noise; 0 for one per core.
-        verify: Whether to check the digests; False for a file that was just checked.
+        verify: Whether to check the digests, unless this user checked them before and the file has not changed
+            since; False for a file that was just checked.
+        keep: Whether stages stay open. False, for a process with one request, closes encoder and prior once their codes
+            are there, so that they do not share the memory with the decoder.
 
     Raises:
         VqdeployError: The file does not exist, its library is not installed, or the device is not available.
@@ -111,8 +117,8 @@ def load(path: str | Path, device: str = "auto", threads: int = 0, *, verify: bo
     backend = BACKENDS[name]()
     device = backend.place(bundle.manifest, device)
     if verify:
-        bundle.verify()
-    return Pipeline(bundle, device, lambda: backend.opener(bundle, device, threads, None), threads)
+        checked.check(bundle)
+    return Pipeline(bundle, device, lambda: backend.opener(bundle, device, threads, None), threads, keep=keep)
 
 
 class Pipeline:
@@ -122,7 +128,9 @@ class Pipeline:
     engines and memory. After a fork, the child reopens stages on the CPU; a GPU cannot be used there.
     """
 
-    def __init__(self, bundle: Bundle, device: str, open_stages: Callable[[], Opener], threads: int = 0):
+    def __init__(
+        self, bundle: Bundle, device: str, open_stages: Callable[[], Opener], threads: int = 0, *, keep: bool = True
+    ):
         """Makes a pipeline that opens stages on first use.
 
         Args:
@@ -130,6 +138,7 @@ class Pipeline:
             device: Device of its stages, `cpu` or `cuda`.
             open_stages: Returns an opener of stages; see `vqdeploy.runtime.session.Backend`.
             threads: As for `load`.
+            keep: As for `load`.
 
         Raises:
             ArtifactError: The manifest does not fit its sampler.
@@ -137,7 +146,7 @@ class Pipeline:
         self.bundle, self.manifest, self.device = bundle, bundle.manifest, device
         self._sessions = _Sessions(bundle, device, open_stages)
         self._batch = bundle.manifest.batch
-        self._noise = ThreadedNoise(threads)
+        self._noise, self._keep = ThreadedNoise(threads), keep
         self._lock = threading.RLock()  # serializes engine calls
         self._samplers: dict[tuple[int, bool], Sampler] = {}
         if self.manifest.sampling:
@@ -158,6 +167,13 @@ class Pipeline:
             self._samplers.clear()
             self._sessions.close()
             self.bundle.close()
+
+    def _done(self) -> None:
+        """Closes the stages that made codes, unless they are kept; a later request opens them again."""
+        if not self._keep:
+            with self._lock:
+                self._samplers.clear()
+                self._sessions.clear()
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -314,7 +330,9 @@ class Pipeline:
                 found=f"{images.dtype} {list(images.shape)}",
             )
         parts = self._image_batches(len(images))
-        return np.concatenate([self._run("encode", image=images[part])["codes"] for part in parts])
+        codes = np.concatenate([self._run("encode", image=images[part])["codes"] for part in parts])
+        self._done()
+        return codes
 
     def decode(self, codes: np.ndarray, depth: int | None = None) -> np.ndarray:
         """Codes int64 [B, *grid] -> images uint8 [B, H, W, 3].
@@ -545,6 +563,7 @@ class Pipeline:
         start = time.perf_counter()
         chosen = self.options(**given)
         codes, seconds = self.sample(known, labels, seed, first_image, chosen, callback)
+        self._done()
         engine = sum(seconds.values())
         sampled = time.perf_counter()
         images = self.decode(codes)
@@ -713,6 +732,7 @@ class _Sessions(Mapping[str, Session]):
         if name not in self._opened:
             self._opener = self._opener or self._open_stages()
             self._opened[name] = self._opener(self._bundle.manifest.stage(name))
+            return_freed()
         return self._opened[name]
 
     def start_again(self) -> None:
@@ -729,9 +749,14 @@ class _Sessions(Mapping[str, Session]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def close(self) -> None:
-        """Closes all sessions."""
+    def clear(self) -> None:
+        """Closes all sessions; they open again on next use."""
         self._opened.clear()
+        return_freed()
+
+    def close(self) -> None:
+        """Closes all sessions for good."""
+        self.clear()
         self._opener, self._unusable = None, VqdeployError("this pipeline is closed", fix="load the plan again")
 
 

@@ -30,6 +30,7 @@ onnxrt.cores = lambda: 1
 
 remember_translations()
 ARTIFACTS = Path(__file__).parents[1] / ".pytest_cache" / "artifacts"
+os.environ["XDG_CACHE_HOME"] = str(ARTIFACTS.with_name("home"))  # tests leave nothing in the user's
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -3,12 +3,15 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import axes
 from PIL import Image
 
 from vqdeploy import bench, checkpoint
-from vqdeploy.bench import baselines
+from vqdeploy.bench import baselines, plans
+from vqdeploy.bench.plans import divergences
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load
@@ -73,6 +76,41 @@ def test_plans_are_compared(artifacts):
     assert set(report["ratios"]) == {f"{task}/b1/{second.stem}" for task in bench.TASKS}
     assert second.stem in bench.table(report)
     assert 3 * bench.step_weight_bytes(load(first)) < bench.step_weight_bytes(load(second))
+    described = report["plans"]
+    assert described["vqdeploy"]["plan_mb"] < described[second.stem]["plan_mb"]
+    assert all(0 < plan["needed_mb"] < plan["plan_mb"] < plan["peak_mb"] for plan in described.values())
+    assert "divergence" not in described["vqdeploy"]
+    assert 1e-7 < described[second.stem]["divergence"] < 1e-2
+    assert bench.table(report).count("after the start") == 2
+
+
+@pytest.mark.parametrize("name", ["rqvae", "movq", "vqvae2", "vit"])
+def test_plans_of_equal_graphs_draw_from_the_same_distributions(artifacts, name):
+    plan, other = (load(artifacts.plan(name, portable=portable)) for portable in (False, True))
+    half = load(artifacts.plan(name, "fp16"))
+    found = divergences(plan, {"portable": other, "fp16": half, "itself": plan})
+    assert found["itself"] == {"divergence": 0, "variation": 0}
+    assert abs(found["portable"]["divergence"]) < 1e-6
+    assert 0 < found["fp16"]["divergence"] < 1e-3
+    assert found["portable"]["variation"] < found["fp16"]["variation"] < 0.02
+
+
+def test_the_divergence_is_that_of_the_distributions(plan, system):
+    """Against PyTorch, for logits that are twice as large in the other plan."""
+    pipeline = load(plan)
+    labels = pipeline.condition.examples(2)
+    codes = pipeline.sample(np.full((2, *pipeline.grid), -1), labels, seed=1)[0]
+    logits = system.prior.logits(torch.from_numpy(codes), torch.from_numpy(labels)).detach().double()
+    wanted = torch.nn.functional.kl_div(
+        (2 * logits).log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        original = plans.forced_logits
+        patch.setattr(plans, "forced_logits", lambda p, *rest: original(p, *rest) * (1 if p is pipeline else 2))
+        found = divergences(pipeline, {"other": load(plan)})["other"]
+    assert found["divergence"] == pytest.approx(float(wanted.sum(-1).mean()), rel=1e-3)
+    variation = (logits.softmax(-1) - (2 * logits).softmax(-1)).abs().sum(-1).mean() / 2
+    assert found["variation"] == pytest.approx(float(variation), rel=1e-3)
 
 
 def test_plans_that_cannot_be_compared(plan, movq_plan):
@@ -124,6 +162,28 @@ def test_the_plot_is_a_picture(report, tmp_path):
     bench.plot(report, tmp_path / "times.png")
     with Image.open(tmp_path / "times.png") as image:
         assert image.width > image.height > 100
+
+
+def test_the_plot_of_compared_plans_has_their_quality(report, tmp_path, monkeypatch):
+    compared = {**report["plans"]["vqdeploy"], "divergence": 2e-4, "variation": 0.01}
+    exact = {**compared, "divergence": 0.0}
+    both = report | {"plans": report["plans"] | {"eager": compared}}
+    drawn = []
+    original = axes.Axes.plot
+
+    def note(axis, *arguments, **options):
+        drawn.append(arguments[:2])
+        return original(axis, *arguments, **options)
+
+    monkeypatch.setattr(axes.Axes, "plot", note)
+    for plans_ in (both, report | {"plans": report["plans"] | {"eager": exact}}):
+        bench.plot(plans_, tmp_path / "both.png")
+    speeds = [r["images_per_s"] for r in report["results"] if (r["name"], r["task"]) == ("eager", "generate")]
+    assert drawn[:2] == [(speed, 2e-4) for speed in speeds]
+    assert all(value > 0 for _, value in drawn)
+    bench.plot(report, tmp_path / "one.png")
+    with Image.open(tmp_path / "both.png") as two, Image.open(tmp_path / "one.png") as one:
+        assert two.height == 2 * one.height
 
 
 @pytest.mark.parametrize("wrong", [{"tasks": ["paint"]}, {"baselines": ["jax"]}])

@@ -26,7 +26,8 @@ def test_bench_times_what_was_asked(vqdeploy, movq_plan, monkeypatch):
     assert "timing generate, batch 2" in err
     code, out, _ = vqdeploy(*arguments)
     assert code == 0
-    assert out.count("vqdeploy") == 4
+    assert out.count("vqdeploy") == 5  # each call, and the first image
+    assert out.count("after the start, with a peak of") == 1
 
 
 def test_bench_refuses_options_that_the_plan_has_not(vqdeploy, plan):

@@ -17,9 +17,9 @@ from vqdeploy.export.package import stages_of, write_package
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.tokenizer import _laid_out
 from vqdeploy.runtime import load
+from vqdeploy.runtime.forcing import forced_logits
 from vqdeploy.runtime.manifest import FORMAT, Manifest, Provenance
 from vqdeploy.runtime.sampler import carried
-from vqdeploy.verify.forcing import forced_logits
 from vqdeploy.verify.masked import _logits
 
 

@@ -1,5 +1,7 @@
 """Gumbel noise keyed by seed, image and step."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -78,16 +80,65 @@ def test_not_even_for_the_most_extreme_random_numbers(monkeypatch, value):
     """Of 32 random bits the upper 24 are taken, as a share of 2**24."""
     for lower in (0, 0xFF):
         bits = np.uint32(int(value * 2**24) << 8 | lower)
-        monkeypatch.setattr(noise._philox, "raw", lambda key, count, bits=bits: np.full(count, bits))
+        monkeypatch.setattr(noise._philox, "raw", lambda key, start, count, bits=bits: np.full(count, bits))
         drawn = draw(0, [0], 0)
         assert np.isfinite(drawn).all()
         np.testing.assert_allclose(drawn, -np.log(-np.log(max(value, 2**-25))), rtol=1e-5)
 
 
-def test_large_draws_that_use_threads_are_the_same():
-    batch = draw(3, [5, 6, 7], 1, (4, 16_384), fill=ThreadedNoise(3))
-    for row, image in zip(batch, (5, 6, 7), strict=True):
-        np.testing.assert_array_equal(row, draw(3, [image], 1, (4, 16_384))[0])
+@given(
+    threads=st.integers(1, 5),
+    sizes=st.lists(st.integers(1, 200), min_size=1, max_size=5),
+    seed=st.integers(0, 2**40),
+    worth=st.integers(1, 40),
+)
+def test_any_number_of_threads_draws_the_same(threads, sizes, seed, worth):
+    """Odd sizes too, and rows that threads share."""
+    keys = [(seed, image, 7) for image in range(len(sizes))]
+    expected, found = ([np.full(size, np.nan, np.float32) for size in sizes] for _ in range(2))
+    gumbel(keys, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "_WORTH_A_THREAD", worth)
+        ThreadedNoise(threads)(keys, found)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@given(st.integers(2, 9), st.lists(st.integers(1, 500), min_size=1, max_size=8))
+def test_shares_are_equal_to_a_few_blocks_and_cover_each_row(count, sizes):
+    rows = [np.zeros(size, np.float32) for size in sizes]
+    shares = noise._shares([(0, image, 0) for image in range(len(rows))], rows, count)
+    assert len(shares) <= count
+    assert max(sum(part.size for _, part, _ in share) for share in shares) <= sum(sizes) / count + 2 * 8
+    for (_, image, _), part, start in (part for share in shares for part in share):
+        assert start % 8 == 0
+        rows[image][start : start + part.size] += 1
+    assert all((row == 1).all() for row in rows)
+
+
+@pytest.mark.parametrize("images", [1, 3, 8])
+def test_large_draws_that_use_threads_are_the_same(images):
+    shape = (4, 65_537)
+    batch = draw(3, range(images), 1, shape, fill=ThreadedNoise(3))
+    for row, image in zip(batch, range(images), strict=True):
+        np.testing.assert_array_equal(row, draw(3, [image], 1, shape)[0])
+
+
+@pytest.mark.parametrize(("threads", "size", "used"), [(2, 2**16, 0), (2, 2**18, 1), (1, 2**20, 0), (4, 2**18, 3)])
+def test_threads_are_those_allowed_and_none_where_they_do_not_pay(threads, size, used):
+    """The thread that asks draws a share itself."""
+    names = set()
+    original = noise._fill
+
+    def note(*part):
+        names.add(threading.current_thread().name)
+        original(*part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "_fill", note)
+        draw(0, [0], 0, (size,), fill=ThreadedNoise(threads))
+    assert len(names - {threading.current_thread().name}) <= used
+    assert (len(names) > 1) == (used > 0)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 5), (1, 1, 7)])

@@ -90,7 +90,7 @@ def test_a_fork_in_the_middle_of_another_threads_step(pipeline):
 
 def _draw_many(rows):
     noise = ThreadedNoise(4)
-    out = np.empty((rows, 2**15), np.float32)
+    out = np.empty((rows, 2**17), np.float32)
     noise([(1, row, 0) for row in range(rows)], out)
     return float(out.sum())
 
@@ -99,7 +99,7 @@ def _draw_many(rows):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_the_threads_of_the_noise_start_again_in_a_child():
     noise = ThreadedNoise(4)
-    keys, out = [(1, row, 0) for row in range(3)], np.empty((3, 2**15), np.float32)
+    keys, out = [(1, row, 0) for row in range(3)], np.empty((3, 2**17), np.float32)
     noise(keys, out)
     expected = out.copy()
 

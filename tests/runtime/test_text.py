@@ -17,10 +17,10 @@ from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
+from vqdeploy.runtime.forcing import forced_logits
 from vqdeploy.runtime.manifest import FILE, Manifest, TextInfo
 from vqdeploy.runtime.sampler import Item
 from vqdeploy.verify import verify, verify_package
-from vqdeploy.verify.forcing import forced_logits
 
 LENGTH, VOCABULARY = 18, 40
 TEXTS = np.random.default_rng(5).integers(0, VOCABULARY, (3, LENGTH))

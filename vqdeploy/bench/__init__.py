@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vqdeploy import machine
+from vqdeploy.bench.plans import describe, divergences
 from vqdeploy.errors import VqdeployError, missing
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
@@ -26,11 +27,14 @@ from vqdeploy.runtime.manifest import WEIGHTS, level_names
 from vqdeploy.runtime.threads import cores
 
 if TYPE_CHECKING:
+    from matplotlib.figure import FigureBase
+
     from vqdeploy.bench.baselines import Reference
 
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
 _NOT_OF_THE_PRIOR = ("encode", "decode", "features")
+_SMALLEST = 1e-9  # divergence that is drawn: a logarithm of 0 has no place
 _RATES = {"read_bandwidth_gb_s": "read_bandwidth", "matmul_gflop_s": "matmul_rate"}
 
 Phases = dict[str, float]
@@ -93,6 +97,12 @@ def bench(
           `gflop_per_step`, `gflop_s`, `share_of_matmul_rate` (0..1); hierarchical: `parts`, for each stage its `calls`,
           `call_ms`, `share` of the median (0..1), `weight_mb`, `weight_gb_s`, `gflop` and `gflop_s` of a call.
         - `ratios`: speedups, see `ratios`.
+        - `plans`, with `generate`, for each plan by name: `plan_mb`, the size of its file; `needed_mb`, that of the
+          stages which generate images, with their weights; `peak_mb` and `first_image_s`, peak memory and seconds of a
+          process that generates one image, with the options of the checkpoint, and writes it (all in 2^20 bytes). For
+          other plans also how far their distributions of codes are from those of the first plan, at codes that it
+          draws: `divergence`, the mean Kullback-Leibler divergence in nats, and `variation`, the mean total variation
+          distance (0..1).
         - `environment`: `cpu`, `cpu_features` (AVX2 and the like), `cores`, `threads` (of the engine), `load` (average
           of one minute, before the first call), `python`, `versions`, `load_s` (seconds to open
           the plan), `peak_memory_mb` (2^20 bytes, of this process), `plan`; on a GPU `gpu` (compute capability) and
@@ -142,6 +152,11 @@ def bench(
         if result["task"] == "generate" and result["name"] == "vqdeploy":
             result |= _step_figures(pipeline, chosen, result, bound)
     report = {"results": results, "ratios": ratios(results), "environment": facts | bound, "options": chosen}
+    if "generate" in tasks:
+        progress("first image")
+        plans = {name: describe(plan, threads) for name, plan in ({"vqdeploy": pipeline} | others).items()}
+        distances = divergences(pipeline, others)
+        report["plans"] = {name: plan | distances.get(name, {}) for name, plan in plans.items()}
     return report | {"profile": step_profile(pipeline, batch_sizes[0], chosen)} if profile else report
 
 
@@ -446,6 +461,7 @@ def table(report: dict[str, Any]) -> str:
         if "step_ms" in r:
             host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}"
             lines.append(host + _bound_line(r, report["environment"]))
+    lines += _plan_lines(report.get("plans", {}), width)
     lines += [
         f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls"
         for row in report.get("profile", [])[:12]
@@ -458,6 +474,19 @@ def table(report: dict[str, Any]) -> str:
     busy = "" if facts["load"] is None else f"; {facts['load']:.1f} processes ran or waited in the minute before"
     lines.append(f"{facts['threads']} threads{busy}")
     return "\n".join(lines)
+
+
+def _plan_lines(plans: dict[str, dict[str, float]], width: int) -> list[str]:
+    """One line for each plan."""
+    lines = []
+    for name, plan in plans.items():
+        lines.append(
+            f"{name:{width}} {plan['plan_mb']:.0f} MB; one image {plan['first_image_s']:.2f} s after the start, with a "
+            f"peak of {plan['peak_mb']:.0f} MB for {plan['needed_mb']:.0f} MB of weights"
+        )
+        if "divergence" in plan:
+            lines[-1] += f"; KL divergence {plan['divergence']:.1e}, total variation {plan['variation']:.1e}"
+    return lines
 
 
 def _part_line(batch: int, name: str, part: dict[str, float]) -> str:
@@ -493,6 +522,9 @@ def _bound_line(result: dict[str, Any], facts: dict[str, Any]) -> str:
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bar chart of the median times by task and batch size, one colour per runner.
 
+    Where plans are compared, a second row has quality against speed: for each batch size of `generate`, how far the
+    distributions of codes of each plan are from those of the first, over its images per second.
+
     Raises:
         VqdeployError: matplotlib is not installed, or the file cannot be written.
     """
@@ -503,13 +535,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = report["results"]
+    results, plans = report["results"], report.get("plans", {})
     groups = list(dict.fromkeys((r["task"], r["batch_size"]) for r in results))
     names = list(dict.fromkeys(r["name"] for r in results))
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(2.2 * len(groups) + 1, 3.2), layout="constrained", squeeze=False
-    )
-    for axis, (task, batch) in zip(axes[0], groups, strict=True):
+    batches = [batch for task, batch in groups if task == "generate"] if len(plans) > 1 else []
+    figure = plt.figure(figsize=(max(2.2 * len(groups), 3.2 * len(batches)) + 1, 6.4 if batches else 3.2))
+    figure.set_layout_engine("constrained")
+    top, *bottom = figure.subfigures(2, 1, squeeze=False)[:, 0] if batches else [figure]
+    axes = top.subplots(1, len(groups), squeeze=False)[0]
+    for axis, (task, batch) in zip(axes, groups, strict=True):
         bars = {r["name"]: r["median_ms"] for r in results if (r["task"], r["batch_size"]) == (task, batch)}
         for i, name in enumerate(names):
             drawn = axis.bar(i, bars[name], color=f"C{i}")
@@ -518,8 +552,32 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.margins(y=0.12)  # room for the label of the tallest bar
         axis.set_xticks(range(len(names)), names)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("median time, ms")
+    axes[0].set_ylabel("median time, ms")
+    for below in bottom:
+        _plot_quality(report, batches, names, below)
     figure.suptitle(report["environment"]["plan"], fontsize=11)
     with replacing_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
+
+
+def _plot_quality(report: dict[str, Any], batches: Sequence[int], names: Sequence[str], figure: "FigureBase") -> None:
+    """Divergence over images per second. The first plan, which the others are compared with, is a line: it has none."""
+    axes = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
+    for axis, batch in zip(axes, batches, strict=True):
+        for result in report["results"]:
+            name, plan = result["name"], report["plans"].get(result["name"])
+            if plan is None or (result["task"], result["batch_size"]) != ("generate", batch):
+                continue
+            speed, color = result["images_per_s"], f"C{names.index(name)}"
+            label = f"{name}, {plan['plan_mb']:.0f} MB"
+            if "divergence" not in plan:
+                axis.axvline(speed, color=color, linestyle="--", label=label)
+            else:
+                axis.plot(speed, max(plan["divergence"], _SMALLEST), "o", color=color, label=label)
+        axis.set(yscale="log", xlim=(0, None), xlabel="images/s")
+        axis.set_title(f"generate, batch {batch}", fontsize=10)
+        axis.margins(0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("KL divergence from vqdeploy, nats")

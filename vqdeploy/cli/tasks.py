@@ -66,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
     _check_options(job)
     _check_output(job, task.suffix)
     _check_film(job)
-    pipeline = load(job.engine, job.device, job.threads)
+    pipeline = load(job.engine, job.device, job.threads, keep=False)
     output = job.output or Path(f"{pipeline.manifest.name}-{job.stage or job.task}{task.suffix}")
     start = time.perf_counter()
     result = task.run(pipeline, job, output)

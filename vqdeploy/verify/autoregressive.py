@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vqdeploy.reference import guided_logits
 from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.forcing import forced_logits
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
@@ -21,7 +22,6 @@ from vqdeploy.verify.checks import (
     limits,
     tolerance_of,
 )
-from vqdeploy.verify.forcing import forced_logits
 
 _SCALE = 3.0  # guidance scale
 

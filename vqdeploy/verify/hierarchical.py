@@ -8,11 +8,11 @@ import torch
 
 from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.forcing import forced_logits
 from vqdeploy.runtime.manifest import level_names
 from vqdeploy.systems import System
 from vqdeploy.verify.autoregressive import check_generation
 from vqdeploy.verify.checks import SEED, Check, compare_distributions, compare_logits, limits
-from vqdeploy.verify.forcing import forced_logits
 
 _Compare = Callable[[str, torch.Tensor, torch.Tensor, Limits], list[Check]]
 _LABELS = 10  # most labels to try

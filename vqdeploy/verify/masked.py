@@ -9,8 +9,8 @@ from torch import Tensor
 from vqdeploy.reference import guided_logits
 from vqdeploy.reference.schedules import choice_weight, halton_ranks, masked_counts
 from vqdeploy.runtime import Pipeline, Step
+from vqdeploy.runtime.forcing import masked_logits
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.sampler import Item
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
     IMAGES,
@@ -23,7 +23,6 @@ from vqdeploy.verify.checks import (
     limits,
     tolerance_of,
 )
-from vqdeploy.verify.forcing import untouched_options
 
 _SCALE = 3.0  # guidance scale
 _STEPS = 6
@@ -40,28 +39,17 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     guidance = [("guidance", _SCALE)] if config.null_label else []
     for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
-        logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
+        logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))
         checks += compare_logits(name, logits, expected, limits(pipeline.manifest, "step"))
     labels = pipeline.condition.examples(IMAGES)
     codes = pipeline.generate(labels, seed=SEED).codes
     codes[rng.random(codes.shape) < np.linspace(0.2, 0.95, IMAGES)[:, None, None, None]] = config.codebook_size
     for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
-        logits = torch.from_numpy(_logits(pipeline, codes, labels, scale))
+        logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))
         allowed = limits(pipeline.manifest, "step")
         checks += compare_distributions(f"{name}, drawn codes", logits, expected, allowed, scale)
     return checks
-
-
-def _logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
-    """Logits [B, h, w, Q, K] of one step; masked codes are the codebook size."""
-    options = untouched_options(pipeline) | {"steps": 1, "schedule": "linear"} | _guidance(pipeline, scale)
-    with pipeline.sampler(len(codes), guided=scale != 1) as sampler:
-        for slot, (known, label) in enumerate(zip(codes, labels, strict=True)):
-            open_codes = np.where(known < pipeline.codebook_size, known, -1)
-            sampler.admit(slot, Item(open_codes, int(label), 0, slot, options))
-        sampler.step()
-        return np.array(sampler.last.outputs["logits"])
 
 
 def _guidance(pipeline: Pipeline, scale: float) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""Teacher forcing of samplers, through noise that selects the given codes."""
+"""Logits of priors at given codes, to compare plans: teacher forcing, through noise that selects these codes."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import Draw, Key
+from vqdeploy.runtime.pipeline import Pipeline
 from vqdeploy.runtime.sampler import Item
 
 _FORCE = 1e9  # noise that dominates all logits
@@ -33,6 +33,27 @@ def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, cond
             sampler.step()
             collected.append(np.array(sampler.last.outputs["logits"]))
     return np.stack(collected, 1)
+
+
+def masked_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **options: object) -> np.ndarray:
+    """Logits of one step of a masked prior.
+
+    Args:
+        pipeline: A plan with a masked prior.
+        codes: Codes [B, h, w, Q]; the codebook size where they are masked.
+        labels: Labels [B].
+        **options: Sampling options, such as a guidance scale.
+
+    Returns:
+        Float32 [B, h, w, Q, K].
+    """
+    chosen = untouched_options(pipeline) | {"steps": 1, "schedule": "linear"} | options
+    with pipeline.sampler(len(codes), guided=chosen.get("guidance_scale", 1) != 1) as sampler:
+        for slot, (known, label) in enumerate(zip(codes, labels, strict=True)):
+            open_codes = np.where(known < pipeline.codebook_size, known, -1)
+            sampler.admit(slot, Item(open_codes, int(label), 0, slot, chosen))
+        sampler.step()
+        return np.array(sampler.last.outputs["logits"])
 
 
 def untouched_options(pipeline: Pipeline) -> dict[str, object]:

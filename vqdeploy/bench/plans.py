@@ -1,0 +1,87 @@
+"""How plans of one system differ, speed aside: size, start, memory, distributions of codes."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.bundle import tensors
+from vqdeploy.runtime.forcing import forced_logits, masked_logits
+from vqdeploy.runtime.manifest import WEIGHTS
+
+_IMAGES = 2  # to compare distributions at
+_ONE_IMAGE = """
+import sys
+from pathlib import Path
+import vqdeploy
+from vqdeploy.machine import peak_memory_mb
+from vqdeploy.runtime.images import write_grid
+plan, picture, device, threads = sys.argv[1:]
+pipeline = vqdeploy.load(plan, device, int(threads), keep=False)
+write_grid(Path(picture), pipeline.generate(pipeline.condition.examples(1)).images, 1, {})
+print(peak_memory_mb() or "nan")
+"""
+
+
+def describe(pipeline: Pipeline, threads: int) -> dict[str, float]:
+    """Size of a plan, and start and memory of a process that generates one image with it; see `bench`."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan, picture = str(pipeline.bundle.path), str(Path(folder) / "image.png")
+        command = [sys.executable, "-c", _ONE_IMAGE, plan, picture, pipeline.device, str(threads)]
+        start = time.perf_counter()
+        peak = subprocess.run(command, capture_output=True, check=True, text=True).stdout  # noqa: S603
+        seconds = time.perf_counter() - start
+    return {
+        "plan_mb": pipeline.bundle.path.stat().st_size / 2**20,
+        "needed_mb": _needed_bytes(pipeline) / 2**20,
+        "peak_mb": float(peak),
+        "first_image_s": seconds,
+    }
+
+
+def _needed_bytes(pipeline: Pipeline) -> int:
+    """Bytes of the stages that generate images, with their weights."""
+    stages = [stage for stage in pipeline.manifest.stages if stage.name not in ("encode", "features")]
+    names, sizes = {name for stage in stages for name in stage.weights}, pipeline.bundle.sizes()
+    weights = tensors(pipeline.bundle.member(WEIGHTS)) if names else {}
+    return sum(weights[name].nbytes for name in names) + sum(sizes[stage.file] for stage in stages)
+
+
+def divergences(pipeline: Pipeline, others: dict[str, Pipeline]) -> dict[str, dict[str, float]]:
+    """How far the distributions of codes of other plans are from those of the first, at codes that the first draws.
+
+    Returns:
+        For each name `divergence`, the mean Kullback-Leibler divergence in nats, and `variation`, the mean total
+        variation distance (0..1).
+    """
+    images = min(_IMAGES, pipeline.manifest.batch.max)
+    labels = pipeline.condition.examples(images)
+    codes = pipeline.sample(np.full((images, *pipeline.grid), -1), labels, seed=1)[0]
+    reference = _log_probabilities(pipeline, codes, labels)
+    found = {}
+    for name, other in others.items():
+        compared = _log_probabilities(other, codes, labels)
+        probability = np.exp(reference)
+        found[name] = {
+            "divergence": float((probability * (reference - compared)).sum(-1).mean()),
+            "variation": float(np.abs(probability - np.exp(compared)).sum(-1).mean() / 2),
+        }
+    return found
+
+
+def _log_probabilities(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Log probabilities float64 [..., K] of each code: given those before it, or those that are not masked."""
+    if pipeline.sampling.kind == "masked":
+        shares = np.linspace(0.2, 0.95, len(codes)).reshape(-1, *(1 for _ in pipeline.grid))
+        masked = np.random.default_rng(0).random(codes.shape) < shares
+        logits = masked_logits(pipeline, np.where(masked, pipeline.codebook_size, codes), labels)
+    else:
+        depth = codes.shape[-1] if codes.ndim > 2 else 1
+        logits = forced_logits(pipeline, codes.reshape(len(codes), -1, depth), np.full_like(codes, -1), labels)
+    shifted: np.ndarray = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
