@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import inliner
+from onnx import external_data_helper, inliner
 
 from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, refuse_plugin
 from vqdeploy.engines.plugin import obstacle
@@ -85,15 +86,53 @@ class TensorrtBuilder:
 
 
 def _inlined(file: Path, folder: Path) -> Path:
-    """A copy of a graph in a folder, with the bodies of its quantized products inline.
+    """A copy of a graph in a folder, with its quantized products in the form that the parser takes.
 
     The parser names the layer of a DequantizeLinear after its node, and two calls of a function have the same nodes.
     """
     weights = folder / WEIGHTS
     if not weights.exists():
         weights.symlink_to((file.parent / WEIGHTS).resolve())
-    onnx.save(inliner.inline_selected_functions(read_graph(file), [_QUANTIZED]), folder / file.name)
+    model = inliner.inline_selected_functions(read_graph(file), [_QUANTIZED])
+    _use_int4(model.graph, file.parent)
+    onnx.save(model, folder / file.name)
     return folder / file.name
+
+
+def _use_int4(graph: onnx.GraphProto, package: Path) -> None:
+    """Stores the weights of products in 4 bits as INT4, which the parser knows; it has no operators on bytes."""
+    initializers = {initializer.name: initializer for initializer in graph.initializer}
+    tables: dict[str, str] = {}  # one for each matrix, shared by all products with it
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "BlockQuantizedLinear":
+            nodes.append(node)
+            continue
+        x, weight, scale = node.input
+        if weight not in tables:
+            tables[weight] = f"{weight}_table"
+            block = _to_int4(initializers[weight], package)
+            rows = f"{weight}_rows"
+            nodes.append(
+                onnx.helper.make_node("DequantizeLinear", [weight, scale], [rows], rows, axis=1, block_size=block)
+            )
+            nodes.append(onnx.helper.make_node("Transpose", [rows], [tables[weight]], tables[weight], perm=[1, 0]))
+        nodes.append(onnx.helper.make_node("MatMul", [x, tables[weight]], node.output, node.name))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _to_int4(weight: onnx.TensorProto, package: Path) -> int:
+    """Turns bytes [outputs, blocks, block / 2] into INT4 [outputs, inputs] in place; returns the size of a block."""
+    if weight.external_data:
+        external_data_helper.load_external_data_for_tensor(weight, str(package))
+        weight.ClearField("external_data")
+        weight.ClearField("data_location")
+    outputs, blocks, half = weight.dims
+    weight.raw_data = (np.frombuffer(weight.raw_data, np.uint8) ^ 0x88).tobytes()  # 8 stands for zero: now zero does
+    weight.data_type = onnx.TensorProto.INT4
+    weight.dims[:] = [outputs, blocks * 2 * half]
+    return 2 * int(half)
 
 
 def check(backend: str) -> None:

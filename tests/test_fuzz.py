@@ -76,7 +76,7 @@ def test_a_case_is_made_again_from_its_number(cases, material, tmp_path):
 BROKEN = {
     "crash": "import os; os.kill(os.getpid(), 11)",
     "end": "import os; os._exit(3)",
-    "wait": "import time; time.sleep(60)",
+    "spin": "while True: pass",
     "raise": "raise KeyError('x')",
     "long": "error = VqdeployError('x'); error.args = ('y' * 600,); raise error",
     "escape": "error = VqdeployError('x'); error.args = ('\\x1b[31m',); raise error",
@@ -101,7 +101,7 @@ def test_the_tool_finds_every_kind_of_fault(tool, material, tmp_path, monkeypatc
     for line in (
         "crash 0: signal: SIGSEGV",
         "end 0: signal: the process ended with 3",
-        "wait 0: hang: no end after 2 s",
+        "spin 0: hang: no end after 2 s of CPU time",
         "raise 0: traceback: KeyError",
         "long 0: message: 600 characters",
         "escape 0: message: control characters",

@@ -33,6 +33,7 @@ from fuzz_cases import KINDS, SYSTEMS, Material, run_case
 _MEMORY = 8 << 30  # bytes of address space of a process
 _START = 300  # seconds to import everything
 _LIFE = 400  # cases per process, against leaks
+_WAIT = 10  # seconds on the clock per second of CPU time: a busy machine is not a hang
 
 
 def prepare(folder: Path, systems: tuple[str, ...]) -> Material:
@@ -55,8 +56,8 @@ def _command(*arguments: object) -> None:
 # Cases in processes that may die
 
 
-def work(material: Material) -> None:
-    """A process of the pool: reads kinds and numbers, writes outcomes."""
+def work(material: Material, limit: int) -> None:
+    """A process of the pool: reads kinds and numbers, writes outcomes. SIGXCPU ends it when a case goes on too long."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -66,6 +67,7 @@ def work(material: Material) -> None:
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         kind, number = json.loads(line)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + limit, resource.RLIM_INFINITY))
         with tempfile.TemporaryDirectory(prefix="vq-fuzz-", ignore_cleanup_errors=True) as folder:
             outcome = run_case(kind, number, material, Path(folder))
         print(json.dumps(outcome), file=answers, flush=True)
@@ -75,7 +77,7 @@ def work(material: Material) -> None:
 class Worker:
     """A process of the pool, restarted when it dies."""
 
-    def __init__(self, material: Material, limit: float):
+    def __init__(self, material: Material, limit: int):
         self._material, self._limit = material, limit
         self._process: subprocess.Popen[bytes] | None = None
         self._cases = 0
@@ -86,6 +88,7 @@ class Worker:
             self.stop()
             systems = ",".join(self._material.systems)
             command = [sys.executable, __file__, "--worker", "--folder", self._material.folder, "--systems", systems]
+            command += ["--limit", str(self._limit)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
             self._cases = 0
             if (answer := self._answer(_START)) != "ready":
@@ -94,20 +97,22 @@ class Worker:
         self._cases += 1
         self._process.stdin.write(json.dumps([kind, number]).encode() + b"\n")  # type: ignore[union-attr]
         self._process.stdin.flush()  # type: ignore[union-attr]
-        return self._answer(self._limit)
+        return self._answer(self._limit * _WAIT)
 
-    def _answer(self, limit: float) -> str:
+    def _answer(self, wait: int) -> str:
         """The next line of the process, or how it ended."""
         process = self._process
         assert process is not None  # noqa: S101
-        if not select.select([process.stdout], [], [], limit)[0]:
+        if not select.select([process.stdout], [], [], wait)[0]:
             self.stop()
-            return f"hang: no end after {limit:g} s"
+            return f"hang: no end after {wait} s"
         line = process.stdout.readline()  # type: ignore[union-attr]
         if line:
             return str(json.loads(line))
         code = process.wait()
         self._process = None
+        if code == -signal.SIGXCPU:
+            return f"hang: no end after {self._limit} s of CPU time"
         return f"signal: {signal.Signals(-code).name}" if code < 0 else f"signal: the process ended with {code}"
 
     def stop(self) -> None:
@@ -118,7 +123,7 @@ class Worker:
             self._process = None
 
 
-def fuzz(material: Material, kinds: list[str], first: int, count: int, jobs: int, limit: float) -> bool:
+def fuzz(material: Material, kinds: list[str], first: int, count: int, jobs: int, limit: int) -> bool:
     """Runs cases of all kinds in turn and prints a summary; returns whether there was no fault."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     faults: list[tuple[str, int, str]] = []
@@ -305,7 +310,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case of each kind")
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--limit", type=float, default=120, help="seconds that a case may take")
+    parser.add_argument("--limit", type=int, default=120, help="seconds of CPU time that a case may take")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / f"vq-fuzz-material-{os.getuid()}")
     parser.add_argument("--kill", type=int, default=0, metavar="COUNT")
     parser.add_argument("--soak", action="store_true")
@@ -313,7 +318,7 @@ def main() -> int:
     given = parser.parse_args()
     systems = tuple(given.systems.split(","))
     if given.worker:
-        work(Material(given.folder, systems))
+        work(Material(given.folder, systems), given.limit)
         return 0
     material = prepare(given.folder, systems)
     if given.kill:

@@ -46,11 +46,12 @@ def test_every_stage_of_tiny_builds(tiny, tmp_path):
 
 
 @needs_rtx
-def test_products_in_int8_are_built(artifacts, tmp_path):
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_products_are_built(artifacts, tmp_path, dtype):
     """The parser names layers of DequantizeLinear by their node, and the calls of a function share their nodes."""
-    manifest = build(artifacts.package("rqvae", "int8"), tmp_path / "int8.plan", "tensorrt-rtx")
-    assert [stage.precision for stage in manifest.stages] == ["fp32", "fp32", "int8"]
-    assert [path.name for path in tmp_path.iterdir()] == ["int8.plan"]
+    manifest = build(artifacts.package("rqvae", dtype), tmp_path / "low.plan", "tensorrt-rtx")
+    assert [stage.precision for stage in manifest.stages] == ["fp32", "fp32", dtype]
+    assert [path.name for path in tmp_path.iterdir()] == ["low.plan"]
 
 
 @needs_rtx

@@ -1,7 +1,8 @@
-"""Products in 4 bits: the rounding, the operator in its three forms, what is refused, and whole plans."""
+"""Products in 4 bits: the rounding, the operator in all its forms, what is refused, and whole plans."""
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from support.mutations import change_weight, failed, failures
 from vqdeploy.engines.bodies_onnxrt import swap_in
 from vqdeploy.engines.build import build
 from vqdeploy.engines.package import read
+from vqdeploy.engines.tensorrt import _use_int4
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.functions import DOMAIN, OPSET, function
 from vqdeploy.export.layers import Product
@@ -77,6 +79,10 @@ def test_all_forms(rows, blocks, outputs, seed):
     assert (np.abs(found.numpy() - exact) <= 1e-5 * size).all()
     (body,) = session(weight, scale, own=False).run(None, {"x": x})
     assert (np.abs(body - exact) <= 1e-5 * size).all()
+    parsed = graph_of(weight, scale)
+    _use_int4(parsed.graph, Path())
+    (int4,) = ReferenceEvaluator(parsed).run(None, {"x": x})
+    assert (np.abs(int4 - exact) <= 1e-5 * size).all()
     (own,) = session(weight, scale, own=True).run(None, {"x": x})
     by_block = np.abs(x).reshape(rows, blocks, BLOCK).max(2).repeat(BLOCK, 1)
     # Activations are rounded to a 127th of the largest of their block.
