@@ -343,6 +343,22 @@ BlockQuantizedLinear (x, weight, scale) => (y)
 }"""
 
 
+def _quantized_convolution(padding: int) -> str:
+    """A convolution between QuantizeLinear and DequantizeLinear, which runtimes merge into one of integers."""
+    return f"""
+QuantizedConvolution (x, weight, scale, bias, step, zero, output_step, output_zero) => (y)
+{{
+    integers = QuantizeLinear (x, step, zero)
+    maps = DequantizeLinear (integers, step, zero)
+    kernel = DequantizeLinear <axis = 0> (weight, scale)
+    units = Mul (scale, step)
+    shifts = DequantizeLinear <axis = 0> (bias, units)
+    sums = Conv <pads = [{padding}, {padding}, {padding}, {padding}]> (maps, kernel, shifts)
+    output_integers = QuantizeLinear (sums, output_step, output_zero)
+    y = DequantizeLinear (output_integers, output_step, output_zero)
+}}"""
+
+
 def parse(text: str, imports: dict[str, int] | None = None) -> onnx.FunctionProto:
     """Parses a function of domain `vqdeploy` from ONNX text syntax."""
     opsets = ", ".join(f'"{domain}" : {version}' for domain, version in ({"": OPSET} | (imports or {})).items())
@@ -358,6 +374,7 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "WriteCache": lambda: _WRITE_CACHE,
     "QuantizedLinear": lambda: _QUANTIZED_LINEAR,
     "BlockQuantizedLinear": lambda: _BLOCK_QUANTIZED_LINEAR,
+    "QuantizedConvolution": _quantized_convolution,
     "GumbelSample": lambda: _GUMBEL_SAMPLE,
 }
 
@@ -367,7 +384,7 @@ def function(name: str, **attributes: Any) -> onnx.FunctionProto:
     return parse(_FUNCTIONS[name](**attributes))
 
 
-_VARYING = ("metric", "depth", "heads")
+_VARYING = ("metric", "depth", "heads", "padding")
 """Attributes that an ONNX function cannot branch on, so that each value needs a body of its own."""
 
 
@@ -422,6 +439,21 @@ def translations() -> dict[Callable[..., Any], Translation]:
             "BlockQuantizedLinear",
             [("x", "T"), ("weight", "tensor(uint8)"), ("scale", "tensor(float)")],
             [("y", "T")],
+        ),
+        ops.quantized_convolution.default: _node(
+            "QuantizedConvolution",
+            [
+                ("x", "T"),
+                ("weight", "tensor(int8)"),
+                ("scale", "tensor(float)"),
+                ("bias", "tensor(int32)"),
+                ("step", "tensor(float)"),
+                ("zero", "tensor(uint8)"),
+                ("output_step", "tensor(float)"),
+                ("output_zero", "tensor(uint8)"),
+            ],
+            [("y", "T")],
+            padding=int,
         ),
         ops.sample.default: _node("GumbelSample", sampling, [("codes", _INT64)]),
     }

@@ -177,17 +177,23 @@ class SplitUpsample(nn.Module):
 
     def __init__(self, upsample: Upsample):
         super().__init__()
-        self.kernels = nn.ParameterList(
-            columns for rows in _merge(upsample.conv.weight, 2) for columns in _merge(rows, 3)
-        )  # each [outputs, inputs, 2, 2]
-        self.bias = upsample.conv.bias
+        kernels = [columns for rows in _merge(upsample.conv.weight, 2) for columns in _merge(rows, 3)]
+        self.convs = nn.ModuleList(_convolution(kernel, upsample.conv.bias) for kernel in kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []
-        for i, kernel in enumerate(self.kernels):
+        for i, conv in enumerate(self.convs):
             down, right = divmod(i, 2)
-            parts.append(F.conv2d(F.pad(x, (1 - right, right, 1 - down, down)), kernel, self.bias))
+            parts.append(conv(F.pad(x, (1 - right, right, 1 - down, down))))
         return F.pixel_shuffle(torch.stack(parts, 2).flatten(1, 2), 2)
+
+
+def _convolution(kernel: Tensor, bias: nn.Parameter | None) -> nn.Conv2d:
+    """A layer with a kernel [outputs, inputs, height, width], without padding."""
+    outputs, inputs, *size = kernel.shape
+    layer = nn.Conv2d(inputs, outputs, tuple(size), bias=False)
+    layer.weight, layer.bias = nn.Parameter(kernel), bias
+    return layer
 
 
 def _merge(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:

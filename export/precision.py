@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.export.convolutions import has_convolutions, quantize_convolutions
 from vqdeploy.export.layers import Product, Projection
 from vqdeploy.export.quantizers import Replacement
-from vqdeploy.export.rounding import BLOCK, rounded
+from vqdeploy.export.rounding import BLOCK, rounded, rounded_columns
 from vqdeploy.export.stage import Stage
 from vqdeploy.models.quantizers import AveragedCodebook
 from vqdeploy.precision import PRECISIONS
@@ -21,9 +22,6 @@ KEPT = (AveragedCodebook, Replacement)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 """`Precision.floats` -> type."""
-
-_LARGEST_INTEGER = 63
-"""7 bits: AVX2 adds two products with 8-bit activations in int16, where 8 bits overflow."""
 
 
 def in_precision(stage: Stage, precision: str) -> Stage:
@@ -36,12 +34,15 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     """
     chosen = PRECISIONS[precision]
     if chosen.bits:
-        if not has_products(stage):
+        module = copy.deepcopy(stage.module)  # the layers belong to the system
+        convolutional = chosen.bits == 8 and stage.calibration is not None and has_convolutions(module)
+        if not convolutional and not has_products(stage):
             raise VqdeployError(
-                f"stage {stage.name} has no matrix products to store in {precision}",
+                f"stage {stage.name} has no weights to store in {precision}",
                 fix=f"--dtype {precision},{stage.name}=fp32",
             )
-        module = copy.deepcopy(stage.module)  # the layers belong to the system
+        if convolutional:
+            quantize_convolutions(module, stage.calibration())
         _quantize(module, chosen.bits)
         return dataclasses.replace(stage, module=module, precision=precision)
     dtype = DTYPES[chosen.floats]
@@ -87,27 +88,13 @@ class QuantizedProduct(nn.Module):
 
     def __init__(self, product: Product):
         super().__init__()
-        weight, scale = product.weight, _scale(product.weight)
-        integers = (weight / scale).round().clamp(-_LARGEST_INTEGER, _LARGEST_INTEGER)
-        self.register_buffer("weight", integers.to(torch.int8))
+        integers, scale = rounded_columns(product.weight)
+        self.register_buffer("weight", integers)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.vqdeploy.quantized_product(x, self.weight, self.scale)
         return product
-
-
-def _scale(weight: Tensor) -> Tensor:
-    """The scale [outputs] with the smallest squared error of each column: cutting off its largest weights may pay."""
-    largest = weight.abs().amax(0)
-    widest = torch.where(largest > 0, largest / _LARGEST_INTEGER, 1.0)
-    best, least = widest, torch.full_like(widest, torch.inf)
-    for share in torch.linspace(1, 0.6, 21):
-        scale = widest * share
-        integers = (weight / scale).round().clamp(-_LARGEST_INTEGER, _LARGEST_INTEGER)
-        error = (integers * scale - weight).square().sum(0)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
 
 
 class BlockQuantizedProduct(nn.Module):

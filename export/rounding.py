@@ -17,6 +17,7 @@ from vqdeploy.models.prior import Prior
 BLOCK = 32
 """Inputs that share a scale."""
 
+_LARGEST_OF_COLUMNS = 63  # 7 bits: AVX2 adds two products with 8-bit activations in int16, where 8 bits overflow
 _LARGEST = 7
 _SMALLEST = -8
 _DAMPING = 0.01  # of the mean, added to all squares of inputs
@@ -82,3 +83,21 @@ def _inverse(moment: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()
+
+
+def rounded_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a matrix [inputs, outputs] to 7 bits.
+
+    Returns:
+        Integers -63..63 int8 [inputs, outputs], and what one is worth in each column [outputs]: the scale with the
+        smallest squared error, since cutting off the largest weights may pay.
+    """
+    most = _LARGEST_OF_COLUMNS
+    largest = weight.abs().amax(0)
+    widest = torch.where(largest > 0, largest / most, 1.0)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for share in torch.linspace(1, 0.6, 21):
+        scale = widest * share
+        error = ((weight / scale).round().clamp(-most, most) * scale - weight).square().sum(0)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return (weight / best).round().clamp(-most, most).to(torch.int8), best

@@ -1,5 +1,6 @@
 """One graph of a system, before export."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class Stage:
     A list of tensors becomes inputs `NAME.0`, `NAME.1` and so on. `dynamic` has the dynamic dimensions other than the
     batch, `aliases` the outputs that a backend may write in place of an input. `states` names the inputs that come from
     earlier calls and so follow the precision; inputs of a request, noise too, keep their types. `precision` is one of
-    `vqdeploy.precision.PRECISIONS`.
+    `vqdeploy.precision.PRECISIONS`. `calibration` makes an input to observe activations on, for int8.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Stage:
     aliases: dict[str, str] = field(default_factory=dict)
     states: tuple[str, ...] = ()
     precision: str = "fp32"
+    calibration: Callable[[], Tensor] | None = None
 
     @property
     def input_names(self) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.export.convolutions import calibration_codes
 from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, PackedAttention, SplitUpsample
 from vqdeploy.export.stage import Stage
 from vqdeploy.models import vitvqgan
@@ -85,5 +86,11 @@ def stages(tokenizer: AnyTokenizer, size: tuple[int, int] | None = None) -> list
     codes = torch.zeros(2, *(maps[0] if len(maps) == 1 else tokenizer.config.grid), dtype=torch.int64)
     return [
         Stage("encode", Encode(tokenizer), {"image": image}, ["codes"]),
-        Stage("decode", Decode(tokenizer), {"codes": codes}, ["image"]),
+        Stage(
+            "decode",
+            Decode(tokenizer),
+            {"codes": codes},
+            ["image"],
+            calibration=lambda: calibration_codes(tokenizer, (height, width)),
+        ),
     ]

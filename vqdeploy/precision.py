@@ -86,8 +86,16 @@ _FP16 = Limits(
     largest=65504.0,
 )
 _INT8 = replace(
-    _FP32, logits=0.1, mean_logits=0.03, likeliest=0.3, clear=5e-3, divergence=5e-4, variation=2e-2
-)  # of priors alone
+    _FP32,
+    logits=0.1,
+    mean_logits=0.03,
+    likeliest=0.3,
+    clear=5e-3,
+    divergence=5e-4,
+    variation=2e-2,
+    grey_levels=64,
+    psnr=38.0,
+)
 _INT4 = replace(_INT8, logits=0.3, mean_logits=0.05, likeliest=0.5, clear=0.05, divergence=8e-3, variation=6e-2)
 
 PRECISIONS = {

@@ -106,6 +106,62 @@ def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@operator("quantized_convolution")
+def quantized_convolution(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    step: Tensor,
+    zero: Tensor,
+    output_step: Tensor,
+    output_zero: Tensor,
+    padding: int,
+) -> Tensor:
+    """Convolution of 8-bit integers, to which the maps that come in and go out are rounded.
+
+    Args:
+        x: Maps [B, inputs, H, W].
+        weight: Integers int8 [outputs, inputs, height, width].
+        scale: What an integer of each output's kernel is worth [outputs].
+        bias: Integers int32 [outputs], worth `scale * step` each.
+        step: What an integer of `x` is worth [].
+        zero: The integer that stands for zero in `x`, uint8 [].
+        output_step: The same of the result [].
+        output_zero: The same of the result, uint8 [].
+        padding: Zeros on each side of the maps.
+
+    Returns:
+        Maps [B, outputs, H', W'] in the type of `x`.
+    """
+    units = scale * step
+    kernel = weight * scale[:, None, None, None]
+    y = F.conv2d(_rounded(x, step, zero), kernel, bias * units, padding=padding)
+    return _rounded(y, output_step, output_zero).to(x.dtype)
+
+
+def _rounded(x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """Rounds numbers to those that integers of 8 bits stand for."""
+    integers = (x / step).round() + zero
+    return (integers.clamp(0, 255) - zero) * step
+
+
+@quantized_convolution.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    step: Tensor,
+    zero: Tensor,
+    output_step: Tensor,
+    output_zero: Tensor,
+    padding: int,
+) -> Tensor:
+    height, width = (x.shape[axis] + 2 * padding - weight.shape[axis] + 1 for axis in (2, 3))
+    return x.new_empty((x.shape[0], weight.shape[0], height, width))
+
+
 @operator("residual_quantize")
 def residual_quantize(z: Tensor, codebook: Tensor, depth: int, metric: str) -> tuple[Tensor, Tensor]:
     """Residual quantization (Lee et al., RQ-VAE, section 3.1; Zeghidour et al., SoundStream, algorithm 1).
