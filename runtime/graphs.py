@@ -304,6 +304,8 @@ class _Checker:
             return [Known(self._constant(attributes).dtype if attributes else _FLOAT, None, constant)]
         if node["op_type"] == "Cast":
             return [Known(attributes["to"]["i"], None, constant)]
+        if node["op_type"] == "DequantizeLinear" and "output_dtype" not in attributes:
+            return [Known(values.get(node["input"][1], _ANYTHING).dtype, None, constant)]
         if node["op_type"] == "Max":
             inputs = [values.get(name, _ANYTHING) for name in node["input"]]
             dtype = next((known.dtype for known in inputs if known.dtype), None)
