@@ -89,11 +89,20 @@ def _inlined(file: Path, folder: Path) -> Path:
     """A copy of a graph in a folder, with its quantized products in the form that the parser takes.
 
     The parser names the layer of a DequantizeLinear after its node, and two calls of a function have the same nodes.
+
+    Raises:
+        VqdeployError: The stage has convolutions in int8.
     """
     weights = folder / WEIGHTS
     if not weights.exists():
         weights.symlink_to((file.parent / WEIGHTS).resolve())
-    model = inliner.inline_selected_functions(read_graph(file), [_QUANTIZED])
+    model = read_graph(file)
+    if any(node.op_type.startswith("QuantizedConvolution") for node in model.graph.node):
+        raise VqdeployError(
+            f"TensorRT builds no {file.stem} in int8: zero is not 0 among the integers of its maps",
+            fix=f"vqdeploy export --dtype {file.stem}=fp16",
+        )
+    model = inliner.inline_selected_functions(model, [_QUANTIZED])
     _use_int4(model.graph, file.parent)
     onnx.save(model, folder / file.name)
     return folder / file.name

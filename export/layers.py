@@ -188,11 +188,12 @@ class SplitUpsample(nn.Module):
         return F.pixel_shuffle(torch.stack(parts, 2).flatten(1, 2), 2)
 
 
-def _convolution(kernel: Tensor, bias: nn.Parameter | None) -> nn.Conv2d:
+def _convolution(kernel: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A layer with a kernel [outputs, inputs, height, width], without padding."""
-    outputs, inputs, *size = kernel.shape
-    layer = nn.Conv2d(inputs, outputs, tuple(size), bias=False)
-    layer.weight, layer.bias = nn.Parameter(kernel), bias
+    outputs, inputs, height, width = kernel.shape
+    layer = nn.Conv2d(inputs, outputs, (height, width), bias=False)
+    layer.weight = nn.Parameter(kernel)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach())
     return layer
 
 

@@ -35,14 +35,15 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     chosen = PRECISIONS[precision]
     if chosen.bits:
         module = copy.deepcopy(stage.module)  # the layers belong to the system
-        convolutional = chosen.bits == 8 and stage.calibration is not None and has_convolutions(module)
-        if not convolutional and not has_products(stage):
+        calibration = stage.calibration if chosen.bits == 8 and has_convolutions(module) else None
+        if calibration is None and not has_products(stage):
             raise VqdeployError(
-                f"stage {stage.name} has no weights to store in {precision}",
+                f"stage {stage.name} has nothing to store in {precision}",
+                expected="products" if chosen.bits < 8 else "products or a decoder",
                 fix=f"--dtype {precision},{stage.name}=fp32",
             )
-        if convolutional:
-            quantize_convolutions(module, stage.calibration())
+        if calibration is not None:
+            quantize_convolutions(module, calibration())
         _quantize(module, chosen.bits)
         return dataclasses.replace(stage, module=module, precision=precision)
     dtype = DTYPES[chosen.floats]

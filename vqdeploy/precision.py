@@ -94,7 +94,7 @@ _INT8 = replace(
     divergence=5e-4,
     variation=2e-2,
     grey_levels=64,
-    psnr=38.0,
+    psnr=35.0,
 )
 _INT4 = replace(_INT8, logits=0.3, mean_logits=0.05, likeliest=0.5, clear=0.05, divergence=8e-3, variation=6e-2)
 

@@ -200,7 +200,7 @@ def test_masked_priors_have_none(movq_system, tmp_path, dtype):
 
 
 def test_stages_without_products_have_none(system, tmp_path):
-    message = "stage decode has no matrix products to store in int4. Fix: --dtype int4,decode=fp32"
+    message = "stage decode has nothing to store in int4; expected products. Fix: --dtype int4,decode=fp32"
     with pytest.raises(VqdeployError, match=re.escape(message)):
         export(system, tmp_path / "onnx", "decode=int4")
 

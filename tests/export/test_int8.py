@@ -152,7 +152,10 @@ def test_no_choice(text):
     ("dtype", "message"),
     [
         ("dcode=fp16", "there is no stage 'dcode' to export; expected encode or decode or step"),
-        ("encode=int8", "stage encode has no matrix products to store in int8. Fix: --dtype int8,encode=fp32"),
+        (
+            "encode=int8",
+            "stage encode has nothing to store in int8; expected products or a decoder. Fix: --dtype int8,encode=fp32",
+        ),
     ],
 )
 def test_what_does_not_suit_the_stages(system, tmp_path, dtype, message):
