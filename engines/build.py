@@ -52,7 +52,7 @@ def build(
             have fused attention, which has no fp32 on CUDA.
 
     Raises:
-        VqdeployError: A library is missing, a size is wrong, or the file cannot be written.
+        VqdeployError: A library is missing, a size is wrong, or the file cannot be written or lies in the package.
         ArtifactError: The package is damaged, or the builder failed.
     """
     if not 1 <= batch.min <= batch.usual <= batch.max:
@@ -65,6 +65,10 @@ def build(
     ):
         if choice not in choices:
             raise VqdeployError(f"there is no {kind} {choice!r}", expected=" or ".join(choices), found=choice)
+    if folder.resolve() in plan.resolve().parents:
+        raise VqdeployError(
+            f"{plan} lies in the package", expected="a file outside it", fix="name another place with -o"
+        )
     manifest = package.read(folder)
     stages = [dataclasses.replace(stage, dims=_with_batch(stage.dims, batch)) for stage in manifest.stages]
     with temporary_folder(plan) as scratch:

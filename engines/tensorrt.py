@@ -237,7 +237,7 @@ class Worker:
         self._has_plugins = False
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 (our own module)
-                [sys.executable, "-u", "-m", __name__, LIBRARIES[self._backend]],
+                [sys.executable, "-P", "-u", "-m", __name__, LIBRARIES[self._backend]],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

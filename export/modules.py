@@ -114,7 +114,14 @@ def export_module(
 
             report = verify_package(package, model, stages, progress)
             if not report["passed"]:
-                raise ArtifactError(f"the graphs do not match the module:\n{table(report)}")
+                for line in table(report).splitlines():
+                    log.warning("%s", line)
+                worst = next(check for check in report["checks"] if not check["passed"])
+                raise ArtifactError(
+                    f"stage {worst['stage']} does not match the module: {worst['metric']}",
+                    expected=f"{worst['limit']:.3g} or less",
+                    found=f"{worst['value']:.3g}",
+                )
         for file in list(package.iterdir()):
             file.rename(new / file.name)
         package.rmdir()
@@ -276,10 +283,9 @@ _WHOLE = {onnx_ir.DataType.INT64, onnx_ir.DataType.INT32}
 def _bound_divisors(model: onnx_ir.Model) -> None:
     """Clamps integer divisors to 1 or more: plans must not divide by 0, and PyTorch's shape arithmetic divides."""
     graph = model.graph
-    whole = (onnx_ir.DataType.INT64, onnx_ir.DataType.INT32)
     for node in [node for node in graph if node.op_type in ("Div", "Mod") and node.domain in ("", "ai.onnx")]:
         divisor = node.inputs[1]
-        if divisor is None or divisor.dtype not in whole or divisor.const_value is not None:
+        if divisor is None or divisor.dtype not in _WHOLE or divisor.const_value is not None:
             continue
         one = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(1, dtype=divisor.dtype)})
         bound = onnx_ir.node("Max", [divisor, one.outputs[0]])
@@ -511,7 +517,6 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-_ONE_SIZE = "a dynamic dimension has one size only: remove it from dynamic, or the constant from the code"
 _HELP = (
     ("data-dependent", "the module branches on the value of a tensor: use torch.where, or decide before the export"),
     ("Constraints violated", "take the dimension from dynamic, or the number that fixes it from the code"),

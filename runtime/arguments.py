@@ -10,21 +10,24 @@ from vqdeploy.errors import VqdeployError
 LARGEST = 2**62
 """Upper bound of seeds and image indices, which key the noise."""
 
+MOST_THREADS = 4096
+"""Upper bound of CPU threads, more than any machine has."""
+
 
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer, numpy's too; bool does not count."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_whole(lowest: int = 0, **named: object) -> None:
-    """Rejects values that are not integers in `lowest`..`LARGEST`.
+def check_whole(lowest: int = 0, most: int = LARGEST, **named: object) -> None:
+    """Rejects values that are not integers in `lowest`..`most`.
 
     Raises:
         VqdeployError: It names the first such argument.
     """
     for name, value in named.items():
-        if not is_whole(value) or not lowest <= value <= LARGEST:
-            expected = f"an integer in {lowest}..{LARGEST}"
+        if not is_whole(value) or not lowest <= value <= most:
+            expected = f"an integer in {lowest}..{most}"
             raise VqdeployError(f"{name} is out of range", expected=expected, found=_shown(value))
 
 

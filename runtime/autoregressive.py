@@ -7,7 +7,6 @@ import numpy as np
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
-from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, TokenizerInfo
 from vqdeploy.runtime.sampler import Item, Sampler, carried, write_options
 from vqdeploy.runtime.session import Binding, Session
@@ -26,7 +25,7 @@ class AutoregressiveSampler(Sampler):
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         self._session = session = sessions["step"]
         slots = self.slots
-        self._shape = Layout(tokenizer.maps).shape
+        self._shape = self._layout.shape
         rows = slots * self.rows(self.guided)
         dims = {"batch": rows, "length": 1}
         self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
@@ -45,6 +44,7 @@ class AutoregressiveSampler(Sampler):
         self._fixed: dict[int, frozenset[int]] = {}  # known positions after the first one to draw
         self._greedy: dict[int, np.ndarray] = {}
         self._used: set[int] = set()
+        self._finished: dict[int, np.ndarray] = {}  # `_drawn` is written anew after as many calls as positions
         self._text: Binding | None = None  # prefills a text without known codes, in caches of its own
 
     @classmethod
@@ -71,10 +71,9 @@ class AutoregressiveSampler(Sampler):
         return int(self._positions - self._next[slot])
 
     def codes(self, slot: int) -> np.ndarray:
-        """Codes int64 [h, w, Q] so far, -1 where nothing is drawn yet.
-
-        Codes are overwritten after as many engine calls as there are positions: read them before that.
-        """
+        """Codes int64 [h, w, Q] so far, -1 where nothing is drawn yet."""
+        if slot in self._finished:
+            return self._finished[slot].copy()
         codes = self._items[slot].known.reshape(self._positions, -1).copy()
         first, until = self._first[slot], self._next[slot]
         if first < until:
@@ -89,6 +88,7 @@ class AutoregressiveSampler(Sampler):
         if np.any((known < 0) != unknown[:, None]):
             raise VqdeployError("a position is known partly", expected="all of its codes, or -1 for each")
         first = int(unknown.argmax()) if unknown.any() else self._positions
+        self._finished.pop(slot, None)
         self._first[slot] = self._next[slot] = first
         if first == self._positions:
             return
@@ -164,3 +164,6 @@ class AutoregressiveSampler(Sampler):
                     codes[row, 0] = self._known[slot, position]
             self._next[slot] += 1
         self._calls += 1
+        for slot in running:
+            if not self.left(slot):
+                self._finished[slot] = self.codes(slot)

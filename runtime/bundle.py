@@ -101,6 +101,8 @@ class Bundle:
         except FileNotFoundError as error:
             raise VqdeployError(f"{path} does not exist", fix=_REBUILD) from error
         except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.EINVAL:
+                raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error  # type: ignore[union-attr]
             raise VqdeployError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from error
         self._closed = weakref.finalize(self, self._stream.close)
         try:
@@ -130,9 +132,26 @@ class Bundle:
             self._map.close()
 
     def member(self, name: str) -> memoryview:
-        """The bytes of a member, as a view of the memory map."""
+        """The bytes of a member, as a view of the memory map.
+
+        Raises:
+            ArtifactError: The file was truncated after it was opened: touching the view would kill the process.
+        """
         start, stop = self._spans[name]
+        if self.status().st_size < len(self._map):
+            raise ArtifactError(f"{self.path} was truncated while it was open", fix=_REBUILD)
         return memoryview(self._map)[start:stop]
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The weights as views of the memory map; their header is read, not mapped.
+
+        Raises:
+            ArtifactError: The header is malformed, or the file was truncated after it was opened.
+        """
+        blob, start = self.member(WEIGHTS), self._spans[WEIGHTS][0]
+        size = int.from_bytes(os.pread(self._stream.fileno(), 8, start), "little")
+        header = os.pread(self._stream.fileno(), min(size, _HEADER_BYTES + 1), start + 8)
+        return _views(header, blob, size)
 
     def read(self, name: str) -> bytes:
         """A copy of the bytes of a small member, which later changes of the file do not affect.
@@ -270,10 +289,15 @@ def tensors(blob: memoryview) -> dict[str, np.ndarray]:
         ArtifactError: The header is malformed.
     """
     size = int.from_bytes(blob[:8], "little")
+    return _views(bytes(blob[8 : 8 + size]) if size <= _HEADER_BYTES else b"", blob, size)
+
+
+def _views(header: bytes, blob: memoryview, size: int) -> dict[str, np.ndarray]:
+    """The tensors that a header of `size` bytes describes, as views of the bytes of the file."""
     if len(blob) < 8 or size > len(blob) - 8:
         raise ArtifactError("the weights cannot be read (they are truncated)")
     data = blob[8 + size :]
-    found = weights(bytes(blob[8 : 8 + size]) if size <= _HEADER_BYTES else b"", len(data))
+    found = weights(header if size <= _HEADER_BYTES else b"", len(data))
     return {name: np.frombuffer(data[w.start : w.stop], w.dtype).reshape(w.shape) for name, w in found.items()}
 
 

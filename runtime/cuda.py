@@ -75,26 +75,29 @@ class CudaSession(DeviceSession, OnnxrtSession):
     consumes them; such a stage cannot be captured.
     """
 
-    def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream, profile: Path | None = None):
+    def __init__(self, bundle: Bundle, stage: StageInfo, stream: Stream, threads: int = 0, profile: Path | None = None):
         # TF32 has a 10-bit mantissa: codes would differ from those of the CPU.
         options = {"use_tf32": "0", "user_compute_stream": str(stream.handle)}
         self.graphs = profile is None  # a CUDA graph appears in a trace only once, at its first call
         if self.graphs:
             try:
-                self._open(bundle, stage, None, options | {"enable_cuda_graph": "1"})
+                self._open(bundle, stage, threads, None, options | {"enable_cuda_graph": "1"})
             except ArtifactError as error:
                 log.info("stage %s runs without CUDA graphs: %s", stage.name, error)
                 self.graphs = False
         if not self.graphs or self.host_inputs:
             self.graphs = False
-            self._open(bundle, stage, profile, options)
+            self._open(bundle, stage, threads, profile, options)
         if _PROVIDER not in self._session.get_providers():
             raise VqdeployError("ONNX Runtime disabled CUDA without a reason", fix=_INSTALL)
         self._stream, self._numbers = stream, itertools.count(1)
         self._options = self.run_options(_NO_GRAPH)
 
-    def _open(self, bundle: Bundle, stage: StageInfo, profile: Path | None, options: dict[str, str]) -> None:
-        super().__init__(bundle, stage, profile=profile, providers=[(_PROVIDER, options), "CPUExecutionProvider"])
+    def _open(
+        self, bundle: Bundle, stage: StageInfo, threads: int, profile: Path | None, options: dict[str, str]
+    ) -> None:
+        providers = [(_PROVIDER, options), "CPUExecutionProvider"]
+        super().__init__(bundle, stage, threads, profile, providers=providers)
         places = zip(stage.inputs, self._session.get_input_memory_infos(), strict=True)
         self.host_inputs = [info.name for info, memory in places if memory.name.lower() != _MEMORY]
 

@@ -40,7 +40,9 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
         classes[path.name] = found
         others += rest
     if others:
-        log.info("%d files in %s have no image extension: %s", len(others), folder, shortened(others))
+        log.warning(
+            "%d files in %s have no image extension and are skipped: %s", len(others), folder, shortened(others)
+        )
     filled = [name for name, found in classes.items() if found]
     if loose and filled:
         raise VqdeployError(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vqdeploy.runtime.interface import Expected, Tensors, floats, sampling_options, whole
-from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo, level_names
 from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.sampler import Item, Sampler, carried
@@ -27,7 +26,6 @@ class HierarchicalSampler(Sampler):
     joins = "when empty"
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
-        self._layout, self._size = Layout(tokenizer.maps), tokenizer.codebook_size
         names = level_names(len(tokenizer.maps))
         grids = [each[:2] for each in tokenizer.maps]
         slots, seconds = self.slots, self.seconds

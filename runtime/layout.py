@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime.arguments import as_array
 from vqdeploy.runtime.noise import gumbel
 
 _MASK_DRAW = 2**32  # draw index of the noise for random masks, far above that of any step
@@ -30,6 +32,24 @@ class Layout:
     def depth(self) -> int:
         """How many values a per-depth sampling option has: one per depth of a single map, else one per map."""
         return self.maps[0][2] if len(self.maps) == 1 else len(self.maps)
+
+    def check(self, codes: object, size: int, lowest: int = 0) -> np.ndarray:
+        """Codes [B, *shape] in `lowest`..`size` - 1, as int64.
+
+        Raises:
+            VqdeployError: They have another shape or type, or are out of range.
+        """
+        array = as_array("codes", codes)
+        if array.ndim != 1 + len(self.shape) or array.shape[1:] != self.shape or array.dtype.kind not in "iu":
+            raise VqdeployError(
+                "codes have the wrong shape or type",
+                expected=f"integers [B, {', '.join(map(str, self.shape))}]",
+                found=f"{array.dtype} {list(array.shape)}",
+            )
+        if array.size and not lowest <= array.min() <= array.max() < size:
+            found = f"{array.min()}..{array.max()}"
+            raise VqdeployError("codes are out of range", expected=f"{lowest}..{size - 1}", found=found)
+        return array.astype(np.int64)
 
     def split(self, codes: np.ndarray) -> list[np.ndarray]:
         """Codes [B, *shape] -> each map [B, h, w, Q]."""

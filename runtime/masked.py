@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.runtime.interface import Tensors, floats, sampling_options, whole
-from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.sampler import Item, Sampler, write_options
 from vqdeploy.runtime.schedules import BY_ORDER, choice_temperature, masked_counts, order_noise
@@ -37,7 +36,7 @@ class MaskedSampler(Sampler):
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         slots, session = self.slots, sessions["step"]
-        self._shape, self._size = Layout(tokenizer.maps).shape, tokenizer.codebook_size
+        self._shape = self._layout.shape
         dims = {"batch": slots, "conditions": 2 if self.guided else 1}
         # The codes stay on the device of the engine from step to step.
         self._binding = session.bind(dims, session.buffers(dims, "codes", "given"))

@@ -12,8 +12,8 @@ import numpy as np
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import graphs
 from vqdeploy.runtime import session as interface
-from vqdeploy.runtime.bundle import Bundle, tensors
-from vqdeploy.runtime.manifest import WEIGHTS, Manifest, StageInfo, TensorInfo
+from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
 from vqdeploy.runtime.session import Array, Opener
 from vqdeploy.runtime.threads import cores
 
@@ -104,7 +104,7 @@ class OnnxrtSession:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         # Folding a chain of constants that double in size would use up the memory at load time.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _FOLDED_BYTES)
-        weights = tensors(bundle.member(WEIGHTS)) if stage.weights else {}
+        weights = bundle.tensors() if stage.weights else {}
         try:
             # ONNX Runtime borrows this memory: the views must outlive the session.
             self._weights = {name: ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in stage.weights}
@@ -189,7 +189,7 @@ class OnnxrtBackend:
         from vqdeploy.runtime.device import Stream
 
         stream = Stream()
-        return lambda stage: CudaSession(bundle, stage, stream, profile and profile / stage.name)
+        return lambda stage: CudaSession(bundle, stage, stream, threads, profile and profile / stage.name)
 
 
 backend = OnnxrtBackend

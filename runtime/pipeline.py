@@ -15,7 +15,7 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import checked, interface, options
-from vqdeploy.runtime.arguments import as_array, as_numbers, check_whole, is_whole
+from vqdeploy.runtime.arguments import MOST_THREADS, as_array, as_numbers, check_whole, is_whole
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import Bundle
@@ -36,8 +36,8 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 """Kind of sampling in a manifest -> its sampler. Add a kind here."""
 
-_CALL_PIXELS = {"cpu": 256 * 256, "cuda": 16 * 256 * 256}
-_FEATURE_IMAGES = 8  # images per encoder or decoder call
+_CALL_PIXELS = {"cpu": 256 * 256, "cuda": 16 * 256 * 256}  # pixels of the images of an encoder or decoder call
+_FEATURE_IMAGES = 8  # images of a call of `features`
 # Samplers kept for later requests; on a GPU one for each batch size of a split request, since buffers, contexts and
 # graphs are slow to make there.
 _KEPT_SAMPLERS = {"cpu": 1, "cuda": 2}
@@ -105,13 +105,15 @@ def load(
         VqdeployError: The file does not exist, its library is not installed, or the device is not available.
         ArtifactError: The file is damaged, tampered with or of another version.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise VqdeployError("the plan is not a path", expected="a file name", found=path)
     bundle = Bundle(path)
     name = bundle.manifest.backend
     if name is None:
         raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
     if device not in ("auto", "cpu", "cuda"):
         raise VqdeployError(f"device {device!r} is not supported", expected="auto, cpu or cuda", found=device)
-    check_whole(threads=threads)
+    check_whole(most=MOST_THREADS, threads=threads)
     if name not in BACKENDS:
         raise ArtifactError(f"{path} is for an unknown backend", found=name, fix="pip install -U vqdeploy")
     backend = BACKENDS[name]()
@@ -124,8 +126,9 @@ def load(
 class Pipeline:
     """A plan and its tasks.
 
-    Threads may share a pipeline: engine calls are serialized. Use it as a context manager, or call `close`, to free
-    engines and memory. After a fork, the child reopens stages on the CPU; a GPU cannot be used there.
+    Threads may share a pipeline: engine calls are serialized, those of samplers too, but not those through `session`.
+    A sampler is used by one thread at a time. Use the pipeline as a context manager, or call `close`, to free engines
+    and memory. After a fork, the child reopens stages on the CPU; a GPU cannot be used there.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class Pipeline:
         self._noise, self._keep = ThreadedNoise(threads), keep
         self._lock = threading.RLock()  # serializes engine calls
         self._samplers: dict[tuple[int, bool], Sampler] = {}
+        self._closed = False
         if self.manifest.sampling:
             _check_sampler(bundle)
         _PIPELINES.add(self)
@@ -162,8 +166,12 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Closes the stages and the file. Later requests raise `VqdeployError`; closing twice is allowed."""
+        """Closes the stages and the file. Later requests raise `VqdeployError`; closing twice is allowed.
+
+        A sampler in use keeps its stages, and may be stepped, until it is left.
+        """
         with self._lock:
+            self._closed = True
             self._samplers.clear()
             self._sessions.close()
             self.bundle.close()
@@ -245,7 +253,7 @@ class Pipeline:
         return tuple(stage.name for stage in self.manifest.stages)
 
     def session(self, stage: str) -> Session:
-        """The session of one stage, for direct engine calls.
+        """The session of one stage, for direct engine calls, which the caller has to serialize.
 
         Raises:
             ArtifactError: There is no such stage, or it cannot be opened.
@@ -520,10 +528,12 @@ class Pipeline:
             if ratio.shape or not 0 <= ratio <= 1:
                 raise VqdeployError("the mask ratio is out of range", expected="one number in 0..1", found=mask_ratio)
             return layout.share(float(ratio), raster, first_image + np.arange(count), seed)
-        mask, square = as_array("the mask", mask).astype(bool), self.image_shape[:2]
+        mask, square = as_array("the mask", mask), self.image_shape[:2]
         if mask.shape not in (square, (count, *square)):
             raise VqdeployError("the mask does not fit", expected=list(square), found=list(mask.shape))
-        return layout.masked(np.broadcast_to(mask, (count, *square)), raster)
+        if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
+            raise VqdeployError("the mask is malformed", expected="bool, or numbers 0 and 1", found=f"{mask.dtype}")
+        return layout.masked(np.broadcast_to(mask.astype(bool), (count, *square)), raster)
 
     def complete(
         self,
@@ -598,6 +608,8 @@ class Pipeline:
         known = self._check_codes(known, lowest=-1)
         conditions = self._check_conditions(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
+        if callback is not None and not callable(callback):
+            raise VqdeployError("the callback cannot be called", expected="a function of a Step", found=callback)
         chosen = chosen or self.options()
         guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
         codes, seconds = [], dict.fromkeys(self.stages, 0.0)
@@ -615,14 +627,12 @@ class Pipeline:
         self, sampler: Sampler, items: Sequence[Item], images: range, callback: Callback | None
     ) -> list[np.ndarray]:
         """The codes of items that fit one sampler, a slot each."""
-        with self._lock:
-            for slot, item in enumerate(items):
-                sampler.admit(slot, item)
+        for slot, item in enumerate(items):
+            sampler.admit(slot, item)
         slots = range(len(items))
         steps = max(sampler.left(slot) for slot in slots)
         for step in range(1, steps + 1):
-            with self._lock:
-                sampler.step()
+            sampler.step()
             if callback:
                 callback(Step(step, steps, images, np.stack([sampler.codes(slot) for slot in slots])))
         return [sampler.codes(slot) for slot in slots]
@@ -632,23 +642,29 @@ class Pipeline:
         """A context manager with a sampler of empty slots, to admit images and step by step; see `Sampler`.
 
         Args:
-            slots: Number of images that it holds.
-            guided: Whether it supports guidance.
+            slots: Number of images that it holds, at most those of the largest batch of the plan.
+            guided: Whether it supports guidance, at two rows of the batch for each image.
 
         Raises:
-            VqdeployError: The plan has no prior.
+            VqdeployError: The plan has no prior, or not as many rows, or the pipeline is closed.
         """
         kind, key = self._sampler_class, (slots, guided)
+        most = self._most_slots(guided)
+        if not is_whole(slots) or not 1 <= slots <= most:
+            raise VqdeployError("slots is out of range", expected=f"an integer in 1..{most}", found=slots)
         with self._lock:
+            self._sessions.check_open()
             sampler = self._samplers.pop(key, None)
             if sampler is None:
-                sampler = kind(self._sessions, self.sampling, self.tokenizer, slots, guided, self._noise)
+                sampler = kind(self._sessions, self.sampling, self.tokenizer, slots, guided, self._noise, self._lock)
         yield sampler
         # A sampler that an error left in the middle of a call is not reused.
         sampler.draw = self._noise
         for slot in range(slots):
             sampler.release(slot)
         with self._lock:
+            if self._closed:
+                return
             self._samplers[key] = sampler
             while len(self._samplers) > _KEPT_SAMPLERS[self.device]:
                 del self._samplers[next(iter(self._samplers))]
@@ -665,6 +681,11 @@ class Pipeline:
 
     def _call_images(self, guided: bool) -> int:
         """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster."""
+        stages = {stage.name: stage for stage in self.manifest.stages}
+        return min(self._most_slots(guided), self._sampler_class.most_slots(stages, self.device))
+
+    def _most_slots(self, guided: bool) -> int:
+        """Images that the largest batch of the plan holds."""
         rows = self._sampler_class.rows(guided)
         if rows > self._batch.max:
             raise VqdeployError(
@@ -673,8 +694,7 @@ class Pipeline:
                 found=self._batch.max,
                 fix=f"vqdeploy build PACKAGE --max-batch {rows}",
             )
-        stages = {stage.name: stage for stage in self.manifest.stages}
-        return min(self._batch.max // rows, self._sampler_class.most_slots(stages, self.device))
+        return self._batch.max // rows
 
     def _check_conditions(self, labels: Conditions | None, count: int) -> np.ndarray:
         if labels is not None:
@@ -684,21 +704,7 @@ class Pipeline:
         return np.full(count, self.sampling.no_label)
 
     def _check_codes(self, codes: np.ndarray, lowest: int = 0) -> np.ndarray:
-        codes = as_array("codes", codes)
-        if (
-            codes.ndim != 1 + len(self.grid)
-            or codes.shape[1:] != self.grid
-            or not np.issubdtype(codes.dtype, np.integer)
-        ):
-            raise VqdeployError(
-                "codes have the wrong shape or type",
-                expected=f"integers [B, {', '.join(map(str, self.grid))}]",
-                found=f"{codes.dtype} {list(codes.shape)}",
-            )
-        if codes.size and not lowest <= codes.min() <= codes.max() < self.codebook_size:
-            found = f"{codes.min()}..{codes.max()}"
-            raise VqdeployError("codes are out of range", expected=f"{lowest}..{self.codebook_size - 1}", found=found)
-        return codes.astype(np.int64)
+        return self.layout.check(codes, self.codebook_size, lowest)
 
     def _image_batches(self, count: int) -> list[slice]:
         """Batches for the tokenizer, small enough for CPU caches or GPU memory."""
@@ -725,8 +731,7 @@ class _Sessions(Mapping[str, Session]):
         self._unusable: VqdeployError | None = None
 
     def __getitem__(self, name: str) -> Session:
-        if self._unusable:
-            raise self._unusable
+        self.check_open()
         if name not in self._names:
             raise KeyError(name)
         if name not in self._opened:
@@ -742,6 +747,11 @@ class _Sessions(Mapping[str, Session]):
             fix = "load the plan in the process that uses it"
             self._unusable = VqdeployError("a GPU cannot be used after a fork", fix=fix)
         self._opened, self._opener = {}, None
+
+    def check_open(self) -> None:
+        """Rejects use after `close`, or of a GPU after a fork."""
+        if self._unusable:
+            raise self._unusable
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -1,20 +1,24 @@
 """The base of samplers: images join the batch of an engine, step together, and leave (continuous batching)."""
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.runtime import options
+from vqdeploy.runtime.arguments import as_array, check_whole, is_whole
 from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.interface import Tensors
+from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.noise import Draw, Key
-from vqdeploy.runtime.options import for_graph
 from vqdeploy.runtime.session import Array, Binding, Session
 
 
@@ -63,6 +67,7 @@ class Sampler(ABC):
         slots: int,
         guided: bool,
         draw: Draw,
+        lock: AbstractContextManager[Any] | None = None,
     ):
         """Makes a sampler of a number of slots.
 
@@ -73,10 +78,12 @@ class Sampler(ABC):
             slots: Number of images that it holds.
             guided: Whether it supports guidance, at twice the work for every slot.
             draw: Fills the noise.
+            lock: Held during engine calls, reentrantly; by default one of its own.
         """
         self.slots, self.guided, self.no_label, self.condition = slots, guided, info.no_label, Condition.of(info)
         self.seconds: dict[str, float] = defaultdict(float)
-        self.draw = draw
+        self.draw, self._lock = draw, lock or threading.RLock()
+        self._layout, self._options, self._size = Layout(tokenizer.maps), info.options, tokenizer.codebook_size
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
         self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # host copies of buffers since the last step
@@ -115,16 +122,18 @@ class Sampler(ABC):
         """Puts an image into a free slot.
 
         Raises:
-            VqdeployError: The slot is in use, images cannot join now, the image needs guidance, or its condition is
-                of another kind.
+            VqdeployError: The slot is in use, images cannot join now, the image needs guidance, or a part of it is
+                malformed or out of range. Other slots are as before.
         """
-        if slot in self._items or not 0 <= slot < self.slots:
+        with self._lock:
+            self._put(slot, item)
+
+    def _put(self, slot: int, item: Item) -> None:
+        if not is_whole(slot) or slot in self._items or not 0 <= slot < self.slots:
             raise VqdeployError(f"slot {slot} is not free", expected=f"a free one of {self.slots}")
         if self.joins == "when empty" and self._begun:
             raise VqdeployError("images cannot join while others run", expected="an empty sampler")
-        if np.shape(item.condition) != self.condition.shape:
-            expected = f"a {self.condition.name} {list(self.condition.shape)}"
-            raise VqdeployError("the condition does not fit", expected=expected, found=list(np.shape(item.condition)))
+        item = self._checked(item)
         if self.guides(item) and not self.guided:
             raise VqdeployError("this sampler takes no guidance", expected="a guidance scale of 1")
         self._copies.clear()
@@ -132,14 +141,27 @@ class Sampler(ABC):
         self._items[slot] = item
         self._running.add(slot)
 
+    def _checked(self, item: Item) -> Item:
+        """The image with every part in its usual form; what passes here fails no later step."""
+        check_whole(seed=item.seed, image=item.image)
+        known = self._layout.check(as_array("codes", item.known)[None], self._size, lowest=-1)[0]
+        condition = as_array("the condition", item.condition)
+        if condition.shape or condition.dtype.kind != "i" or condition != self.no_label:
+            condition = self.condition.check(condition[None], 1)[0]
+        if not isinstance(item.options, Mapping):
+            raise VqdeployError("the options are malformed", expected="a dictionary", found=type(item.options).__name__)
+        chosen = options.choose(dict(item.options), self._options, self._layout.depth, self._size)
+        return replace(item, known=known, condition=condition, options=chosen)
+
     def step(self) -> list[int]:
         """Makes one engine call for all unfinished images, if any, and returns the slots that are now done."""
-        done = self._leave()  # images that had no code to draw
-        if self._running:
-            self._begun = True
-            self._copies.clear()
-            self._call()
-        return sorted(done | self._leave())
+        with self._lock:
+            done = self._leave()  # images that had no code to draw
+            if self._running:
+                self._begun = True
+                self._copies.clear()
+                self._call()
+            return sorted(done | self._leave())
 
     def _leave(self) -> set[int]:
         """Removes finished slots from the running ones and returns them."""
@@ -184,7 +206,8 @@ class Sampler(ABC):
         """
         if id(values) not in self._copies:
             start = time.perf_counter()
-            self._copies[id(values)] = values, np.array(values)
+            with self._lock:
+                self._copies[id(values)] = values, np.array(values)
             self.seconds[stage] += time.perf_counter() - start
         return self._copies[id(values)][1]
 
@@ -203,16 +226,16 @@ class Sampler(ABC):
                 rows[slot][..., greedy[slot], :] = 0
 
 
-def needs_guidance(options: Mapping[str, Any], condition: int | np.ndarray, no_label: int | None) -> bool:
+def needs_guidance(chosen: Mapping[str, Any], condition: int | np.ndarray, no_label: int | None) -> bool:
     """Whether an image is sampled with guidance: it has a label and a scale other than 1."""
-    return bool(options.get("guidance_scale", 1.0) != 1 and condition != no_label)
+    return bool(chosen.get("guidance_scale", 1.0) != 1 and condition != no_label)
 
 
-def write_options(options: dict[str, Any], inputs: Mapping[str, Array], row: int, depth: int, size: int) -> np.ndarray:
+def write_options(chosen: dict[str, Any], inputs: Mapping[str, Array], row: int, depth: int, size: int) -> np.ndarray:
     """Writes sampling options into a row of the inputs [rows, Q] of a graph.
 
     Args:
-        options: Effective options, from `vqdeploy.runtime.options.choose`.
+        chosen: Effective options, from `vqdeploy.runtime.options.choose`.
         inputs: Inputs of a binding.
         row: Batch row to write.
         depth: Codes per position, Q.
@@ -221,7 +244,7 @@ def write_options(options: dict[str, Any], inputs: Mapping[str, Array], row: int
     Returns:
         Bool [Q]: the depths at which only the most likely code may be drawn.
     """
-    values: dict[str, np.ndarray] = for_graph(options, depth, size)
+    values: dict[str, np.ndarray] = options.for_graph(chosen, depth, size)
     for name, value in values.items():
         inputs[name][row] = value
     greedy: np.ndarray = values["top_k"] == 1

@@ -15,7 +15,7 @@ from hypothesis import settings
 from support.artifacts import Artifacts, remove_old
 from support.registry import remember_translations
 
-from vqdeploy import cli
+from vqdeploy import cli, reference
 from vqdeploy.runtime import onnxrt
 from vqdeploy.runtime.manifest import SizeRange
 
@@ -26,7 +26,7 @@ settings.load_profile("suite")
 # Waiting threads of PyTorch and ONNX Runtime would take the cores from each other, and from other workers of xdist.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for PyTorch in the processes that tests start
-onnxrt.cores = lambda: 1
+onnxrt.cores = reference.cores = lambda: 1
 
 remember_translations()
 ARTIFACTS = Path(__file__).parents[1] / ".pytest_cache" / "artifacts"

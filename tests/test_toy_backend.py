@@ -130,7 +130,7 @@ def test_the_command_line_knows_it(toy, artifacts, tmp_path):
     assert Path(image).stat().st_size > 0
 
 
-def test_who_lacks_it_is_told(artifacts, tmp_path, monkeypatch):
+def test_a_plan_for_an_unknown_backend_is_refused(artifacts, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(BUILDERS, "toy", ToyBuilder())
         build(artifacts.package("rqvae"), tmp_path / "a.plan", "toy")

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from copy import deepcopy as copy_module
 from dataclasses import asdict
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper
 from support.mutations import (
     by_place,
@@ -39,7 +41,7 @@ def test_a_good_plan_passes(request, kind, system):
     report = verify(request.getfixturevalue(kind), system, names.append)
     assert failures(report) == set()
     assert names == ["encode and decode", "step", "generation"]
-    assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "generate"}
+    assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "generate", "reference"}
     assert set(report["checks"][0]) == {"stage", "metric", "value", "limit", "passed"}
     assert json.loads(json.dumps(report)) == report
 
@@ -48,7 +50,15 @@ def test_a_good_package_passes(package, system):
     assert failures(verify_package(package, system)) == set()
 
 
-def test_what_is_no_number_fails_and_can_be_written():
+def test_a_reference_that_overflows_fails(artifacts, system):
+    """Both sides turn NaN into the same bytes and codes."""
+    broken = copy_module(system)
+    with torch.no_grad():
+        broken.tokenizer.decoder.norm_out.weight.fill_(3e38)
+    failed(failures(verify(artifacts.plan(broken), broken)), "reference: largest number that leaves a layer")
+
+
+def test_nan_and_infinity_fail_and_are_valid_json():
     for value in (float("nan"), float("inf")):
         check = at_most("step", "logits", value, 1.0)
         assert not check.passed
@@ -146,7 +156,7 @@ def test_one_layer_whose_cache_belongs_to_another(copy, system):
     failed(failures(verify_package(copy, system)), "step: cached step: largest difference")
 
 
-def test_attention_that_sees_what_is_to_come(copy, system):
+def test_attention_to_later_positions_fails(copy, system):
     change_function(copy, "step", "CachedAttention", replace_with("seen", "Identity", "scores"))
     failed(failures(verify_package(copy, system)), "step: cached step: largest difference", "step: prefix: largest")
 

@@ -59,7 +59,7 @@ def test_the_place_of_the_last_position(copy, vit_system):
     failed(failures(verify_package(copy, vit_system)), "step: cached step: largest", "step: prefix: largest")
 
 
-def test_features_that_see_what_is_to_come(copy, vit_system):
+def test_features_of_later_positions_fail(copy, vit_system):
     def change(node):
         if node.op_type == "Softmax":
             raw = next(n for n in graph.node if node.input[0] in n.output)

@@ -168,9 +168,14 @@ def fuzz(material: Material, kinds: list[str], first: int, count: int, jobs: int
 
 
 def kill(material: Material, count: int, seed: int) -> bool:
-    """Kills export, build, run and train at random times; returns whether no partial file was left."""
+    """Kills export, build, run and train at random times, and resumes what was killed of train.
+
+    Returns:
+        Whether no partial file was left, and each resumed training had the weights of an uninterrupted one.
+    """
     rnd = random.Random(seed)  # noqa: S311
     usual: dict[str, float] = {}
+    trained = b""
     faults = []
     for number in range(count):
         verb = ("build", "run", "export", "train")[number % 4]
@@ -182,6 +187,7 @@ def kill(material: Material, count: int, seed: int) -> bool:
                 start = time.monotonic()
                 subprocess.run(line, check=True, capture_output=True, cwd=folder)  # noqa: S603
                 usual[verb] = time.monotonic() - start
+                trained = _weights(output) if verb == "train" else trained
                 for left in folder.iterdir():
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             wait = rnd.uniform(0.0, usual[verb] * 1.05)
@@ -195,10 +201,26 @@ def kill(material: Material, count: int, seed: int) -> bool:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # processes that load data outlive a killed parent
             problems = _left_behind(verb, folder, output, sent, said)
+            if verb == "train" and not output.exists():
+                problems += _resumed(line, folder, output, trained)
             faults += [f"{verb}, {sent.name} after {wait:.2f} s: {problem}" for problem in problems]
             print(f"{verb} {sent.name} {wait:.2f} s: {'; '.join(problems) or 'clean'}", flush=True)
     print(f"\n{count} kills, {len(faults)} faults")
     return not faults
+
+
+def _weights(checkpoint: Path) -> bytes:
+    """The weights of a checkpoint folder as bytes."""
+    return (checkpoint / "model.safetensors").read_bytes()
+
+
+def _resumed(line: list[str], folder: Path, output: Path, expected: bytes) -> list[str]:
+    """Problems after a killed training was resumed, or was started anew if it had not begun."""
+    again = ["--resume"] if (folder / "out.training").exists() else []
+    done = subprocess.run([*line, *again], cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        return [f"not resumed: {done.stderr.strip()[-200:]}"]
+    return [] if _weights(output) == expected else ["a resumed training has other weights"]
 
 
 def _long_command(verb: str, material: Material, folder: Path) -> tuple[list[str], Path]:

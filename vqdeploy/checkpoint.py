@@ -237,7 +237,7 @@ def check_digest(system: System, expected: str, plan: Path) -> None:
             f"{plan} was made from another checkpoint",
             expected=f"digest {expected[:12]}",
             found=found[:12],
-            fix="add --checkpoint FOLDER",
+            fix="name the checkpoint it was made from, --checkpoint FOLDER",
         )
 
 

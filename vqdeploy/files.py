@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import fnmatch
+import itertools
 import json
 import math
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,6 +43,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
 
 
+def named(path: Path) -> Path:
+    """The path with a name of its own, which `.` and `..` have not."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
     """Rejects a folder that contains files other than ours.
 
@@ -71,8 +77,7 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
     Raises:
         VqdeployError: The folder contains other files, or cannot be written.
     """
-    if path.name in ("", ".."):
-        path = path.resolve()
+    path = named(path)
     check_replaceable(path, ours)
     with temporary_folder(path) as folder:
         new, old = folder / "new", folder / "old" / path.name
@@ -181,6 +186,30 @@ def _remove_abandoned(parent: Path) -> None:
                         os.replace(old, parent / old.name)
                 shutil.rmtree(folder)
         os.close(lock)
+
+
+def check_other(output: Path, inputs: Iterable[Path]) -> None:
+    """Rejects an output that is one of the input files, or a file in an input folder, by this or by another name.
+
+    Raises:
+        VqdeployError: It names the input that would be replaced.
+    """
+    if not output.exists():
+        return
+    for path in inputs:
+        for file in itertools.chain([path], path.rglob("*") if path.is_dir() else ()):
+            if file.exists() and output.samefile(file):
+                raise VqdeployError(f"{output} cannot be written (it is the input {file})", fix=_ELSEWHERE)
+
+
+def check_outside(folder: Path, inputs: Iterable[Path]) -> None:
+    """Rejects an output folder that holds one of the inputs, or is one, because it would be replaced.
+
+    Raises:
+        VqdeployError: It names the input.
+    """
+    if inside := [path for path in inputs if folder.resolve() in (path.resolve(), *path.resolve().parents)]:
+        raise VqdeployError(f"{folder} cannot be replaced (it holds the input {inside[0]})", fix=_ELSEWHERE)
 
 
 def check_regular(path: Path) -> None:

@@ -559,7 +559,12 @@ def test_files_that_are_no_plan(vqdeploy, tmp_path, verb, content):
 
 
 def test_batch_sizes_out_of_order(vqdeploy, package):
-    refused(vqdeploy("build", package, "--opt-batch", 4, "--max-batch", 2), 2, "not ascending", "1, 4, 2")
+    refused(
+        vqdeploy("build", package, "--backend", "tensorrt", "--opt-batch", 4, "--max-batch", 2),
+        2,
+        "not ascending",
+        "1, 4, 2",
+    )
 
 
 def test_devices(vqdeploy, plan, package):

@@ -6,13 +6,14 @@ import os
 import pytest
 
 from vqdeploy import bench
+from vqdeploy.runtime import Pipeline
 
 
 def test_bench_times_what_was_asked(vqdeploy, movq_plan, monkeypatch):
     asked = {}
     real = bench.bench
     monkeypatch.setattr(bench, "bench", lambda engine, **given: asked.update(given) or real(engine, **given))
-    monkeypatch.setattr(bench, "_measure_apart", lambda function: 50.0)
+    monkeypatch.setattr(bench, "_measure_apart", lambda call, threads: 50.0)
     request = "--task generate --task decode --batch-size 1 --batch-size 2 --warmup 0 --iterations 2 --threads 1"
     sampling = "--steps 2 --cfg-scale 1 --temperature 0"
     arguments = ("bench", "--engine", movq_plan, *request.split(), *sampling.split())
@@ -53,6 +54,21 @@ def test_the_number_of_threads_reaches_the_engine(vqdeploy, plan, checkpoint_fol
     assert vqdeploy(name, "--engine", plan, "--threads", -1, *rest)[0] == 2
 
 
+@pytest.mark.parametrize("verb", ["run --num-images 1 --label cat", "verify", "bench --iterations 1"])
+def test_verbs_close_their_plans(vqdeploy, plan, checkpoint_folder, monkeypatch, verb):
+    monkeypatch.setattr(bench, "_measure_apart", lambda call, threads: 50.0)
+    opened, closed = [], []
+    made, close = Pipeline.__init__, Pipeline.close
+    monkeypatch.setattr(
+        Pipeline, "__init__", lambda self, *given, **named: opened.append(self) or made(self, *given, **named)
+    )
+    monkeypatch.setattr(Pipeline, "close", lambda self: closed.append(self) or close(self))
+    name, *rest = verb.split()
+    rest += ["--checkpoint", checkpoint_folder] if name == "verify" else []
+    assert vqdeploy(name, "--engine", plan, "--threads", 1, *rest)[0] == 0
+    assert opened == closed != []
+
+
 def test_inspect_tells_all_that_the_manifest_holds(vqdeploy, plan):
     _, out, _ = vqdeploy("inspect", plan)
     shown = [line.split() for line in out.splitlines()]
@@ -66,6 +82,19 @@ def test_inspect_tells_all_that_the_manifest_holds(vqdeploy, plan):
     words = {word.strip("(),'[]:") for line in shown for word in line}
     missing = [text for text in scalars(manifest) if text and not set(text.replace(",", " ").split()) <= words]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--opt-batch", 1], "onnxrt is not tuned for a batch size"),
+        (["--backend", "tensorrt-rtx", "--device", "cpu"], "builds for CUDA only"),
+    ],
+)
+def test_build_refuses_options_that_the_backend_ignores(vqdeploy, package, arguments, message):
+    code, _, err = vqdeploy("build", package, *arguments)
+    assert code == 2
+    assert message in err
 
 
 def test_env_tells_what_a_report_needs(vqdeploy, monkeypatch):
@@ -89,6 +118,8 @@ def test_pipes_in_the_place_of_inputs_are_refused(vqdeploy, plan, package, tmp_p
     for arguments in (
         (*run, "--task", "encode", "--input", "pipe"),
         (*run, "--task", "decode", "--input", "pipe"),
+        ("run", "--engine", "pipe"),
+        ("inspect", "pipe"),
         ("build", "package"),
     ):
         code, out, err = vqdeploy(*arguments)

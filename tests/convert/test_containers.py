@@ -130,7 +130,7 @@ def test_shards_stay_in_their_folder(weights, tmp_path, shard):
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "no", '{"weight_map": 3}'])
-def test_what_is_no_index(tmp_path, text):
+def test_malformed_indices_are_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ArtifactError, match="not an index of shards"):
         read(tmp_path)
@@ -216,7 +216,7 @@ def test_damaged_flax(tmp_path, data):
         (b"\x10\0\0\0\0\0\0\0{", "is damaged"),
     ],
 )
-def test_what_it_is_is_said(tmp_path, data, message):
+def test_files_of_other_kinds_are_described(tmp_path, data, message):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(ArtifactError, match=message):
         read(tmp_path / "file")

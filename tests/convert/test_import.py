@@ -116,13 +116,16 @@ def test_labels(run, tmp_path):
     (tmp_path / "lines.txt").write_text("\n".join(names))
     (tmp_path / "list.json").write_text(json.dumps(names))
     (tmp_path / "index.json").write_text(json.dumps({str(i): [f"n{i}", name] for i, name in enumerate(names)}))
+    (tmp_path / "twice.txt").write_text("\n".join([*names[:8], "crane", "crane"]))
     arguments = write_system("taming_gpt", tmp_path)
+    run(*arguments, "--labels", tmp_path / "twice.txt", "-o", tmp_path / "out")
+    assert checkpoint.load(tmp_path / "out").config.labels[7:] == ("kind 7", "crane (8)", "crane (9)")
     for file in ("lines.txt", "list.json", "index.json"):
         run(*arguments, "--labels", tmp_path / file, "-o", tmp_path / "out")
         assert checkpoint.load(tmp_path / "out").config.labels == tuple(names)
 
 
-def test_what_the_publishers_sampled_with_is_the_default(run, tmp_path):
+def test_the_published_sampling_options_are_the_defaults(run, tmp_path):
     arguments = write_system("rqtransformer", tmp_path)
     file = tmp_path / "prior.json"
     file.write_text(

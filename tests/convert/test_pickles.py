@@ -181,7 +181,7 @@ def test_a_training_checkpoint_is_read_with_stand_ins(gone, weights, monkeypatch
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_pytorch_reads_is_read_alike(weights, tmp_path, zipped):
+def test_pickles_are_read_as_pytorch_reads_them(weights, tmp_path, zipped):
     file = tmp_path / "weights.pt"
     torch.save(weights, file, _use_new_zipfile_serialization=zipped)
     trusted = torch.load(file, weights_only=True)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -202,7 +204,7 @@ def test_codebooks_that_differ_by_depth(tmp_path):
 # Parts of a system
 
 
-def test_what_a_prior_needs(tmp_path):
+def test_missing_requirements_of_a_prior_are_named(tmp_path):
     arguments = write_system("rqtransformer", tmp_path)
     prior = arguments[arguments.index("--prior") + 1]
     refused("a system needs a tokenizer. Fix: add --tokenizer", tmp_path, error=VqdeployError, priors=[prior])
@@ -270,6 +272,36 @@ def test_labels_of_another_prior(tmp_path):
         error = ArtifactError if "class names" in message else VqdeployError
         refused(message, tmp_path, error=error, labels=file, **named)
     refused("does not exist", tmp_path, error=VqdeployError, labels=tmp_path / "none.txt", **named)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("labels.txt", "é".encode("latin-1"), "has no class names"),
+        ("labels.txt", b"\n\n", "has no class names"),
+        ("labels.txt", b"a\nb\x1b[31m", "printable characters"),
+        ("labels.json", b'["a", ""]', "printable characters"),
+        ("labels.json", b'{"' + b"1" * 5000 + b'": "a"}', "has no class names"),
+        ("labels.json", b'{"one": "a"}', "has no class names"),
+        ("labels.json", b'["a", "a", "a (0)"]', "gives two classes one name"),
+        ("labels.txt", None, "not a regular file"),
+    ],
+)
+def test_malformed_labels(tmp_path, name, content, message):
+    arguments = write_system("taming_gpt", tmp_path)
+    file = tmp_path / name
+    os.mkfifo(file) if content is None else file.write_bytes(content)
+    refused(message, tmp_path, labels=file, priors=[arguments[1]], prior_config=arguments[3])
+
+
+def test_a_folder_that_holds_an_input_is_not_replaced(tmp_path):
+    arguments = write_system("taming_gpt", tmp_path)
+    (tmp_path / "own").mkdir()
+    source = shutil.copy(arguments[1], tmp_path / "own" / "model.safetensors")
+    before = source.read_bytes()
+    with pytest.raises(VqdeployError, match="holds the input"):
+        import_checkpoint(tmp_path / "own", priors=[source], prior_config=arguments[3])
+    assert source.read_bytes() == before
 
 
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):

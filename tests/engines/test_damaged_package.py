@@ -108,7 +108,7 @@ def test_malformed_digests(copy, members):
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "file", "nothing"])
-def test_what_is_no_package(tmp_path, kind):
+def test_folders_that_are_no_package_are_refused(tmp_path, kind):
     target = tmp_path / "package"
     if kind == "file":
         target.write_text("x")

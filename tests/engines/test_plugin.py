@@ -148,7 +148,7 @@ def triton_is(monkeypatch):
         ("onnxrt", "1.23.2", True, "onnxrt has no ahead-of-time compiled plugins"),
     ],
 )
-def test_what_stands_in_the_way_is_named(triton_is, backend, version, triton, expected):
+def test_the_obstacle_to_the_plugin_is_named(triton_is, backend, version, triton, expected):
     triton_is(triton)
     obstacle = plugin.obstacle(backend, version)
     assert obstacle is None if expected is None else expected in obstacle

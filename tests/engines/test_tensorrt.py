@@ -287,7 +287,7 @@ def test_a_plan_names_the_version_that_sessions_will_find(package_of, tmp_path):
 
 
 @needs_rtx
-def test_one_process_builds_what_it_survives(package_of, tmp_path, monkeypatch):
+def test_one_process_builds_all_stages_until_it_crashes(package_of, tmp_path, monkeypatch):
     starts, start = [], tensorrt.Worker._start
     monkeypatch.setattr(tensorrt.Worker, "_start", lambda worker: (starts.append(worker), start(worker)))
     folder = package_of(passing_graph(), crashing_graph(), refused_graph(), passing_graph())

@@ -321,7 +321,7 @@ class TestCachedAttention:
         check_attention("portable", 2, *attention_inputs(3, length, 2, 8, 12, positions, seed))
 
     @pytest.mark.parametrize("body", BODIES)
-    def test_what_lies_behind_the_position_does_not_matter(self, body):
+    def test_later_positions_have_no_influence(self, body):
         qkv, key, value, position = attention_inputs(2, 1, 2, 8, 6, [0, 3], 0)
         clean = [c.masked_fill((torch.arange(6) >= position[:, None])[:, None, :, None], 0) for c in (key, value)]
         dirty = attend(body, 2, qkv, key, value, position)

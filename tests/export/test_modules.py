@@ -451,7 +451,7 @@ class TestRefusals:
             export_module(model, {"forward": stage}, folder / "own-onnx", **options)
         assert not list(folder.iterdir())
 
-    def test_the_part_and_the_line_are_named_and_what_helps(self, tmp_path):
+    def test_the_error_names_the_part_the_line_and_a_fix(self, tmp_path):
         lines = Path(__file__).read_text().splitlines()
         line = 1 + next(i for i, text in enumerate(lines) if text.endswith("# this line is named"))
         where = rf"in inner.1 \({re.escape(__file__)}, line {line}\)"
@@ -518,7 +518,7 @@ class TestRefusals:
         stage = Stage(lambda m, x: m(x)[1], inputs={"x": torch.randn(20, 4)}, outputs=["y"])
         self.refused(Gated(Vendored()), tmp_path, "FAIL forward", ArtifactError, stage=stage)
 
-    def test_what_was_there_stays(self, tmp_path):
+    def test_a_failed_export_keeps_the_old_package(self, tmp_path):
         stage = Stage(lambda m, x: m(x), inputs=X, outputs=["y"])
         folder = tmp_path / "own-onnx"
         export_module(nn.Linear(4, 2), {"forward": stage}, folder, verify=False)

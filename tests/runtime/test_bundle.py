@@ -460,6 +460,19 @@ def test_damaged_safetensors(content):
         tensors(content)
 
 
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_plan_that_is_cut_after_it_was_loaded(plan, python, tmp_path, kept):
+    """Stages open on first use: to touch what is gone would kill the process."""
+    script = (
+        "import os, shutil, sys; from vqdeploy.errors import ArtifactError; from vqdeploy.runtime import load\n"
+        "shutil.copy(sys.argv[1], 'a.plan'); pipeline = load('a.plan', threads=1)\n"
+        "os.truncate('a.plan', int(sys.argv[2]))\n"
+        "try: pipeline.generate([0])\n"
+        "except ArtifactError as error: print(error)"
+    )
+    assert "a.plan was truncated while it was open" in python(script, plan, kept, cwd=tmp_path)
+
+
 def test_reading_the_manifest_opens_no_engine(plan, python):
     script = (
         "import sys; from vqdeploy.runtime.bundle import Bundle; Bundle(sys.argv[1]); "

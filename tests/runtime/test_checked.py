@@ -162,7 +162,7 @@ def test_a_cache_that_cannot_be_made_does_no_harm(file, checks, tmp_path):
     assert len(checks) == 2
 
 
-def test_nor_one_that_cannot_be_written(file, checks, marks, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_ignored(file, checks, marks, monkeypatch):
     def refuse(path, flags, *arguments, dir_fd=None):
         if dir_fd is not None:
             raise OSError(30, "Read-only file system")
@@ -197,7 +197,7 @@ def test_a_full_folder_is_emptied(file, checks, marks, monkeypatch):
     assert len(list(marks.iterdir())) == 1
 
 
-def test_who_asks_for_no_check_leaves_no_mark(file, checks, marks):
+def test_loading_without_verification_records_nothing(file, checks, marks):
     load(file, verify=False)
     assert not checks
     assert not marks.exists()

@@ -12,7 +12,7 @@ from support.trials import trial
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.runtime import cuda, device, load
+from vqdeploy.runtime import cuda, device, load, onnxrt
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.cuda import CudaSession
 from vqdeploy.verify import verify
@@ -239,6 +239,20 @@ def test_a_stage_that_cannot_be_captured_runs_without_graphs(portable_plan, gpu,
     assert [o["use_tf32"] + o["user_compute_stream"] for o in opened] == ["077", "077"]
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_threads_of_the_cpu_are_those_asked_for_on_cuda_too(portable_plan, gpu, monkeypatch):
+    seen, original = [], cuda.ort.InferenceSession
+
+    def opened(graph, options, **rest):
+        seen.append(options.intra_op_num_threads)
+        return original(graph, options, **rest)
+
+    monkeypatch.setattr(cuda.ort, "InferenceSession", opened)
+    bundle = Bundle(portable_plan)
+    onnxrt.OnnxrtBackend().opener(bundle, "cuda", 3, None)(bundle.manifest.stage("step"))
+    assert set(seen) == {3}
+
+
 def test_cuda_is_not_taken_for_a_plan_of_the_cpu(plan, gpu_build):
     assert load(plan).device == "cpu"
     with pytest.raises(VqdeployError, match=r"built for the CPU\. Fix: vqdeploy build PACKAGE --device cuda") as caught:
@@ -248,7 +262,9 @@ def test_cuda_is_not_taken_for_a_plan_of_the_cpu(plan, gpu_build):
 
 def test_where_a_plan_for_cuda_runs(small_plan, gpu_build, monkeypatch):
     opened = []
-    monkeypatch.setattr("vqdeploy.runtime.pipeline.Pipeline", lambda bundle, device, *rest: opened.append(device))
+    monkeypatch.setattr(
+        "vqdeploy.runtime.pipeline.Pipeline", lambda bundle, device, *rest, **named: opened.append(device)
+    )
     for wanted in ("auto", "cuda", "cpu"):
         load(small_plan, wanted)
     assert opened == ["cuda", "cuda", "cpu"]
@@ -330,14 +346,14 @@ class Driver(Cuda):
     ],
     ids=["none", "old", "idle"],
 )
-def test_a_driver_that_will_not_do(driver, sentence, monkeypatch):
+def test_unusable_drivers_are_refused(driver, sentence, monkeypatch):
     monkeypatch.setattr(device, "cudart", driver)
     with pytest.raises(VqdeployError) as caught:
         device.check()
     assert str(caught.value) == sentence
 
 
-def test_a_driver_that_will_do(monkeypatch):
+def test_a_usable_driver_is_accepted(monkeypatch):
     monkeypatch.setattr(device, "cudart", Driver())
     device.check()
 

@@ -433,7 +433,7 @@ def test_levels_that_are_not_there(vqvae2_pipeline, images, keep):
 
 @pytest.mark.parametrize("completions", [-1, 0, 1.5])
 @pytest.mark.parametrize(("task", "place"), [("resample", {}), ("inpaint", {"mask_ratio": 0.5})])
-def test_completions_that_cannot_be(vqvae2_pipeline, images, task, place, completions):
+def test_impossible_completions_are_refused(vqvae2_pipeline, images, task, place, completions):
     refused(getattr(vqvae2_pipeline, task), images, LABELS, completions=completions, **place)
 
 

@@ -179,7 +179,7 @@ def test_a_large_photograph_is_read(tmp_path):
     assert read(tmp_path / "a.png").shape == (1, 12000, 3)
 
 
-def test_what_is_no_regular_file(tmp_path):
+def test_files_that_are_not_regular_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("pipe.png", "."):
         with pytest.raises(ArtifactError, match="it is not a regular file"):

@@ -50,7 +50,7 @@ def opened(name="a"):
     return cache, config.caches[0]
 
 
-def test_what_was_compiled_comes_back(place):
+def test_compiled_kernels_are_cached(place):
     cache, found = opened()
     assert found.offered is None
     found.content = b"compiled"
@@ -76,7 +76,7 @@ def test_nothing_is_written_twice(place):
     assert ((place / "a.bin").stat().st_mtime_ns, (place / "a.bin").stat().st_ino) == written
 
 
-def test_what_the_library_refuses_is_replaced(place):
+def test_a_rejected_cache_is_replaced(place):
     cache, found = opened()
     found.content = b"other GPU"
     cache.save()

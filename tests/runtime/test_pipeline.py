@@ -231,6 +231,22 @@ def test_inpaint_begins_at_the_first_row_that_the_mask_touches(pipeline, images)
         assert first == 4 or (result[image, first:] != encoded[image, first:]).any()
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.5, 2, -1, "no", None])
+def test_a_mask_is_of_bool_or_of_0_and_1(pipeline, images, value):
+    mask = np.zeros((SIDE, SIDE), object if value is None else np.asarray(value).dtype)
+    mask[9] = value
+    with pytest.raises(VqdeployError, match="the mask is malformed; expected bool, or numbers 0 and 1"):
+        pipeline.inpaint(images, LABELS, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.int64])
+def test_masks_of_numbers(pipeline, images, dtype):
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[9] = True
+    expected = pipeline.inpaint(images, LABELS, mask=mask).codes
+    np.testing.assert_array_equal(pipeline.inpaint(images, LABELS, mask=mask.astype(dtype)).codes, expected)
+
+
 def test_one_mask_serves_all_images(pipeline, images):
     mask = np.zeros((SIDE, SIDE), bool)
     mask[9] = True
@@ -438,7 +454,7 @@ def test_masks_that_do_not_fit(pipeline, images, arguments):
 
 
 @pytest.mark.parametrize("known", [None, 5, "codes", [[1], [2, 3]]])
-def test_completing_what_are_no_codes(pipeline, known):
+def test_complete_refuses_malformed_codes(pipeline, known):
     refused(pipeline.complete, known, [1])
 
 

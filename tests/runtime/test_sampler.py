@@ -44,7 +44,7 @@ def item(pipeline, seed=0, label=0, **options):
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["own bodies", "portable bodies"])
-def test_what_is_no_number_in_the_caches_ends_with_its_request(name, portable, request, tmp_path):
+def test_nan_in_the_caches_does_not_reach_the_next_request(name, portable, request, tmp_path):
     """One request that overflows leaves NaN in the caches of its rows; 0 times NaN is NaN."""
     build(request.getfixturevalue(named(name, "package")), tmp_path / "x.plan", portable=portable)
     pipeline = load(tmp_path / "x.plan", threads=1)
@@ -73,6 +73,60 @@ def test_an_image_whose_codes_are_all_known_takes_no_call(any_pipeline):
 
 
 class TestAdmit:
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"condition": 99},
+            {"condition": -1},
+            {"condition": 1.0},
+            {"condition": "cat"},
+            {"condition": None},
+            {"condition": [0, 1]},
+            {"seed": -5},
+            {"seed": 0.5},
+            {"seed": 2**70},
+            {"image": -1},
+            {"known": np.full((4, 4, 3), -1)},
+            {"known": np.full((4, 4, 4), 64)},
+            {"known": np.full((4, 4, 4), -2)},
+            {"known": np.full((4, 4, 4), -1.0)},
+            {"known": [[1], [1, 2]]},
+            {"options": None},
+            {"options": [1.0]},
+            {"options": {"temperature": -1.0}},
+            {"options": {"top_k": "many"}},
+            {"options": {"steps": 3}},
+        ],
+        ids=str,
+    )
+    def test_a_malformed_image_is_refused_and_the_others_go_on(self, pipeline, wrong):
+        good = item(pipeline)
+        expected = alone(pipeline, good, 2, 0, guided=False)
+        with pipeline.sampler(2) as sampler:
+            sampler.admit(0, good)
+            sampler.step()
+            with pytest.raises(VqdeployError):
+                sampler.admit(1, replace(good, **wrong))
+            while not sampler.step():
+                pass
+            np.testing.assert_array_equal(sampler.codes(0), expected)
+            sampler.admit(1, good)
+
+    @pytest.mark.parametrize("slot", [1.5, None, "0", True])
+    def test_a_slot_is_a_number(self, pipeline, slot):
+        with pipeline.sampler(2) as sampler, pytest.raises(VqdeployError, match="is not free"):
+            sampler.admit(slot, item(pipeline))
+
+    def test_lists_and_missing_options_are_completed(self, pipeline):
+        good = item(pipeline)
+        plain = Item(good.known.tolist(), 0, 0, 3, {})
+        np.testing.assert_array_equal(alone(pipeline, plain, 1, 0, False), alone(pipeline, good, 1, 0, False))
+
+    @pytest.mark.parametrize("slots", [0, -1, 1.5, True, 65, 10**9, "2"])
+    def test_a_sampler_has_as_many_slots_as_the_plan_has_rows(self, pipeline, slots):
+        with pytest.raises(VqdeployError, match="slots is out of range"), pipeline.sampler(slots):
+            pass
+
     def test_a_slot_holds_one_image(self, pipeline):
         with pipeline.sampler(2) as sampler:
             sampler.admit(0, item(pipeline))
@@ -116,6 +170,23 @@ def test_codes_so_far_grow_and_are_open_where_nothing_is_drawn(any_pipeline):
             opened.append((sampler.codes(0) < 0).sum())
         assert sorted(opened, reverse=True) == opened
         assert (sampler.codes(0) >= 0).all()
+
+
+@pytest.mark.parametrize("name_", ["rqvae", "vit", "movq"])
+def test_codes_of_a_finished_image_stay_until_its_slot_is_freed(name_, artifacts):
+    pipeline = artifacts.pipeline(name_)
+    guided = pipeline.sampling.no_label is not None
+    with pipeline.sampler(2, guided) as sampler:
+        sampler.admit(0, item(pipeline))
+        while not sampler.step():
+            pass
+        codes = sampler.codes(0)
+        for seed in (1, 2):
+            sampler.admit(1, item(pipeline, seed))
+            while not sampler.step():
+                pass
+            sampler.release(1)
+            np.testing.assert_array_equal(sampler.codes(0), codes)
 
 
 def test_a_cancelled_image_leaves_the_others_alone(vit_pipeline):

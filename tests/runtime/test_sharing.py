@@ -1,8 +1,10 @@
 """One pipeline in several threads, in its own callbacks and behind a fork; opening and closing."""
 
+import gc
 import os
 import signal
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load, onnxrt, threads
 from vqdeploy.runtime.noise import ThreadedNoise
+from vqdeploy.runtime.sampler import Item
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -43,6 +46,33 @@ def test_a_callback_may_use_its_own_pipeline(pipeline):
     np.testing.assert_array_equal(found.codes, expected.codes)
     assert len(inner) == 2
     assert all((each.codes == other.codes).all() for each in inner)
+
+
+def test_samplers_of_several_threads_take_turns(plan, monkeypatch):
+    """Contexts of TensorRT share memory: two calls at once would corrupt each other."""
+    inside, together = [], []
+    original = onnxrt.Binding.run
+
+    def run(self):
+        inside.append(self)
+        together.append(len(inside))
+        original(self)
+        inside.pop()
+
+    monkeypatch.setattr(onnxrt.Binding, "run", run)
+
+    def draw(seed):
+        with pipeline.sampler(1) as sampler:
+            sampler.admit(0, Item(np.full(pipeline.grid, -1), 0, seed, 0, pipeline.options()))
+            while not sampler.step():
+                pass
+            return sampler.codes(0)
+
+    with load(plan, threads=1) as pipeline:
+        expected = [pipeline.generate([0], seed=seed).codes[0] for seed in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            np.testing.assert_array_equal(list(pool.map(draw, range(4))), expected)
+    assert set(together) == {1}
 
 
 def in_a_fork(work):
@@ -162,14 +192,48 @@ class TestOpening:
     def test_threads_by_default_are_what_the_process_may_use(self, monkeypatch, tmp_path):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
         quota = tmp_path / "cpu.max"
-        monkeypatch.setattr(threads, "_QUOTA", quota)
+        monkeypatch.setattr(threads, "_MOUNT", tmp_path)
+        monkeypatch.setattr(threads, "_SELF", tmp_path / "none")
         assert threads.cores() == 3
         for text, expected in (("max 100000", 3), ("150000 100000", 2), ("20000 100000", 1), ("junk", 3)):
             quota.write_text(text)
             assert threads.cores() == expected
         assert ThreadedNoise()._threads == 3
 
-    @pytest.mark.parametrize("wrong", [-1, 1.5, True, "2"])
+    @pytest.mark.parametrize(
+        ("own", "files", "expected"),
+        [
+            ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 2),  # CPUQuota of a systemd slice
+            ("0::/a/b", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "100000 100000"}, 1),
+            ("0::/a/b", {"cpu.max": "200000 100000"}, 2),  # a container that mounts its own cgroup as the root
+            ("0::/a", {"b/cpu.max": "100000 100000"}, 4),
+            ("5:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "200000", "cpu/a/cpu.cfs_period_us": "100000"}, 2),
+            ("5:cpu:/a/b", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+            ("5:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 4),
+            ("5:memory:/a", {"a/cpu.max": "100000 100000"}, 4),
+            ("junk", {}, 4),
+        ],
+    )
+    def test_quotas_of_all_cgroups_above_count(self, monkeypatch, tmp_path, own, files, expected):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+        monkeypatch.setattr(threads, "_MOUNT", tmp_path / "mount")
+        monkeypatch.setattr(threads, "_SELF", tmp_path / "self")
+        (tmp_path / "self").write_text(f"1:name=systemd:/x\n{own}\n")
+        for name, text in files.items():
+            (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "mount" / name).write_text(text + "\n")
+        assert threads.cores() == expected
+
+    @pytest.mark.parametrize("wrong", [None, 5, ["a.plan"]])
+    def test_a_plan_is_a_path(self, wrong):
+        with pytest.raises(VqdeployError, match="the plan is not a path"):
+            load(wrong)
+
+    def test_a_callback_is_a_function(self, pipeline):
+        with pytest.raises(VqdeployError, match="the callback cannot be called"):
+            pipeline.generate([0], callback=5)
+
+    @pytest.mark.parametrize("wrong", [-1, 1.5, True, "2", 4097, 2**40])
     def test_a_wrong_number_of_threads_is_refused(self, plan, wrong):
         with pytest.raises(VqdeployError, match="threads is out of range"):
             load(plan, threads=wrong)
@@ -183,6 +247,17 @@ class TestClosing:
         for call in (lambda: pipeline.generate([0]), lambda: pipeline.decode(codes), lambda: pipeline.session("step")):
             with pytest.raises(VqdeployError, match="this pipeline is closed"):
                 call()
+
+    def test_a_sampler_that_was_in_use_is_freed(self, plan):
+        pipeline = load(plan, threads=1)
+        with pipeline.sampler(1) as sampler:
+            pipeline.close()
+            gone = weakref.ref(sampler)
+        del sampler
+        gc.collect()
+        assert gone() is None
+        with pytest.raises(VqdeployError, match="this pipeline is closed"), pipeline.sampler(1):
+            pass
 
     def test_it_is_closed_after_an_error_too(self, plan):
         with pytest.raises(ZeroDivisionError), load(plan, threads=1) as pipeline:

@@ -3,6 +3,8 @@
 import json
 import signal
 import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +96,23 @@ def test_photos(tmp_path, small):
 def test_image_folder(tmp_path, folder):
     train(data=str(folder), output=tmp_path / "out", **SHORT)
     assert load(tmp_path / "out").config.labels == ("dark", "light")
+
+
+def test_the_current_folder_is_an_output(tmp_path, folder, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(data=str(folder), output=Path("."), **SHORT)
+    assert load(tmp_path / "here").config.labels == ("dark", "light")
+
+
+@pytest.mark.parametrize("output", ["in", "in/dark/..", "up"])
+def test_a_folder_that_is_read_is_not_replaced(tmp_path, folder, output):
+    folder.rename(tmp_path / "in")
+    (tmp_path / "up").symlink_to("in")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(VqdeployError, match="holds the input"):
+        train(data=str(tmp_path / "in"), output=tmp_path / output, **SHORT)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_images_without_classes(tmp_path, folder):
@@ -519,6 +538,17 @@ def test_a_folder_with_something_else_is_refused_before_training(tmp_path):
     with pytest.raises(VqdeployError, match="holds something else"):
         train(output=tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_perceptual_weights_are_not_downloaded(tmp_path, monkeypatch):
+    weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url="https://host/models/vgg16-1.pth"))
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", SimpleNamespace(VGG16_Weights=weights))
+    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", pytest.fail)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(VqdeployError, match=r"weights in .*hub/checkpoints/vgg16-1\.pth"):
+        train(output=tmp_path / "out", perceptual_weight=1.0)
+    assert not (tmp_path / "out.training").exists()
 
 
 def test_perceptual_term_names_what_to_install(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """`vqdeploy bench`: latency of the tasks of a plan, compared with PyTorch in the same process."""
 
+import contextlib
 import gc
+import logging
 import os
 import platform
 import subprocess
@@ -22,8 +24,7 @@ from vqdeploy.errors import VqdeployError, missing
 from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.backends import BACKENDS
-from vqdeploy.runtime.bundle import tensors
-from vqdeploy.runtime.manifest import WEIGHTS, level_names
+from vqdeploy.runtime.manifest import level_names
 from vqdeploy.runtime.threads import cores
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
 
     from vqdeploy.bench.baselines import Reference
 
+log = logging.getLogger("vqdeploy")
+
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
 _NOT_OF_THE_PRIOR = ("encode", "decode", "features")
 _SMALLEST = 1e-9  # divergence that is drawn: a logarithm of 0 has no place
-_RATES = {"read_bandwidth_gb_s": "read_bandwidth", "matmul_gflop_s": "matmul_rate"}
+_RATES = {"read_bandwidth_gb_s": "read_bandwidth({threads})", "matmul_gflop_s": "matmul_rate()"}
+_BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 Phases = dict[str, float]
 """Seconds of the phases of one call; `total` is the whole call."""
@@ -80,7 +84,7 @@ def bench(
         options: Sampling options that differ from the checkpoint's, for `generate`.
         progress: Called with a description before each measurement.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs there too.
-        threads: CPU threads of the engine, as for `vqdeploy.runtime.load`; 0 for one per core.
+        threads: CPU threads of the engines, the baselines and the roofline; 0 for one per core.
         compare: Other plans, of codes of the same shape.
 
     Returns:
@@ -103,8 +107,8 @@ def bench(
           other plans also how far their distributions of codes are from those of the first plan, at codes that it
           draws: `divergence`, the mean Kullback-Leibler divergence in nats, and `variation`, the mean total variation
           distance (0..1).
-        - `environment`: `cpu`, `cpu_features` (AVX2 and the like), `cores`, `threads` (of the engine), `load` (average
-          of one minute, before the first call), `python`, `versions`, `load_s` (seconds to open
+        - `environment`: `cpu`, `cpu_features` (AVX2 and the like), `cores` (that this process may use), `threads`,
+          `load` (average of one minute, before the first call), `python`, `versions`, `load_s` (seconds to open
           the plan), `peak_memory_mb` (2^20 bytes, of this process), `plan`; on a GPU `gpu` (compute capability) and
           `gpu_memory_mb` (2^20 bytes in use); the roofline as far as it was measured: `read_bandwidth_gb_s`,
           `matmul_gflop_s`.
@@ -120,44 +124,41 @@ def bench(
     names = ["vqdeploy", *baselines, *(path.stem for path in compare)]
     if len(set(names)) < len(names):
         raise VqdeployError("two of what is compared have one name", found=", ".join(names))
-    start = time.perf_counter()
-    pipeline = load(engine, device, threads)
-    load_seconds = time.perf_counter() - start
-    tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.sampling]
-    chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
-    reference = _reference(pipeline, checkpoint, chosen) if baselines else None
-    others = {path.stem: _comparable(load(path, device, threads), pipeline) for path in compare}
-    # Measured just before the steps, because the speed of shared machines drifts.
-    bound = _bound(pipeline) if "generate" in tasks and pipeline.device == "cpu" else {}
-    results = []
-    for task in sorted(tasks, key=TASKS.index):
-        for batch in batch_sizes:
-            runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch, chosen))]
-            if reference:
-                runners += [
-                    Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
-                    for name in baselines
-                ]
-            runners += [Runner(name, _plan_call(other, task, batch, chosen)) for name, other in others.items()]
-            progress(f"{task}, batch {batch}")
-            results += _measure(runners, task, batch, warm_up, iterations)
-    facts |= {
-        "load_s": load_seconds,
-        "peak_memory_mb": machine.peak_memory_mb(),
-        "plan": _describe(pipeline),
-    }
-    if pipeline.device == "cuda":
-        facts |= _gpu_facts()
-    for result in results:
-        if result["task"] == "generate" and result["name"] == "vqdeploy":
-            result |= _step_figures(pipeline, chosen, result, bound)
-    report = {"results": results, "ratios": ratios(results), "environment": facts | bound, "options": chosen}
-    if "generate" in tasks:
-        progress("first image")
-        plans = {name: describe(plan, threads) for name, plan in ({"vqdeploy": pipeline} | others).items()}
-        distances = divergences(pipeline, others)
-        report["plans"] = {name: plan | distances.get(name, {}) for name, plan in plans.items()}
-    return report | {"profile": step_profile(pipeline, batch_sizes[0], chosen)} if profile else report
+    with contextlib.ExitStack() as opened:
+        start = time.perf_counter()
+        pipeline = opened.enter_context(load(engine, device, threads))
+        load_seconds = time.perf_counter() - start
+        tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.sampling]
+        chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
+        reference = _reference(pipeline, checkpoint, chosen, threads) if baselines else None
+        others = {p.stem: _comparable(opened.enter_context(load(p, device, threads)), pipeline) for p in compare}
+        # Measured just before the steps, because the speed of shared machines drifts.
+        bound = _bound(pipeline, facts["threads"]) if "generate" in tasks and pipeline.device == "cpu" else {}
+        results = []
+        for task in sorted(tasks, key=TASKS.index):
+            for batch in batch_sizes:
+                runners = [Runner("vqdeploy", _plan_call(pipeline, task, batch, chosen))]
+                if reference:
+                    runners += [
+                        Runner(name, _timed(reference.call(task, batch, pipeline, compiled=name == "compile")))
+                        for name in baselines
+                    ]
+                runners += [Runner(name, _plan_call(other, task, batch, chosen)) for name, other in others.items()]
+                progress(f"{task}, batch {batch}")
+                results += _measure(runners, task, batch, warm_up, iterations)
+        facts |= {"load_s": load_seconds, "peak_memory_mb": machine.peak_memory_mb(), "plan": _describe(pipeline)}
+        if pipeline.device == "cuda":
+            facts |= _gpu_facts()
+        for result in results:
+            if result["task"] == "generate" and result["name"] == "vqdeploy":
+                result |= _step_figures(pipeline, chosen, result, bound)
+        report = {"results": results, "ratios": ratios(results), "environment": facts | bound, "options": chosen}
+        if "generate" in tasks:
+            progress("first image")
+            plans = {name: describe(plan, threads) for name, plan in ({"vqdeploy": pipeline} | others).items()}
+            distances = divergences(pipeline, others)
+            report["plans"] = {name: plan | distances.get(name, {}) for name, plan in plans.items()}
+        return report | {"profile": step_profile(pipeline, batch_sizes[0], chosen, threads)} if profile else report
 
 
 def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
@@ -176,10 +177,10 @@ def _comparable(other: Pipeline, pipeline: Pipeline) -> Pipeline:
     return other
 
 
-def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]) -> "Reference":
+def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any], threads: int) -> "Reference":
     from vqdeploy.bench.baselines import Reference
 
-    return Reference(pipeline, checkpoint, options)
+    return Reference(pipeline, checkpoint, options, threads)
 
 
 def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any]) -> Callable[[], Phases]:
@@ -251,15 +252,23 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _bound(pipeline: Pipeline) -> dict[str, float]:
-    """The roofline of a step on this machine: read bandwidth in GB/s, fp32 matrix products in GFLOP/s."""
+def _bound(pipeline: Pipeline, threads: int) -> dict[str, float]:
+    """The roofline of a step on this machine: read bandwidth in GB/s, fp32 matrix products in GFLOP/s.
+
+    Empty if it cannot be measured.
+    """
     names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"]}
     prior = pipeline.manifest.config.get("prior") or {}
     plain = prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
     counted = {"width", "layers"} <= set(prior) and plain
     if pipeline.sampling.kind == "masked" and not counted:
         return {}  # its arithmetic is not counted
-    return {name: _measure_apart(_RATES[name]) for name in names.get(pipeline.sampling.kind, ["read_bandwidth_gb_s"])}
+    rates = names.get(pipeline.sampling.kind, ["read_bandwidth_gb_s"])
+    try:
+        return {name: _measure_apart(_RATES[name].format(threads=threads), threads) for name in rates}
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        log.warning("the roofline of this machine is left out, because its measurement failed: %s", error)
+        return {}
 
 
 def _step_figures(
@@ -298,10 +307,10 @@ def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, fl
     once per tile of positions.
     """
     parts = {}
-    maps = pipeline.layout.maps
+    maps, above = pipeline.layout.maps, 0
     for name, (height, width, _) in zip(level_names(len(maps)), maps, strict=True):
         for part, calls, places in (
-            ("condition", 1, height * width // 4),
+            ("condition", 1, above),  # it convolves the codes of the level above, then enlarges
             ("row", height, width),
             ("pixel", height * width, 1),
         ):
@@ -322,17 +331,18 @@ def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, fl
                 "gflop": work / 1e9,
                 "gflop_s": work / time_ms / 1e6,
             }
+        above = height * width
     return parts
 
 
-def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any], threads: int = 0) -> list[dict[str, Any]]:
     """Operators of the prior by time in one generation, descending.
 
     The profiler adds a few microseconds per operator, visible for small ones.
     """
     with tempfile.TemporaryDirectory() as folder:
         backend, bundle, device = BACKENDS[str(pipeline.manifest.backend)](), pipeline.bundle, pipeline.device
-        profiled = Pipeline(bundle, device, lambda: backend.opener(bundle, device, 0, Path(folder)))
+        profiled = Pipeline(bundle, device, lambda: backend.opener(bundle, device, threads, Path(folder)), threads)
         _plan_call(profiled, "generate", batch, options)()
         sessions: list[Any] = [profiled.session(s) for s in profiled.stages if s not in _NOT_OF_THE_PRIOR]
         traces = [event for session in sessions for event in session.end_profile()]
@@ -350,7 +360,7 @@ def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any]) -> lis
 
 def _matrices(pipeline: Pipeline, stage: str) -> dict[str, np.ndarray]:
     """The weights of matrix products and convolutions of a stage, without embedding tables."""
-    weights = tensors(pipeline.bundle.member(WEIGHTS))
+    weights = pipeline.bundle.tensors()
     names = [name for name in pipeline.manifest.stage(stage).weights if name.endswith(".weight")]
     return {name: weights[name] for name in names if weights[name].ndim > 1}
 
@@ -374,7 +384,7 @@ def step_gflop(pipeline: Pipeline) -> float:
 
 
 def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
-    """GFLOP/s of all cores in a product of fp32 matrices, best of several."""
+    """GFLOP/s of NumPy's threads in a product of fp32 matrices, best of several."""
     a = np.random.default_rng(0).random((size, size), np.float32)
     best = 0.0
     for _ in range(repeats):
@@ -384,31 +394,36 @@ def matmul_rate(size: int = 2048, repeats: int = 8) -> float:
     return best
 
 
-def read_bandwidth(megabytes: int = 1024, repeats: int = 5) -> float:
-    """GB/s at which all cores together read uncached memory, best of several.
+def read_bandwidth(threads: int, megabytes: int = 1024, repeats: int = 5) -> float:
+    """GB/s at which some threads together read uncached memory, best of several.
 
     Each thread computes the dot product of its part with itself, which BLAS does at memory speed.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     data = np.ones(megabytes * 2**20 // 4, np.float32)
     # Several streams per thread: one does not saturate the memory.
-    parts = [np.array_split(part, 8) for part in np.array_split(data, cores)]
+    parts = [np.array_split(part, 8) for part in np.array_split(data, threads)]
     best = 0.0
     for _ in range(repeats):
-        threads = [threading.Thread(target=_read, args=(part,)) for part in parts]
+        readers = [threading.Thread(target=_read, args=(part,)) for part in parts]
         start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
         best = max(best, data.nbytes / (time.perf_counter() - start) / 1e9)
     return best
 
 
-def _measure_apart(function: str) -> float:
-    """Runs a function of this module in a subprocess, so that its memory does not count for the plan."""
-    script = f"from vqdeploy.bench import {function}; print({function}())"
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)  # noqa: S603
+def _measure_apart(call: str, threads: int) -> float:
+    """Calls a function of this module in a subprocess, so that its memory does not count for the plan.
+
+    Raises:
+        OSError, subprocess.SubprocessError, ValueError: It failed, out of memory for one.
+    """
+    environment = os.environ | dict.fromkeys(_BLAS_THREADS, str(threads))
+    # Without -P, files of the current folder would replace modules.
+    command = [sys.executable, "-P", "-c", f"from vqdeploy import bench; print(bench.{call})"]
+    return float(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)  # noqa: S603
 
 
 def _read(parts: list[np.ndarray]) -> None:
@@ -421,7 +436,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": machine.cpu(),
         "cpu_features": machine.cpu_features(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "load": machine.load(),
         "python": platform.python_version(),
         "versions": machine.versions(),

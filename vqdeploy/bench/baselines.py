@@ -17,7 +17,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.export.precision import DTYPES
 from vqdeploy.models.conv import SpatialNorm
 from vqdeploy.models.pixelsnail import VQVAE2Prior
-from vqdeploy.reference import generate
+from vqdeploy.reference import generate, torch_threads
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.noise import gumbel
 
@@ -30,7 +30,8 @@ T = TypeVar("T")
 class Reference:
     """The checkpoint of a plan in PyTorch, with the same codes, batch and precision."""
 
-    def __init__(self, pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any]):
+    def __init__(self, pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any], threads: int = 0):
+        self._threads = threads
         manifest, self.options, self.device = pipeline.manifest, options, pipeline.device
         origin, self._kind = manifest.provenance, manifest.sampling and manifest.sampling.kind
         if self.device == "cuda":
@@ -46,7 +47,13 @@ class Reference:
         run = {"encode": self._encode, "decode": self._decode, "generate": self._generate}[task](
             batch, pipeline, compiled
         )
-        return torch.inference_mode()(run if self.device == "cpu" else partial(_finished, run))
+        done = run if self.device == "cpu" else partial(_finished, run)
+
+        def limited() -> object:
+            with torch_threads(self._threads):  # the compiler of PyTorch reads it at the first call
+                return done()
+
+        return torch.inference_mode()(limited)
 
     def _encode(self, batch: int, pipeline: Pipeline, compiled: bool) -> Callable[[], object]:
         images = torch.rand(batch, 3, *pipeline.image_shape[:2], device=self.device, dtype=self.dtype) * 2 - 1

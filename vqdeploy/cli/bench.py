@@ -35,6 +35,13 @@ def bench(
 ) -> None:
     """Time the tasks of a plan, and the same in PyTorch or of other plans."""
     from vqdeploy import bench as benchmark
+    from vqdeploy.errors import VqdeployError
+    from vqdeploy.files import check_other
+
+    if plot:
+        if plot.suffix.lower() != ".png":
+            raise VqdeployError("the times are drawn as a PNG", expected="--plot FILE.png", found=plot)
+        check_other(plot, [engine, *(compare or ())])
 
     with progress("timing") as tell:
         report = benchmark.bench(

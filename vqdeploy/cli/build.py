@@ -12,8 +12,10 @@ from vqdeploy.cli.output import finish, progress
 def build(
     package: Annotated[Path, typer.Argument(help="Folder that `vqdeploy export` wrote.")] = Path("rqvae-onnx"),
     backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
-    device: Annotated[str, typer.Option(help="onnxrt: target of the plan, cpu or cuda.")] = "cpu",
-    opt_batch: Annotated[int, typer.Option(min=1, help="TensorRT: batch size that the engines are tuned for.")] = 1,
+    device: Annotated[str | None, typer.Option(help="onnxrt: target of the plan, cpu or cuda; cpu by default.")] = None,
+    opt_batch: Annotated[
+        int | None, typer.Option(min=1, help="TensorRT: batch size that the engines are tuned for; 1 by default.")
+    ] = None,
     max_batch: Annotated[
         int, typer.Option(min=1, max=4096, help="Largest batch of an engine call; larger requests are split.")
     ] = 64,
@@ -26,12 +28,17 @@ def build(
     """Build an ONNX package into one plan."""
     from vqdeploy.engines.build import build as build_plan
     from vqdeploy.engines.package import read_manifest
+    from vqdeploy.errors import VqdeployError
     from vqdeploy.runtime.manifest import SizeRange
 
+    if opt_batch is not None and backend == "onnxrt":
+        raise VqdeployError("onnxrt is not tuned for a batch size", expected="no --opt-batch", found=opt_batch)
+    if device == "cpu" and backend.startswith("tensorrt"):
+        raise VqdeployError(f"{backend} builds for CUDA only", expected="--device cuda", found=device)
     plan = output or Path(f"{read_manifest(package).name}.plan")
     with progress("building") as tell:
-        batch = SizeRange(1, opt_batch, max_batch)
-        manifest = build_plan(package, plan, backend, batch, tell, plugin=plugin, device=device)
+        batch = SizeRange(1, opt_batch or 1, max_batch)
+        manifest = build_plan(package, plan, backend, batch, tell, plugin=plugin, device=device or "cpu")
     size = plan.stat().st_size
     result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}
     finish(result, as_json, f"{plan}  {size / 1e6:.1f} MB for {backend}")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import check_regular, replacing_file
+from vqdeploy.files import check_other, check_regular, replacing_file
 from vqdeploy.options import SAMPLING_OPTIONS
 from vqdeploy.runtime import Pipeline, Step, load
 from vqdeploy.runtime.folder import find_images
@@ -66,11 +66,12 @@ def run(job: Job) -> dict[str, Any]:
     _check_options(job)
     _check_output(job, task.suffix)
     _check_film(job)
-    pipeline = load(job.engine, job.device, job.threads, keep=False)
-    output = job.output or Path(f"{pipeline.manifest.name}-{job.stage or job.task}{task.suffix}")
-    start = time.perf_counter()
-    result = task.run(pipeline, job, output)
-    seconds = time.perf_counter() - start
+    with load(job.engine, job.device, job.threads, keep=False) as pipeline:
+        output = job.output or Path(f"{pipeline.manifest.name}-{job.stage or job.task}{task.suffix}")
+        _check_unread(job, output)
+        start = time.perf_counter()
+        result = task.run(pipeline, job, output)
+        seconds = time.perf_counter() - start
     return {"task": job.task, "output": str(output), "seconds": round(seconds, 4), **result}
 
 
@@ -273,6 +274,13 @@ def _check_output(job: Job, suffix: str) -> None:
     given = job.output.suffix.lower() if job.output else suffix
     if given != suffix and given in (".npz", *Image.registered_extensions()):
         raise VqdeployError(f"{job.task} writes a file {suffix}", expected=f"-o FILE{suffix}", found=job.output)
+
+
+def _check_unread(job: Job, output: Path) -> None:
+    """Rejects outputs that would replace a file that the task reads."""
+    read = [path for path in (job.engine, job.mask, job.text_ids, *job.inputs) if path]
+    for written in filter(None, (output, job.film)):
+        check_other(written, read)
 
 
 def _write(output: Path, pipeline: Pipeline, images: np.ndarray, columns: int, note: dict[str, Any]) -> dict[str, Any]:

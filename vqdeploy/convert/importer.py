@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import refuse_what_has_no_codes
 from vqdeploy.convert.parts import Part
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import read_json, replacing_folder, write_json
+from vqdeploy.files import check_outside, check_regular, read_json, replacing_folder, write_json
 from vqdeploy.models.maskgit_vqgan import MaskGITVQGANConfig
 from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.rqvae import RQVAEConfig
@@ -113,6 +114,8 @@ def import_checkpoint(
     """
     if name is not None and name not in FORMATS:
         raise VqdeployError("there is no such format", expected=", ".join(FORMATS), found=repr(name))
+    read = (tokenizer, *priors, tokenizer_config, prior_config, labels)
+    check_outside(output, [path for path in read if path is not None])
     sources = [containers.read(path, raw, prior_config) for path in priors]
     if tokenizer is not None:
         source = containers.read(tokenizer, raw, tokenizer_config)
@@ -181,17 +184,29 @@ def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
 
 
 def _labels(file: Path) -> tuple[str, ...]:
-    """Class names: one per line, a JSON list, or a JSON object from numbers to names or to lists that end with one."""
-    if file.suffix != ".json":
-        if not file.is_file():
-            raise VqdeployError(f"{file} does not exist")
-        return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    data = read_json(file)
-    if isinstance(data, dict):
-        data = [data[key] for key in sorted(data, key=int)] if all(key.isdecimal() for key in data) else None
+    """Class names: one per line, a JSON list, or a JSON object from numbers to names or to lists that end with one.
+
+    Equal names get the numbers of their classes: `crane (134)`.
+    """
+    check_regular(file)
+    try:
+        data = read_json(file) if file.suffix == ".json" else file.read_text(encoding="utf-8").split("\n")
+        if isinstance(data, dict):
+            data = [data[key] for key in sorted(data, key=int)]
+    except (OSError, ValueError) as error:  # a key that is no number, or bytes that are no text
+        raise ArtifactError(f"{file} has no class names ({error})") from error
     names = [name[-1] if isinstance(name, list) and name else name for name in data] if isinstance(data, list) else []
-    if not names or not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str) for name in names):
         raise ArtifactError(f"{file} has no class names", expected="a list of strings")
+    names = [name.strip() for name in names if name.strip() or file.suffix == ".json"]
+    if not names:
+        raise ArtifactError(f"{file} has no class names", expected="a list of strings")
+    if odd := [name for name in names if not name or not name.isprintable()]:
+        raise ArtifactError(f"{file} has a name that is not valid", expected="printable characters", found=repr(odd[0]))
+    count = Counter(names)  # of the classes of ImageNet, two are called crane, and two maillot
+    names = [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(names)]
+    if len(set(names)) < len(names):
+        raise ArtifactError(f"{file} gives two classes one name")
     return tuple(names)
 
 

@@ -1,5 +1,7 @@
 """Sampling in PyTorch with the algorithms of the public implementations, for training metrics and `bench`."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -8,9 +10,21 @@ from torch import Tensor
 from vqdeploy.models.prior import AutoregressivePrior, Prior
 from vqdeploy.reference import masked
 from vqdeploy.reference.guidance import Noise, guided_logits
+from vqdeploy.runtime.threads import cores
 from vqdeploy.systems import SYSTEMS, GuidedSampling, Sampling, SystemConfig
 
-__all__ = ["Noise", "generate", "guided_logits"]
+__all__ = ["Noise", "generate", "guided_logits", "torch_threads"]
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch computes with as many CPU threads as an engine that was given `count`: 0 is one per core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -81,9 +81,8 @@ def open_data(name: str, resolution: int) -> Data:
         VqdeployError: There is no such data, or its classes are ambiguous.
         ArtifactError: Images are damaged.
     """
-    named: dict[str, Callable[[int], Data]] = {"digits": _digits, "photos": _photos}
     try:
-        return named[name](resolution) if name in named else _folder(Path(name), resolution)
+        return NAMED[name](resolution) if name in NAMED else _folder(Path(name), resolution)
     except ImportError as error:
         raise VqdeployError(
             f"the data {name!r} needs the package {error.name}", fix="pip install 'vqdeploy[train]'"
@@ -173,6 +172,10 @@ def _photos(resolution: int) -> Data:
         tuple(photographs),
         hashlib.sha256(b"".join(photograph.tobytes() for photograph in photographs.values())).hexdigest(),
     )
+
+
+NAMED: dict[str, Callable[[int], Data]] = {"digits": _digits, "photos": _photos}
+"""Data that come with packages, by name."""
 
 
 class Files(Images):

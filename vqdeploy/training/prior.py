@@ -13,7 +13,7 @@ from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.metrics import generate
 from vqdeploy.training.stage import schedule
 
-logger = logging.getLogger("vqdeploy")
+log = logging.getLogger("vqdeploy")
 _SAMPLES = 10  # samples per class for validation
 
 
@@ -58,4 +58,4 @@ class PriorTraining(LightningModule):
             labels = torch.arange(self.system.config.prior.classes).repeat_interleave(_SAMPLES)
             values["class_accuracy"] = self.classifier.accuracy(generate(self.system, labels, seed=0), labels)
             self.log("class_accuracy", values["class_accuracy"], prog_bar=True)
-        logger.info("prior: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+        log.info("prior: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))

@@ -11,13 +11,21 @@ from lightning.pytorch import LightningModule, seed_everything
 
 from vqdeploy.checkpoint import FILES, check_finite, digest, load, save
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import check_replaceable, read_json, replacing_folder, temporary_folder, write_json
+from vqdeploy.files import (
+    check_outside,
+    check_replaceable,
+    named,
+    read_json,
+    replacing_folder,
+    temporary_folder,
+    write_json,
+)
 from vqdeploy.models.pixels import channels_last
 from vqdeploy.runtime.images import write_grid
 from vqdeploy.systems import Recipe, System, SystemConfig, create, definition
 from vqdeploy.systems import preset as find_preset
 from vqdeploy.training.classifier import ImageClassifier
-from vqdeploy.training.data import Data, images_of, open_data
+from vqdeploy.training.data import NAMED, Data, images_of, open_data
 from vqdeploy.training.metrics import codebook_use, diversity, generate, psnr, reconstruct
 from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import run_stage
@@ -58,9 +66,12 @@ def train(
 
     Raises:
         VqdeployError: An option, the data or the output folder is invalid, or the data have changed since the
-        interrupt. ArtifactError: An image or the state is damaged, or the weights are not finite. KeyboardInterrupt:
-        The user interrupted it; `resume` continues from there.
+            interrupt.
+        ArtifactError: An image or the state is damaged, or the weights are not finite.
+        KeyboardInterrupt: The user interrupted it; `resume` continues from there.
     """
+    output = named(output)
+    check_outside(output, [Path(path) for path in (tokenizer, None if data in NAMED else data) if path is not None])
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
     kept = None if tokenizer is None else load(tokenizer)
@@ -78,13 +89,13 @@ def train(
     asked |= {"seed": seed, "recipe": recipe.to_dict()}
     if kept is not None:
         asked["tokenizer"] = digest(kept)
-    state = _prepare(Path(output), asked, resume)
+    state = _prepare(output, asked, resume)
     seconds, classifier = _train(system, None if kept else first, recipe, source, seed, state)
     system.to(getattr(torch, recipe.stored_dtype)).float().eval()
     check_finite(system.state_dict(), f"the system stored as {recipe.stored_dtype}")
     training = asked | {"versions": _versions(), "seconds": seconds}
     training["metrics"], sheets = _measure(system, source, classifier, seed, samples)
-    with replacing_folder(Path(output), FILES) as new:
+    with replacing_folder(output, FILES) as new:
         save(system, new, training, getattr(torch, recipe.stored_dtype))
         for name, images in sheets.items():
             pixels = channels_last(images.flatten(0, 1)).numpy()

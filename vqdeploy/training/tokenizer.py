@@ -19,7 +19,7 @@ from vqdeploy.training.metrics import codebook_use, psnr
 from vqdeploy.training.perceptual import perceptual_network
 from vqdeploy.training.stage import schedule
 
-logger = logging.getLogger("vqdeploy")
+log = logging.getLogger("vqdeploy")
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class TokenizerTraining(LightningModule):
         values = {name: sum(depths) / len(depths) for name, depths in use.items()}
         values = {"psnr": psnr(reconstructions, images), **values}
         self.log_dict(values, prog_bar=True)
-        logger.info("tokenizer: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+        log.info("tokenizer: %s", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
 
 def _pick(group: T | list[T], which: int) -> T:

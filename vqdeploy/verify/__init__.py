@@ -5,24 +5,36 @@ decision is judged given the earlier codes of the plan, so that one close call d
 """
 
 import contextlib
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from vqdeploy import checkpoint as checkpoints
+from vqdeploy.reference import torch_threads
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.systems import System
 from vqdeploy.verify import autoregressive, hierarchical, masked
 from vqdeploy.verify.checks import Check, at_most, limits
+from vqdeploy.verify.features import check_features
 from vqdeploy.verify.tokenizer import check_tokenizer
 
-PRIORS: dict[str, Any] = {"autoregressive": autoregressive, "masked": masked, "hierarchical": hierarchical}
+
+class PriorChecks(Protocol):
+    """The checks of a kind of sampling; `hierarchical` and the others are modules with these functions."""
+
+    def check_logits(self, pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
+        """Logits against those of the reference."""
+
+    def check_generation(self, pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
+        """Whole generations; `logits` are the checks of `check_logits`."""
+
+
+PRIORS: dict[str, PriorChecks] = {"autoregressive": autoregressive, "masked": masked, "hierarchical": hierarchical}
 """Kind of sampling in a manifest -> its checks."""
 
 
@@ -40,7 +52,7 @@ def verify(
         system: The checkpoint that it was made from; by default the shipped one of its preset.
         progress: Called with the name of each part before its checks.
         device: Where the plan runs, as for `vqdeploy.runtime.load`; PyTorch runs on the CPU.
-        threads: CPU threads of the engine, as for `vqdeploy.runtime.load`; 0 for one per core.
+        threads: CPU threads of the engine and of PyTorch, as for `vqdeploy.runtime.load`; 0 for one per core.
 
     Returns:
         `passed`, `precision`, `device`, and `checks`: a list of `stage`, `metric`, `value`, `limit` and `passed`.
@@ -49,13 +61,13 @@ def verify(
         VqdeployError: The plan was made from another checkpoint, or cannot run here.
         ArtifactError: The plan is damaged.
     """
-    pipeline = load(plan, device, threads)
-    origin = pipeline.manifest.provenance
-    if system is None:
-        system = checkpoints.source(pipeline.manifest.config, origin.checkpoint, None, plan)
-    else:
-        checkpoints.check_digest(system, origin.checkpoint, plan)
-    return _report(pipeline, system, progress)
+    with load(plan, device, threads) as pipeline, torch_threads(threads):
+        origin = pipeline.manifest.provenance
+        if system is None:
+            system = checkpoints.source(pipeline.manifest.config, origin.checkpoint, None, plan)
+        else:
+            checkpoints.check_digest(system, origin.checkpoint, plan)
+        return _report(pipeline, system, progress)
 
 
 def verify_package(folder: Path, system: System, progress: Callable[[str], Any] = lambda name: None) -> dict[str, Any]:
@@ -70,13 +82,13 @@ def verify_package(folder: Path, system: System, progress: Callable[[str], Any] 
 
 @torch.no_grad()
 def _report(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) -> dict[str, Any]:
+    # In fp16, some CPU kernels compute in fp32 and hide overflows that a GPU would have. In every precision, the casts
+    # to bytes and codes make the same of a NaN on both sides.
     bound = min(limits(pipeline.manifest, stage).largest for stage in pipeline.stages)
-    watched = system.modules() if bound < math.inf else ()
-    with _largest_number(watched) as largest:
+    with _largest_number(system.modules()) as largest:
         checks = _checks(pipeline, system, progress)
-    if watched:
-        # Some CPU kernels compute in fp32 and hide overflows that a GPU would have.
-        checks.append(at_most("reference", "largest number that leaves a layer", float(largest), bound))
+    limit = min(bound, torch.finfo(torch.float32).max)
+    checks.append(at_most("reference", "largest number that leaves a layer", float(largest), limit))
     return {
         "passed": all(check.passed for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -96,7 +108,7 @@ def _checks(pipeline: Pipeline, system: System, progress: Callable[[str], Any]) 
         checks += logits
         if "features" in pipeline.stages:
             progress("features")
-            checks += prior.check_features(pipeline, system, rng)
+            checks += check_features(pipeline, system, rng)
         progress("generation")
         checks += prior.check_generation(pipeline, system, logits)
     return checks

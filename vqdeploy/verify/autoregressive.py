@@ -48,20 +48,6 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     )
 
 
-def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
-    """Averaged hidden states of every layer, with labels and without."""
-    config = system.prior.config
-    codes = rng.integers(0, config.codebook_size, (IMAGES, *config.grid))
-    labels = rng.integers(0, config.classes, IMAGES)
-    if config.null_label:
-        labels[1::2] = config.classes
-    found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
-    inputs = torch.from_numpy(codes), torch.from_numpy(labels)
-    expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)
-    difference, limit = (found - expected).abs(), limits(pipeline.manifest, "features").logits * expected.abs().max()
-    return [at_most("features", "largest difference of averaged states", float(difference.max()), float(limit))]
-
-
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule for tokens; an image alone against the same image in a batch.
 
