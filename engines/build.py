@@ -11,7 +11,7 @@ from vqdeploy.engines.onnxrt import OnnxrtBuilder
 from vqdeploy.engines.plugin import MODES
 from vqdeploy.engines.tensorrt import TensorrtBuilder
 from vqdeploy.errors import VqdeployError
-from vqdeploy.files import temporary_folder
+from vqdeploy.files import real, temporary_folder
 from vqdeploy.runtime import bundle
 from vqdeploy.runtime.manifest import WEIGHTS, Manifest, SizeRange
 
@@ -65,7 +65,7 @@ def build(
     ):
         if choice not in choices:
             raise VqdeployError(f"there is no {kind} {choice!r}", expected=" or ".join(choices), found=choice)
-    if folder.resolve() in plan.resolve().parents:
+    if real(folder) in real(plan).parents:
         raise VqdeployError(
             f"{plan} lies in the package", expected="a file outside it", fix="name another place with -o"
         )

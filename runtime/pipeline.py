@@ -37,6 +37,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 """Kind of sampling in a manifest -> its sampler. Add a kind here."""
 
 _CALL_PIXELS = {"cpu": 256 * 256, "cuda": 16 * 256 * 256}  # pixels of the images of an encoder or decoder call
+_MOST_IMAGES = 2**20  # of one request for masks
 _FEATURE_IMAGES = 8  # images of a call of `features`
 # Samplers kept for later requests; on a GPU one for each batch size of a split request, since buffers, contexts and
 # graphs are slow to make there.
@@ -521,6 +522,7 @@ class Pipeline:
         """
         if (mask is None) == (mask_ratio is None):
             raise VqdeployError("the part to sample is ambiguous", expected="either a mask or a mask ratio")
+        check_whole(most=_MOST_IMAGES, count=count)
         check_whole(seed=seed, first_image=first_image)
         raster, layout = self._sampler_class.raster, self.layout
         if mask_ratio is not None:

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import check_regular, read_json, replacing_file, replacing_folder, temporary_folder, write_json
+from vqdeploy.files import (
+    check_outside,
+    check_regular,
+    read_json,
+    replacing_file,
+    replacing_folder,
+    temporary_folder,
+    write_json,
+)
 
 
 def content(folder):
@@ -315,3 +323,11 @@ def test_writers_at_the_same_time_keep_their_folders(tmp_path):
         thread.join()
     assert failures == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_form_a_loop_are_an_error_and_no_traceback(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    check_outside(loop, [tmp_path / "a"])
+    with pytest.raises(VqdeployError), replacing_file(loop / ".." / "loop" / "x"):
+        pytest.fail("a file below a loop")

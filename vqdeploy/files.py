@@ -45,7 +45,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 def named(path: Path) -> Path:
     """The path with a name of its own, which `.` and `..` have not."""
-    return path.resolve() if path.name in ("", "..") else path
+    return real(path) if path.name in ("", "..") else path
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
@@ -202,13 +202,18 @@ def check_other(output: Path, inputs: Iterable[Path]) -> None:
                 raise VqdeployError(f"{output} cannot be written (it is the input {file})", fix=_ELSEWHERE)
 
 
+def real(path: Path) -> Path:
+    """The absolute path without links; `Path.resolve` raises `RuntimeError` when links form a loop."""
+    return Path(os.path.realpath(path))
+
+
 def check_outside(folder: Path, inputs: Iterable[Path]) -> None:
     """Rejects an output folder that holds one of the inputs, or is one, because it would be replaced.
 
     Raises:
         VqdeployError: It names the input.
     """
-    if inside := [path for path in inputs if folder.resolve() in (path.resolve(), *path.resolve().parents)]:
+    if inside := [path for path in inputs if real(folder) in (real(path), *real(path).parents)]:
         raise VqdeployError(f"{folder} cannot be replaced (it holds the input {inside[0]})", fix=_ELSEWHERE)
 
 

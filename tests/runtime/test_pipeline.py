@@ -501,3 +501,9 @@ def test_unknown_label_names(pipeline, name):
 def test_the_session_of_an_unknown_stage(pipeline):
     with pytest.raises(VqdeployError, match="expected encode, decode, step"):
         pipeline.session("pixel")
+
+
+@pytest.mark.parametrize("count", [np.zeros((1, 8, 8, 4)), -1, 1.5, None, 2**40])
+def test_a_number_of_masks_is_a_number(pipeline, count):
+    with pytest.raises(VqdeployError, match="count is out of range"):
+        pipeline.unknown(count, mask=np.zeros(pipeline.image_shape[:2]))

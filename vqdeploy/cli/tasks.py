@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import check_other, check_regular, replacing_file
+from vqdeploy.files import check_other, check_regular, real, replacing_file
 from vqdeploy.options import SAMPLING_OPTIONS
 from vqdeploy.runtime import Pipeline, Step, load
 from vqdeploy.runtime.folder import find_images
@@ -300,7 +300,7 @@ def _check_film(job: Job) -> None:
         return
     if job.film.suffix.lower() not in (".gif", ".png") or job.film.is_dir():
         raise VqdeployError("a film cannot be written there", expected="a file .gif or .png", found=job.film)
-    if job.output and job.film.resolve() == job.output.resolve():
+    if job.output and real(job.film) == real(job.output):
         raise VqdeployError("the film would replace the images", expected="another file than -o", found=job.film)
 
 
