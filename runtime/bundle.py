@@ -101,7 +101,7 @@ class Bundle:
         except FileNotFoundError as error:
             raise VqdeployError(f"{path} does not exist", fix=_REBUILD) from error
         except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) == errno.EINVAL:
+            if getattr(error, "errno", None) == errno.EINVAL and not self.path.is_dir():
                 raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error  # type: ignore[union-attr]
             raise VqdeployError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from error
         self._closed = weakref.finalize(self, self._stream.close)

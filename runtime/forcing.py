@@ -48,12 +48,15 @@ def masked_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **o
         Float32 [B, h, w, Q, K].
     """
     chosen = untouched_options(pipeline) | {"steps": 1, "schedule": "linear"} | options
-    with pipeline.sampler(len(codes), guided=chosen.get("guidance_scale", 1) != 1) as sampler:
-        for slot, (known, label) in enumerate(zip(codes, labels, strict=True)):
+    found = []
+    with pipeline.sampler(1, guided=chosen.get("guidance_scale", 1) != 1) as sampler:
+        for image, (known, label) in enumerate(zip(codes, labels, strict=True)):
             open_codes = np.where(known < pipeline.codebook_size, known, -1)
-            sampler.admit(slot, Item(open_codes, int(label), 0, slot, chosen))
-        sampler.step()
-        return np.array(sampler.last.outputs["logits"])
+            sampler.admit(0, Item(open_codes, int(label), 0, image, chosen))
+            sampler.step()
+            found.append(np.array(sampler.last.outputs["logits"]))
+            sampler.release(0)
+    return np.concatenate(found)
 
 
 def untouched_options(pipeline: Pipeline) -> dict[str, object]:

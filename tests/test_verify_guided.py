@@ -26,7 +26,14 @@ def test_good_plans_pass(vit_plan, vit_system, vqgan_plan, vqgan_system):
     report = verify(vit_plan, vit_system, names.append)
     assert failures(report) == set()
     assert names == ["encode and decode", "step", "features", "generation"]
-    assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "features", "generate"}
+    assert {check["stage"] for check in report["checks"]} == {
+        "reference",
+        "encode",
+        "decode",
+        "step",
+        "features",
+        "generate",
+    }
     assert failures(verify(vqgan_plan, vqgan_system)) == set()
 
 

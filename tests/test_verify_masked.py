@@ -45,7 +45,7 @@ def test_a_good_plan_passes(request, kind, movq_system):
     report = verify(request.getfixturevalue(kind), movq_system, names.append)
     assert failures(report) == set()
     assert names == ["encode and decode", "step", "generation"]
-    assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "generate"}
+    assert {check["stage"] for check in report["checks"]} == {"reference", "encode", "decode", "step", "generate"}
 
 
 def test_an_adaptive_prior_passes(adaptive_package, adaptive_system):

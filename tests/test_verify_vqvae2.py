@@ -52,7 +52,7 @@ def test_a_good_plan_passes(request, kind, vqvae2_system):
     report = verify(request.getfixturevalue(kind), vqvae2_system, names.append)
     assert failures(report) == set()
     assert names == ["encode and decode", "step", "generation"]
-    assert {check["stage"] for check in report["checks"]} == {"encode", "decode", "step", "generate"}
+    assert {check["stage"] for check in report["checks"]} == {"reference", "encode", "decode", "step", "generate"}
     assert sum(check["metric"].endswith("largest difference of logits") for check in report["checks"]) == 2
 
 

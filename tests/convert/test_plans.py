@@ -17,10 +17,9 @@ from vqdeploy.export.package import stages_of, write_package
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.tokenizer import _laid_out
 from vqdeploy.runtime import load
-from vqdeploy.runtime.forcing import forced_logits
+from vqdeploy.runtime.forcing import forced_logits, masked_logits
 from vqdeploy.runtime.manifest import FORMAT, Manifest, Provenance
 from vqdeploy.runtime.sampler import carried
-from vqdeploy.verify.masked import _logits
 
 
 def imported(arguments, folder):
@@ -155,10 +154,10 @@ def test_masked_logits(plan, name):
     labels, size = tensors["in/class"].numpy(), pipeline.codebook_size
     codes = tensors["in/codes"].clamp(max=size).view(len(labels), *pipeline.grid).numpy()
     expected = tensors["out/logits"].view(*codes.shape, -1)[..., :size].numpy()
-    close(_logits(pipeline, codes, labels, 1.0), expected)
+    close(masked_logits(pipeline, codes, labels), expected)
     if pipeline.sampling.no_label is not None:
         without = tensors["out/logits_unconditional"].view(*codes.shape, -1)[..., :size].numpy()
-        close(_logits(pipeline, codes, labels, 2.5), without + 2.5 * (expected - without))
+        close(masked_logits(pipeline, codes, labels, guidance_scale=2.5), without + 2.5 * (expected - without))
 
 
 @pytest.mark.slow

@@ -227,10 +227,10 @@ def test_an_image_alone_is_the_image_in_a_batch(artifacts):
         ("head.0.proj.product.weight", lambda weight: np.copyto(weight, weight[:, ::-1].copy())),
     ],
 )
-def test_weights_that_are_off_are_found(int8, system, tensor, change):
+def test_weights_that_are_off_are_found(int8, system, tmp_path, tensor, change):
     change_weight(int8, torch.from_numpy(load_file(int8 / "weights.safetensors")[tensor]), change)
-    build(int8, int8 / "plan")
-    failed(failures(verify(int8 / "plan", system)), "step: drawn codes: Kullback-Leibler")
+    build(int8, tmp_path / "plan")
+    failed(failures(verify(tmp_path / "plan", system)), "step: drawn codes: Kullback-Leibler")
 
 
 def test_it_runs_without_the_exporter(artifacts):

@@ -516,7 +516,9 @@ class TestRefusals:
         monkeypatch.setattr(quantizers, "_registered", {})
         register_quantizer(Vendored, Wrong)
         stage = Stage(lambda m, x: m(x)[1], inputs={"x": torch.randn(20, 4)}, outputs=["y"])
-        self.refused(Gated(Vendored()), tmp_path, "FAIL forward", ArtifactError, stage=stage)
+        self.refused(
+            Gated(Vendored()), tmp_path, "stage forward does not match the module: y", ArtifactError, stage=stage
+        )
 
     def test_a_failed_export_keeps_the_old_package(self, tmp_path):
         stage = Stage(lambda m, x: m(x), inputs=X, outputs=["y"])

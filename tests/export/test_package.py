@@ -262,4 +262,4 @@ def test_verify_without_a_prior(tokenizer_plan, system):
 
     report = verify(tokenizer_plan, create(replace(system.config, prior=None)))
     assert report["passed"]
-    assert {check["stage"] for check in report["checks"]} == {"encode", "decode"}
+    assert {check["stage"] for check in report["checks"]} == {"reference", "encode", "decode"}

@@ -364,7 +364,7 @@ def test_a_manifest_that_inflates(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16\x1b[31mRED", ""])
 def test_a_precision_that_is_not_known(plan, tmp_path, precision):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update(precision=precision))
-    error = refused(path, ArtifactError, r"unknown precision; expected fp32 or fp16 or int8, found '")
+    error = refused(path, ArtifactError, r"unknown precision; expected fp32 or fp16 or int8 or int4, found '")
     assert str(error).isprintable()
 
 

@@ -495,10 +495,9 @@ def _plan_lines(plans: dict[str, dict[str, float]], width: int) -> list[str]:
     """One line for each plan."""
     lines = []
     for name, plan in plans.items():
-        lines.append(
-            f"{name:{width}} {plan['plan_mb']:.0f} MB; one image {plan['first_image_s']:.2f} s after the start, with a "
-            f"peak of {plan['peak_mb']:.0f} MB for {plan['needed_mb']:.0f} MB of weights"
-        )
+        lines.append(f"{name:{width}} {plan['plan_mb']:.0f} MB, of which one image needs {plan['needed_mb']:.0f} MB")
+        if "first_image_s" in plan:
+            lines[-1] += f"; it is there after {plan['first_image_s']:.2f} s, with a peak of {plan['peak_mb']:.0f} MB"
         if "divergence" in plan:
             lines[-1] += f"; KL divergence {plan['divergence']:.1e}, total variation {plan['variation']:.1e}"
     return lines
