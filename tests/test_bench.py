@@ -81,7 +81,7 @@ def test_plans_are_compared(artifacts):
     assert all(0 < plan["needed_mb"] < plan["plan_mb"] < plan["peak_mb"] for plan in described.values())
     assert "divergence" not in described["vqdeploy"]
     assert 1e-7 < described[second.stem]["divergence"] < 1e-2
-    assert bench.table(report).count("after the start") == 2
+    assert bench.table(report).count("it is there after") == 2
 
 
 @pytest.mark.parametrize("name", ["rqvae", "movq", "vqvae2", "vit"])
