@@ -615,7 +615,7 @@ class Pipeline:
         chosen = chosen or self.options()
         guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
         codes, seconds = [], dict.fromkeys(self.stages, 0.0)
-        for part in self._batches(len(known), self._call_images(guided)):
+        for part in self._batches(len(known), self.call_images(guided)):
             images = range(*part.indices(len(known)))
             items = [Item(known[i], conditions[i], seed, first_image + i, chosen) for i in images]
             with self.sampler(len(items), guided) as sampler:
@@ -671,6 +671,15 @@ class Pipeline:
             while len(self._samplers) > _KEPT_SAMPLERS[self.device]:
                 del self._samplers[next(iter(self._samplers))]
 
+    def call_images(self, guided: bool = False) -> int:
+        """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster.
+
+        Raises:
+            VqdeployError: The plan has no prior, or not as many rows as an image with guidance takes.
+        """
+        stages = {stage.name: stage for stage in self.manifest.stages}
+        return min(self._most_slots(guided), self._sampler_class.most_slots(stages, self.device))
+
     def _start_again(self) -> None:
         """In a forked child: forgets the sessions of the parent, whose threads do not exist here."""
         self._lost = self._samplers, self._lock  # closing a session here would wait for threads of the parent
@@ -680,11 +689,6 @@ class Pipeline:
     @property
     def _sampler_class(self) -> type[Sampler]:
         return SAMPLERS[self.sampling.kind]
-
-    def _call_images(self, guided: bool) -> int:
-        """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster."""
-        stages = {stage.name: stage for stage in self.manifest.stages}
-        return min(self._most_slots(guided), self._sampler_class.most_slots(stages, self.device))
 
     def _most_slots(self, guided: bool) -> int:
         """Images that the largest batch of the plan holds."""
