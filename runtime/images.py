@@ -15,6 +15,9 @@ from vqdeploy.files import check_regular, replacing_file, to_json
 GREY = 128
 """Grey level that stands for unknown pixels."""
 
+PREVIEW_VEIL = 0.75
+"""Opacity of the grey over codes that are not final: tentative ones stay visible."""
+
 MOST_PIXELS = 2**27
 """Most pixels of an input image: a small file may declare a size beyond the memory."""
 

@@ -354,14 +354,24 @@ class Pipeline:
             VqdeployError: The codes have the wrong shape or dtype, or codes or depth are out of range.
         """
         codes = self._check_codes(codes)
+        self.check_depth(depth)
         if depth is not None:
-            if not self.tokenizer.omits_depths:
-                raise VqdeployError("this plan's codes have no depths to leave out", expected="no depth", found=depth)
-            if not is_whole(depth) or not 1 <= depth <= self.grid[-1]:
-                raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
             codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
         parts = self._image_batches(len(codes))
         return np.concatenate([self._run("decode", codes=codes[part])["image"] for part in parts])
+
+    def check_depth(self, depth: int | None) -> None:
+        """Rejects a number of depths that `decode` does not take.
+
+        Raises:
+            VqdeployError: It is out of range, or the codes have no depths to leave out.
+        """
+        if depth is None:
+            return
+        if not self.tokenizer.omits_depths:
+            raise VqdeployError("this plan's codes have no depths to leave out", expected="no depth", found=depth)
+        if not is_whole(depth) or not 1 <= depth <= self.grid[-1]:
+            raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
 
     def _run(self, stage: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         with self._lock:

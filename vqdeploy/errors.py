@@ -12,6 +12,7 @@ LONGEST = 480
 
 _EXTRAS = {
     "cuda": "onnxrt-gpu",
+    "fastapi": "serve",
     "lightning": "train",
     "matplotlib": "bench",
     "onnx": "export",
@@ -19,12 +20,14 @@ _EXTRAS = {
     "onnxruntime": "onnxrt",
     "onnxscript": "export",
     "polygraphy": "tensorrt-rtx",
+    "prometheus_client": "serve",
     "safetensors": "export,train",
     "skimage": "train",
     "sklearn": "train",
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export,train",
     "triton": "kernels",
+    "uvicorn": "serve",
 }
 
 

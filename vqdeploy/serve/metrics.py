@@ -10,21 +10,20 @@ class Metrics:
     """The metrics of one server, in a registry of its own. `model` is the name of a plan."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        each = {"registry": self._registry}
-        self.requests = Counter("vqdeploy_requests", "Requests, by route and status.", ("route", "status"), **each)
+        self._registry = to = CollectorRegistry()
+        self.requests = Counter("vqdeploy_requests", "Requests, by route and status.", ("route", "status"), registry=to)
         self.request_seconds = Histogram(
-            "vqdeploy_request_seconds", "From a request to its reply.", ("route",), buckets=_REQUESTS, **each
+            "vqdeploy_request_seconds", "From a request to its reply.", ("route",), buckets=_REQUESTS, registry=to
         )
-        self.in_flight = Gauge("vqdeploy_requests_in_flight", "Requests without a reply.", ("model",), **each)
-        self.waiting = Gauge("vqdeploy_images_waiting", "Images that wait for a slot.", ("model",), **each)
-        self.slots = Gauge("vqdeploy_slots", "Slots of each sampler.", ("model",), **each)
-        self.slots_in_use = Gauge("vqdeploy_slots_in_use", "Images being sampled.", ("model",), **each)
+        self.in_flight = Gauge("vqdeploy_requests_in_flight", "Requests without a reply.", ("model",), registry=to)
+        self.waiting = Gauge("vqdeploy_images_waiting", "Images that wait for a slot.", ("model",), registry=to)
+        self.slots = Gauge("vqdeploy_slots", "Slots of each sampler.", ("model",), registry=to)
+        self.slots_in_use = Gauge("vqdeploy_slots_in_use", "Images being sampled.", ("model",), registry=to)
         self.step_seconds = Histogram(
-            "vqdeploy_step_seconds", "One engine call of the prior.", ("model",), buckets=_CALLS, **each
+            "vqdeploy_step_seconds", "One engine call of the prior.", ("model",), buckets=_CALLS, registry=to
         )
-        self.images = Counter("vqdeploy_images", "Images, by task.", ("model", "task"), **each)
-        self.engine_failures = Counter("vqdeploy_engine_failures", "Engine calls that failed.", ("model",), **each)
+        self.images = Counter("vqdeploy_images", "Images, by task.", ("model", "task"), registry=to)
+        self.engine_failures = Counter("vqdeploy_engine_failures", "Engine calls that failed.", ("model",), registry=to)
 
     def text(self) -> bytes:
         """All of them in the text format of Prometheus."""

@@ -42,6 +42,11 @@ class Preview:
     steps: int
     codes: np.ndarray
 
+    @property
+    def done(self) -> bool:
+        """Whether it was the last step, so that all codes are final."""
+        return self.step == self.steps
+
 
 Watch = Callable[[Preview], object]
 
@@ -53,14 +58,15 @@ class _Sampling:
     items: Sequence[Item]
     guided: bool
     future: "Future[np.ndarray]"
+    watch: Watch | None
     previews: int
-    watch: Watch
     codes: dict[int, np.ndarray] = field(default_factory=dict)
 
-    def wants(self, step: int, steps: int) -> bool:
-        """Whether a step before the last is one of the `previews`, which are evenly spread."""
-        parts = min(self.previews + 1, steps)
-        return step < steps and step * parts // steps != (step - 1) * parts // steps
+    def tell(self, image: "_Image", step: int, read: Callable[[], np.ndarray]) -> None:
+        """Shows the last step, and `previews` of those before it, evenly spread, to who watches."""
+        parts, steps = min(self.previews + 1, image.steps), image.steps
+        if self.watch and (step == steps or step * parts // steps != (step - 1) * parts // steps):
+            self.watch(Preview(image.index, step, steps, read()))
 
 
 @dataclass
@@ -154,17 +160,17 @@ class Worker:
         """Whether the thread runs, and the last engine call succeeded."""
         return self._thread.is_alive() and not self._failed
 
-    def sample(self, items: Sequence[Item], watch: Watch = lambda _: None, previews: int = 0) -> "Future[np.ndarray]":
+    def sample(self, items: Sequence[Item], watch: Watch | None = None, previews: int = 0) -> "Future[np.ndarray]":
         """The codes int64 [B, *grid] of items that were checked.
 
         Args:
             items: Images of one request.
-            watch: Called with previews of each image, in the thread of the worker.
-            previews: Number of previews, evenly spread over the steps before the last; at most one a step.
+            watch: Called after some steps of each image and after its last one, in the thread of the worker.
+            previews: Number of those steps, evenly spread; at most all before the last.
         """
         no_label = self.pipeline.sampling.no_label
         guided = any(needs_guidance(item.options, item.condition, no_label) for item in items)
-        return self._ask(_Sampling(items, guided, Future(), previews, watch))
+        return self._ask(_Sampling(items, guided, Future(), watch, previews))
 
     def encode(self, images: np.ndarray) -> "Future[np.ndarray]":
         """The codes int64 [B, *grid] of images uint8 [B, H, W, 3] that were checked."""
@@ -254,8 +260,10 @@ class Worker:
         try:
             self._admit(lane, waiting)
             done = lane.sampler.step()
-            self._watch(lane)
-            self._finish(lane, done)
+            for slot in lane.images.keys() - set(done):
+                self._tell(lane, slot)
+            for slot in done:
+                self._finish(lane, slot)
         except Exception as error:  # of any engine
             self._fail(error, [image.sampling.future for image in lane.images.values()])
             del self._lanes[guided]  # without leaving its context, so that nobody uses the sampler again
@@ -269,23 +277,20 @@ class Worker:
             lane.sampler.admit(slot, image.item)
             image.steps = lane.sampler.left(slot)
 
-    def _watch(self, lane: _Lane) -> None:
-        for slot, image in lane.images.items():
-            step = image.steps - lane.sampler.left(slot)
-            if image.sampling.wants(step, image.steps):
-                image.sampling.watch(Preview(image.index, step, image.steps, lane.sampler.codes(slot)))
+    def _tell(self, lane: _Lane, slot: int) -> None:
+        image = lane.images[slot]
+        image.sampling.tell(image, image.steps - lane.sampler.left(slot), lambda: lane.sampler.codes(slot))
 
-    def _finish(self, lane: _Lane, slots: Iterable[int]) -> None:
-        """Takes the codes of finished images; a request is done with its last one."""
-        for slot in slots:
-            image, codes = lane.images[slot], lane.sampler.codes(slot)
-            sampling = image.sampling
-            sampling.codes[image.index] = codes
-            lane.release(slot)
-            self._done += 1
-            self._metrics.images.labels(self._name, "sample").inc()
-            if len(sampling.codes) == len(sampling.items):
-                _answer(sampling.future, np.stack([sampling.codes[i] for i in range(len(sampling.items))]))
+    def _finish(self, lane: _Lane, slot: int) -> None:
+        """Takes the codes of a finished image; a request is done with its last one."""
+        self._tell(lane, slot)
+        sampling = lane.images[slot].sampling
+        sampling.codes[lane.images[slot].index] = lane.sampler.codes(slot)
+        lane.release(slot)
+        self._done += 1
+        self._metrics.images.labels(self._name, "sample").inc()
+        if len(sampling.codes) == len(sampling.items):
+            _answer(sampling.future, np.stack([sampling.codes[i] for i in range(len(sampling.items))]))
 
     def _opened(self) -> Pipeline:
         """The plan, opened again after a failure."""
