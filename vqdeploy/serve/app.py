@@ -67,10 +67,9 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
         lifespan=closing,
         docs_url=None,  # these pages load scripts of other hosts
         redoc_url=None,
-        max_body_size=settings.max_body,
         responses=_REFUSALS,
     )
-    app.add_middleware(Bounded, seconds=settings.max_wait)
+    app.add_middleware(Bounded, seconds=settings.max_wait, size=settings.max_body)
     app.add_middleware(Guarded, api_key=settings.api_key)
     app.add_middleware(Counted, metrics=metrics)
     _answer_errors(app)

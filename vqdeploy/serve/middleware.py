@@ -8,6 +8,7 @@ from contextlib import suppress
 import anyio
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vqdeploy.serve.metrics import Metrics
@@ -88,16 +89,19 @@ class Guarded:
 
 
 class Bounded:
-    """Cancels a request when its time is over, and when its client leaves."""
+    """Refuses a request that is too large, and cancels one when its time is over, and when its client leaves."""
 
-    def __init__(self, app: ASGIApp, seconds: float):
-        self._app, self._seconds = app, seconds
+    def __init__(self, app: ASGIApp, seconds: float, size: int):
+        self._app, self._seconds, self._size = app, seconds, size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        left, started, watcher = asyncio.Event(), False, None
+        if int(Headers(scope=scope).get("content-length", 0)) > self._size:
+            await refusal(413, self._too_large)(scope, receive, send)
+            return
+        left, started, size, watcher = asyncio.Event(), False, 0, None
         time_left = anyio.move_on_after(self._seconds)
 
         async def watch() -> None:
@@ -107,11 +111,14 @@ class Bounded:
             time_left.cancel()
 
         async def watched_receive() -> Message:
-            nonlocal watcher
+            nonlocal watcher, size
             if watcher is not None:
                 await left.wait()
                 return {"type": "http.disconnect"}
             message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._size:
+                raise HTTPException(413, self._too_large)
             if not message.get("more_body", False):  # the body has ended, or the client has left
                 watcher = asyncio.create_task(watch())
             return message
@@ -135,3 +142,7 @@ class Bounded:
                     await watcher
         if time_left.cancelled_caught and not left.is_set() and not started:
             await too_late(self._seconds)(scope, receive, send)
+
+    @property
+    def _too_large(self) -> str:
+        return f"the request is too large; expected at most {self._size} bytes"

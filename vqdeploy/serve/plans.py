@@ -184,9 +184,7 @@ class ServedPlan:
         drawn.add_done_callback(lambda _: unsent.put_nowait(None))
         try:
             while preview := await unsent.get():
-                codes = preview.codes[None]
-                images = await self._pictures(order, np.where(codes < 0, -1 - codes, codes))
-                yield preview, files.veil(images, self.pipeline.layout.unsettled(codes), files.PREVIEW_VEIL)[0]
+                yield preview, (await self._pictures(order, preview.codes[None]))[0]
             await drawn  # raises what went wrong
         finally:
             drawn.cancel()
@@ -216,7 +214,10 @@ class ServedPlan:
         return np.stack([await asyncio.to_thread(self._read_base64, image) for image in images])
 
     async def _pictures(self, order: Order, codes: np.ndarray) -> np.ndarray:
-        images = await asyncio.wrap_future(self.worker.decode(codes))
+        """Images uint8 [B, H, W, 3] of codes int64 [B, *grid], negative where not final."""
+        images = await asyncio.wrap_future(self.worker.decode(np.where(codes < 0, -1 - codes, codes)))
+        if (codes < 0).any():
+            images = files.veil(images, self.pipeline.layout.unsettled(codes), files.PREVIEW_VEIL)
         if order.original is None:
             return images
         original, kept = order.original
