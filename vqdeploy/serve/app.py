@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -50,21 +50,14 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
     """The application of a server.
 
     Args:
-        plans: Plans by name; the first one is the default. They are closed when the application ends.
+        plans: Plans by name; the first one is the default.
         settings: The limits.
         metrics: Where the plans count.
     """
-
-    @asynccontextmanager
-    async def closing(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.gather(*(asyncio.to_thread(plan.worker.close) for plan in plans.values()))
-
     app = FastAPI(
         title="vqdeploy",
         version=version("vqdeploy"),
         description="Images and codes of vector-quantized image generators.",
-        lifespan=closing,
         docs_url=None,  # these pages load scripts of other hosts
         redoc_url=None,
         responses=_REFUSALS,

@@ -41,31 +41,42 @@ def run(
     Raises:
         VqdeployError: A plan cannot be opened, two have one name, or the address is taken.
     """
-    metrics = Metrics()
-    with contextlib.closing(_listen(host, port)) as listening:
-        plans: dict[str, ServedPlan] = {}
+    metrics, plans = Metrics(), dict[str, ServedPlan]()
+    with contextlib.closing(_listen(host, port)) as listening, contextlib.ExitStack() as opened:
         for path in paths:
             plan = ServedPlan(path, settings, metrics, device, threads)
+            opened.callback(plan.worker.close)
             if plan.name in plans:
                 raise VqdeployError(f"two plans have the name {plan.name}", expected="files with different names")
             plans[plan.name] = plan
-        server = uvicorn.Server(
+        address, port = listening.getsockname()[:2]
+        where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+        server = _Server(
             uvicorn.Config(
                 create_app(plans, settings, metrics),
                 log_level="warning",
+                lifespan="off",
                 limit_concurrency=_CONNECTIONS,
                 timeout_graceful_shutdown=math.ceil(settings.max_wait),
                 server_header=False,
-            )
+            ),
+            lambda: tell(f"serving {', '.join(plans)} at {where}"),
         )
-
-        def end(*_: object) -> None:
-            server.should_exit = True
-
-        signal.signal(signal.SIGTERM, end)  # uvicorn's handlers raise it again at the end, which must not fail
-        address, port = listening.getsockname()[:2]
-        tell(f"serving {', '.join(plans)} at http://{f'[{address}]' if ':' in address else address}:{port}")
+        # uvicorn raises the signal again at the end, which must not fail.
+        signal.signal(signal.SIGTERM, server.handle_exit)
         server.run([listening])
+
+
+class _Server(uvicorn.Server):
+    """Tells when it has started, that is, when signals end it."""
+
+    def __init__(self, config: uvicorn.Config, tell: Callable[[], object]):
+        super().__init__(config)
+        self._tell = tell
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell()
 
 
 def _listen(host: str, port: int) -> socket.socket:
