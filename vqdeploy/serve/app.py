@@ -2,9 +2,10 @@
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing
+from functools import partial
+from importlib import resources
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -35,7 +36,17 @@ from vqdeploy.serve.schemas import (
 from vqdeploy.serve.settings import Settings
 from vqdeploy.serve.worker import EngineError
 
-_log = logging.getLogger(__name__)
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Refusal, "description": "The request is wrong, or there are too many."},
     "5XX": {"model": Refusal, "description": "It took too long, or an engine failed."},
@@ -66,6 +77,7 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
     app.add_middleware(Guarded, api_key=settings.api_key)
     app.add_middleware(Counted, metrics=metrics)
     _answer_errors(app)
+    _add_page(app)
 
     def find(name: str | None) -> ServedPlan:
         if name is None:
@@ -196,6 +208,14 @@ async def _events(plan: ServedPlan, order: Order, asked: Drawing, task: str, sec
             event |= {"b64_json": file, "codes": preview.codes.tolist(), "image_index": preview.image}
             event |= {"created_at": now(), **common}
             yield format_sse_event(data_str=json.dumps(event), event=event["type"])
+
+
+def _add_page(app: FastAPI) -> None:
+    """The files of the page, which are read once: no path of a request reaches the file system."""
+    for path, (name, kind) in _PAGE.items():
+        content = resources.files("vqdeploy.serve").joinpath("page", name).read_bytes()
+        answer = partial(Response, content, headers=_PAGE_HEADERS, media_type=kind)
+        app.add_route(path, lambda _, answer=answer: answer(), include_in_schema=False)
 
 
 def _answer_errors(app: FastAPI) -> None:
