@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing
-from functools import partial
 from importlib import resources
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -213,9 +212,16 @@ async def _events(plan: ServedPlan, order: Order, asked: Drawing, task: str, sec
 def _add_page(app: FastAPI) -> None:
     """The files of the page, which are read once: no path of a request reaches the file system."""
     for path, (name, kind) in _PAGE.items():
-        content = resources.files("vqdeploy.serve").joinpath("page", name).read_bytes()
-        answer = partial(Response, content, headers=_PAGE_HEADERS, media_type=kind)
-        app.add_route(path, lambda _, answer=answer: answer(), include_in_schema=False)
+        app.add_route(path, _file(name, kind), include_in_schema=False)
+
+
+def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    content = resources.files("vqdeploy.serve").joinpath("page", name).read_bytes()
+
+    async def answer(_: Request) -> Response:
+        return Response(content, headers=_PAGE_HEADERS, media_type=kind)
+
+    return answer
 
 
 def _answer_errors(app: FastAPI) -> None:
