@@ -494,14 +494,14 @@ const codes = {
     const body = { model: chosen.id, codes: [chosen.maps.length === 1 ? filled[0] : filled.flat(3)], ...depth };
     const wanted = (this.wanted = JSON.stringify(body));
     try {
-      const reply = await askJson("/v1/codes/decode", body);
-      if (this.wanted !== wanted) return; // another one was chosen meanwhile
+      const image = await picture((await askJson("/v1/codes/decode", body)).data[0].b64_json);
+      if (this.wanted !== wanted) return; // another position was chosen meanwhile
       const [width, height] = sizeOf(chosen);
       Object.assign($("code"), { width, height });
       $("code").classList.toggle("pixelated", width < 128);
-      $("code").getContext("2d").drawImage(await picture(reply.data[0].b64_json), 0, 0);
-      const used = depth.depth && depth.depth < at[0].length ? ` Beside the map: these codes everywhere, the first ${depth.depth} of them.` : " Beside the map: these codes everywhere.";
-      cell.textContent += used;
+      $("code").getContext("2d").drawImage(image, 0, 0);
+      const some = depth.depth < at[0].length ? `, the first ${depth.depth} of them` : "";
+      cell.textContent += ` Beside the map: these codes everywhere${some}.`;
     } catch (error) {
       $("problem").textContent = error.message;
     }
