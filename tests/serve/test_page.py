@@ -229,7 +229,7 @@ def test_the_picture_of_one_position(visit, artifacts, name):
     page.keyboard.press("ArrowDown")
     if name == "rqvae":
         at = codes[0, 1, 1]
-        page.select_option("#depth", "3")
+        page.select_option("#depth", label="4")
         filled = np.broadcast_to(at, codes.shape)
     else:
         top, bottom = pipeline.maps(codes)
