@@ -87,6 +87,7 @@ class Sampler(ABC):
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
         self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # host copies of buffers since the last step
+        self._parts: dict[int, Binding] = {}
         self._begun = False
         self._prepare(sessions, tokenizer)
 
@@ -191,6 +192,21 @@ class Sampler(ABC):
 
     @abstractmethod
     def _call(self) -> None: ...
+
+    def _part(self, session: Session, whole: Binding, dims: Mapping[str, int]) -> Binding:
+        """The binding of the first slots, up to the last one that runs; their number is rounded up to a power of two.
+
+        It shares all buffers with `whole`, the binding of all slots. On a GPU it is `whole`: there a call of fewer rows
+        takes as long.
+        """
+        slots = 1 << max(self._running).bit_length()
+        if slots >= self.slots or session.device != "cpu":
+            return whole
+        if slots not in self._parts:
+            rows = slots * self.rows(self.guided)
+            views = {name: array[:rows] for name, array in {**whole.inputs, **whole.outputs}.items()}
+            self._parts[slots] = session.bind({**dims, "batch": rows}, views)
+        return self._parts[slots]
 
     def _run(self, stage: str, binding: Binding) -> None:
         """One engine call; adds its time to that of the stage."""
