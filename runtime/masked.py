@@ -106,7 +106,8 @@ class MaskedSampler(Sampler):
         self._fill_choice({slot: progress for slot, progress in running.items() if not progress.by_order})
         for slot, progress in running.items():
             inputs["masked"][slot] = progress.counts[progress.done]
-        self._run("step", self._part(self._session, binding, self._dims))
+        used = slice(0, self._used_slots(self._session))
+        self._run("step", self._part(self._session, binding, self._dims, used))
         drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
         inputs["codes"][:] = remaining
         # The Halton order draws earlier codes again.
