@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.models.pixels import channels_first
-from vqdeploy.runtime.folder import find_classes, shortened
+from vqdeploy.runtime.folder import check_classes, find_classes, shortened
 from vqdeploy.runtime.images import open_image, square
 from vqdeploy.runtime.threads import cores
 
@@ -206,12 +206,7 @@ def _folder(folder: Path, resolution: int) -> Data:
     if not folder.is_dir():
         raise VqdeployError("there is no such data", expected="digits, photos or an image folder", found=folder)
     classes = find_classes(folder)
-    if empty := [name for name, found in classes.items() if not found]:
-        raise VqdeployError(f"{folder} holds folders without images: {shortened(empty)}", fix="remove them")
-    if odd := [name for name in classes if name and not name.isprintable()]:
-        raise VqdeployError(
-            f"{odd[0]!r} in {folder} is not a valid class name", expected="characters that can be printed"
-        )
+    check_classes(folder, classes)
     files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
     if len(files) < 2:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more", found=len(files))
