@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import parse_json
@@ -179,11 +179,30 @@ class TarPart:
     def samples(self) -> Iterator[Sample]:
         """The images, read from front to end."""
         try:
-            with tarfile.open(self.path, "r|*") as archive:
+            with tarfile.open(self.path, "r|*", tarinfo=_Header) as archive:
                 for key, members in groupby(_members(archive), lambda member: member.key):
                     yield _sample(f"{self.path.name}/{key}", list(members))
         except (tarfile.TarError, EOFError, OSError) as error:  # gzip and lzma raise the last two
             raise ArtifactError(f"{self.path} is damaged ({error})") from error
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose damage is an error wherever it is; `tarfile` takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """The next header; the end of an archive is a block of zeros, not that of the file.
+
+        Raises:
+            EOFHeaderError: The archive ends here.
+            ReadError: It is damaged.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error) or "it is truncated") from error
 
 
 class _Member(NamedTuple):
