@@ -1,6 +1,7 @@
 """Tokenizing on a Ray cluster. Ray runs a part again elsewhere when its process or machine dies."""
 
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 
 import ray
@@ -9,7 +10,8 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.tokenize.inputs import Part
 from vqdeploy.tokenize.part import Done, Job, tokenize_part
 
-_AGAIN = 10  # times that a part starts anew, since machines of a cluster come and go
+_TRIES = 10  # further ones of a part, since machines of a cluster come and go
+_REACHED_S = 10.0
 
 
 def run_on_ray(job: Job, parts: Sequence[Part], address: str, on_gpu: bool) -> Iterator[Done]:
@@ -19,12 +21,13 @@ def run_on_ray(job: Job, parts: Sequence[Part], address: str, on_gpu: bool) -> I
         VqdeployError: There is no such cluster, a part failed on it, or its machines died too often.
     """
     try:
-        ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        _reach(address)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
         raise VqdeployError("the Ray cluster cannot be reached", expected="its address", found=address) from error
-    task = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=_AGAIN)(tokenize_part)
-    running = [task.remote(job, part, 1) for part in parts]
     try:
+        task = ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=_TRIES)(tokenize_part)
+        running = [task.remote(job, part, 1) for part in parts]
         while running:
             done, running = ray.wait(running)
             yield from ray.get(done)
@@ -35,5 +38,11 @@ def run_on_ray(job: Job, parts: Sequence[Part], address: str, on_gpu: bool) -> I
     except ray.exceptions.RayError as error:
         raise VqdeployError(f"the Ray cluster failed ({' '.join(str(error).split())[:200]})") from error
     finally:
-        for left in running:
-            ray.cancel(left)
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises an OSError where nothing answers at HOST:PORT: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), _REACHED_S).close()
