@@ -47,12 +47,12 @@ def working(cluster):
 
 
 def test_an_error_there_is_one_sentence(cluster, plan, folder, tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(VqdeployError, match=r"^.*000000\.parquet cannot be written \(Not a directory\)\. Fix: [^.]*$"):
-        tokenize(plan, str(folder), tmp_path / "file" / "out", ray=cluster.address)
+    with pytest.raises(VqdeployError, match=r"^this plan was built for the CPU\. Fix: vqdeploy build .* cuda$"):
+        tokenize(plan, str(folder), tmp_path / "out", device="cuda", ray=cluster.address)
 
 
-def test_processes_and_machines_die(cluster, plan, tmp_path):
+def test_processes_and_machines_die(cluster, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # processes of the cluster run elsewhere
     (tmp_path / "in").mkdir()
     for i in range(150):
         (tmp_path / "in" / f"{i:03}.png").write_bytes(png(i))
@@ -67,12 +67,12 @@ def test_processes_and_machines_die(cluster, plan, tmp_path):
             cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
 
     options = {"shard_size": 3, "report": disturb}
-    summary = tokenize(plan, str(tmp_path / "in"), tmp_path / "out", ray=cluster.address, **options)
+    summary = tokenize(plan, "in", Path("out"), ray=cluster.address, **options)
     assert killed
     assert len(cluster.list_all_nodes()) == NODES - 1
     assert (summary.images, summary.shards, summary.errors) == (150, 50, 0)
     assert len(rows(tmp_path / "out")) == 150
-    tokenize(plan, str(tmp_path / "in"), tmp_path / "alone", shard_size=3, workers=1)
+    tokenize(plan, "in", Path("alone"), shard_size=3, workers=1)
     assert pq.read_table(tmp_path / "out").equals(pq.read_table(tmp_path / "alone"))
     assert not list((tmp_path / "out").glob(".vqdeploy-*"))
 

@@ -60,6 +60,8 @@ def tokenize(
         ArtifactError: A tar or Parquet file is damaged, or no image could be read; the other shards are written.
     """
     codes = named(codes)
+    if ray is not None:  # its processes run in another folder
+        engine, codes, data = engine.absolute(), codes.absolute(), str(Path(data).absolute())
     check_outside(codes, [engine, Path(data)])
     if Path(data).is_dir() and real(Path(data)) in real(codes).parents:
         raise VqdeployError(f"{codes} lies in the data", fix="name another folder with -o")
