@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 from support.data import CLASSES, datasets_table, png, rows, write_tar
 
+from vqdeploy import shards
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import read_json
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.images import read, read_bytes
-from vqdeploy.tokenize import shards, tokenize
+from vqdeploy.tokenize import tokenize
 
 
 def errors(codes):

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from vqdeploy import shards
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import to_json
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.images import read, read_bytes
 from vqdeploy.runtime.manifest import Manifest
-from vqdeploy.tokenize import shards
+from vqdeploy.shards import Origin, Rows, ShardInfo
 from vqdeploy.tokenize.inputs import Part, Sample, digest
-from vqdeploy.tokenize.shards import Origin, Rows, ShardInfo
 
 _BATCH = 64  # images that are read while as many are encoded
 

@@ -13,15 +13,16 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from vqdeploy import shards
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import check_outside, check_replaceable, named, real
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.threads import cores
-from vqdeploy.tokenize import inputs, shards
+from vqdeploy.shards import Origin, Summary
+from vqdeploy.tokenize import inputs
 from vqdeploy.tokenize.inputs import Part
 from vqdeploy.tokenize.part import Done, Job, origin_of, tokenize_part
-from vqdeploy.tokenize.shards import Origin, Summary
 
 Report = Callable[[Done, int, int], object]
 """Called with a part, the number of parts that are done, and that of all."""
@@ -43,7 +44,7 @@ def tokenize(
     Args:
         engine: The plan.
         data: See `vqdeploy.tokenize.inputs.find`.
-        codes: Folder of the codes; see `vqdeploy.tokenize.shards`.
+        codes: Folder of the codes; see `vqdeploy.shards`.
         device: As for `vqdeploy.load`.
         workers: Processes on this machine; 0 for one per core, or one on a GPU.
         ray: Address of a Ray cluster whose machines all see the plan, the data and the folder of codes by these paths;
