@@ -1,8 +1,9 @@
 """Reads and writes image files."""
 
+import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,7 +42,19 @@ def read(path: Path, side: int | None = None, width: int | None = None) -> np.nd
         VqdeployError: The file does not exist.
         ArtifactError: It is damaged, not an image, too large, or of a mode whose range is unknown.
     """
-    image = open_image(path)
+    return _resized(open_image(path), side, width)
+
+
+def read_bytes(content: bytes, name: str, side: int | None = None, width: int | None = None) -> np.ndarray:
+    """The content of an image file as `read` gives it; `name` is that of the image in errors.
+
+    Raises:
+        ArtifactError: As for `read`.
+    """
+    return _resized(_decoded(io.BytesIO(content), name), side, width)
+
+
+def _resized(image: Image.Image, side: int | None, width: int | None) -> np.ndarray:
     if side is None or width in (None, side):
         return np.asarray(image if side is None else square(image, side))
     return np.asarray(ImageOps.fit(image, (width, side), Image.Resampling.LANCZOS))
@@ -61,15 +74,19 @@ def open_image(path: Path, background: int = 255) -> Image.Image:
     """The image of `read` as RGB, before it is cropped; transparent pixels are composited on a grey level."""
     path = Path(path)
     check_regular(path)
+    return _decoded(path, path, background)
+
+
+def _decoded(source: Path | BinaryIO, name: Path | str, background: int = 255) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(path, formats=_formats()) as image:
+            with Image.open(source, formats=_formats()) as image:
                 _check_size(image)
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)
                 return _on_background(upright if bits == 8 else _eight_bits(upright, bits), background)
     except Exception as error:  # decoders of Pillow raise anything
-        raise ArtifactError(f"{path} is not an image that can be read ({_reason(error)})") from error
+        raise ArtifactError(f"{name} is not an image that can be read ({_reason(error)})") from error
 
 
 def square(image: Image.Image, side: int, share: float = 1.0, x: float = 0.5, y: float = 0.5) -> Image.Image:

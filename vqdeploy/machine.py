@@ -22,6 +22,8 @@ _PACKAGES = (
     "lightning",
     "polygraphy",
     "safetensors",
+    "pyarrow",
+    "ray",
     "pillow",
     "typer",
     "rich",
