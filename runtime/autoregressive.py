@@ -18,16 +18,16 @@ class AutoregressiveSampler(Sampler):
     The entries of the prior are its condition, then the codes of each position. The prefill of an image writes the keys
     and values of all entries before the first call: of a text but its last token, and of known codes at the start.
 
-    With guidance a slot takes two batch rows: row `slot` with the label, and row `slot + slots` without it, which gets
-    the same codes. The graph input `partner` gives, for each row, the row that guidance moves its logits away from.
+    With guidance a slot takes two batch rows, which get the same codes: `slots + slot` with the label, and
+    `slots - 1 - slot` without it. So those of the first slots lie side by side. The graph input `partner` gives, for each row, the row that guidance moves its logits away from.
     """
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         self._session = session = sessions["step"]
         slots = self.slots
         self._shape = self._layout.shape
-        rows = slots * self.rows(self.guided)
-        dims = {"batch": rows, "length": 1}
+        self._first_row = slots if self.guided else 0  # of the rows with a label
+        self._dims = dims = {"batch": self._first_row + slots, "length": 1}
         self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
         self._held = session.buffers(dims, "codes", "next_codes", *self._past)
         self._binding = session.bind(dims, self._held)
@@ -95,15 +95,16 @@ class AutoregressiveSampler(Sampler):
         self._since[slot] = self._calls
         self._known[slot] = known
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
-        rows = {slot: item.condition}
+        labelled, unlabelled = self._first_row + slot, self._first_row - 1 - slot
+        rows = {labelled: item.condition}
         if self.guided and self.no_label is not None:
-            rows[slot + self.slots] = self.no_label
+            rows[unlabelled] = self.no_label
         for row, condition in rows.items():
             self._greedy[slot] = self._write(self._binding, row, item, condition)
             self._clear(row)
         if self.guides(item):
-            self._binding.inputs["partner"][slot] = slot + self.slots
-            self._binding.inputs["guidance"][slot] = item.options["guidance_scale"]
+            self._binding.inputs["partner"][labelled] = unlabelled
+            self._binding.inputs["guidance"][labelled] = item.options["guidance_scale"]
         if self._before + first > 0:
             for row, condition in rows.items():
                 self._prefill(row, item, condition, known[:first])
@@ -144,24 +145,33 @@ class AutoregressiveSampler(Sampler):
             self._held["codes"][row, 0] = known[-1]
 
     def _call(self) -> None:
-        binding, slots = self._binding, self.slots
-        running = sorted(self._running)
-        binding.inputs["position"][:slots] = np.where(self._next < self._positions, self._before + self._next, 0)
+        running, first = sorted(self._running), self._first_row
+        inputs = self._binding.inputs
+        places = np.where(self._next < self._positions, self._before + self._next, 0)
+        inputs["position"][first:] = places
         if self.guided:
-            binding.inputs["position"][slots:] = binding.inputs["position"][:slots]
-        self._fill_noise(binding.inputs["noise"], {slot: int(self._next[slot]) for slot in running}, self._greedy)
+            inputs["position"][:first] = places[::-1]
+        draws = {slot: int(self._next[slot]) for slot in running}
+        self._fill_noise(inputs["noise"][first:], draws, self._greedy)
+        used = self._used_slots(self._session)
+        rows = slice(first - used if self.guided else 0, first + used)
+        binding = self._part(self._session, self._binding, self._dims, rows, own="partner")
+        if "partner" in inputs:
+            binding.inputs["partner"][:] = inputs["partner"][rows] - rows.start
         self._run("step", binding)
         for name, state in carried(binding).items():
             binding.inputs[name][:] = state
         # On a GPU the codes stay on the device: nothing here synchronizes.
-        drawn, codes = self._held["next_codes"], self._held["codes"]
-        self._drawn[self._calls % self._positions] = drawn[:slots]
-        for row in range(0, len(codes), slots):
-            codes[row : row + slots, 0] = drawn[:slots]
+        drawn, codes = self._held["next_codes"][first:], self._held["codes"]
+        self._drawn[self._calls % self._positions] = drawn
+        codes[first:, 0] = drawn
+        if self.guided:
+            codes[:first, 0] = drawn[::-1]
         for slot in running:
             if (position := int(self._next[slot])) in self._fixed[slot]:
-                for row in range(slot, len(codes), slots):
-                    codes[row, 0] = self._known[slot, position]
+                codes[first + slot, 0] = self._known[slot, position]
+                if self.guided:
+                    codes[first - 1 - slot, 0] = self._known[slot, position]
             self._next[slot] += 1
         self._calls += 1
         for slot in running:

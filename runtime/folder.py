@@ -54,6 +54,20 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
     return {"": loose} if loose else classes
 
 
+def check_classes(folder: Path, classes: dict[str, list[Path]]) -> None:
+    """Rejects classes of `find_classes` without images, or with names that cannot be shown.
+
+    Raises:
+        VqdeployError: It names the first such class.
+    """
+    if empty := [name for name, found in classes.items() if not found]:
+        raise VqdeployError(f"{folder} holds folders without images: {shortened(empty)}", fix="remove them")
+    if odd := [name for name in classes if name and not name.isprintable()]:
+        raise VqdeployError(
+            f"{odd[0]!r} in {folder} is not a valid class name", expected="characters that can be printed"
+        )
+
+
 def shortened(names: list[Path] | list[str]) -> str:
     """The first few names of a list, and the number of the others."""
     shown = ", ".join(name.name if isinstance(name, Path) else name for name in names[:_NAMED])

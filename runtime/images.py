@@ -1,5 +1,6 @@
 """Reads and writes image files."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,7 +45,19 @@ def read(path: Path, side: int | None = None, width: int | None = None) -> np.nd
         VqdeployError: The file does not exist.
         ArtifactError: It is damaged, not an image, too large, or of a mode whose range is unknown.
     """
-    image = open_image(path)
+    return _resized(open_image(path), side, width)
+
+
+def read_bytes(content: bytes, name: str, side: int | None = None, width: int | None = None) -> np.ndarray:
+    """The content of an image file as `read` gives it; `name` is that of the image in errors.
+
+    Raises:
+        ArtifactError: As for `read`.
+    """
+    return _resized(on_background(decode(io.BytesIO(content), name)), side, width)
+
+
+def _resized(image: Image.Image, side: int | None, width: int | None) -> np.ndarray:
     return np.asarray(image) if side is None else fitted(image, side, width or side)
 
 
@@ -95,7 +108,7 @@ def decode(file: Path | BinaryIO, name: object, most: int = MOST_PIXELS) -> Imag
         raise ArtifactError(f"{name} is not an image that can be read ({_reason(error)})") from error
 
 
-def on_background(image: Image.Image, grey: int) -> Image.Image:
+def on_background(image: Image.Image, grey: int = 255) -> Image.Image:
     """An image RGB or RGBA as RGB, composited on a grey level."""
     if image.mode == "RGB":
         return image

@@ -35,9 +35,9 @@ class MaskedSampler(Sampler):
     raster = False
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
-        slots, session = self.slots, sessions["step"]
-        self._shape = self._layout.shape
-        dims = {"batch": slots, "conditions": 2 if self.guided else 1}
+        slots, self._session = self.slots, sessions["step"]
+        session, self._shape = self._session, self._layout.shape
+        self._dims = dims = {"batch": slots, "conditions": 2 if self.guided else 1}
         # The codes stay on the device of the engine from step to step.
         self._binding = session.bind(dims, session.buffers(dims, "codes", "given"))
         self._result = session.array(np.zeros((slots, *self._shape), np.int64))
@@ -106,7 +106,8 @@ class MaskedSampler(Sampler):
         self._fill_choice({slot: progress for slot, progress in running.items() if not progress.by_order})
         for slot, progress in running.items():
             inputs["masked"][slot] = progress.counts[progress.done]
-        self._run("step", binding)
+        used = slice(0, self._used_slots(self._session))
+        self._run("step", self._part(self._session, binding, self._dims, used))
         drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
         inputs["codes"][:] = remaining
         # The Halton order draws earlier codes again.

@@ -87,6 +87,7 @@ class Sampler(ABC):
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
         self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # host copies of buffers since the last step
+        self._parts: dict[tuple[int, int], Binding] = {}
         self._begun = False
         self._prepare(sessions, tokenizer)
 
@@ -191,6 +192,27 @@ class Sampler(ABC):
 
     @abstractmethod
     def _call(self) -> None: ...
+
+    def _used_slots(self, session: Session) -> int:
+        """How many slots, the first ones, a call has to compute.
+
+        On a CPU these are the slots up to the last one that runs, rounded up to a power of two to bind few sizes. On a
+        GPU it is all of them: fewer rows take as long there.
+        """
+        return min(self.slots, 1 << max(self._running).bit_length()) if session.device == "cpu" else self.slots
+
+    def _part(self, session: Session, whole: Binding, dims: Mapping[str, int], rows: slice, own: str = "") -> Binding:
+        """A binding of some rows of the batch.
+
+        It shares all buffers but that of the input `own` with `whole`, the binding of all rows.
+        """
+        count = rows.stop - rows.start
+        if count == dims["batch"]:
+            return whole
+        if (rows.start, count) not in self._parts:
+            views = {name: array[rows] for name, array in {**whole.inputs, **whole.outputs}.items() if name != own}
+            self._parts[rows.start, count] = session.bind({**dims, "batch": count}, views)
+        return self._parts[rows.start, count]
 
     def _run(self, stage: str, binding: Binding) -> None:
         """One engine call; adds its time to that of the stage."""

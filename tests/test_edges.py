@@ -8,7 +8,7 @@ BASE = {"errors", "files", "config", "precision", "options", "machine", "threads
 
 EVERYTHING_BUT_TRAINING = {
     "checkpoint", "models", "systems", "convert", "reference", "verify", "bench", "export", "engines",
-    "manifest", "graphs", "backends", "images", "runtime", "machine",
+    "manifest", "graphs", "backends", "images", "runtime", "machine", "shards", "tokenize",
 }  # fmt: skip
 
 EDGES: dict[str, set[str]] = {
@@ -20,6 +20,8 @@ EDGES: dict[str, set[str]] = {
     "checkpoint": {"models", "systems"},
     "reference": {"models", "systems"},
     "training": {"models", "systems", "checkpoint", "reference", "images"},
+    "shards": set(),  # needs pyarrow
+    "tokenize": {"shards", "runtime", "manifest", "images"},
     "convert": {"models", "systems", "checkpoint"},
     "manifest": set(),
     "graphs": {"manifest"},
@@ -42,6 +44,7 @@ INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "vqdeploy": {"checkpoint", "runtime"},  # `vqdeploy.load` loads nothing before it is called
     "models": {"kernels"},  # the operators that take CUDA tensors
     "export": {"verify"},  # a module of the user's is compared with its export at once
+    "training": {"shards"},  # data that are codes
     "systems": {"export"},  # a system names its stages, and trains without ONNX
     "engines": {"runtime"},  # TensorRT builds for the GPU that is there
 }

@@ -230,14 +230,14 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
     return system
 
 
-def check_digest(system: System, expected: str, plan: Path) -> None:
-    """Rejects a system whose digest is not the one that `plan` was made from."""
+def check_digest(system: System, expected: str, made: Path, option: str = "--checkpoint") -> None:
+    """Rejects a system whose digest is not the one that `made`, a plan or codes, was made from; `option` names it."""
     if (found := digest(system)) != expected:
         raise VqdeployError(
-            f"{plan} was made from another checkpoint",
+            f"{made} was made from another checkpoint",
             expected=f"digest {expected[:12]}",
             found=found[:12],
-            fix="name the checkpoint it was made from, --checkpoint FOLDER",
+            fix=f"name the checkpoint it was made from, {option} FOLDER",
         )
 
 

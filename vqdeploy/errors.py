@@ -5,6 +5,7 @@ escape sequences, lone surrogates or megabytes: every error message, and every m
 escaped and shortened here.
 """
 
+import copyreg
 import logging
 
 LONGEST = 480
@@ -21,6 +22,8 @@ _EXTRAS = {
     "onnxscript": "export",
     "polygraphy": "tensorrt-rtx",
     "prometheus_client": "serve",
+    "pyarrow": "data",
+    "ray": "ray",
     "safetensors": "export,train",
     "skimage": "train",
     "sklearn": "train",
@@ -46,6 +49,10 @@ class VqdeployError(Exception):
     def __init__(self, what: str, *, expected: object = None, found: object = None, fix: str | None = None):
         parts = {"": what, "; expected ": expected, "; found " if expected is None else ", found ": found}
         super().__init__(_sentence(parts | {". Fix: ": fix}) + ("" if fix else "."))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles the sentence as it is, for errors of other processes."""
+        return copyreg.__newobj__, (type(self), *self.args)  # type: ignore[attr-defined]
 
 
 class ArtifactError(VqdeployError):

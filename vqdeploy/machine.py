@@ -24,6 +24,8 @@ _PACKAGES = (
     "fastapi",
     "uvicorn",
     "safetensors",
+    "pyarrow",
+    "ray",
     "pillow",
     "typer",
     "rich",

@@ -91,12 +91,14 @@ def test_all_forms(rows, blocks, outputs, seed):
 
 @given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 40), st.integers(0, 1000))
 def test_a_row_does_not_depend_on_the_others(rows, blocks, outputs, seed):
-    """Not even on their number: for few rows and for many there are different kernels."""
+    """Their number decides the kernel, and on CPUs without VNNI the order in which it adds up the blocks."""
     x, weight, scale = example(rows, blocks, outputs, seed)
     own = session(weight, scale, own=True)
     (together,) = own.run(None, {"x": x})
     i = seed % rows
-    np.testing.assert_array_equal(own.run(None, {"x": x[i : i + 1]})[0], together[i : i + 1])
+    largest = np.abs(x[i]).reshape(blocks, BLOCK).max(1).repeat(BLOCK)
+    rounding = blocks * 2**-23 * (largest @ np.abs(table(weight, scale)))
+    assert (np.abs(own.run(None, {"x": x[i : i + 1]})[0][0] - together[i]) <= rounding).all()
     others = np.full_like(x, 1e6)
     others[i] = x[i]
     np.testing.assert_array_equal(own.run(None, {"x": others})[0][i], together[i])

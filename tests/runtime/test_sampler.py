@@ -189,6 +189,31 @@ def test_codes_of_a_finished_image_stay_until_its_slot_is_freed(name_, artifacts
             np.testing.assert_array_equal(sampler.codes(0), codes)
 
 
+@pytest.mark.parametrize("name_", ["rqvae", "vit", "movq"])
+def test_a_step_computes_the_slots_up_to_the_last_one_that_runs(name_, artifacts):
+    pipeline = artifacts.pipeline(name_)
+    guided = pipeline.sampling.no_label is not None
+    rows = guided and pipeline.sampling.kind == "autoregressive"
+    lone = alone(pipeline, item(pipeline), 1, 0, guided)
+    with pipeline.sampler(3, guided) as sampler:
+        calls = []
+        sampler._run = lambda stage, binding, run=sampler._run: (calls.append(binding), run(stage, binding))
+        for slot, expected in ((0, 1), (1, 2), (2, 3)):
+            sampler.admit(slot, item(pipeline))
+            calls.clear()
+            while not sampler.step():
+                pass
+            assert {len(binding.inputs["noise"]) for binding in calls} == {expected << rows}
+            np.testing.assert_array_equal(sampler.codes(slot), lone)
+        sampler.release(1)
+        sampler.admit(1, item(pipeline))
+        calls.clear()
+        sampler.step()
+        assert len(calls[-1].inputs["noise"]) == 2 << rows
+        for slot in (0, 2):
+            np.testing.assert_array_equal(sampler.codes(slot), lone)
+
+
 def test_a_cancelled_image_leaves_the_others_alone(vit_pipeline):
     rng = np.random.default_rng(7)
     items = [replace(random_item(vit_pipeline, rng, i), known=np.full(vit_pipeline.grid, -1)) for i in range(2)]

@@ -422,7 +422,11 @@ def test_image_folder_split(folder):
         (None, {"model": "gan"}, "there is no model 'gan'"),
         (None, {"preset": "huge"}, "no preset 'huge'"),
         (None, {"preset": "cc3m-650m"}, "conditioned on text"),
-        (None, {"data": "nowhere"}, "there is no such data; expected digits, photos or an image folder, found nowhere"),
+        (
+            None,
+            {"data": "nowhere"},
+            "no such data; expected digits, photos, an image folder or codes, found nowhere",
+        ),
         (None, {"resume": True}, "no interrupted training run"),
         (None, {"steps": 0}, "steps"),
         (lambda path: path.mkdir(), {}, "holds no images"),

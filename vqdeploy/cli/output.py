@@ -68,6 +68,21 @@ def progress(verb: str) -> Iterator[Callable[[str], None]]:
         yield lambda name: status.update(Text(f"{verb} {shown(name)}"))
 
 
+@contextlib.contextmanager
+def counting(verb: str, things: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr, fed with (done, total, note); one line per update if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, note: say(f"{verb} {done} of {total} {things}, {note}")
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn(things), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(verb, total=None, note="")
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+
 class LineFormatter(logging.Formatter):
     """Formats log records of any library on one line, escaped and shortened."""
 

@@ -14,7 +14,10 @@ def train(
     model: Model = "rqvae",
     preset: Preset = "tiny",
     data: Annotated[
-        str, typer.Option(help="digits, photos, or a folder of images with one subfolder a class.")
+        str,
+        typer.Option(
+            help="digits, photos, a folder of images with one subfolder a class, or codes of vqdeploy tokenize."
+        ),
     ] = "digits",
     tokenizer: Annotated[
         Path | None, typer.Option(help="Checkpoint folder: train a prior on its tokenizer, which stays as it is.")

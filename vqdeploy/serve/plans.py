@@ -265,7 +265,7 @@ class ServedPlan:
         except (binascii.Error, ValueError) as error:
             raise VqdeployError("an image is not in base64") from error
         image = files.decode(io.BytesIO(data), "an image", self._settings.max_pixels)
-        return files.fitted(files.on_background(image, 255), *self.pipeline.image_shape[:2])
+        return files.fitted(files.on_background(image), *self.pipeline.image_shape[:2])
 
     def _read_edit(self, asked: Edit) -> tuple[np.ndarray, np.ndarray]:
         """The image of an edit uint8 [H, W, 3], and what is to be drawn anew, bool [H, W]."""
@@ -280,7 +280,7 @@ class ServedPlan:
             raise VqdeployError("there is no mask", expected="a mask, or an image with transparency")
         if not mask.any():
             raise VqdeployError("the mask is empty", expected="transparent pixels, or white ones in a mask without any")
-        return files.fitted(files.on_background(image, 255), *shape), mask
+        return files.fitted(files.on_background(image), *shape), mask
 
 
 def file_of(image: np.ndarray, kind: str) -> str:

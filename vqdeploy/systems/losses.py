@@ -9,7 +9,9 @@ from vqdeploy.systems.system import System
 
 
 def soft_target_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
-    """Cross entropy with soft targets on drawn codes (RQ-VAE, section 3.3)."""
+    """Cross entropy with soft targets on drawn codes (RQ-VAE, section 3.3); of codes, with hard targets."""
+    if not x.is_floating_point():
+        return F.cross_entropy(system.prior.logits(x, labels).flatten(0, -2), x.flatten())
     codes, targets = system.tokenizer.soft_codes(x, recipe.soft_temperature)
     return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), targets.flatten(0, -2))
 
@@ -21,8 +23,7 @@ def masked_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, train
     classifier-free guidance (Ho and Salimans, 2022).
     """
     config = system.config.prior
-    with torch.no_grad():
-        codes = system.tokenizer.encode(x)
+    codes = _codes(system, x)
     cells = codes[0].numel()
     shares = torch.cos(torch.pi / 2 * torch.rand(len(codes), device=codes.device))
     ranks = torch.rand(len(codes), cells, device=codes.device).argsort(1).argsort(1)
@@ -35,8 +36,7 @@ def masked_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, train
 
 def next_code_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
     """Cross entropy of each code given those before it; in training some labels are dropped, as in `masked_loss`."""
-    with torch.no_grad():
-        codes = system.tokenizer.encode(x)
+    codes = _codes(system, x)
     if training and system.config.prior.null_label:
         labels = _drop_some(labels, recipe.label_dropout, none=system.config.prior.classes)
     return F.cross_entropy(system.prior.logits(codes, labels).flatten(0, -2), codes.flatten())
@@ -44,10 +44,15 @@ def next_code_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, tr
 
 def level_loss(system: System, x: Tensor, labels: Tensor, recipe: Recipe, training: bool) -> Tensor:
     """Cross entropy of each code given those before it, averaged over each level and summed over the levels."""
-    with torch.no_grad():
-        codes = system.tokenizer.encode(x)
+    codes = _codes(system, x)
     losses = F.cross_entropy(system.prior.logits(codes, labels).transpose(1, 2), codes, reduction="none")  # [B, N]
     return torch.stack([level.mean() for level in system.tokenizer.depths(losses)]).sum()
+
+
+def _codes(system: System, x: Tensor) -> Tensor:
+    """The codes of images, or codes as they are."""
+    with torch.no_grad():
+        return system.tokenizer.encode(x) if x.is_floating_point() else x
 
 
 def _drop_some(labels: Tensor, share: float, none: int) -> Tensor:

@@ -84,7 +84,8 @@ class System(nn.Module):
 
 
 Loss = Callable[[System, Tensor, Tensor, Recipe, bool], Tensor]
-"""(System, images float [B, 3, H, W] in its pixel range, labels [B], recipe, whether training) -> scalar loss."""
+"""(System, images float [B, 3, H, W] in its pixel range or their codes int64, labels [B], recipe, whether training) ->
+scalar loss."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Datasets of pairs (image uint8 [3, R, R], label), with a fixed held-out part."""
+"""Datasets of pairs (image uint8 [3, R, R] or its codes, label), with a fixed held-out part."""
 
 import hashlib
 import logging
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,14 +15,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, missing
 from vqdeploy.models.pixels import channels_first
-from vqdeploy.runtime.folder import find_classes, shortened
+from vqdeploy.runtime.folder import check_classes, find_classes, shortened
 from vqdeploy.runtime.images import open_image, square
 from vqdeploy.runtime.threads import cores
 
+if TYPE_CHECKING:
+    from vqdeploy.shards import Origin
+
 log = logging.getLogger("vqdeploy")
 
+T = TypeVar("T")
 Item = tuple[Tensor, int]
 _CUBIC = Image.Resampling.BICUBIC
 
@@ -64,7 +68,7 @@ class Data(NamedTuple):
     """`labels` names the classes and is empty when there are none; the label of every image is then 0.
 
     `workers` is the number of loader processes that keep up with training. `fingerprint` is a digest of the images and
-    their classes.
+    their classes. `origin` is what made the codes, where these stand for images: items are then (codes int64, label).
     """
 
     train: Images
@@ -72,21 +76,23 @@ class Data(NamedTuple):
     labels: tuple[str, ...]
     fingerprint: str
     workers: int = 0
+    origin: "Origin | None" = None
 
 
 def open_data(name: str, resolution: int) -> Data:
-    """The data behind `--data`: `digits`, `photos` or an image folder, whose subfolders are the classes.
+    """The data behind `--data`: `digits`, `photos`, a folder of codes, or an image folder with a subfolder a class.
 
     Raises:
-        VqdeployError: There is no such data, or its classes are ambiguous.
-        ArtifactError: Images are damaged.
+        VqdeployError: There is no such data, its classes are ambiguous, or it needs a package.
+        ArtifactError: Images or codes are damaged.
     """
     try:
-        return NAMED[name](resolution) if name in NAMED else _folder(Path(name), resolution)
+        if name in NAMED:
+            return NAMED[name](resolution)
+        holds_codes = any(Path(name).glob("*.parquet"))
+        return _codes(Path(name)) if holds_codes else _folder(Path(name), resolution)
     except ImportError as error:
-        raise VqdeployError(
-            f"the data {name!r} needs the package {error.name}", fix="pip install 'vqdeploy[train]'"
-        ) from error
+        raise missing(error.name or str(error)) from error
 
 
 class Digits(Images):
@@ -201,17 +207,44 @@ class Files(Images):
         return _tensor(ImageOps.mirror(image) if mirror < 0.5 else image), label
 
 
+class Codes(Images):
+    """Images that are codes already, and so cannot be augmented."""
+
+    def __init__(self, codes: np.ndarray, labels: np.ndarray, shape: tuple[int, ...], indices: Sequence[int]):
+        self.codes, self.labels, self.shape, self.indices = codes, labels, shape, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
+        """The codes int64 [*shape] of an image, and its class."""
+        row = self.indices[index]
+        return torch.from_numpy(self.codes[row].astype(np.int64)).view(self.shape), int(self.labels[row])
+
+
+def _codes(folder: Path) -> Data:
+    """A folder of codes; a tenth of each class is held out."""
+    from vqdeploy import shards
+
+    found = shards.read(folder)
+    train, held_out = _split([(row, label) for row, label in enumerate(found.labels.tolist())])
+    if not held_out:
+        raise VqdeployError(f"{folder} holds too few images", expected="2 or more in one of its classes", found=1)
+    maps = found.origin.maps
+    shape = maps[0] if len(maps) == 1 else (found.origin.length,)
+
+    def part(rows: list[tuple[int, int]]) -> Codes:
+        return Codes(found.codes, found.labels, shape, [row for row, _ in rows])
+
+    return Data(part(train), part(held_out), found.classes, found.fingerprint, origin=found.origin)
+
+
 def _folder(folder: Path, resolution: int) -> Data:
     """An image folder; a tenth of each class is held out."""
     if not folder.is_dir():
-        raise VqdeployError("there is no such data", expected="digits, photos or an image folder", found=folder)
+        raise VqdeployError("there is no such data", expected="digits, photos, an image folder or codes", found=folder)
     classes = find_classes(folder)
-    if empty := [name for name, found in classes.items() if not found]:
-        raise VqdeployError(f"{folder} holds folders without images: {shortened(empty)}", fix="remove them")
-    if odd := [name for name in classes if name and not name.isprintable()]:
-        raise VqdeployError(
-            f"{odd[0]!r} in {folder} is not a valid class name", expected="characters that can be printed"
-        )
+    check_classes(folder, classes)
     files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
     if len(files) < 2:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more", found=len(files))
@@ -257,7 +290,7 @@ def _digest(file: Path) -> tuple[bytes, str | None]:
         return b"", str(error)
 
 
-def _split(files: list[tuple[Path, int]]) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+def _split(files: list[tuple[T, int]]) -> tuple[list[tuple[T, int]], list[tuple[T, int]]]:
     """Holds out a tenth of each class, in a fixed random order: at least one image, but never the only one."""
     classes = defaultdict(list)
     for file in files:

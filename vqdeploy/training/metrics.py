@@ -31,11 +31,17 @@ def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
 def reconstruct(tokenizer: AnyTokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
     """Images -> reconstructions and codes."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
-    pixels, codes = [], []
-    for part in torch.split(images, batch_size):
-        codes.append(tokenizer.encode(to_range(part.to(device), pixel_range)))
-        pixels.append(to_uint8(tokenizer.decode(codes[-1]), pixel_range))
-    return torch.cat(pixels).cpu(), torch.cat(codes).cpu()
+    parts = torch.split(images, batch_size)
+    codes = torch.cat([tokenizer.encode(to_range(part.to(device), pixel_range)).cpu() for part in parts])
+    return decode(tokenizer, codes, batch_size), codes
+
+
+@torch.no_grad()
+def decode(tokenizer: AnyTokenizer, codes: Tensor, batch_size: int = 64) -> Tensor:
+    """Codes -> images."""
+    device = next(tokenizer.parameters()).device
+    images = [tokenizer.decode(part.to(device)) for part in torch.split(codes, batch_size)]
+    return torch.cat([to_uint8(part, tokenizer.config.pixel_range).cpu() for part in images])
 
 
 @torch.no_grad()

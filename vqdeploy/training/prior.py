@@ -37,7 +37,7 @@ class PriorTraining(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The loss on augmented images."""
+        """The loss on augmented images, or on codes."""
         loss = self._loss(*batch)
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -47,7 +47,7 @@ class PriorTraining(LightningModule):
         self.log("held_out_loss", self._loss(*batch), prog_bar=True, batch_size=len(batch[0]))
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        x = to_range(images, self.system.config.tokenizer.pixel_range)
+        x = to_range(images, self.system.config.tokenizer.pixel_range) if images.dtype == torch.uint8 else images
         loss = SYSTEMS[self.system.config.model].loss
         return loss(self.system, x, labels, self.recipe, not self.trainer.validating)
 

@@ -4,12 +4,12 @@ import dataclasses
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 
-from vqdeploy.checkpoint import FILES, check_finite, digest, load, save
+from vqdeploy.checkpoint import FILES, check_digest, check_finite, digest, load, save
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import (
     check_outside,
@@ -26,10 +26,13 @@ from vqdeploy.systems import Recipe, System, SystemConfig, create, definition
 from vqdeploy.systems import preset as find_preset
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import NAMED, Data, images_of, open_data
-from vqdeploy.training.metrics import codebook_use, diversity, generate, psnr, reconstruct
+from vqdeploy.training.metrics import codebook_use, decode, diversity, generate, psnr, reconstruct
 from vqdeploy.training.prior import PriorTraining
 from vqdeploy.training.stage import run_stage
 from vqdeploy.training.tokenizer import TokenizerTraining
+
+if TYPE_CHECKING:
+    from vqdeploy.shards import Origin
 
 _SAMPLES = 1000  # samples for the reported class accuracy
 
@@ -53,7 +56,8 @@ def train(
     Args:
         model: The system.
         preset: Its configuration; classes and labels are replaced by those of the data.
-        data: `digits`, `photos` or the path of an image folder.
+        data: `digits`, `photos`, or the path of an image folder or of a folder of codes, which take the `tokenizer`
+            that made them.
         output: Folder of the checkpoint.
         seed: Seed of weights, batches and samples.
         resume: Whether to resume an interrupted run, with the same options.
@@ -80,6 +84,8 @@ def train(
         given["stored_dtype"] = "float32"  # in fp16 its codes would change
     recipe = dataclasses.replace(definition(model).recipe(preset), **given)
     source = open_data(data, config.tokenizer.resolution)
+    if source.origin is not None:
+        _check_origin(Path(data), source.origin, kept)
     system = create(_adapt(config, source), seed)
     if kept is not None:
         system.tokenizer.load_state_dict(kept.tokenizer.state_dict())
@@ -103,6 +109,17 @@ def train(
     with temporary_folder(state) as old:  # so that an interrupt here leaves no partial state
         os.replace(state, old / state.name)
     return training
+
+
+def _check_origin(folder: Path, origin: "Origin", kept: System | None) -> None:
+    """Rejects codes without the tokenizer that made them."""
+    if kept is None:
+        fix = "name the checkpoint it was made from, --tokenizer FOLDER"
+        raise VqdeployError(f"{folder} holds codes, which only a prior is trained on", fix=fix)
+    check_digest(kept, origin.checkpoint, folder, "--tokenizer")
+    if kept.tokenizer.maps != origin.maps:
+        expected, found = list(kept.tokenizer.maps), list(origin.maps)
+        raise VqdeployError(f"the codes in {folder} are of images of another size", expected=expected, found=found)
 
 
 def _on_tokenizer(config: SystemConfig, kept: System) -> SystemConfig:
@@ -187,7 +204,7 @@ def _train(
     if system.prior is None:
         return seconds, None
     classifier = None
-    if len(data.labels) > 1:
+    if len(data.labels) > 1 and data.origin is None:  # it judges pictures
         seed_everything(seed, verbose=False)
         classifier = ImageClassifier(len(data.labels), recipe)
         stage("classifier", classifier, recipe.classifier_steps)
@@ -200,10 +217,15 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Metrics on held-out images and samples, and images to inspect."""
     images, labels = images_of(data.held_out)
-    reconstructions, codes = reconstruct(system.tokenizer, images)
-    metrics: dict[str, Any] = {"reconstruction_psnr": psnr(reconstructions, images)}
+    metrics: dict[str, Any] = {}
+    if data.origin is None:
+        reconstructions, codes = reconstruct(system.tokenizer, images)
+        metrics["reconstruction_psnr"] = psnr(reconstructions, images)
+        sheets = {"reconstructions": torch.stack([images[:10], reconstructions[:10]])}
+    else:
+        codes = images
+        sheets = {"reconstructions": decode(system.tokenizer, codes[:10])[None]}
     metrics |= codebook_use(system.tokenizer.depths(codes), system.config.tokenizer.codebook_size)
-    sheets = {"reconstructions": torch.stack([images[:10], reconstructions[:10]])}
     if system.prior is not None:
         classes = system.config.prior.classes
         asked = torch.arange(samples) % classes

@@ -1,0 +1,263 @@
+"""Data sets of images, in parts that each become one shard: image folders, WebDataset tars and Parquet files."""
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.files import parse_json
+from vqdeploy.runtime.folder import check_classes, find_classes
+from vqdeploy.runtime.images import suffixes
+
+TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_EXPECTED = "an image folder, tars or Parquet files"
+_MOST_FILES = 1_000_000  # of a range in braces
+_MOST_BYTES = 2**30  # of an encoded image: more cannot be a picture within the limit of pixels
+_LARGEST_LABEL = 2**31 - 1
+_ROWS = 16  # of Parquet in memory at a time
+
+
+class Sample(NamedTuple):
+    """An image of a data set.
+
+    Attributes:
+        key: Its name, relative to the data.
+        content: Its file, or the bytes of one, or why there is none.
+        label: Index of its class; None where it is not known.
+        class_name: Name of its class; None where it is not known.
+    """
+
+    key: str
+    content: Path | bytes | ArtifactError
+    label: int | None = None
+    class_name: str | None = None
+
+
+class Part(Protocol):
+    """What becomes one shard."""
+
+    @property
+    def name(self) -> str:
+        """Name of the shard, without its extension."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of the whole data, in order; empty where they are not known."""
+
+    def files(self) -> Iterable[tuple[str, Path]]:
+        """The files that it reads, each with what tells it from others of the data, whatever folder that is in."""
+
+    def samples(self) -> Iterator[Sample]:
+        """Its images, in order.
+
+        Raises:
+            ArtifactError: A file is damaged.
+        """
+
+
+def digest(part: Part) -> str:
+    """A digest of the names, sizes and times of the files of a part.
+
+    Raises:
+        VqdeployError: A file is gone.
+    """
+    total = hashlib.sha256()
+    for name, file in part.files():
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise VqdeployError(f"{file} cannot be read ({error.strerror})") from error
+        total.update(os.fsencode(name) + f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
+    return total.hexdigest()
+
+
+def find(data: str, images: int) -> list[Part]:
+    """The parts of a data set.
+
+    Args:
+        data: An image folder with a subfolder a class; or a tar, a Parquet file, a folder of these, or a name with a
+            range such as `shard-{0000..0009}.tar`.
+        images: Images of a part of an image folder. Each tar and each Parquet file is a part.
+
+    Raises:
+        VqdeployError: There is no such data.
+    """
+    path = Path(data)
+    if not path.is_dir():
+        return _archives(_expanded(data))
+    found = sorted(file for file in path.iterdir() if file.name.lower().endswith((*TARS, PARQUET)))
+    return _archives([file for file in found if not file.name.startswith(".")]) if found else _of_folder(path, images)
+
+
+def _expanded(data: str) -> list[Path]:
+    """A file name, or those of a range of numbers in braces; leading zeros are kept, as in a shell."""
+    match = None if Path(data).exists() else _RANGE.search(data)
+    if match is None:
+        return [Path(data)]
+    first, last = match.groups()
+    if not 0 <= int(last) - int(first) < _MOST_FILES:
+        raise VqdeployError("the range of files is empty or too large", expected="{FIRST..LAST}", found=match[0])
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return [file for number in numbers for file in _expanded(f"{data[: match.start()]}{number}{data[match.end() :]}")]
+
+
+def _archives(files: list[Path]) -> list[Part]:
+    parts: list[Part] = []
+    for file in files:
+        if not file.is_file():
+            raise VqdeployError("there is no such data", expected=_EXPECTED, found=file)
+        parts.append(_archive(file))
+    names = [part.name for part in parts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise VqdeployError(f"two files of the data would become the shard {twice[0]}", expected="different names")
+    return parts
+
+
+def _archive(file: Path) -> Part:
+    if file.suffix.lower() == PARQUET:
+        from vqdeploy.tokenize.parquet import ParquetPart
+
+        return ParquetPart.open(file)
+    for suffix in TARS:
+        if file.name.lower().endswith(suffix):
+            return TarPart(file.name[: -len(suffix)], file)
+    raise VqdeployError("there is no such data", expected=_EXPECTED, found=file)
+
+
+@dataclass(frozen=True)
+class FolderPart:
+    """Some images of an image folder: the path of each in the folder, and its label."""
+
+    name: str
+    folder: Path
+    images: tuple[tuple[str, int], ...]
+    classes: tuple[str, ...]
+
+    def files(self) -> Iterable[tuple[str, Path]]:
+        """The images, and the label of each."""
+        return ((f"{label} {path}", self.folder / path) for path, label in self.images)
+
+    def samples(self) -> Iterator[Sample]:
+        """The images."""
+        for path, label in self.images:
+            known = (label, self.classes[label]) if self.classes else (None, None)
+            yield Sample(path, self.folder / path, *known)
+
+
+def _of_folder(folder: Path, images: int) -> list[Part]:
+    classes = find_classes(folder)
+    check_classes(folder, classes)
+    names = tuple(name for name in classes if name)
+    found = [(str(p.relative_to(folder)), label) for label, files in enumerate(classes.values()) for p in files]
+    starts = range(0, len(found), images)
+    return [FolderPart(f"{i:06}", folder, tuple(found[at : at + images]), names) for i, at in enumerate(starts)]
+
+
+@dataclass(frozen=True)
+class TarPart:
+    """A tar of WebDataset: consecutive members whose names agree up to the first dot are one image and its labels.
+
+    `cls` holds the number or the name of a class, `json` an object with `label` or `cls`.
+    """
+
+    name: str
+    path: Path
+    classes: tuple[str, ...] = ()
+
+    def files(self) -> Iterable[tuple[str, Path]]:
+        """The tar."""
+        return ((self.path.name, self.path),)
+
+    def samples(self) -> Iterator[Sample]:
+        """The images, read from front to end."""
+        try:
+            with tarfile.open(self.path, "r|*", tarinfo=_Header) as archive:
+                for key, members in groupby(_members(archive), lambda member: member.key):
+                    yield _sample(f"{self.path.name}/{key}", list(members))
+        except (tarfile.TarError, EOFError, OSError) as error:  # gzip and lzma raise the last two
+            raise ArtifactError(f"{self.path} is damaged ({error})") from error
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose damage is an error wherever it is; `tarfile` takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """The next header; the end of an archive is a block of zeros, not that of the file.
+
+        Raises:
+            EOFHeaderError: The archive ends here.
+            ReadError: It is damaged.
+        """
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error) or "it is truncated") from error
+
+
+class _Member(NamedTuple):
+    key: str
+    extension: str
+    content: bytes | None  # None where it is too large
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
+    """The images and labels in a tar."""
+    for info in archive:
+        folder, _, name = info.name.removeprefix("./").rpartition("/")
+        stem, _, extension = name.partition(".")
+        extension = extension.lower()
+        if info.isfile() and stem and (extension in ("cls", "json") or f".{extension.split('.')[-1]}" in suffixes()):
+            stream = archive.extractfile(info) if info.size <= _MOST_BYTES else None
+            yield _Member(f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None)
+
+
+def _sample(key: str, members: list[_Member]) -> Sample:
+    contents = {member.extension: member.content for member in members}
+    images = [name for name in contents if name not in ("cls", "json")]
+    images = [name for name in images if "." not in name] or images  # a mask beside it may be `mask.png`
+    try:
+        if len(contents) < len(members):
+            raise ValueError("two members have one name")
+        if len(images) != 1:
+            raise ValueError(f"it has {len(images)} images")
+        if None in contents.values():
+            raise ValueError(f"a member has more than {_MOST_BYTES:,} bytes")
+        content = contents[images[0]] or b""
+        return Sample(key, content, *label_of(_label(contents)))
+    except ValueError as error:
+        return Sample(key, ArtifactError(f"{key} is not an image with a label ({error})"))
+
+
+def _label(contents: dict[str, bytes | None]) -> object:
+    if contents.get("cls") is not None:
+        return (contents["cls"] or b"").decode().strip()
+    described = parse_json(contents["json"] or b"") if "json" in contents else {}
+    return described.get("label", described.get("cls")) if isinstance(described, dict) else None
+
+
+def label_of(value: object) -> tuple[int | None, str | None]:
+    """The label or the name of a class out of a data set; text that is a number is a label.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(value, str) and value.isdecimal() and len(value) < 11:
+        value = int(value)
+    if value is None:
+        return None, None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_LABEL:
+        return value, None
+    if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200:
+        return None, value
+    raise ValueError("its class is neither a number nor a name")
