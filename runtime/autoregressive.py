@@ -19,7 +19,8 @@ class AutoregressiveSampler(Sampler):
     and values of all entries before the first call: of a text but its last token, and of known codes at the start.
 
     With guidance a slot takes two batch rows, which get the same codes: `slots + slot` with the label, and
-    `slots - 1 - slot` without it. So those of the first slots lie side by side. The graph input `partner` gives, for each row, the row that guidance moves its logits away from.
+    `slots - 1 - slot` without it. So those of the first slots lie side by side. The graph input `partner` gives, for
+    each row, the row that guidance moves its logits away from.
     """
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
@@ -31,6 +32,8 @@ class AutoregressiveSampler(Sampler):
         self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
         self._held = session.buffers(dims, "codes", "next_codes", *self._past)
         self._binding = session.bind(dims, self._held)
+        if "partner" in self._binding.inputs:  # a call has rows of slots that no image was in yet
+            self._binding.inputs["partner"][:] = np.arange(dims["batch"])
         height, width, self._depth = self._shape
         self._positions = height * width
         self._before = self.condition.length - 1  # entries before the one that the first position is drawn after
@@ -157,7 +160,7 @@ class AutoregressiveSampler(Sampler):
         rows = slice(first - used if self.guided else 0, first + used)
         binding = self._part(self._session, self._binding, self._dims, rows, own="partner")
         if "partner" in inputs:
-            binding.inputs["partner"][:] = inputs["partner"][rows] - rows.start
+            binding.inputs["partner"][:] = np.asarray(inputs["partner"][rows]) - rows.start
         self._run("step", binding)
         for name, state in carried(binding).items():
             binding.inputs[name][:] = state
