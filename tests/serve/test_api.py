@@ -161,6 +161,17 @@ def test_a_stream_previews_steps(app, artifacts, name, asked, previews):
         np.testing.assert_array_equal(last["codes"], steps[-1][image])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_codes_alone_leave_the_decoder_out(app, movq_pipeline, monkeypatch, stream):
+    expected = movq_pipeline.generate([1], seed=2).codes[0].tolist()
+    monkeypatch.setattr(type(movq_pipeline), "decode", lambda *_: 1 / 0)
+    body = {"model": "movq", "prompt": "dog", "seed": 2, "response_format": "codes"}
+    reply = post(app, GENERATE, json={**body, "stream": stream, "partial_images": 9})
+    found = events(reply) if stream else reply.json()["data"]
+    assert [image["b64_json"] for image in found] == [None] * (5 if stream else 1)
+    assert found[-1]["codes"] == expected
+
+
 def test_a_stream_of_an_edit_keeps_the_rest(app, picture, hole):
     files = {"image": png(picture), "mask": png(np.where(hole, 255, 0).astype(np.uint8))}
     data = {"model": "movq", "prompt": "cat", "stream": "true", "partial_images": "9", "steps": "3"}

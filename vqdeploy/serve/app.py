@@ -87,7 +87,7 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
 
     async def draw(plan: ServedPlan, order: Order, asked: Drawing, task: str) -> _Drawn:
         if not asked.stream:
-            return await _pictures(plan, order, asked.output_format)
+            return await _pictures(plan, order, asked)
         events = _events(plan, order, asked, task, settings.max_wait)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -164,16 +164,16 @@ async def _reply() -> AsyncIterator[ExitStack]:
 _Reply = Annotated[ExitStack, Depends(_reply)]
 
 
-async def _pictures(plan: ServedPlan, order: Order, kind: str) -> Pictures:
-    """The images of an order, as files of a kind."""
-    images, codes = await plan.draw(order)
-    files = [await asyncio.to_thread(file_of, image, kind) for image in images]
+async def _pictures(plan: ServedPlan, order: Order, asked: Drawing) -> Pictures:
+    """All images of an order at once."""
+    codes = await plan.draw(order)
+    files = await plan.files(order, codes, asked)
     return Pictures(
         created=now(),
         model=plan.name,
         data=[Picture(b64_json=file, codes=its.tolist()) for file, its in zip(files, codes, strict=True)],
         size=plan.size,
-        output_format=kind,
+        output_format=asked.output_format,
         seed=order.seed,
         options=order.options,
         note=order.note,
@@ -189,8 +189,8 @@ async def _events(plan: ServedPlan, order: Order, asked: Drawing, task: str, sec
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    preview, pixels = await anext(watched)
-                    file = await asyncio.to_thread(file_of, pixels, asked.output_format)
+                    preview = await anext(watched)
+                    (file,) = await plan.files(order, preview.codes[None], asked)
             except StopAsyncIteration:
                 return
             except (EngineError, TimeoutError) as error:

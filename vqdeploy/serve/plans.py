@@ -17,8 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.runtime import Pipeline, load
-from vqdeploy.runtime import images as files
+from vqdeploy.runtime import Pipeline, images, load
 from vqdeploy.runtime.sampler import Item, needs_guidance
 from vqdeploy.serve.metrics import Metrics
 from vqdeploy.serve.schemas import Drawing, Edit, Model
@@ -163,16 +162,12 @@ class ServedPlan:
             order.note = _RASTER
         return order
 
-    async def draw(self, order: Order) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [B, H, W, 3] and codes int64 [B, *grid] of an order."""
-        codes = await asyncio.wrap_future(self.worker.sample(order.items))
-        return await self._pictures(order, codes), codes
+    async def draw(self, order: Order) -> np.ndarray:
+        """The codes int64 [B, *grid] of an order."""
+        return await asyncio.wrap_future(self.worker.sample(order.items))
 
-    async def watch(self, order: Order, previews: int) -> AsyncGenerator[tuple[Preview, np.ndarray]]:
-        """Previews of the images of an order, with pixels uint8 [H, W, 3], greyed out where codes are not final.
-
-        That of the last step is the image.
-        """
+    async def watch(self, order: Order, previews: int) -> AsyncGenerator[Preview]:
+        """The codes of each image of an order after some steps and after its last one."""
         loop, unsent = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
 
         def put(preview: Preview) -> None:
@@ -184,14 +179,35 @@ class ServedPlan:
         drawn.add_done_callback(lambda _: unsent.put_nowait(None))
         try:
             while preview := await unsent.get():
-                yield preview, (await self._pictures(order, preview.codes[None]))[0]
+                yield preview
             await drawn  # raises what went wrong
         finally:
             drawn.cancel()
 
-    async def encode(self, images: np.ndarray) -> np.ndarray:
+    async def files(self, order: Order, codes: np.ndarray, asked: Drawing) -> list[str] | list[None]:
+        """The images of an order as files in base64, greyed out where codes are not final; None for codes alone.
+
+        Args:
+            order: What is drawn.
+            codes: int64 [B, *grid], negative where not final.
+            asked: The format.
+        """
+        if asked.response_format == "codes":
+            return [None] * len(codes)
+        pixels = await asyncio.wrap_future(self.worker.decode(np.where(codes < 0, -1 - codes, codes)))
+        return await asyncio.to_thread(self._finish, order, codes, pixels, asked.output_format)
+
+    def _finish(self, order: Order, codes: np.ndarray, pixels: np.ndarray, kind: str) -> list[str]:
+        if (codes < 0).any():
+            pixels = images.veil(pixels, self.pipeline.layout.unsettled(codes), images.PREVIEW_VEIL)
+        if order.original is not None:
+            original, kept = order.original
+            pixels = np.where(kept[..., None], original, pixels)
+        return [file_of(each, kind) for each in pixels]
+
+    async def encode(self, pixels: np.ndarray) -> np.ndarray:
         """The codes int64 [B, *grid] of images uint8 [B, H, W, 3]."""
-        return await asyncio.wrap_future(self.worker.encode(images))
+        return await asyncio.wrap_future(self.worker.encode(pixels))
 
     async def decode(self, codes: object, depth: int | None) -> np.ndarray:
         """The images uint8 [B, H, W, 3] of codes int64 [B, *grid].
@@ -204,24 +220,14 @@ class ServedPlan:
         self.pipeline.check_depth(depth)
         return await asyncio.wrap_future(self.worker.decode(checked, depth))
 
-    async def read(self, images: Sequence[str]) -> np.ndarray:
+    async def read(self, files: Sequence[str]) -> np.ndarray:
         """Image files in base64 as uint8 [B, H, W, 3].
 
         Raises:
             VqdeployError: There are too many, or one cannot be read.
         """
-        self._check_count(len(images))
-        return np.stack([await asyncio.to_thread(self._read_base64, image) for image in images])
-
-    async def _pictures(self, order: Order, codes: np.ndarray) -> np.ndarray:
-        """Images uint8 [B, H, W, 3] of codes int64 [B, *grid], negative where not final."""
-        images = await asyncio.wrap_future(self.worker.decode(np.where(codes < 0, -1 - codes, codes)))
-        if (codes < 0).any():
-            images = files.veil(images, self.pipeline.layout.unsettled(codes), files.PREVIEW_VEIL)
-        if order.original is None:
-            return images
-        original, kept = order.original
-        return np.where(kept[..., None], original, images)
+        self._check_count(len(files))
+        return np.stack([await asyncio.to_thread(self._read_base64, file) for file in files])
 
     def _order(self, asked: Drawing, known: np.ndarray) -> Order:
         pipeline = self.pipeline
@@ -264,23 +270,23 @@ class ServedPlan:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise VqdeployError("an image is not in base64") from error
-        image = files.decode(io.BytesIO(data), "an image", self._settings.max_pixels)
-        return files.fitted(files.on_background(image), *self.pipeline.image_shape[:2])
+        image = images.decode(io.BytesIO(data), "an image", self._settings.max_pixels)
+        return images.fitted(images.on_background(image), *self.pipeline.image_shape[:2])
 
     def _read_edit(self, asked: Edit) -> tuple[np.ndarray, np.ndarray]:
         """The image of an edit uint8 [H, W, 3], and what is to be drawn anew, bool [H, W]."""
         most, shape = self._settings.max_pixels, self.pipeline.image_shape[:2]
-        image = files.decode(asked.image.file, "the image", most)
-        source = files.decode(asked.mask.file, "the mask", most) if asked.mask else image
+        image = images.decode(asked.image.file, "the image", most)
+        source = images.decode(asked.mask.file, "the mask", most) if asked.mask else image
         if source.mode == "RGBA":
-            mask = files.fitted(source.getchannel("A"), *shape) < 128
+            mask = images.fitted(source.getchannel("A"), *shape) < 128
         elif asked.mask:
-            mask = files.fitted(source.convert("L"), *shape) > 127
+            mask = images.fitted(source.convert("L"), *shape) > 127
         else:
             raise VqdeployError("there is no mask", expected="a mask, or an image with transparency")
         if not mask.any():
             raise VqdeployError("the mask is empty", expected="transparent pixels, or white ones in a mask without any")
-        return files.fitted(files.on_background(image), *shape), mask
+        return images.fitted(images.on_background(image), *shape), mask
 
 
 def file_of(image: np.ndarray, kind: str) -> str:

@@ -52,7 +52,9 @@ class Drawing(_Options):  # type: ignore[misc]  # its fields come from the table
     n: int = Field(default=1, ge=1, description="Number of images.")
     seed: int | None = Field(default=None, ge=0, le=LARGEST, description="Seed of the noise; by default a random one.")
     size: str = Field(default="auto", description="WIDTHxHEIGHT of the plan, or auto.")
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json", "codes"] = Field(
+        default="b64_json", description="codes leaves the decoder out, and has no files."
+    )
     output_format: Literal["png", "webp", "jpeg"] = "png"
     stream: bool = Field(default=False, description="Reply with server-sent events.")
     partial_images: int = Field(
@@ -102,7 +104,7 @@ class Decoding(_Strict):
 class Picture(BaseModel):
     """An image."""
 
-    b64_json: str = Field(description="The file in base64.")
+    b64_json: str | None = Field(default=None, description="The file in base64; null if codes alone were asked for.")
     codes: list[Any] | None = Field(default=None, description="Its codes [h, w, Q], or [N] of several levels.")
 
 
