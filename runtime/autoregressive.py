@@ -19,7 +19,8 @@ class AutoregressiveSampler(Sampler):
     and values of all entries before the first call: of a text but its last token, and of known codes at the start.
 
     With guidance a slot takes two batch rows, which get the same codes: `slots + slot` with the label, and
-    `slots - 1 - slot` without it. So those of the first slots lie side by side. The graph input `partner` gives, for each row, the row that guidance moves its logits away from.
+    `slots - 1 - slot` without it. So those of the first slots lie side by side. The graph input `partner` gives, for
+    each row, the row that guidance moves its logits away from.
     """
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
