@@ -32,6 +32,8 @@ class AutoregressiveSampler(Sampler):
         self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
         self._held = session.buffers(dims, "codes", "next_codes", *self._past)
         self._binding = session.bind(dims, self._held)
+        if "partner" in self._binding.inputs:  # a call has rows of slots that no image was in yet
+            self._binding.inputs["partner"][:] = np.arange(dims["batch"])
         height, width, self._depth = self._shape
         self._positions = height * width
         self._before = self.condition.length - 1  # entries before the one that the first position is drawn after
@@ -158,7 +160,7 @@ class AutoregressiveSampler(Sampler):
         rows = slice(first - used if self.guided else 0, first + used)
         binding = self._part(self._session, self._binding, self._dims, rows, own="partner")
         if "partner" in inputs:
-            binding.inputs["partner"][:] = inputs["partner"][rows] - rows.start
+            binding.inputs["partner"][:] = np.asarray(inputs["partner"][rows]) - rows.start
         self._run("step", binding)
         for name, state in carried(binding).items():
             binding.inputs[name][:] = state

@@ -16,6 +16,9 @@ from vqdeploy.files import check_regular, replacing_file, to_json
 GREY = 128
 """Grey level that stands for unknown pixels."""
 
+PREVIEW_VEIL = 0.75
+"""Opacity of the grey over codes that are not final: tentative ones stay visible."""
+
 MOST_PIXELS = 2**27
 """Most pixels of an input image: a small file may declare a size beyond the memory."""
 
@@ -51,13 +54,18 @@ def read_bytes(content: bytes, name: str, side: int | None = None, width: int | 
     Raises:
         ArtifactError: As for `read`.
     """
-    return _resized(_decoded(io.BytesIO(content), name), side, width)
+    return _resized(on_background(decode(io.BytesIO(content), name)), side, width)
 
 
 def _resized(image: Image.Image, side: int | None, width: int | None) -> np.ndarray:
-    if side is None or width in (None, side):
-        return np.asarray(image if side is None else square(image, side))
-    return np.asarray(ImageOps.fit(image, (width, side), Image.Resampling.LANCZOS))
+    return np.asarray(image) if side is None else fitted(image, side, width or side)
+
+
+def fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """The centre of an image, resized to [height, width] pixels."""
+    if height == width:
+        return np.asarray(square(image, height))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 def read_mask(path: Path, side: int) -> np.ndarray:
@@ -74,19 +82,37 @@ def open_image(path: Path, background: int = 255) -> Image.Image:
     """The image of `read` as RGB, before it is cropped; transparent pixels are composited on a grey level."""
     path = Path(path)
     check_regular(path)
-    return _decoded(path, path, background)
+    return on_background(decode(path, path), background)
 
 
-def _decoded(source: Path | BinaryIO, name: Path | str, background: int = 255) -> Image.Image:
+def decode(file: Path | BinaryIO, name: object, most: int = MOST_PIXELS) -> Image.Image:
+    """An image upright and with 8 bits a channel: RGBA if it has transparency, else RGB.
+
+    Args:
+        file: The file; its content determines the format.
+        name: What errors call it.
+        most: Most pixels that are decoded.
+
+    Raises:
+        ArtifactError: As for `read`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(source, formats=_formats()) as image:
-                _check_size(image)
+            with Image.open(file, formats=_formats()) as image:
+                _check_size(image, most)
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)
-                return _on_background(upright if bits == 8 else _eight_bits(upright, bits), background)
+                upright = upright if bits == 8 else _eight_bits(upright, bits)
+                return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     except Exception as error:  # decoders of Pillow raise anything
         raise ArtifactError(f"{name} is not an image that can be read ({_reason(error)})") from error
+
+
+def on_background(image: Image.Image, grey: int = 255) -> Image.Image:
+    """An image RGB or RGBA as RGB, composited on a grey level."""
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (grey, grey, grey, 255)), image).convert("RGB")
 
 
 def square(image: Image.Image, side: int, share: float = 1.0, x: float = 0.5, y: float = 0.5) -> Image.Image:
@@ -115,10 +141,10 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image, most: int) -> None:
     """Rejects an image whose header declares too many pixels, before it is decoded."""
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+    if image.width * image.height > most:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {most:,}")
 
 
 def _bits(image: Image.Image) -> int:
@@ -138,13 +164,6 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
     if transparent is not None:
         grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return grey
-
-
-def _on_background(image: Image.Image, grey: int) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (grey, grey, grey, 255)), image).convert("RGB")
 
 
 def _reason(error: Exception) -> str:

@@ -68,6 +68,13 @@ class Layout:
         height, width = maps[-1].shape[1:3]
         return [part.repeat(height // part.shape[1], 1).repeat(width // part.shape[2], 2) for part in maps]
 
+    def unsettled(self, codes: np.ndarray) -> np.ndarray:
+        """Where codes [B, *shape] of a preview are not final, bool [B, h, w, Q] at the size of the last map."""
+        *coarser, unsettled = self.enlarged(codes < 0)
+        for level in reversed(coarser):  # a level starts only after the one above it is done
+            unsettled = np.where(level.any((1, 2, 3), keepdims=True), level, unsettled)
+        return unsettled
+
     def masked(self, mask: np.ndarray, raster: bool) -> np.ndarray:
         """The codes to draw, bool [B, *shape], for unknown pixels bool [B, H, W].
 

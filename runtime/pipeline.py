@@ -354,14 +354,24 @@ class Pipeline:
             VqdeployError: The codes have the wrong shape or dtype, or codes or depth are out of range.
         """
         codes = self._check_codes(codes)
+        self.check_depth(depth)
         if depth is not None:
-            if not self.tokenizer.omits_depths:
-                raise VqdeployError("this plan's codes have no depths to leave out", expected="no depth", found=depth)
-            if not is_whole(depth) or not 1 <= depth <= self.grid[-1]:
-                raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
             codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
         parts = self._image_batches(len(codes))
         return np.concatenate([self._run("decode", codes=codes[part])["image"] for part in parts])
+
+    def check_depth(self, depth: int | None) -> None:
+        """Rejects a number of depths that `decode` does not take.
+
+        Raises:
+            VqdeployError: It is out of range, or the codes have no depths to leave out.
+        """
+        if depth is None:
+            return
+        if not self.tokenizer.omits_depths:
+            raise VqdeployError("this plan's codes have no depths to leave out", expected="no depth", found=depth)
+        if not is_whole(depth) or not 1 <= depth <= self.grid[-1]:
+            raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
 
     def _run(self, stage: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         with self._lock:
@@ -615,7 +625,7 @@ class Pipeline:
         chosen = chosen or self.options()
         guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
         codes, seconds = [], dict.fromkeys(self.stages, 0.0)
-        for part in self._batches(len(known), self._call_images(guided)):
+        for part in self._batches(len(known), self.call_images(guided)):
             images = range(*part.indices(len(known)))
             items = [Item(known[i], conditions[i], seed, first_image + i, chosen) for i in images]
             with self.sampler(len(items), guided) as sampler:
@@ -671,6 +681,15 @@ class Pipeline:
             while len(self._samplers) > _KEPT_SAMPLERS[self.device]:
                 del self._samplers[next(iter(self._samplers))]
 
+    def call_images(self, guided: bool = False) -> int:
+        """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster.
+
+        Raises:
+            VqdeployError: The plan has no prior, or not as many rows as an image with guidance takes.
+        """
+        stages = {stage.name: stage for stage in self.manifest.stages}
+        return min(self._most_slots(guided), self._sampler_class.most_slots(stages, self.device))
+
     def _start_again(self) -> None:
         """In a forked child: forgets the sessions of the parent, whose threads do not exist here."""
         self._lost = self._samplers, self._lock  # closing a session here would wait for threads of the parent
@@ -680,11 +699,6 @@ class Pipeline:
     @property
     def _sampler_class(self) -> type[Sampler]:
         return SAMPLERS[self.sampling.kind]
-
-    def _call_images(self, guided: bool) -> int:
-        """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster."""
-        stages = {stage.name: stage for stage in self.manifest.stages}
-        return min(self._most_slots(guided), self._sampler_class.most_slots(stages, self.device))
 
     def _most_slots(self, guided: bool) -> int:
         """Images that the largest batch of the plan holds."""

@@ -33,13 +33,14 @@ EDGES: dict[str, set[str]] = {
     "verify": EVERYTHING_BUT_TRAINING,
     "bench": EVERYTHING_BUT_TRAINING,
     "tasks": {"runtime", "images"},
+    "serve": {"runtime", "images"},
     "cli": set(),
     "vqdeploy": set(),
 }
 """What each part may import at import time, `BASE` and itself aside; `FILES` gives the parts smaller than a folder."""
 
 INSIDE_FUNCTIONS: dict[str, set[str]] = {
-    "cli": {*EVERYTHING_BUT_TRAINING, "training", "tasks"},  # each verb loads what it needs
+    "cli": {*EVERYTHING_BUT_TRAINING, "training", "tasks", "serve"},  # each verb loads what it needs
     "vqdeploy": {"checkpoint", "runtime"},  # `vqdeploy.load` loads nothing before it is called
     "models": {"kernels"},  # the operators that take CUDA tensors
     "export": {"verify"},  # a module of the user's is compared with its export at once

@@ -13,6 +13,7 @@ LONGEST = 480
 
 _EXTRAS = {
     "cuda": "onnxrt-gpu",
+    "fastapi": "serve",
     "lightning": "train",
     "matplotlib": "bench",
     "onnx": "export",
@@ -20,6 +21,7 @@ _EXTRAS = {
     "onnxruntime": "onnxrt",
     "onnxscript": "export",
     "polygraphy": "tensorrt-rtx",
+    "prometheus_client": "serve",
     "pyarrow": "data",
     "ray": "ray",
     "safetensors": "export,train",
@@ -28,6 +30,7 @@ _EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export,train",
     "triton": "kernels",
+    "uvicorn": "serve",
 }
 
 

@@ -21,6 +21,8 @@ _PACKAGES = (
     "onnxscript",
     "lightning",
     "polygraphy",
+    "fastapi",
+    "uvicorn",
     "safetensors",
     "pyarrow",
     "ray",

@@ -215,6 +215,18 @@ def test_a_step_computes_the_slots_up_to_the_last_one_that_runs(name_, artifacts
             np.testing.assert_array_equal(sampler.codes(slot), lone)
 
 
+def test_a_slot_that_no_image_was_in_does_no_harm(artifacts):
+    """Three images in a call of four slots, with guidance."""
+    pipeline = artifacts.pipeline("vit")
+    with pipeline.sampler(16, guided=True) as sampler:
+        for slot in range(3):
+            sampler.admit(slot, replace(item(pipeline, seed=5), image=slot))
+        while not sampler.step():
+            pass
+        codes = [sampler.codes(slot) for slot in range(3)]
+    np.testing.assert_array_equal(codes, pipeline.generate([0, 0, 0], seed=5).codes)
+
+
 def test_a_cancelled_image_leaves_the_others_alone(vit_pipeline):
     rng = np.random.default_rng(7)
     items = [replace(random_item(vit_pipeline, rng, i), known=np.full(vit_pipeline.grid, -1)) for i in range(2)]

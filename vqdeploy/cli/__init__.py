@@ -19,6 +19,7 @@ from vqdeploy.cli.inspect import inspect
 from vqdeploy.cli.models import models
 from vqdeploy.cli.output import LineFormatter, fail, prepare_streams, say
 from vqdeploy.cli.run import run
+from vqdeploy.cli.serve import serve
 from vqdeploy.cli.tokenize import tokenize
 from vqdeploy.cli.train import train
 from vqdeploy.cli.verify import verify
@@ -33,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Take a vector-quantized image generator from PyTorch to one deployable file, and run it.",
 )
-for _verb in (models, train, import_checkpoint, export, build, run, tokenize, verify, bench, inspect, env):
+for _verb in (models, train, import_checkpoint, export, build, run, serve, tokenize, verify, bench, inspect, env):
     app.command("import" if _verb is import_checkpoint else None)(_verb)  # a Python keyword
 
 

@@ -14,13 +14,12 @@ from vqdeploy.files import check_other, check_regular, real, replacing_file
 from vqdeploy.options import SAMPLING_OPTIONS
 from vqdeploy.runtime import Pipeline, Step, load
 from vqdeploy.runtime.folder import find_images
-from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
+from vqdeploy.runtime.images import GREY, PREVIEW_VEIL, read, read_mask, veil, write_frames, write_grid
 
 _CLASSES_SHOWN = 10  # rows of the grid without --label
 _COLUMNS = 8
 _LARGEST_ARRAYS = 2**30  # bytes of arrays that are read, against decompression bombs
 _FILM_FRAMES = 256  # frames of a film; a published prior has thousands of steps
-_FILM_VEIL = 0.75  # tentative codes stay visible
 
 
 @dataclass
@@ -102,10 +101,7 @@ def _frames(pipeline: Pipeline, seen: Sequence[np.ndarray]) -> np.ndarray:
     shown = np.linspace(0, len(seen) - 1, min(len(seen), _FILM_FRAMES)).astype(int)
     codes = np.concatenate([seen[step] for step in shown])
     images = pipeline.decode(np.where(codes < 0, -1 - codes, codes))
-    *coarser, open_codes = pipeline.layout.enlarged(codes < 0)
-    for level in reversed(coarser):  # a level starts only after the one above it is done
-        open_codes = np.where(level.any((1, 2, 3), keepdims=True), level, open_codes)
-    return veil(images, open_codes, opacity=_FILM_VEIL)
+    return veil(images, pipeline.layout.unsettled(codes), PREVIEW_VEIL)
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:

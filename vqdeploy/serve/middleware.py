@@ -1,0 +1,148 @@
+"""What every request passes: who may ask, how long it may take, and what is counted."""
+
+import asyncio
+import hmac
+import time
+from contextlib import suppress
+
+import anyio
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vqdeploy.serve.metrics import Metrics
+from vqdeploy.serve.schemas import Problem, Refusal
+
+_GUARDED = "/v1/"
+
+
+def refusal(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    """The reply to a request that failed, in OpenAI's form."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    problem = Problem(message=message, type=kind, param=param, code=code)
+    return JSONResponse(Refusal(error=problem).model_dump(), status, headers)
+
+
+def too_late(seconds: float) -> JSONResponse:
+    """The reply to a request whose time is over."""
+    return refusal(504, f"the request took longer than {seconds:g} s", code="timeout")
+
+
+class Counted:
+    """Counts requests by route and status, never by what a client made up."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 499  # what nginx calls a client that left
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted_send)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, status).inc()
+            self._metrics.request_seconds.labels(route).observe(time.perf_counter() - start)
+
+
+class Guarded:
+    """Asks for the key, and refuses requests of other web sites, which a browser on this machine would send."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None):
+        self._app, self._key = app, None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._refusal(Headers(scope=scope)) if self._guards(scope) else None
+        await (answer or self._app)(scope, receive, send)
+
+    @staticmethod
+    def _guards(scope: Scope) -> bool:
+        return scope["type"] == "http" and str(scope["path"]).startswith(_GUARDED)
+
+    def _refusal(self, headers: Headers) -> JSONResponse | None:
+        if headers.get("sec-fetch-site") == "cross-site":
+            return refusal(403, "other web sites may not use this server")
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        if self._key is None or (kind.lower() == "bearer" and hmac.compare_digest(key.encode("latin-1"), self._key)):
+            return None
+        wanted = "the API key is wrong or missing; expected the header Authorization: Bearer KEY"
+        return refusal(401, wanted, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+class Bounded:
+    """Refuses a request that is too large, and cancels one when its time is over, and when its client leaves."""
+
+    def __init__(self, app: ASGIApp, seconds: float, size: int):
+        self._app, self._seconds, self._size = app, seconds, size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if int(Headers(scope=scope).get("content-length", 0)) > self._size:
+            await refusal(413, self._too_large)(scope, receive, send)
+            return
+        left, started, size, watcher = asyncio.Event(), False, 0, None
+        time_left = anyio.move_on_after(self._seconds)
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+            time_left.cancel()
+
+        async def watched_receive() -> Message:
+            nonlocal watcher, size
+            if watcher is not None:
+                await left.wait()
+                return {"type": "http.disconnect"}
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._size:
+                raise HTTPException(413, self._too_large)
+            if not message.get("more_body", False):  # the body has ended, or the client has left
+                watcher = asyncio.create_task(watch())
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            if not started:
+                time_left.deadline += (
+                    self._seconds
+                )  # a stream keeps the time itself; this is for clients that do not read
+                started = True
+            await send(message)
+
+        try:
+            with time_left:
+                await self._app(scope, watched_receive, watched_send)
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+                with suppress(asyncio.CancelledError):
+                    await watcher
+        if time_left.cancelled_caught and not left.is_set() and not started:
+            await too_late(self._seconds)(scope, receive, send)
+
+    @property
+    def _too_large(self) -> str:
+        return f"the request is too large; expected at most {self._size} bytes"

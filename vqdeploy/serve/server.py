@@ -1,0 +1,88 @@
+"""Runs the application of plans until a signal ends it."""
+
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.serve.app import create_app
+from vqdeploy.serve.metrics import Metrics
+from vqdeploy.serve.plans import ServedPlan
+from vqdeploy.serve.settings import Settings
+
+_CONNECTIONS = 1000  # at a time; each may hold a request of the largest size
+
+
+def run(
+    paths: Sequence[Path],
+    settings: Settings,
+    host: str,
+    port: int,
+    device: str,
+    threads: int,
+    tell: Callable[[str], object],
+) -> None:
+    """Serves plans. SIGTERM ends it once the requests that came before are answered, and so does Ctrl-C.
+
+    Args:
+        paths: Their files.
+        settings: The limits.
+        host: Address to listen on.
+        port: Port to listen on; 0 for any free one.
+        device: As for `vqdeploy.load`.
+        threads: As for `vqdeploy.load`.
+        tell: Gets the address, once it listens.
+
+    Raises:
+        VqdeployError: A plan cannot be opened, two have one name, or the address is taken.
+    """
+    metrics, plans = Metrics(), dict[str, ServedPlan]()
+    with contextlib.closing(_listen(host, port)) as listening, contextlib.ExitStack() as opened:
+        for path in paths:
+            plan = ServedPlan(path, settings, metrics, device, threads)
+            opened.callback(plan.worker.close)
+            if plan.name in plans:
+                raise VqdeployError(f"two plans have the name {plan.name}", expected="files with different names")
+            plans[plan.name] = plan
+        address, port = listening.getsockname()[:2]
+        where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+        server = _Server(
+            uvicorn.Config(
+                create_app(plans, settings, metrics),
+                log_level="warning",
+                lifespan="off",
+                limit_concurrency=_CONNECTIONS,
+                timeout_graceful_shutdown=math.ceil(settings.max_wait),
+                server_header=False,
+            ),
+            lambda: tell(f"serving {', '.join(plans)} at {where}"),
+        )
+        # uvicorn raises the signal again at the end, which must not fail.
+        signal.signal(signal.SIGTERM, server.handle_exit)
+        server.run([listening])
+
+
+class _Server(uvicorn.Server):
+    """Tells when it has started, that is, when signals end it."""
+
+    def __init__(self, config: uvicorn.Config, tell: Callable[[], object]):
+        super().__init__(config)
+        self._tell = tell
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound before plans are opened, since that takes long."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
+        raise VqdeployError(f"cannot listen at {host}:{port} ({error.strerror or error})", fix="--port 0") from error
