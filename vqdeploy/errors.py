@@ -13,6 +13,8 @@ LONGEST = 480
 
 _EXTRAS = {
     "cuda": "onnxrt-gpu",
+    "google": "triton-server",
+    "grpc": "triton-server",
     "lightning": "train",
     "matplotlib": "bench",
     "onnx": "export",
@@ -28,6 +30,7 @@ _EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export,train",
     "triton": "kernels",
+    "tritonclient": "triton-server",
 }
 
 
