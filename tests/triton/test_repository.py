@@ -47,6 +47,7 @@ def test_stages_stand_alone(repository, name):
     for stage in pipeline.manifest.stages:
         model = folder / f"{pipeline.manifest.name}-{stage.name}"
         config = config_of(model)
+        assert config.HasField("dynamic_batching") == (stage.name in ("encode", "decode"))
         assert (config.name, config.backend, config.platform) == (model.name, "onnxruntime", "onnxruntime_onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1

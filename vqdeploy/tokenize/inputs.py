@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, escaped
 from vqdeploy.files import parse_json
 from vqdeploy.runtime.folder import check_classes, find_classes
 from vqdeploy.runtime.images import suffixes
@@ -20,16 +20,15 @@ TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _EXPECTED = "an image folder, tars or Parquet files"
 _MOST_FILES = 1_000_000  # of a range in braces
-_MOST_BYTES = 2**30  # of an encoded image: more cannot be a picture within the limit of pixels
+_MOST_BYTES = 2**28  # of an image file
 _LARGEST_LABEL = 2**31 - 1
-_ROWS = 16  # of Parquet in memory at a time
 
 
 class Sample(NamedTuple):
     """An image of a data set.
 
     Attributes:
-        key: Its name, relative to the data.
+        key: Its name, relative to the data; characters that cannot be printed are escaped.
         content: Its file, or the bytes of one, or why there is none.
         label: Index of its class; None where it is not known.
         class_name: Name of its class; None where it is not known.
@@ -149,7 +148,7 @@ class FolderPart:
         """The images."""
         for path, label in self.images:
             known = (label, self.classes[label]) if self.classes else (None, None)
-            yield Sample(path, self.folder / path, *known)
+            yield Sample(escaped(path), self.folder / path, *known)
 
 
 def _of_folder(folder: Path, images: int) -> list[Part]:
@@ -181,7 +180,7 @@ class TarPart:
         try:
             with tarfile.open(self.path, "r|*", tarinfo=_Header) as archive:
                 for key, members in groupby(_members(archive), lambda member: member.key):
-                    yield _sample(f"{self.path.name}/{key}", list(members))
+                    yield _sample(escaped(f"{self.path.name}/{key}"), list(members))
         except (tarfile.TarError, EOFError, OSError) as error:  # gzip and lzma raise the last two
             raise ArtifactError(f"{self.path} is damaged ({error})") from error
 

@@ -8,11 +8,12 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqdeploy.errors import ArtifactError
+from vqdeploy.errors import ArtifactError, escaped
 from vqdeploy.files import parse_json
 from vqdeploy.tokenize.inputs import Sample, label_of
 
 _IMAGES, _LABEL = ("image", "img"), "label"
+_UNLABELLED = -1  # what `datasets` puts where a label is missing
 _ROWS = 16  # in memory at a time
 
 
@@ -57,7 +58,7 @@ class ParquetPart:
             with pq.ParquetFile(self.path) as file:
                 rows = (row for batch in file.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
                 for number, row in enumerate(rows):
-                    yield self._sample(f"{self.path.name}/{number}", row[self.image], row.get(_LABEL))
+                    yield self._sample(escaped(f"{self.path.name}/{number}"), row[self.image], row.get(_LABEL))
         except (pa.ArrowException, OSError) as error:
             raise ArtifactError(f"{self.path} is damaged ({str(error)[:200]})") from error
 
@@ -66,7 +67,7 @@ class ParquetPart:
         try:
             if content is None:
                 raise ValueError("its bytes are missing")
-            label, name = label_of(value)
+            label, name = label_of(None if value == _UNLABELLED else value)
             if label is not None and self.classes:
                 name = self.classes[label]
             return Sample(key, content, label, name)

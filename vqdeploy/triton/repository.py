@@ -114,7 +114,7 @@ def stage_config(manifest: Manifest, stage: StageInfo) -> ModelConfig:
         max_batch_size=stage.dims["batch"].max if batched else 0,
         input=[ModelInput(**_tensor(info, batched)) for info in stage.inputs],
         output=[ModelOutput(**_tensor(info, batched)) for info in stage.outputs],
-        instance_group=_instances(manifest),
+        instance_group=[_instance(manifest)],
         dynamic_batching={} if batched and stage.name in ("encode", "decode") else None,
         **options,
     )
@@ -129,8 +129,8 @@ def _tensor(info: TensorInfo, batched: bool) -> dict[str, Any]:
     }
 
 
-def _instances(manifest: Manifest) -> list[ModelInstanceGroup]:
-    return [ModelInstanceGroup(count=1, kind="KIND_GPU" if manifest.targets else "KIND_CPU")]
+def _instance(manifest: Manifest) -> ModelInstanceGroup:
+    return ModelInstanceGroup(count=1, kind="KIND_GPU" if manifest.targets else "KIND_CPU")
 
 
 def _sampling_config(manifest: Manifest) -> ModelConfig:
@@ -138,7 +138,9 @@ def _sampling_config(manifest: Manifest) -> ModelConfig:
     tokenizer, sampling = manifest.tokenizer, manifest.sampling
     if tokenizer is None or sampling is None:
         raise VqdeployError("this plan has no prior")
-    condition = Condition.of(sampling)
+    condition, instance = Condition.of(sampling), _instance(manifest)
+    if manifest.targets:
+        instance.gpus.append(0)  # the one that the runtime takes
     inputs = [
         _input(f"{condition.name}s", "int64", (-1, *condition.shape)),
         _input("seed", "int64", (1,), optional=True),
@@ -156,7 +158,7 @@ def _sampling_config(manifest: Manifest) -> ModelConfig:
             ModelOutput(name=name, data_type=_TYPES[dtype], dims=(-1, *shape))
             for name, (dtype, shape) in outputs.items()
         ],
-        instance_group=_instances(manifest),
+        instance_group=[instance],
     )
 
 
