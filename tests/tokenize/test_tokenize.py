@@ -112,7 +112,7 @@ def test_a_range_of_tars(plan, tmp_path, inline):
 def test_two_tars_of_one_name(plan, tmp_path, inline):
     for part in (0, 1):
         write_tar(tmp_path / f"in{part}" / "x.tar", [("0.png", png(part))])
-    with pytest.raises(VqdeployError, match="two files of the data would become the shard x"):
+    with pytest.raises(VqdeployError, match="2 files of the data would become the shard x"):
         tokenize(plan, str(tmp_path / "in{0..1}" / "x.tar"), tmp_path / "out")
 
 

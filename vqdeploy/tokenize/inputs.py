@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,10 @@ _EXPECTED = "an image folder, tars or Parquet files"
 _MOST_FILES = 1_000_000  # of a range in braces
 _MOST_BYTES = 2**28  # of an image file
 _LARGEST_LABEL = 2**31 - 1
+
+
+class DamagedDataError(ArtifactError):
+    """A tar or Parquet file that cannot be read to its end."""
 
 
 class Sample(NamedTuple):
@@ -58,7 +63,7 @@ class Part(Protocol):
         """Its images, in order.
 
         Raises:
-            ArtifactError: A file is damaged.
+            DamagedDataError: A file is damaged, so that images may be missing.
         """
 
 
@@ -114,9 +119,9 @@ def _archives(files: list[Path]) -> list[Part]:
         if not file.is_file():
             raise VqdeployError("there is no such data", expected=_EXPECTED, found=file)
         parts.append(_archive(file))
-    names = [part.name for part in parts]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise VqdeployError(f"two files of the data would become the shard {twice[0]}", expected="different names")
+    (name, count), *_ = Counter(part.name for part in parts).most_common(1)
+    if count > 1:
+        raise VqdeployError(f"{count} files of the data would become the shard {name}", expected="different names")
     return parts
 
 
@@ -181,8 +186,8 @@ class TarPart:
             with tarfile.open(self.path, "r|*", tarinfo=_Header) as archive:
                 for key, members in groupby(_members(archive), lambda member: member.key):
                     yield _sample(escaped(f"{self.path.name}/{key}"), list(members))
-        except (tarfile.TarError, EOFError, OSError) as error:  # gzip and lzma raise the last two
-            raise ArtifactError(f"{self.path} is damaged ({error})") from error
+        except Exception as error:  # parsers of archives raise anything
+            raise DamagedDataError(f"{self.path} is damaged ({error})") from error
 
 
 class _Header(tarfile.TarInfo):
