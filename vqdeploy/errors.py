@@ -14,6 +14,8 @@ LONGEST = 480
 _EXTRAS = {
     "cuda": "onnxrt-gpu",
     "fastapi": "serve",
+    "google": "triton-server",
+    "grpc": "triton-server",
     "lightning": "train",
     "matplotlib": "bench",
     "onnx": "export",
@@ -31,6 +33,7 @@ _EXTRAS = {
     "torch": "export,train",
     "triton": "kernels",
     "uvicorn": "serve",
+    "tritonclient": "triton-server",
 }
 
 
