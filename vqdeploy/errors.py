@@ -32,8 +32,8 @@ _EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export,train",
     "triton": "kernels",
-    "uvicorn": "serve",
     "tritonclient": "triton-server",
+    "uvicorn": "serve",
 }
 
 
