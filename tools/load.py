@@ -15,7 +15,6 @@ import random
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ GENERATE = "/v1/images/generations"
 @contextlib.contextmanager
 def server(plan: Path, *options: str) -> Iterator[tuple[str, int]]:
     """Address and process of `vqdeploy serve`; it must end with 0 when it is asked to."""
-    command = [sys.executable, "-m", "vqdeploy", "serve", str(plan), "--port", "0", *options]
+    command = ["vqdeploy", "serve", str(plan), "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
         try:
             line = process.stderr.readline() if process.stderr else ""

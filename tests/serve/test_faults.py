@@ -102,6 +102,15 @@ def test_an_engine_that_fails(plan, pipeline, monkeypatch):
         assert get(app, "/ready").status_code == 200
 
 
+def test_an_error_that_should_not_occur(plan, monkeypatch):
+    with application({"plan": plan}) as app:
+        monkeypatch.setattr(type(app.plans["plan"]), "describe", lambda self: {}["/secret"])
+        reply = get(app, "/v1/models")
+    assert reply.status_code == 500
+    assert "secret" not in reply.text
+    assert reply.json()["error"]["type"] == "server_error"
+
+
 def test_mixed_traffic(artifacts):
     """Everything at once, with guidance and without, over one connection each."""
     pipeline = artifacts.pipeline("movq")

@@ -246,6 +246,10 @@ def _answer_errors(app: FastAPI) -> None:
     async def busy(_: Request, error: BusyError) -> JSONResponse:
         return refusal(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(error.seconds)})
 
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, __: Exception) -> JSONResponse:
+        return refusal(500, "an error that should not occur; the log of the server has it")
+
     @app.exception_handler(EngineError)
     async def failed(_: Request, error: EngineError) -> JSONResponse:
         return _engine_failed(error)
