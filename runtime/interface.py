@@ -49,6 +49,10 @@ def check(manifest: Manifest, inputs: Mapping[str, Tensors], outputs: Mapping[st
             for info in infos:  # what the sampler does not know holds a row for each image all the same
                 if info.name not in wanted and not _fits(f"{name} {info.name}", info, known):
                     _refuse(name, f"an {side} {info.name} [batch, ...] of known size", info)
+        for tensor in outputs[name]:
+            if tensor in stage.aliases:
+                shared = next(info for info in stage.inputs if info.name == stage.aliases[tensor])
+                _refuse(name, f"a buffer of its own for {tensor}", shared)
         for one, other in _carried(stage):
             if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
                 _refuse(name, f"an input for {one.name} as {_text(one.name, (one.dtype, one.shape))}", other)

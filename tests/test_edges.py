@@ -8,7 +8,7 @@ BASE = {"errors", "files", "config", "precision", "options", "machine", "threads
 
 EVERYTHING_BUT_TRAINING = {
     "checkpoint", "models", "systems", "convert", "reference", "verify", "bench", "export", "engines",
-    "manifest", "graphs", "backends", "images", "runtime", "machine", "shards", "tokenize",
+    "manifest", "graphs", "backends", "images", "runtime", "machine", "shards", "tokenize", "triton",
 }  # fmt: skip
 
 EDGES: dict[str, set[str]] = {
@@ -21,6 +21,7 @@ EDGES: dict[str, set[str]] = {
     "reference": {"models", "systems"},
     "training": {"models", "systems", "checkpoint", "reference", "images"},
     "shards": set(),  # needs pyarrow
+    "triton": {"runtime", "manifest"},
     "tokenize": {"shards", "runtime", "manifest", "images"},
     "convert": {"models", "systems", "checkpoint"},
     "manifest": set(),

@@ -1,6 +1,7 @@
 """The scripts in `examples/` run."""
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,3 +115,32 @@ def test_quantizer_speed(monkeypatch, capsys):
     assert [line.split()[0] for line in lines if " times the plan " in line] == ["plan", "eager"]
     assert all(line.endswith("0.00e+00 of the codes differ") for line in lines if " times the plan " in line)
     assert '"Gemm"' in lines[-1]
+
+
+def test_emoji(tmp_path, capsys):
+    """Ten bases a class, of which one is held out, without its skin tones."""
+    package = tmp_path / "package"
+    (package / "img" / "google" / "64").mkdir(parents=True)
+    kinds = [("Flags", "country-flag"), ("People & Body", "hands"), ("People & Body", "person-role"), ("Component", "")]
+    entries = []
+    for number, (category, part) in ((i, kind) for kind in kinds for i in range(10)):
+        names = [f"{part}{number}{tone}.png" for tone in ("", "-1f3fb", "-1f3ff")]
+        for name in names:
+            Image.new("RGBA", (64, 64)).save(package / "img" / "google" / "64" / name)
+        entry = {"image": names[0], "has_img_google": True, "category": category, "subcategory": part}
+        tones = {str(i): {"image": name, "has_img_google": True} for i, name in enumerate(names[1:])}
+        entries.append(entry | ({"skin_variations": tones} if category.startswith("People") else {}))
+    (package / "emoji.json").write_text(json.dumps(entries))
+    output = tmp_path / "sorted"
+    load_script("emoji").main(str(package), str(output))
+    found = {
+        part: {folder.name: sorted(path.name for path in folder.iterdir()) for folder in (output / part).iterdir()}
+        for part in ("train", "held-out")
+    }
+    assert {name: len(files) for name, files in found["train"].items()} == {"flags": 9, "hands": 27, "people": 27}
+    for name, (held_out,) in found["held-out"].items():
+        assert not any(file.startswith(held_out.removesuffix(".png")) for file in found["train"][name])
+    data = open_data(str(output / "train"), 64, output / "held-out")
+    assert data.labels == ("flags", "hands", "people")
+    with pytest.raises(SystemExit, match="exists already"):
+        load_script("emoji").main(str(package), str(output))

@@ -166,7 +166,14 @@ def test_a_missing_library_is_mended_by_an_extra(python, module, extra, plan, tm
 
 
 def test_every_extra_that_an_error_names_brings_its_package():
-    names = {"cuda": "cuda-bindings", "onnx_ir": "onnx-ir", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+    names = {
+        "google": "protobuf",
+        "grpc": "grpcio",
+        "cuda": "cuda-bindings",
+        "onnx_ir": "onnx-ir",
+        "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
+    }
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for module, named in errors._EXTRAS.items():
         package = names.get(module, module.replace("_", "-"))

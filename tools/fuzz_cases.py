@@ -804,6 +804,8 @@ def arguments(rnd: random.Random, material: Material, folder: Path) -> None:
             "verify",
             "bench",
             "train",
+            "tokenize",
+            "triton",
         )
     )
     words = ["--task", "--label", "--num-images", "--seed", "--temperature", "--top-k", "--top-p", "--guidance-scale"]
@@ -818,6 +820,7 @@ def arguments(rnd: random.Random, material: Material, folder: Path) -> None:
         "--device",
     ]
     words += ["--keep-levels", "--columns", "--layer", "--film", "--threads", "--json", "--help", "--nosuch", "-o"]
+    words += ["--held-out", "--shard-size", "--slots"]
     # Outputs go to the folder, whatever the arguments.
     values: list[Any] = ["0", "1", "-1", "1.5", "nan", "inf", "1e400", "9" * 5000, "", "\x1b[31m", "\ud800", "a" * 5000]
     values += [
@@ -839,6 +842,11 @@ def arguments(rnd: random.Random, material: Material, folder: Path) -> None:
         line += ["--engine", material.plan(rnd), "-o", folder / "out.png"]
     elif verb == "inspect":
         line += [material.plan(rnd)]
+    elif verb == "triton":
+        line += [rnd.choice((material.plan(rnd), folder, *values)), "-o", folder / "repository"]
+    elif verb == "tokenize":
+        engine, data = rnd.choice((material.plan(rnd), *values)), rnd.choice((folder, *values))
+        line += ["--engine", engine, "--input", data, "-o", folder / "codes", "--workers", "1"]
     elif verb in ("export", "verify", "bench", "train", "build"):
         line += {
             "export": ["--model", rnd.choice(values), "-o", folder / "p"],

@@ -14,6 +14,8 @@ LONGEST = 480
 _EXTRAS = {
     "cuda": "onnxrt-gpu",
     "fastapi": "serve",
+    "google": "triton-server",
+    "grpc": "triton-server",
     "lightning": "train",
     "matplotlib": "bench",
     "onnx": "export",
@@ -30,6 +32,7 @@ _EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export,train",
     "triton": "kernels",
+    "tritonclient": "triton-server",
     "uvicorn": "serve",
 }
 

@@ -84,7 +84,7 @@ def replacing_folder(path: Path, ours: Collection[str]) -> Iterator[Path]:
         new.mkdir()
         old.parent.mkdir()
         yield new
-        for file in new.iterdir():
+        for file in filter(Path.is_file, new.iterdir()):
             file.chmod(new.stat().st_mode & 0o666)  # safetensors makes its files readable by the owner only
         if path.exists():
             os.replace(path, old)

@@ -105,7 +105,7 @@ def write(path: Path, info: ShardInfo, rows: Rows) -> None:
     lists = pa.FixedSizeListArray.from_arrays(pa.array(codes, kind), info.origin.length)
     table = pa.table([pa.array(rows.keys, pa.string()), rows.labels, rows.classes, lists], schema)
     with replacing_file(path) as file:
-        pq.write_table(table, file, compression="zstd", use_dictionary=["class"])
+        pq.write_table(table, file, compression="zstd", use_dictionary=["class"], write_page_checksum=True)
 
 
 def read_info(path: Path) -> tuple[ShardInfo, int]:
@@ -189,7 +189,7 @@ def _table(path: Path, origin: Origin) -> pa.Table:
     columns = {"label": [pa.int32()], "class": [pa.string()]}
     columns["codes"] = [pa.list_(kind, origin.length) for kind in (pa.int16(), pa.int32())]
     try:
-        table = pq.read_table(path, columns=list(columns), partitioning=None)
+        table = pq.read_table(path, columns=list(columns), partitioning=None, page_checksum_verification=True)
         if bad := [name for name, kinds in columns.items() if table.schema.field(name).type not in kinds]:
             raise ValueError(f"its column {bad[0]} has another type")
         values = table["codes"].combine_chunks().flatten()

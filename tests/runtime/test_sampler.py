@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.damage import edited
 from support.trials import alone, random_item, trial
 
 from vqdeploy.engines.build import build
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.pipeline import SAMPLERS
 from vqdeploy.runtime.sampler import Item
@@ -247,3 +248,14 @@ def test_what_every_sampler_writes_to_is_an_input_of_the_plan(any_pipeline):
     kind = SAMPLERS[any_pipeline.sampling.kind]
     for stage, inputs in kind.inputs(any_pipeline.tokenizer, any_pipeline.sampling).items():
         assert set(inputs) <= {info.name for info in any_pipeline.manifest.stage(stage).inputs}
+
+
+@pytest.mark.parametrize(("name_", "output", "input_"), [("rqvae", "next_codes", "top_k"), ("movq", "drawn", "codes")])
+def test_what_a_sampler_reads_shares_no_buffer_with_an_input(name_, output, input_, artifacts, tmp_path):
+    def edit(manifest):
+        stage = next(stage for stage in manifest["stages"] if stage["name"] == "step")
+        stage["aliases"][output] = input_
+
+    edited(artifacts.plan(name_), tmp_path / "x.plan", edit)
+    with pytest.raises(ArtifactError, match=f"does not fit its sampler; expected a buffer of its own for {output}"):
+        load(tmp_path / "x.plan")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -111,7 +112,7 @@ def test_a_range_of_tars(plan, tmp_path, inline):
 def test_two_tars_of_one_name(plan, tmp_path, inline):
     for part in (0, 1):
         write_tar(tmp_path / f"in{part}" / "x.tar", [("0.png", png(part))])
-    with pytest.raises(VqdeployError, match="two files of the data would become the shard x"):
+    with pytest.raises(VqdeployError, match="2 files of the data would become the shard x"):
         tokenize(plan, str(tmp_path / "in{0..1}" / "x.tar"), tmp_path / "out")
 
 
@@ -186,13 +187,14 @@ def test_a_damaged_tar_stops_no_other_and_is_done_when_it_is_mended(plan, tmp_pa
 def test_parquet_of_datasets(plan, tmp_path, expected, inline):
     (tmp_path / "in").mkdir()
     pq.write_table(datasets_table([0, 1, None, b"no image"]), tmp_path / "in" / "a.parquet")
-    pq.write_table(datasets_table([2, 3, 5], [0, None, 7]), tmp_path / "in" / "b.parquet")
+    pq.write_table(datasets_table([2, 3, 5, 6], [0, None, 7, -1]), tmp_path / "in" / "b.parquet")
     tokenize(plan, str(tmp_path / "in"), tmp_path / "out")
     assert rows(tmp_path / "out") == {
         "a.parquet/0": (0, "cat", expected(0)),
         "a.parquet/1": (1, "dog", expected(1)),
         "b.parquet/0": (0, "cat", expected(2)),
         "b.parquet/1": (None, None, expected(3)),
+        "b.parquet/3": (None, None, expected(6)),
     }
     assert sorted(errors(tmp_path / "out")) == ["a.parquet/2", "a.parquet/3", "b.parquet/2"]
 
@@ -246,6 +248,19 @@ def test_no_image_can_be_read(vqdeploy, plan, tmp_path, inline):
     code, _, err = vqdeploy("tokenize", "--engine", plan, "--input", "in", "-o", "out")
     assert (code, err.splitlines()[-1]) == (1, "error: no image of in could be read. Fix: see out/_errors.jsonl")
     assert list(errors(tmp_path / "out")) == ["0.png"]
+
+
+def test_names_that_cannot_be_printed(plan, tmp_path, inline):
+    (tmp_path / "in").mkdir()
+    for number, name in enumerate((b"a\xff.png", b"b\n.png", "ü.png".encode())):
+        with open(os.fsencode(tmp_path / "in") + b"/" + name, "wb") as file:
+            file.write(png(number) if number else b"no image")
+    tokenize(plan, str(tmp_path / "in"), tmp_path / "out")
+    assert list(rows(tmp_path / "out")) == ["b\\n.png", "ü.png"]
+    assert list(errors(tmp_path / "out")) == ["a\\udcff.png"]
+    write_tar(tmp_path / "in.tar", [("a\udcff.png", png(0)), ("b\n.png", png(1))])
+    tokenize(plan, str(tmp_path / "in.tar"), tmp_path / "of-tar")
+    assert list(rows(tmp_path / "of-tar")) == ["in.tar/a\\udcff", "in.tar/b\\n"]
 
 
 def test_the_limit_of_pixels_holds(plan, tmp_path, inline, monkeypatch):
@@ -373,6 +388,33 @@ def test_a_killed_run_goes_on_where_it_was(command, plan, many, tmp_path):
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()
     )
+
+
+def test_a_killed_worker_is_one_sentence(command, plan, many, tmp_path):
+    arguments = [
+        "tokenize",
+        "--engine",
+        plan,
+        "--input",
+        many,
+        "--shard-size",
+        2,
+        "--workers",
+        2,
+        "-o",
+        tmp_path / "cut",
+    ]
+    line = [command.script, *map(str, arguments)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    while not re.search(r"tokenizing 5 of 30", process.stderr.readline()):
+        assert process.poll() is None
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    said = process.stderr.read().splitlines()
+    assert process.wait() == 2
+    assert said[-1] == "error: a process was killed. Fix: run this again, with fewer --workers if the memory was short"
+    assert command(*arguments).returncode == 0
+    assert len(rows(tmp_path / "cut")) == 60
 
 
 def _alive(group):

@@ -413,6 +413,42 @@ def test_image_folder_split(folder):
         assert (image.float().mean() > 128) == label
 
 
+def test_a_folder_of_held_out_images(folder, tmp_path):
+    held_out = tmp_path / "held-out"
+    for label, level in (("dark", 20), ("light", 230)):
+        (held_out / label).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (level,) * 3).save(held_out / label / "image.png")
+    alone, data = open_data(str(folder), 32), open_data(str(folder), 32, held_out)
+    assert data.labels == alone.labels == ("dark", "light")
+    assert (len(data.train), len(data.held_out)) == (12, 2)
+    assert {path.parents[1] for path, _ in data.held_out.files} == {held_out}
+    Image.new("RGB", (40, 40), (21,) * 3).save(held_out / "dark" / "image.png")
+    changed = open_data(str(folder), 32, held_out)
+    assert len({data.fingerprint, alone.fingerprint, changed.fingerprint}) == 3
+    (held_out / "dark").rename(held_out / "black")
+    with pytest.raises(VqdeployError, match=r"other classes than .*; expected dark, light, found black, light"):
+        open_data(str(folder), 32, held_out)
+    for data_without in ("digits", "photos"):
+        with pytest.raises(VqdeployError, match="belong to an image folder"):
+            open_data(data_without, 32, held_out)
+
+
+def test_crops_and_mirrors_are_those_of_the_recipe(tmp_path):
+    pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) // 64
+    picture = np.stack([pixels * 4, pixels.T * 4, pixels * 0], 2).astype(np.uint8)
+    for name in "ab":
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    whole = open_data(str(tmp_path), 64, recipe=Recipe(smallest_crop=1, mirror=False)).train
+    for seed in range(4):
+        np.testing.assert_array_equal(whole.item(0, np.random.default_rng(seed))[0].permute(1, 2, 0), picture)
+    mirrored = open_data(str(tmp_path), 64, recipe=Recipe(smallest_crop=1)).train
+    found = [mirrored.item(0, np.random.default_rng(seed))[0].permute(1, 2, 0).numpy() for seed in range(20)]
+    assert {np.array_equal(image, picture) for image in found} == {True, False}
+    assert all(np.array_equal(image, picture) or np.array_equal(image[:, ::-1], picture) for image in found)
+    with pytest.raises(VqdeployError, match="smallest_crop is out of range"):
+        Recipe(smallest_crop=1.5)
+
+
 # Refusals
 
 

@@ -22,6 +22,7 @@ from vqdeploy.cli.run import run
 from vqdeploy.cli.serve import serve
 from vqdeploy.cli.tokenize import tokenize
 from vqdeploy.cli.train import train
+from vqdeploy.cli.triton import triton
 from vqdeploy.cli.verify import verify
 from vqdeploy.errors import LONGEST, VqdeployError, missing, shown
 
@@ -34,7 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Take a vector-quantized image generator from PyTorch to one deployable file, and run it.",
 )
-for _verb in (models, train, import_checkpoint, export, build, run, serve, tokenize, verify, bench, inspect, env):
+_VERBS = (models, train, import_checkpoint, export, build, run, serve, tokenize, triton, verify, bench, inspect, env)
+for _verb in _VERBS:
     app.command("import" if _verb is import_checkpoint else None)(_verb)  # a Python keyword
 
 

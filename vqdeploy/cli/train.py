@@ -19,6 +19,10 @@ def train(
             help="digits, photos, a folder of images with one subfolder a class, or codes of vqdeploy tokenize."
         ),
     ] = "digits",
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Image folder with the same classes to measure on.  [default: a tenth of the images]"),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Checkpoint folder: train a prior on its tokenizer, which stays as it is.")
     ] = None,
@@ -47,6 +51,7 @@ def train(
         model=model,
         preset=preset,
         data=data,
+        held_out=held_out,
         steps=steps,
         prior_steps=prior_steps,
         batch_size=batch_size,

@@ -12,7 +12,7 @@ from vqdeploy.models.class_last_maskgit import ClassLastMaskGIT
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
-from vqdeploy.systems import tiny
+from vqdeploy.systems import emoji, tiny
 from vqdeploy.systems.losses import masked_loss
 from vqdeploy.systems.system import Definition, MaskedSampling, SystemConfig
 from vqdeploy.systems.vqgan import published_vqgan
@@ -43,6 +43,13 @@ _PRESETS = [
         MaskGITConfig((8, 8, 4), 128, width=128, layers=6, heads=4, classes=10),
         tiny.LABELS,
         sampling=MaskedSampling(steps=8, guidance_scale=2.0),
+    ),
+    _preset(
+        "emoji",
+        MoVQConfig(emoji.CONV, codebook_size=512, code_dim=32),
+        MaskGITConfig((8, 8, 4), 512, width=160, layers=5, heads=4, classes=10),
+        emoji.LABELS,
+        sampling=MaskedSampling(steps=12, guidance_scale=2.0),
     ),
     _preset("bench", MoVQConfig(), MaskGITConfig()),
     _preset("paper", MoVQConfig(), MaskGITConfig(width=1024, layers=24, heads=16)),
@@ -90,5 +97,8 @@ SYSTEM = Definition(
     loss=masked_loss,
     stages=stages,
     presets={config.preset: config for config in _PRESETS},
-    recipes={"tiny": dataclasses.replace(tiny.RECIPE, prior_steps=3000, prior_learning_rate=1e-3)},
+    recipes={
+        "tiny": dataclasses.replace(tiny.RECIPE, prior_steps=3000, prior_learning_rate=1e-3),
+        "emoji": emoji.RECIPE,
+    },
 )

@@ -14,7 +14,8 @@ class Recipe(Config):
     `soft_temperature` divides the squared distances for soft targets, so it depends on the scale of the latents.
     `label_smoothing` is for masked priors, `label_dropout`, the fraction of dropped labels, for all priors with
     guidance. `logit_laplace_weight` belongs to ViT-VQGAN (section 3.4). `classifier_steps` trains the classifier that
-    judges samples. `stored_dtype` is the type of the saved weights.
+    judges samples. `stored_dtype` is the type of the saved weights. Images of a folder are cropped to squares of
+    `smallest_crop` to 1 of their shorter side, and every other one is mirrored if `mirror`.
     """
 
     steps: int = 400_000
@@ -31,6 +32,8 @@ class Recipe(Config):
     perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0
     stored_dtype: str = "float32"
+    smallest_crop: float = 0.75
+    mirror: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "prior_steps", "classifier_steps", "batch_size"):
@@ -39,3 +42,5 @@ class Recipe(Config):
         for name, value in self.to_dict().items():
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise VqdeployError(f"{name} is out of range", expected="a finite number, 0 or more", found=value)
+        if not 0 < self.smallest_crop <= 1:
+            raise VqdeployError("smallest_crop is out of range", expected="a share", found=self.smallest_crop)

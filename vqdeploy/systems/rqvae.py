@@ -1,11 +1,12 @@
 """RQ-VAE with the RQ-Transformer."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.rqtransformer import RQTransformer, RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAE, RQVAEConfig
-from vqdeploy.systems import tiny
+from vqdeploy.systems import emoji, tiny
 from vqdeploy.systems.losses import soft_target_loss
 from vqdeploy.systems.system import Definition, Sampling, SystemConfig
 
@@ -61,6 +62,13 @@ _TINY_PRIOR = RQTransformerConfig(
 # Sizes and sampling options from the configuration files and model cards of kakaobrain/rq-vae-transformer.
 _PRESETS = [
     _preset("tiny", _TINY_TOKENIZER, _TINY_PRIOR, Sampling(top_p=0.95), labels=tiny.LABELS),
+    _preset(
+        "emoji",
+        RQVAEConfig(conv=emoji.CONV, codebook_size=512, code_dim=32),
+        dataclasses.replace(_TINY_PRIOR, codebook_size=512, width=160),
+        Sampling(top_p=0.95),
+        labels=emoji.LABELS,
+    ),
     _preset("bench", _IMAGENET, _prior(512, 24, 4)),
     _preset("ffhq-350m", _FFHQ, _prior(1024, 24, 4, classes=1, codes=2048), _UNCONDITIONAL_SAMPLING),
     _preset("church-350m", _IMAGENET, _prior(1024, 24, 4, classes=1), _UNCONDITIONAL_SAMPLING),
@@ -97,5 +105,5 @@ SYSTEM = Definition(
     loss=soft_target_loss,
     stages=_stages,
     presets={config.preset: config for config in _PRESETS},
-    recipes={"tiny": tiny.RECIPE},
+    recipes={"tiny": tiny.RECIPE, "emoji": emoji.RECIPE},
 )

@@ -4,13 +4,14 @@ import hashlib
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, escaped
 from vqdeploy.files import parse_json
 from vqdeploy.runtime.folder import check_classes, find_classes
 from vqdeploy.runtime.images import suffixes
@@ -20,16 +21,19 @@ TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _EXPECTED = "an image folder, tars or Parquet files"
 _MOST_FILES = 1_000_000  # of a range in braces
-_MOST_BYTES = 2**30  # of an encoded image: more cannot be a picture within the limit of pixels
+_MOST_BYTES = 2**28  # of an image file
 _LARGEST_LABEL = 2**31 - 1
-_ROWS = 16  # of Parquet in memory at a time
+
+
+class DamagedDataError(ArtifactError):
+    """A tar or Parquet file that cannot be read to its end."""
 
 
 class Sample(NamedTuple):
     """An image of a data set.
 
     Attributes:
-        key: Its name, relative to the data.
+        key: Its name, relative to the data; characters that cannot be printed are escaped.
         content: Its file, or the bytes of one, or why there is none.
         label: Index of its class; None where it is not known.
         class_name: Name of its class; None where it is not known.
@@ -59,7 +63,7 @@ class Part(Protocol):
         """Its images, in order.
 
         Raises:
-            ArtifactError: A file is damaged.
+            DamagedDataError: A file is damaged, so that images may be missing.
         """
 
 
@@ -115,9 +119,9 @@ def _archives(files: list[Path]) -> list[Part]:
         if not file.is_file():
             raise VqdeployError("there is no such data", expected=_EXPECTED, found=file)
         parts.append(_archive(file))
-    names = [part.name for part in parts]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise VqdeployError(f"two files of the data would become the shard {twice[0]}", expected="different names")
+    (name, count), *_ = Counter(part.name for part in parts).most_common(1)
+    if count > 1:
+        raise VqdeployError(f"{count} files of the data would become the shard {name}", expected="different names")
     return parts
 
 
@@ -149,7 +153,7 @@ class FolderPart:
         """The images."""
         for path, label in self.images:
             known = (label, self.classes[label]) if self.classes else (None, None)
-            yield Sample(path, self.folder / path, *known)
+            yield Sample(escaped(path), self.folder / path, *known)
 
 
 def _of_folder(folder: Path, images: int) -> list[Part]:
@@ -181,9 +185,9 @@ class TarPart:
         try:
             with tarfile.open(self.path, "r|*", tarinfo=_Header) as archive:
                 for key, members in groupby(_members(archive), lambda member: member.key):
-                    yield _sample(f"{self.path.name}/{key}", list(members))
-        except (tarfile.TarError, EOFError, OSError) as error:  # gzip and lzma raise the last two
-            raise ArtifactError(f"{self.path} is damaged ({error})") from error
+                    yield _sample(escaped(f"{self.path.name}/{key}"), list(members))
+        except Exception as error:  # parsers of archives raise anything
+            raise DamagedDataError(f"{self.path} is damaged ({error})") from error
 
 
 class _Header(tarfile.TarInfo):

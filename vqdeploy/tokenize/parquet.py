@@ -8,11 +8,12 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqdeploy.errors import ArtifactError
+from vqdeploy.errors import ArtifactError, escaped
 from vqdeploy.files import parse_json
-from vqdeploy.tokenize.inputs import Sample, label_of
+from vqdeploy.tokenize.inputs import DamagedDataError, Sample, label_of
 
 _IMAGES, _LABEL = ("image", "img"), "label"
+_UNLABELLED = -1  # what `datasets` puts where a label is missing
 _ROWS = 16  # in memory at a time
 
 
@@ -38,13 +39,14 @@ class ParquetPart:
         """
         try:
             schema = pq.read_schema(path)
-        except (pa.ArrowException, OSError) as error:
+            names = schema.names
+            images = [name for name in _IMAGES if name in names and _holds_bytes(schema.field(name).type)]
+        except Exception as error:  # parsers raise anything
             raise ArtifactError(f"{path} is not a Parquet file ({str(error)[:200]})") from error
-        images = [name for name in _IMAGES if name in schema.names and _holds_bytes(schema.field(name).type)]
         if not images:
-            found = ", ".join(schema.names[:8])
-            raise ArtifactError(f"{path} has no images", expected="a column `image` of bytes", found=found)
-        return cls(path.stem, path, images[0], _LABEL in schema.names, _class_names(schema))
+            expected, found = "a column `image` of bytes", ", ".join(names[:8])
+            raise ArtifactError(f"{path} has no images", expected=expected, found=found)
+        return cls(path.stem, path, images[0], _LABEL in names, _class_names(schema))
 
     def files(self) -> Iterable[tuple[str, Path]]:
         """The file."""
@@ -57,16 +59,16 @@ class ParquetPart:
             with pq.ParquetFile(self.path) as file:
                 rows = (row for batch in file.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
                 for number, row in enumerate(rows):
-                    yield self._sample(f"{self.path.name}/{number}", row[self.image], row.get(_LABEL))
-        except (pa.ArrowException, OSError) as error:
-            raise ArtifactError(f"{self.path} is damaged ({str(error)[:200]})") from error
+                    yield self._sample(escaped(f"{self.path.name}/{number}"), row[self.image], row.get(_LABEL))
+        except Exception as error:  # parsers raise anything
+            raise DamagedDataError(f"{self.path} is damaged ({str(error)[:200]})") from error
 
     def _sample(self, key: str, image: Any, value: object) -> Sample:  # noqa: ANN401 (of a column of any type)
         content = image.get("bytes") if isinstance(image, dict) else image
         try:
             if content is None:
                 raise ValueError("its bytes are missing")
-            label, name = label_of(value)
+            label, name = label_of(None if value == _UNLABELLED else value)
             if label is not None and self.classes:
                 name = self.classes[label]
             return Sample(key, content, label, name)

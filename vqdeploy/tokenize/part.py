@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from vqdeploy import shards
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import VqdeployError
 from vqdeploy.files import to_json
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.images import read, read_bytes
 from vqdeploy.runtime.manifest import Manifest
 from vqdeploy.shards import Origin, Rows, ShardInfo
-from vqdeploy.tokenize.inputs import Part, Sample, digest
+from vqdeploy.tokenize.inputs import DamagedDataError, Part, Sample, digest
 
 _BATCH = 64  # images that are read while as many are encoded
 
@@ -59,7 +59,7 @@ def tokenize_part(job: Job, part: Part, threads: int) -> Done:
     """Writes the shard of a part, atomically.
 
     Raises:
-        VqdeployError: The plan cannot be opened, or the shard cannot be written.
+        VqdeployError: The plan cannot be opened or fails, or the shard cannot be written.
     """
     pipeline = _pipeline(job.engine, job.device, threads)
     rows, errors, identity = Rows(), [], digest(part)
@@ -72,7 +72,7 @@ def tokenize_part(job: Job, part: Part, threads: int) -> Done:
             rows.labels.append(sample.label)
             rows.classes.append(sample.class_name)
             rows.codes.append(codes)
-    except ArtifactError as error:
+    except DamagedDataError as error:
         return Done(failure=str(error))
     info = ShardInfo(origin_of(pipeline.manifest), identity, part.classes, tuple(errors))
     shards.write(job.codes / f"{part.name}{shards.SUFFIX}", info, rows)

@@ -20,6 +20,7 @@ from vqdeploy.models.pixels import channels_first
 from vqdeploy.runtime.folder import check_classes, find_classes, shortened
 from vqdeploy.runtime.images import open_image, square
 from vqdeploy.runtime.threads import cores
+from vqdeploy.systems.recipe import Recipe
 
 if TYPE_CHECKING:
     from vqdeploy.shards import Origin
@@ -79,18 +80,26 @@ class Data(NamedTuple):
     origin: "Origin | None" = None
 
 
-def open_data(name: str, resolution: int) -> Data:
+def open_data(name: str, resolution: int, held_out: Path | None = None, recipe: Recipe | None = None) -> Data:
     """The data behind `--data`: `digits`, `photos`, a folder of codes, or an image folder with a subfolder a class.
+
+    Args:
+        name: The data.
+        resolution: Height and width of the images in pixels.
+        held_out: An image folder of the same classes to measure on, in place of a tenth of an image folder.
+        recipe: How images of a folder are augmented; by default as `Recipe` says.
 
     Raises:
         VqdeployError: There is no such data, its classes are ambiguous, or it needs a package.
         ArtifactError: Images or codes are damaged.
     """
     try:
+        holds_codes = name not in NAMED and any(Path(name).glob("*.parquet"))
+        if held_out is not None and (name in NAMED or holds_codes):
+            raise VqdeployError("held-out images belong to an image folder", expected="no --held-out", found=held_out)
         if name in NAMED:
             return NAMED[name](resolution)
-        holds_codes = any(Path(name).glob("*.parquet"))
-        return _codes(Path(name)) if holds_codes else _folder(Path(name), resolution)
+        return _codes(Path(name)) if holds_codes else _folder(Path(name), resolution, held_out, recipe or Recipe())
     except ImportError as error:
         raise missing(error.name or str(error)) from error
 
@@ -185,13 +194,13 @@ NAMED: dict[str, Callable[[int], Data]] = {"digits": _digits, "photos": _photos}
 
 
 class Files(Images):
-    """Image files, cropped square and resized; augmented by random crops of 75 to 100 % and mirroring.
+    """Image files, cropped square and resized; augmented by random crops and mirroring, as the recipe says.
 
     Held-out images are cropped as in `vqdeploy run`.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]], resolution: int):
-        self.files, self.resolution = files, resolution
+    def __init__(self, files: Sequence[tuple[Path, int]], resolution: int, recipe: Recipe):
+        self.files, self.resolution, self.recipe = files, resolution, recipe
 
     def __len__(self) -> int:
         return len(self.files)
@@ -203,8 +212,9 @@ class Files(Images):
         if rng is None:
             return _tensor(square(image, self.resolution)), label
         share, x, y, mirror = rng.random(4).tolist()
-        image = square(image, self.resolution, 0.75 + 0.25 * share, x, y)
-        return _tensor(ImageOps.mirror(image) if mirror < 0.5 else image), label
+        smallest = self.recipe.smallest_crop
+        image = square(image, self.resolution, smallest + (1 - smallest) * share, x, y)
+        return _tensor(ImageOps.mirror(image) if self.recipe.mirror and mirror < 0.5 else image), label
 
 
 class Codes(Images):
@@ -239,22 +249,31 @@ def _codes(folder: Path) -> Data:
     return Data(part(train), part(held_out), found.classes, found.fingerprint, origin=found.origin)
 
 
-def _folder(folder: Path, resolution: int) -> Data:
-    """An image folder; a tenth of each class is held out."""
+def _folder(folder: Path, resolution: int, held_out: Path | None, recipe: Recipe) -> Data:
+    """An image folder; a tenth of each class is held out, if there is no folder for that."""
+    classes, files, fingerprint = _read_folder(folder)
+    if held_out is None:
+        train, rest = _split(files)
+    else:
+        train, (others, rest, other) = files, _read_folder(held_out)
+        if others != classes:
+            expected, found = (", ".join(names) or "none" for names in (classes, others))
+            raise VqdeployError(f"{held_out} has other classes than {folder}", expected=expected, found=found)
+        fingerprint = hashlib.sha256((fingerprint + other).encode()).hexdigest()
+    if not rest or not train:
+        raise VqdeployError(f"{folder} holds too few images", expected="2 or more in one of its classes", found=1)
+    workers = min(cores(), 8) if resolution > 64 else 0
+    return Data(Files(train, resolution, recipe), Files(rest, resolution, recipe), classes, fingerprint, workers)
+
+
+def _read_folder(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]], str]:
+    """The names of the classes of an image folder, its images with their labels, and a digest of them."""
     if not folder.is_dir():
         raise VqdeployError("there is no such data", expected="digits, photos, an image folder or codes", found=folder)
     classes = find_classes(folder)
     check_classes(folder, classes)
     files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
-    if len(files) < 2:
-        raise VqdeployError(f"{folder} holds too few images", expected="2 or more", found=len(files))
-    fingerprint = _read([path for path, _ in files], folder)
-    train, held_out = _split(files)
-    if not held_out:
-        raise VqdeployError(f"{folder} holds too few images", expected="2 or more in one of its classes", found=1)
-    labels = tuple(name for name in classes if name)
-    workers = min(cores(), 8) if resolution > 64 else 0
-    return Data(Files(train, resolution), Files(held_out, resolution), labels, fingerprint, workers)
+    return tuple(name for name in classes if name), files, _read([path for path, _ in files], folder)
 
 
 def _read(files: list[Path], folder: Path) -> str:

@@ -47,6 +47,7 @@ def train(
     resume: bool = False,
     samples: int = _SAMPLES,
     tokenizer: Path | None = None,
+    held_out: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains the tokenizer, then the prior, and writes the checkpoint with image grids.
@@ -63,6 +64,7 @@ def train(
         resume: Whether to resume an interrupted run, with the same options.
         samples: Images to generate for the reported class accuracy.
         tokenizer: Checkpoint folder whose tokenizer is kept as it is, so that only a prior is trained on its codes.
+        held_out: Image folder with the same classes to measure on; a tenth of the images by default.
         options: Fields of `Recipe` that replace those of the recipe of the preset, unless None.
 
     Returns:
@@ -75,7 +77,8 @@ def train(
         KeyboardInterrupt: The user interrupted it; `resume` continues from there.
     """
     output = named(output)
-    check_outside(output, [Path(path) for path in (tokenizer, None if data in NAMED else data) if path is not None])
+    inputs = (tokenizer, None if data in NAMED else data, held_out)
+    check_outside(output, [Path(path) for path in inputs if path is not None])
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
     kept = None if tokenizer is None else load(tokenizer)
@@ -83,7 +86,7 @@ def train(
         config = _on_tokenizer(config, kept)
         given["stored_dtype"] = "float32"  # in fp16 its codes would change
     recipe = dataclasses.replace(definition(model).recipe(preset), **given)
-    source = open_data(data, config.tokenizer.resolution)
+    source = open_data(data, config.tokenizer.resolution, held_out, recipe)
     if source.origin is not None:
         _check_origin(Path(data), source.origin, kept)
     system = create(_adapt(config, source), seed)
@@ -92,7 +95,7 @@ def train(
     seed_everything(seed, verbose=False)  # for the discriminator
     first = TokenizerTraining(system.tokenizer, recipe)
     asked: dict[str, Any] = {"model": model, "preset": preset, "data": data, "data_fingerprint": source.fingerprint}
-    asked |= {"seed": seed, "recipe": recipe.to_dict()}
+    asked |= {"held_out": held_out and str(held_out), "seed": seed, "recipe": recipe.to_dict()}
     if kept is not None:
         asked["tokenizer"] = digest(kept)
     state = _prepare(output, asked, resume)
