@@ -137,6 +137,8 @@ def test_a_request_fails_whole(make, pipeline, gate):
 def test_a_decoder_that_fails(make, pipeline, monkeypatch):
     worker = make("rqvae")
     images = np.zeros((1, *pipeline.image_shape), np.uint8)
+    worker.sample(items(pipeline, [0])).result(SECONDS)
+    assert worker._lanes
     monkeypatch.setattr(type(pipeline), "encode", lambda self, images: 1 / 0)
     with pytest.raises(EngineError):
         worker.encode(images).result(SECONDS)
@@ -144,6 +146,8 @@ def test_a_decoder_that_fails(make, pipeline, monkeypatch):
     monkeypatch.undo()
     np.testing.assert_array_equal(worker.encode(images).result(SECONDS), pipeline.encode(images))
     assert worker.works
+    assert not worker._lanes  # nothing holds the engines of before
+    np.testing.assert_array_equal(worker.sample(items(pipeline, [0])).result(SECONDS), pipeline.generate([0]).codes)
 
 
 def test_a_plan_that_cannot_be_opened_again(artifacts, pipeline, gate):

@@ -299,6 +299,8 @@ class Worker:
             if pipeline.manifest != self.pipeline.manifest:
                 raise ArtifactError(f"the plan of {self._name} is another one now", fix="start the server again")
             self.pipeline, self._failed = pipeline, False
+            # Samplers in use go on with the engines that they have; idle ones would keep them in memory.
+            self._lanes = {guided: lane for guided, lane in self._lanes.items() if lane.images}
         return self.pipeline
 
     def _fail(self, error: Exception, futures: Iterable["Future[np.ndarray]"]) -> None:
