@@ -72,6 +72,10 @@ def test_the_run_command_needs_no_torch_and_no_onnx(python, plan, tmp_path):
     assert (tmp_path / "out.png").exists()
 
 
+def test_a_server_needs_no_torch_and_no_onnx(python):
+    assert python(BLOCK.format(blocked=HEAVY) + "import vqdeploy.serve.server; print('fine')") == "fine\n"
+
+
 def test_the_package_itself_loads_almost_nothing(python):
     modules = loaded(python, "import vqdeploy; vqdeploy.__version__")
     assert not roots(modules) & {*HEAVY, "numpy", "onnxruntime"}
@@ -221,4 +225,4 @@ def test_the_wheel_installs_one_package(tmp_path):
         modules = {f"vqdeploy/{folder}/{file.name}".replace("//", "/") for file in inside.glob("*.py")}
         assert modules
         assert modules <= set(names)
-    assert "vqdeploy/py.typed" in names
+    assert {"vqdeploy/py.typed", "vqdeploy/serve/page/index.html"} <= set(names)

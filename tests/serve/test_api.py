@@ -1,10 +1,15 @@
 """The routes: what they answer is what the pipeline does."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from support.serving import application, codes, get, pixels, png, post, requests, text
+from support.systems import SMALL
+
+from vqdeploy.runtime.manifest import SizeRange
+from vqdeploy.systems import create
 
 GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 
@@ -179,6 +184,26 @@ def test_a_stream_of_an_edit_keeps_the_rest(app, picture, hole):
     assert [event["type"] for event in found] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
     for event in found:
         np.testing.assert_array_equal(pixels(event["b64_json"])[~hole], picture[~hole])
+
+
+def test_a_tokenizer_alone(artifacts):
+    tokenizer = create(replace(SMALL, prior=None))
+    pipeline = artifacts.pipeline(tokenizer)
+    image = np.random.default_rng(0).integers(0, 256, pipeline.image_shape, np.uint8)
+    with application({"tokenizer": artifacts.plan(tokenizer)}) as app:
+        reply = post(app, "/v1/codes/encode", json={"images": [text(png(image))]})
+        assert reply.json()["codes"] == pipeline.encode(image[None]).tolist()
+        assert "a tokenizer and no prior" in post(app, GENERATE, json={"prompt": "cat"}).json()["error"]["message"]
+        assert "a tokenizer and no prior" in post(app, EDIT, data={}, files={"image": png(image)}).text
+        model = get(app, "/v1/models/tokenizer").json()
+    assert (model["kind"], model["classes"], model["options"]) == (None, None, {})
+
+
+def test_guidance_needs_two_rows(artifacts):
+    with application({"movq": artifacts.plan("vit", batch=SizeRange(1, 1, 1))}) as app:
+        reply = post(app, GENERATE, json={"label": 1})
+        assert "an image with guidance takes 2 rows" in reply.json()["error"]["message"]
+        assert post(app, GENERATE, json={"label": 1, "guidance_scale": 1}).status_code == 200
 
 
 def test_models(app, artifacts):

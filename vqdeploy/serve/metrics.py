@@ -17,7 +17,7 @@ class Metrics:
         )
         self.in_flight = Gauge("vqdeploy_requests_in_flight", "Requests without a reply.", ("model",), registry=to)
         self.waiting = Gauge("vqdeploy_images_waiting", "Images that wait for a slot.", ("model",), registry=to)
-        self.slots = Gauge("vqdeploy_slots", "Slots of each sampler.", ("model",), registry=to)
+        self.slots = Gauge("vqdeploy_slots", "Slots of the open samplers.", ("model",), registry=to)
         self.slots_in_use = Gauge("vqdeploy_slots_in_use", "Images being sampled.", ("model",), registry=to)
         self.step_seconds = Histogram(
             "vqdeploy_step_seconds", "One engine call of the prior.", ("model",), buckets=_CALLS, registry=to

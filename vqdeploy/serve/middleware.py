@@ -15,6 +15,7 @@ from vqdeploy.serve.metrics import Metrics
 from vqdeploy.serve.schemas import Problem, Refusal
 
 _GUARDED = "/v1/"
+_TOO_LARGE = "the request is too large; expected at most {} bytes"
 
 
 def refusal(
@@ -35,6 +36,11 @@ def refusal(
 def too_late(seconds: float) -> JSONResponse:
     """The reply to a request whose time is over."""
     return refusal(504, f"the request took longer than {seconds:g} s", code="timeout")
+
+
+def too_large(size: int) -> JSONResponse:
+    """The reply to a request of more than `size` bytes."""
+    return refusal(413, _TOO_LARGE.format(size))
 
 
 class Counted:
@@ -99,50 +105,63 @@ class Bounded:
             await self._app(scope, receive, send)
             return
         if int(Headers(scope=scope).get("content-length", 0)) > self._size:
-            await refusal(413, self._too_large)(scope, receive, send)
+            await too_large(self._size)(scope, receive, send)
             return
-        left, started, size, watcher = asyncio.Event(), False, 0, None
-        time_left = anyio.move_on_after(self._seconds)
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            left.set()
-            time_left.cancel()
-
-        async def watched_receive() -> Message:
-            nonlocal watcher, size
-            if watcher is not None:
-                await left.wait()
-                return {"type": "http.disconnect"}
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._size:
-                raise HTTPException(413, self._too_large)
-            if not message.get("more_body", False):  # the body has ended, or the client has left
-                watcher = asyncio.create_task(watch())
-            return message
-
-        async def watched_send(message: Message) -> None:
-            nonlocal started
-            if not started:
-                time_left.deadline += (
-                    self._seconds
-                )  # a stream keeps the time itself; this is for clients that do not read
-                started = True
-            await send(message)
-
+        exchange = _Exchange(receive, send, self._seconds, self._size)
         try:
-            with time_left:
-                await self._app(scope, watched_receive, watched_send)
+            with exchange.time:
+                await self._app(scope, exchange.receive, exchange.send)
         finally:
-            if watcher is not None:
-                watcher.cancel()
-                with suppress(asyncio.CancelledError):
-                    await watcher
-        if time_left.cancelled_caught and not left.is_set() and not started:
+            await exchange.close()
+        if exchange.time.cancelled_caught and not exchange.left.is_set() and not exchange.started:
             await too_late(self._seconds)(scope, receive, send)
 
-    @property
-    def _too_large(self) -> str:
-        return f"the request is too large; expected at most {self._size} bytes"
+
+class _Exchange:
+    """A request and its reply.
+
+    Attributes:
+        time: The scope that is cancelled when the time is over, and when the client leaves.
+        left: Set when the client has left.
+        started: Whether the reply has begun.
+    """
+
+    def __init__(self, receive: Receive, send: Send, seconds: float, size: int):
+        self._receive, self._send, self._seconds, self._size = receive, send, seconds, size
+        self.time, self.left, self.started = anyio.move_on_after(seconds), asyncio.Event(), False
+        self._received = 0
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def receive(self) -> Message:
+        """The next part of the body; after it, the departure of the client."""
+        if self._watcher:
+            await self.left.wait()
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self._received += len(message.get("body", b""))
+        if self._received > self._size:
+            raise HTTPException(413, _TOO_LARGE.format(self._size))
+        if not message.get("more_body", False):  # the body has ended, or the client has left
+            self._watcher = asyncio.create_task(self._watch())
+        return message
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.left.set()
+        self.time.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Sends a part of the reply."""
+        if not self.started:
+            self.started = True
+            # A stream keeps the time itself; what is added is for clients that do not read.
+            self.time.deadline += self._seconds
+        await self._send(message)
+
+    async def close(self) -> None:
+        """Ends the watch."""
+        if self._watcher:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher

@@ -82,8 +82,13 @@ class ServedPlan:
             VqdeployError: The plan cannot be opened, or has no images.
         """
         self.name, self._settings, self._metrics = path.name.removesuffix(".plan"), settings, metrics
-        self.worker = Worker(self.name, lambda: load(path, device, threads), settings.slots, metrics)
-        self.pipeline.tokenizer  # noqa: B018 (which refuses plans that are about arrays)
+
+        def open_plan() -> Pipeline:
+            pipeline = load(path, device, threads)
+            pipeline.tokenizer  # noqa: B018 (which refuses plans that are about arrays)
+            return pipeline
+
+        self.worker = Worker(self.name, open_plan, settings.slots, metrics)
         self.created = int(path.stat().st_mtime)
         self._in_flight = 0
 
@@ -115,7 +120,6 @@ class ServedPlan:
             label_is_optional=sampling.no_label is not None if sampling else None,
             text_length=sampling.text.length if sampling and sampling.text else None,
             options=pipeline.options() if sampling else {},
-            slots=self._settings.slots,
             max_images=self._settings.max_images,
         )
 

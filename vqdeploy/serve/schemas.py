@@ -146,7 +146,6 @@ class Model(BaseModel):
     label_is_optional: bool | None = Field(description="Whether an image may be drawn without a class.")
     text_length: int | None = Field(description="Token ids of a text, for priors conditioned on texts.")
     options: dict[str, Any] = Field(description="Sampling options and their defaults.")
-    slots: int = Field(description="Images that are drawn at once.")
     max_images: int = Field(description="Images of one request.")
 
 

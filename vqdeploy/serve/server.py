@@ -54,6 +54,7 @@ def run(
         server = _Server(
             uvicorn.Config(
                 create_app(plans, settings, metrics),
+                log_config=None,  # the handler of the command line escapes what it writes
                 log_level="warning",
                 lifespan="off",
                 limit_concurrency=_CONNECTIONS,

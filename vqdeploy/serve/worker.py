@@ -146,7 +146,6 @@ class Worker:
         self._lanes: dict[bool, _Lane] = {}
         self._failed = self._closing = False
         self._busy, self._done = 0.0, 0
-        metrics.slots.labels(name).set(slots)
         self._thread = threading.Thread(target=self._work, name=f"worker of {name}", daemon=True)
         self._thread.start()
 
@@ -313,8 +312,9 @@ class Worker:
 
     def _count(self) -> None:
         self._metrics.waiting.labels(self._name).set(sum(map(len, self._waiting.values())))
-        in_use = sum(len(lane.images) for lane in self._lanes.values())
-        self._metrics.slots_in_use.labels(self._name).set(in_use)
+        lanes = self._lanes.values()
+        self._metrics.slots.labels(self._name).set(sum(lane.sampler.slots for lane in lanes))
+        self._metrics.slots_in_use.labels(self._name).set(sum(len(lane.images) for lane in lanes))
 
 
 def _answer(future: "Future[np.ndarray]", result: np.ndarray) -> None:
