@@ -1,6 +1,7 @@
 """Sentences of errors: one line, no control characters, no more than a screen."""
 
 import logging
+import pickle
 
 import pytest
 from hypothesis import given
@@ -77,3 +78,11 @@ def test_messages_to_the_logger_are_shown_as_errors_are(caplog):
     (message,) = caplog.messages
     assert message.startswith(r"stage \x1b]0;pwn\x07")
     assert len(message) == LONGEST
+
+
+@pytest.mark.parametrize("kind", [VqdeployError, ArtifactError])
+@pytest.mark.parametrize("fix", [None, "a command"])
+def test_an_error_of_another_process_reads_the_same(kind, fix):
+    error = kind("it is wrong", expected=1, found=2, fix=fix)
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 (of our own)
+    assert (type(copy), str(copy)) == (kind, str(error))

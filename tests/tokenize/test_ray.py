@@ -22,13 +22,24 @@ NODES = 3
 def cluster():
     """A cluster of three nodes of one core, all on this machine."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    for _ in range(NODES - 1):
-        cluster.add_node(**node)
-    cluster.wait_for_nodes()
+    try:
+        cluster = started()
+    except Exception:  # Ray gives a node 30 seconds, which a busy machine may exceed
+        cluster = started()
     yield cluster
     cluster.shutdown()
+
+
+def started():
+    cluster = Cluster()
+    try:
+        for _ in range(NODES):
+            cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+        cluster.wait_for_nodes()
+    except BaseException:
+        cluster.shutdown()
+        raise
+    return cluster
 
 
 def working(cluster):
