@@ -48,7 +48,7 @@ def main() -> None:
     asked = parser.parse_args()
     with server(asked.plan, str(asked.other)) as (address, _), sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = take(browser, address, (1280, 720), "light", asked.other.stem, asked.label)
+        page = take(browser, address, (1280, 640), "light", asked.other.stem, asked.label)
         page.screenshot(path=FOLDER / "page.png", full_page=True)
         page = take(browser, address, (390, 844), "dark", None, asked.label)
         page.evaluate("() => scrollTo(0, document.querySelector('#easel').offsetTop - 10)")

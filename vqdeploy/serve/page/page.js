@@ -1,8 +1,8 @@
 // The page of `vqdeploy serve`. It talks to the same routes as any client.
 
 const $ = (id) => document.getElementById(id);
-const PREVIEWS = { masked: 1024 }; // a masked prior has few steps, the others one for each position
-const FEW_PREVIEWS = 32;
+const MOST_PREVIEWS = 1024;
+const MOST_ROWS = 16;
 const FILM = 40; // thumbnails
 const FIRST_OPTIONS = ["steps", "guidance_scale", "temperature", "top_p"];
 
@@ -223,7 +223,7 @@ async function run(send) {
     await Promise.all(
       bodies.map(async (each, i) => {
         const of = models.find(({ id }) => id === each.model);
-        const asked = { ...each, stream: true, partial_images: PREVIEWS[of.kind] ?? FEW_PREVIEWS };
+        const asked = { ...each, stream: true, partial_images: previews(of) };
         await panes[i].play(await send(asked, controller.signal), each.model);
       }),
     );
@@ -240,6 +240,10 @@ async function run(send) {
   }
   showCall();
 }
+
+// Each costs a call of the decoder: all of the few steps of a masked prior, and the rows of the others, which have a step
+// for each position.
+const previews = ({ kind, maps }) => (kind === "masked" ? MOST_PREVIEWS : Math.min(maps[0][0], MOST_ROWS) - 1);
 
 // The same request for another plan, which may have other options.
 function forOther(body, other) {
