@@ -85,13 +85,13 @@ def open_image(path: Path, background: int = 255) -> Image.Image:
     return on_background(decode(path, path), background)
 
 
-def decode(file: Path | BinaryIO, name: object, most: int = MOST_PIXELS) -> Image.Image:
+def decode(file: Path | BinaryIO, name: object, most: int | None = None) -> Image.Image:
     """An image upright and with 8 bits a channel: RGBA if it has transparency, else RGB.
 
     Args:
         file: The file; its content determines the format.
         name: What errors call it.
-        most: Most pixels that are decoded.
+        most: Most pixels that are decoded, `MOST_PIXELS` by default.
 
     Raises:
         ArtifactError: As for `read`.
@@ -100,7 +100,7 @@ def decode(file: Path | BinaryIO, name: object, most: int = MOST_PIXELS) -> Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
             with Image.open(file, formats=_formats()) as image:
-                _check_size(image, most)
+                _check_size(image, most or MOST_PIXELS)
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)
                 upright = upright if bits == 8 else _eight_bits(upright, bits)
                 return upright.convert("RGBA" if upright.has_transparency_data else "RGB")

@@ -62,8 +62,8 @@ def test_every_published_preset_is_counted():
     assert set(PRESETS["vqvae2"]) == {*VQVAE2_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vitvqgan"]) == {*VITVQGAN_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vqgan"]) == {*VQGAN_COUNTS, "tiny"}
-    assert set(PRESETS["rqvae"]) == {*COUNTS, "tiny", "bench"}
-    assert set(PRESETS["movq"]) == {*MOVQ_COUNTS, "tiny", "bench"}
+    assert set(PRESETS["rqvae"]) == {*COUNTS, "tiny", "emoji", "bench"}
+    assert set(PRESETS["movq"]) == {*MOVQ_COUNTS, "tiny", "emoji", "bench"}
 
 
 def count(model, name):

@@ -547,7 +547,7 @@ def test_training_and_run_see_the_same_pixels(tmp_path):
     Image.fromarray(np.dstack([grey, grey[::-1], 255 - grey])).save(tmp_path / "a.jpg", exif=turned)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b.png")
     Image.fromarray(np.dstack([grey * 0] * 3 + [grey])).save(tmp_path / "c.png")
-    files = Files([(path, 0) for path in sorted(tmp_path.iterdir())], 32)
+    files = Files([(path, 0) for path in sorted(tmp_path.iterdir())], 32, Recipe())
     for i, (path, _) in enumerate(files.files):
         np.testing.assert_array_equal(files[i][0].permute(1, 2, 0).numpy(), read(path, 32))
 
