@@ -35,8 +35,8 @@ class MaskedSampler(Sampler):
     raster = False
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
-        slots, self._session = self.slots, sessions["step"]
-        session, self._shape = self._session, self._layout.shape
+        self._session = session = sessions["step"]
+        slots, self._shape = self.slots, self._layout.shape
         self._dims = dims = {"batch": slots, "conditions": 2 if self.guided else 1}
         # The codes stay on the device of the engine from step to step.
         self._binding = session.bind(dims, session.buffers(dims, "codes", "given"))
