@@ -54,18 +54,21 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
     return {"": loose} if loose else classes
 
 
-def check_classes(folder: Path, classes: dict[str, list[Path]]) -> None:
-    """Rejects classes of `find_classes` without images, or with names that cannot be shown.
+def find_labelled(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    """The names of the classes of a folder, none if it has no subfolders, and its images with their labels.
 
     Raises:
-        VqdeployError: It names the first such class.
+        VqdeployError: As for `find_classes`; or a class has no images, or a name that cannot be shown.
     """
+    classes = find_classes(folder)
     if empty := [name for name, found in classes.items() if not found]:
         raise VqdeployError(f"{folder} holds folders without images: {shortened(empty)}", fix="remove them")
     if odd := [name for name in classes if name and not name.isprintable()]:
         raise VqdeployError(
             f"{odd[0]!r} in {folder} is not a valid class name", expected="characters that can be printed"
         )
+    files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
+    return tuple(name for name in classes if name), files
 
 
 def shortened(names: list[Path] | list[str]) -> str:

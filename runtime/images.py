@@ -48,13 +48,15 @@ def read(path: Path, side: int | None = None, width: int | None = None) -> np.nd
     return _resized(open_image(path), side, width)
 
 
-def read_bytes(content: bytes, name: str, side: int | None = None, width: int | None = None) -> np.ndarray:
-    """The content of an image file as `read` gives it; `name` is that of the image in errors.
+def read_bytes(
+    content: bytes, name: str, side: int | None = None, width: int | None = None, most: int | None = None
+) -> np.ndarray:
+    """The content of an image file as `read` gives it; `name` and `most` are as for `decode`.
 
     Raises:
         ArtifactError: As for `read`.
     """
-    return _resized(on_background(decode(io.BytesIO(content), name)), side, width)
+    return _resized(on_background(decode(io.BytesIO(content), name, most)), side, width)
 
 
 def _resized(image: Image.Image, side: int | None, width: int | None) -> np.ndarray:
@@ -75,7 +77,12 @@ def read_mask(path: Path, side: int) -> np.ndarray:
         VqdeployError: The file does not exist.
         ArtifactError: As for `read`.
     """
-    return np.asarray(square(open_image(path, background=0).convert("L"), side)) > 127
+    return light(open_image(path, background=0), side, side)
+
+
+def light(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Where the centre of an image is lighter than grey level 127, bool [height, width]."""
+    return fitted(image.convert("L"), height, width) > 127
 
 
 def open_image(path: Path, background: int = 255) -> Image.Image:

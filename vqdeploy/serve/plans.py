@@ -274,8 +274,8 @@ class ServedPlan:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise VqdeployError("an image is not in base64") from error
-        image = images.decode(io.BytesIO(data), "an image", self._settings.max_pixels)
-        return images.fitted(images.on_background(image), *self.pipeline.image_shape[:2])
+        height, width, _ = self.pipeline.image_shape
+        return images.read_bytes(data, "an image", height, width, self._settings.max_pixels)
 
     def _read_edit(self, asked: Edit) -> tuple[np.ndarray, np.ndarray]:
         """The image of an edit uint8 [H, W, 3], and what is to be drawn anew, bool [H, W]."""
@@ -285,7 +285,7 @@ class ServedPlan:
         if source.mode == "RGBA":
             mask = images.fitted(source.getchannel("A"), *shape) < 128
         elif asked.mask:
-            mask = images.fitted(source.convert("L"), *shape) > 127
+            mask = images.light(source, *shape)
         else:
             raise VqdeployError("there is no mask", expected="a mask, or an image with transparency")
         if not mask.any():

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, Self
 
 from vqdeploy.errors import ArtifactError, VqdeployError, escaped
 from vqdeploy.files import parse_json
-from vqdeploy.runtime.folder import check_classes, find_classes
+from vqdeploy.runtime.folder import find_labelled
 from vqdeploy.runtime.images import suffixes
 
 TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
@@ -157,10 +157,8 @@ class FolderPart:
 
 
 def _of_folder(folder: Path, images: int) -> list[Part]:
-    classes = find_classes(folder)
-    check_classes(folder, classes)
-    names = tuple(name for name in classes if name)
-    found = [(str(p.relative_to(folder)), label) for label, files in enumerate(classes.values()) for p in files]
+    names, files = find_labelled(folder)
+    found = [(str(path.relative_to(folder)), label) for path, label in files]
     starts = range(0, len(found), images)
     return [FolderPart(f"{i:06}", folder, tuple(found[at : at + images]), names) for i, at in enumerate(starts)]
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vqdeploy.errors import ArtifactError, VqdeployError, missing
 from vqdeploy.models.pixels import channels_first
-from vqdeploy.runtime.folder import check_classes, find_classes, shortened
+from vqdeploy.runtime.folder import find_labelled, shortened
 from vqdeploy.runtime.images import open_image, square
 from vqdeploy.runtime.threads import cores
 from vqdeploy.systems.recipe import Recipe
@@ -251,31 +251,29 @@ def _codes(folder: Path) -> Data:
 
 def _folder(folder: Path, resolution: int, held_out: Path | None, recipe: Recipe) -> Data:
     """An image folder; a tenth of each class is held out, if there is no folder for that."""
-    classes, files, fingerprint = _read_folder(folder, 2 if held_out is None else 1)
+    classes, train = _listed(folder)
+    if held_out is None and len(train) < 2:
+        raise VqdeployError(f"{folder} holds too few images", expected="2 or more", found=len(train))
+    fingerprint = _read([path for path, _ in train], folder)
     if held_out is None:
-        train, rest = _split(files)
+        train, rest = _split(train)
     else:
-        train, (others, rest, other) = files, _read_folder(held_out, 1)
+        others, rest = _listed(held_out)
         if others != classes:
             expected, found = (", ".join(names) or "none" for names in (classes, others))
             raise VqdeployError(f"{held_out} has other classes than {folder}", expected=expected, found=found)
-        fingerprint = hashlib.sha256((fingerprint + other).encode()).hexdigest()
+        fingerprint = hashlib.sha256((fingerprint + _read([path for path, _ in rest], held_out)).encode()).hexdigest()
     if not rest:
         raise VqdeployError(f"{folder} holds too few images", expected="2 or more in one of its classes", found=1)
     workers = min(cores(), 8) if resolution > 64 else 0
     return Data(Files(train, resolution, recipe), Files(rest, resolution, recipe), classes, fingerprint, workers)
 
 
-def _read_folder(folder: Path, least: int) -> tuple[tuple[str, ...], list[tuple[Path, int]], str]:
-    """The names of the classes of an image folder, its images with their labels, and a digest of them."""
+def _listed(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    """The names of the classes of an image folder, and its images with their labels."""
     if not folder.is_dir():
         raise VqdeployError("there is no such data", expected="digits, photos, an image folder or codes", found=folder)
-    classes = find_classes(folder)
-    check_classes(folder, classes)
-    files = [(path, label) for label, found in enumerate(classes.values()) for path in found]
-    if len(files) < least:
-        raise VqdeployError(f"{folder} holds too few images", expected=f"{least} or more", found=len(files))
-    return tuple(name for name in classes if name), files, _read([path for path, _ in files], folder)
+    return find_labelled(folder)
 
 
 def _read(files: list[Path], folder: Path) -> str:
