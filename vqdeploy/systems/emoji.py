@@ -16,14 +16,15 @@ CONV = ConvConfig(
 )
 
 RECIPE = Recipe(
-    steps=6000,
-    prior_steps=6000,
-    classifier_steps=1500,
-    batch_size=32,
-    learning_rate=2e-3,
-    prior_learning_rate=1e-3,
+    steps=3000,
+    prior_steps=4500,
+    classifier_steps=2500,
+    batch_size=16,
+    learning_rate=1.5e-3,
+    prior_learning_rate=7e-4,
     soft_temperature=0.03,
     stored_dtype="float16",
     smallest_crop=0.9,
     mirror=False,  # of flags and letters
+    balanced=True,  # half of the images are people, with their skin tones
 )

@@ -15,7 +15,8 @@ class Recipe(Config):
     `label_smoothing` is for masked priors, `label_dropout`, the fraction of dropped labels, for all priors with
     guidance. `logit_laplace_weight` belongs to ViT-VQGAN (section 3.4). `classifier_steps` trains the classifier that
     judges samples. `stored_dtype` is the type of the saved weights. Images of a folder are cropped to squares of
-    `smallest_crop` to 1 of their shorter side, and every other one is mirrored if `mirror`.
+    `smallest_crop` to 1 of their shorter side, and every other one is mirrored if `mirror`. If `balanced`, they are
+    drawn as often of a small class as of a large one.
     """
 
     steps: int = 400_000
@@ -34,6 +35,7 @@ class Recipe(Config):
     stored_dtype: str = "float32"
     smallest_crop: float = 0.75
     mirror: bool = True
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "prior_steps", "classifier_steps", "batch_size"):

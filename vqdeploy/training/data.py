@@ -45,6 +45,10 @@ class Images(Dataset[Item]):
         """An image and its label; with `rng`, the image is augmented."""
         raise NotImplementedError
 
+    def draw(self, rng: np.random.Generator) -> int:
+        """The index of an image to train on."""
+        return int(rng.integers(len(self)))
+
 
 class Draws(Images):
     """The image sequence of a whole training run: drawn with replacement, and augmented.
@@ -62,7 +66,7 @@ class Draws(Images):
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
         """The image at this index of the sequence, and its label."""
         rng = rng or np.random.default_rng((self.seed, index))
-        return self.images.item(int(rng.integers(len(self.images))), rng)
+        return self.images.item(self.images.draw(rng), rng)
 
 
 class Data(NamedTuple):
@@ -201,9 +205,19 @@ class Files(Images):
 
     def __init__(self, files: Sequence[tuple[Path, int]], resolution: int, recipe: Recipe):
         self.files, self.resolution, self.recipe = files, resolution, recipe
+        self.classes: defaultdict[int, list[int]] = defaultdict(list)
+        for index, (_, label) in enumerate(files):
+            self.classes[label].append(index)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The index of an image; as often of one class as of another, if the recipe is balanced."""
+        if not self.recipe.balanced:
+            return super().draw(rng)
+        members = self.classes[list(self.classes)[rng.integers(len(self.classes))]]
+        return members[rng.integers(len(members))]
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
         """An image and its class; cropped and mirrored at random with `rng`."""
