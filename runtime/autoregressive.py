@@ -98,19 +98,24 @@ class AutoregressiveSampler(Sampler):
         self._since[slot] = self._calls
         self._known[slot] = known
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
-        labelled, unlabelled = self._first_row + slot, self._first_row - 1 - slot
+        labelled, *rest = self._rows_of(slot)
         rows = {labelled: item.condition}
-        if self.guided and self.no_label is not None:
-            rows[unlabelled] = self.no_label
+        if self.no_label is not None:
+            rows |= dict.fromkeys(rest, self.no_label)
         for row, condition in rows.items():
             self._greedy[slot] = self._write(self._binding, row, item, condition)
             self._clear(row)
         if self.guides(item):
-            self._binding.inputs["partner"][labelled] = unlabelled
+            self._binding.inputs["partner"][labelled] = rest[0]
             self._binding.inputs["guidance"][labelled] = item.options["guidance_scale"]
         if self._before + first > 0:
             for row, condition in rows.items():
                 self._prefill(row, item, condition, known[:first])
+
+    def _rows_of(self, slot: int) -> list[int]:
+        """The batch rows of a slot: with its label, and with guidance also without."""
+        first = self._first_row
+        return [first + slot, first - 1 - slot] if self.guided else [slot]
 
     def _write(self, binding: Binding, row: int, item: Item, condition: int | np.ndarray) -> np.ndarray:
         """Writes the inputs that stay the same for all steps of an image; the row becomes its own partner."""
@@ -172,9 +177,8 @@ class AutoregressiveSampler(Sampler):
             codes[:first, 0] = drawn[::-1]
         for slot in running:
             if (position := int(self._next[slot])) in self._fixed[slot]:
-                codes[first + slot, 0] = self._known[slot, position]
-                if self.guided:
-                    codes[first - 1 - slot, 0] = self._known[slot, position]
+                for row in self._rows_of(slot):
+                    codes[row, 0] = self._known[slot, position]
             self._next[slot] += 1
         self._calls += 1
         for slot in running:

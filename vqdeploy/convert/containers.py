@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqdeploy.convert import pickles
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, one_line
 
 Weights = dict[str, Tensor]
 
@@ -415,7 +415,7 @@ def read_config(file: Path) -> object:
             return json.loads(text)
         return _yaml(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is not a configuration ({' '.join(str(error).split())})") from error
+        raise ArtifactError(f"{file} is not a configuration ({one_line(error)})") from error
 
 
 def _yaml(text: str) -> object:
