@@ -40,6 +40,11 @@ class LlamaGenConfig(MapConfig):
     text_width: int = 0
     dropout: float = 0.1
 
+    @property
+    def null_label(self) -> bool:
+        """Whether images without a condition were part of training."""
+        return True
+
 
 class RMSNorm(nn.Module):
     """x / root mean square of x, in fp32, times a weight (Zhang and Sennrich, 2019)."""
@@ -239,11 +244,8 @@ class IndexedCache:
 
     def at(self, entries: Tensor, mask: Tensor | None) -> Attend:
         """Attention of the entries [S] to all rows of the cache that they may see [B, S + rows, S + rows]."""
-        rows = self.key.shape[2]
-        if mask is None:
-            seen = torch.arange(rows, device=entries.device) <= entries[:, None]
-        else:
-            seen = mask[:, None, entries]
+        order = torch.arange(self.key.shape[2], device=entries.device) <= entries[:, None]
+        seen = order if mask is None else mask[:, None, entries]
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             self.key[:, :, entries], self.value[:, :, entries] = key, value
