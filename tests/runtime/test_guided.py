@@ -103,7 +103,7 @@ def test_no_call_takes_more_rows_than_the_plan_allows(narrow, vit_pipeline, monk
 def test_caches_are_updated_in_place(vit_pipeline):
     session = vit_pipeline.session("step")
     assert len(session.stage.aliases) == 2 * 3
-    binding = session.bind({"batch": 2, "length": 1})
+    binding = session.bind({"batch": 2, "images": 2, "length": 1})
     binding.inputs["top_k"][:] = 64
     binding.inputs["temperature"][:] = 1
     binding.run()
@@ -153,7 +153,7 @@ def test_a_step_touches_no_more_of_the_caches_than_the_places_in_use(vit_plan, t
     shape = (1, *infos[0].shape[1:])
     caches = {info.name: np.memmap(tmp_path / info.name, np.float32, "w+", shape=shape) for info in infos}
     total = sum(cache.nbytes for cache in caches.values())
-    binding = session.bind({"batch": 1, "length": 1}, caches)
+    binding = session.bind({"batch": 1, "images": 1, "length": 1}, caches)
     binding.inputs["top_k"][:] = binding.inputs["temperature"][:] = 1
     before = resident()
     for position in range(16):

@@ -1,0 +1,141 @@
+"""The stage of LlamaGen's prior: `step`.
+
+What is folded into the weights: those of the norms into the next products, the scale into the queries, and the order of
+features, in which the halves of a head rotate together, into queries and keys.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqdeploy.export.gpt import draw, guided, step_stage
+from vqdeploy.export.layers import Product, at_least, widened
+from vqdeploy.export.stage import Stage
+from vqdeploy.models.llamagen import EPSILON, Block, LlamaGen, LlamaGenConfig
+
+_MULTIPLE = 8  # of which ONNX Runtime's attention wants the width of a head to be one
+
+
+def head_width(config: LlamaGenConfig) -> int:
+    """Width of a head with the zeros that fill it up."""
+    return -(-config.width // config.heads // _MULTIPLE) * _MULTIPLE
+
+
+def normalized(x: Tensor) -> Tensor:
+    """An `RMSNorm` without a weight."""
+    wide = widened(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
+
+
+class InferenceBlock(nn.Module):
+    """A block with the weights of its norms, the scale and the order of rotation folded into its products."""
+
+    def __init__(self, block: Block, width: int):
+        super().__init__()
+        attention, mlp = block.attention, block.feed_forward
+        self.heads, self.width = attention.heads, width
+        query, key, value = attention.wqkv.weight.unflatten(0, (3, self.heads, -1))  # [H, D, width]
+        own = query.shape[1]
+        fill = (0, 0, 0, width - own)
+        halves = (_halves(part, width) for part in (query * own**-0.5, key))
+        rows = torch.stack([*halves, F.pad(value, fill)]) * block.attention_norm.weight
+        self.qkv = Product(rows.flatten(0, 2).T)
+        columns = F.pad(attention.wo.weight.T.unflatten(0, (self.heads, own)), fill)
+        self.out = Product(columns.flatten(0, 1))
+        self.mlp_in = Product((torch.cat([mlp.w1.weight, mlp.w3.weight]) * block.ffn_norm.weight).T)
+        self.mlp_out = Product(mlp.w2.weight.T)
+
+    def forward(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, key: Tensor, value: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries [B, S, width] at `position` [B], with KV caches [B, H, T, D] as inputs and outputs.
+
+        Cosine and sine of the rotations are [B, S, 1, D], the sine of the first half of the features negative.
+        """
+        turning, last = self.qkv(normalized(x)).split([2 * self.heads * self.width, self.heads * self.width], -1)
+        heads = turning.unflatten(-1, (2 * self.heads, self.width))
+        turned = heads * cosine + torch.cat(heads.chunk(2, -1)[::-1], -1) * sine
+        qkv = torch.cat([turned.flatten(-2), last], -1)
+        attention, key, value = torch.ops.vqdeploy.cached_attention(qkv, key, value, position)
+        x = x + self.out(attention)
+        gate, up = self.mlp_in(normalized(x)).chunk(2, -1)
+        return x + self.mlp_out(F.silu(gate) * up), key, value
+
+
+def _halves(heads: Tensor, width: int) -> Tensor:
+    """Rows of heads [H, D, ...], whose pairs are neighbours, with the first of all pairs before the second of all."""
+    even, odd = heads[:, 0::2], heads[:, 1::2]
+    fill = (0, 0, 0, width // 2 - even.shape[1])
+    return torch.cat([F.pad(even, fill), F.pad(odd, fill)], 1)
+
+
+class Labels(nn.Module):
+    """The entry of a label: labels [B] -> [B, 1, width]."""
+
+    labels: Tensor  # [classes + 1, width]
+
+    def __init__(self, prior: LlamaGen):
+        super().__init__()
+        self.register_buffer("labels", prior.cls_embedding.embedding_table.weight.detach())
+
+    def forward(self, label: Tensor) -> Tensor:
+        return F.embedding(label, self.labels)[:, None]
+
+
+class Step(nn.Module):
+    """The code of the position after S known entries; compare `vqdeploy.export.gpt.GuidedStep`."""
+
+    body: Any  # list of InferenceBlock
+    codes: Tensor  # [K, width]
+    cosine: Tensor  # [entries, D]
+    sine: Tensor  # [entries, D]
+
+    def __init__(self, prior: LlamaGen):
+        super().__init__()
+        width = head_width(prior.config)
+        self.length = prior.config.condition_length
+        self.condition = Labels(prior)
+        self.register_buffer("codes", prior.tok_embeddings.weight.detach())
+        cosine, sine = F.pad(prior.angles, (0, 0, 0, width // 2 - prior.angles.shape[1])).unbind(-1)
+        self.register_buffer("cosine", torch.cat([cosine, cosine], -1))
+        self.register_buffer("sine", torch.cat([-sine, sine], -1))
+        self.body = nn.ModuleList(InferenceBlock(block, width) for block in prior.layers)
+        self.head = at_least(8, Product((prior.output.weight * prior.norm.weight).T))
+
+    def forward(
+        self,
+        codes: Tensor,
+        label: Tensor,
+        position: Tensor,
+        row: Tensor,
+        partner: Tensor,
+        guidance: Tensor,
+        noise: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        past_key: list[Tensor],
+        past_value: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        entry = position[:, None] + torch.arange(codes.shape[1])
+        x = F.embedding(codes[:, :, 0], self.codes)
+        x = torch.where((entry < self.length)[:, :, None], self.condition(label), x)
+        cosine, sine = (F.embedding(entry, table)[:, :, None] for table in (self.cosine, self.sine))
+        keys, values = [], []
+        for block, key, value in zip(self.body, past_key, past_value, strict=True):
+            x, key, value = block(x, cosine, sine, key, value, position)
+            keys.append(key)
+            values.append(value)
+        logits = widened(self.head(guided(normalized(x[:, -1]), row, partner, guidance)))
+        return *draw(logits, noise, temperature, top_k, top_p), *keys, *values
+
+
+def stages(prior: LlamaGen) -> list[Stage]:
+    """The stage of a prior."""
+    config = prior.config
+    entries = config.condition_length + config.positions - 1  # nothing is drawn after the code of the last position
+    cache = (config.heads, entries, head_width(config))
+    label = {"label": torch.zeros(2, dtype=torch.int64)}
+    return [step_stage(Step(prior), label, config.codebook_size, [cache] * config.layers, [], guidance=True)]
