@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vqdeploy.export.gpt import draw, guided, step_stage
 from vqdeploy.export.layers import Product, at_least, widened
 from vqdeploy.export.stage import Stage
-from vqdeploy.models.llamagen import EPSILON, Block, LlamaGen, LlamaGenConfig
+from vqdeploy.models.llamagen import EPSILON, Block, LlamaGen, LlamaGenConfig, RMSNorm
 
 _MULTIPLE = 8  # of which ONNX Runtime's attention wants the width of a head to be one
 
@@ -38,14 +38,12 @@ class InferenceBlock(nn.Module):
         self.heads, self.width = attention.heads, width
         query, key, value = attention.wqkv.weight.unflatten(0, (3, self.heads, -1))  # [H, D, width]
         own = query.shape[1]
-        fill = (0, 0, 0, width - own)
-        halves = (_halves(part, width) for part in (query * own**-0.5, key))
-        rows = torch.stack([*halves, F.pad(value, fill)]) * block.attention_norm.weight
-        self.qkv = Product(rows.flatten(0, 2).T)
-        columns = F.pad(attention.wo.weight.T.unflatten(0, (self.heads, own)), fill)
-        self.out = Product(columns.flatten(0, 1))
-        self.mlp_in = Product((torch.cat([mlp.w1.weight, mlp.w3.weight]) * block.ffn_norm.weight).T)
-        self.mlp_out = Product(mlp.w2.weight.T)
+        rows = [_halves(query * own**-0.5, width), _halves(key, width), _filled(value, width)]
+        self.qkv = _folded(torch.cat(rows).flatten(0, 1), block.attention_norm, attention.wqkv)
+        out = _filled(attention.wo.weight.T.unflatten(0, (self.heads, own)), width).flatten(0, 1)
+        self.out = Product(out, _filled_moment(attention.wo, self.heads, width))
+        self.mlp_in = _folded(torch.cat([mlp.w1.weight, mlp.w3.weight]), block.ffn_norm, mlp.w1)
+        self.mlp_out = Product(mlp.w2.weight.T, getattr(mlp.w2, "moment", None))
 
     def forward(
         self, x: Tensor, cosine: Tensor, sine: Tensor, key: Tensor, value: Tensor, position: Tensor
@@ -64,11 +62,31 @@ class InferenceBlock(nn.Module):
         return x + self.mlp_out(F.silu(gate) * up), key, value
 
 
+def _folded(weight: Tensor, norm: RMSNorm, layer: nn.Linear) -> Product:
+    """The product with the weight [outputs, inputs] of a layer, or one made of it, after a norm without a weight."""
+    moment: Tensor | None = getattr(layer, "moment", None)
+    if moment is not None:
+        scale = torch.where(norm.weight == 0, 1.0, norm.weight)
+        moment = moment / torch.outer(scale, scale)
+    return Product((weight * norm.weight).T, moment)
+
+
+def _filled(heads: Tensor, width: int) -> Tensor:
+    """Heads [H, D, ...], filled up with zeros to a width."""
+    return F.pad(heads, (0, 0, 0, width - heads.shape[1]))
+
+
+def _filled_moment(layer: nn.Linear, heads: int, width: int) -> Tensor | None:
+    """What is known of the inputs of a layer when their heads are filled up."""
+    moment: Tensor | None = getattr(layer, "moment", None)
+    for _ in range(2):
+        moment = moment if moment is None else _filled(moment.unflatten(0, (heads, -1)), width).flatten(0, 1).T
+    return moment
+
+
 def _halves(heads: Tensor, width: int) -> Tensor:
-    """Rows of heads [H, D, ...], whose pairs are neighbours, with the first of all pairs before the second of all."""
-    even, odd = heads[:, 0::2], heads[:, 1::2]
-    fill = (0, 0, 0, width // 2 - even.shape[1])
-    return torch.cat([F.pad(even, fill), F.pad(odd, fill)], 1)
+    """Heads [H, D, ...], whose pairs are neighbours, with the first of all pairs before the second of all."""
+    return torch.cat([_filled(heads[:, first::2], width // 2) for first in (0, 1)], 1)
 
 
 class Labels(nn.Module):
@@ -102,7 +120,7 @@ class Step(nn.Module):
         self.register_buffer("cosine", torch.cat([cosine, cosine], -1))
         self.register_buffer("sine", torch.cat([-sine, sine], -1))
         self.body = nn.ModuleList(InferenceBlock(block, width) for block in prior.layers)
-        self.head = at_least(8, Product((prior.output.weight * prior.norm.weight).T))
+        self.head = at_least(8, _folded(prior.output.weight, prior.norm, prior.output))
 
     def forward(
         self,

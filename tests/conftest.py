@@ -95,6 +95,11 @@ vqgan_package = _artifact("package", "vqgan")
 vqgan_plan = _artifact("plan", "vqgan", portable=True)
 vqgan_pipeline = _artifact("pipeline", "vqgan", portable=True)
 
+llamagen_system = _artifact("system", "llamagen")
+llamagen_package = _artifact("package", "llamagen")
+llamagen_plan = _artifact("plan", "llamagen")
+llamagen_pipeline = _artifact("pipeline", "llamagen")
+
 vqvae2_system = _artifact("system", "vqvae2")
 vqvae2_checkpoint = _artifact("checkpoint", "vqvae2")
 vqvae2_package = _artifact("package", "vqvae2")

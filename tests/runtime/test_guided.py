@@ -23,9 +23,12 @@ PLACES = 2**17  # 32 MB a cache
 WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1, "guidance_scale": 1}
 
 
-@pytest.fixture(params=["vit", "vqgan"])
+@pytest.fixture(params=["vit", "vqgan", "llamagen"])
 def either(request):
-    """The pipeline of a system, and the system: ONNX Runtime's bodies and a plain GPT, or portable ones and a shift."""
+    """The pipeline of a system, and the system.
+
+    ONNX Runtime's bodies and a plain GPT, portable ones and a shift, or heads that are filled up.
+    """
     return request.getfixturevalue(f"{request.param}_pipeline"), request.getfixturevalue(f"{request.param}_system")
 
 
@@ -169,6 +172,7 @@ def test_a_step_touches_no_more_of_the_caches_than_the_places_in_use(vit_plan, t
 
 
 @pytest.mark.parametrize("labels", [None, [0, 2, 1]])
+@pytest.mark.parametrize("either", ["vit", "vqgan"], indirect=True)
 def test_features_are_those_of_pytorch_at_every_layer(either, labels):
     pipeline, system = either
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)

@@ -18,7 +18,7 @@ def guided_logits(prior: Prior, codes: Tensor, conditions: Tensor, scale: float,
     """
     if scale == 1:
         return prior.logits(codes, conditions)
-    both = prior.logits(codes.repeat(2, 1, 1, 1), torch.cat([conditions, _unconditional(prior, conditions)]))
+    both = prior.logits(codes.repeat(2, 1, 1, 1), torch.cat([conditions, without_condition(prior, conditions)]))
     conditional, unconditional = both.chunk(2)
     guided = unconditional + scale * (conditional - unconditional)
     if interval < 0:
@@ -27,7 +27,7 @@ def guided_logits(prior: Prior, codes: Tensor, conditions: Tensor, scale: float,
     return torch.where((positions <= interval + 1)[..., None, None], guided, conditional)
 
 
-def _unconditional(prior: Prior, conditions: Tensor) -> Tensor:
+def without_condition(prior: Prior, conditions: Tensor) -> Tensor:
     """The same images without labels; a prior of texts says what stands for none."""
     if hasattr(prior, "unconditional"):
         return prior.unconditional(conditions)
