@@ -8,6 +8,7 @@ from support.golden import assert_close, read_golden, recorded_codes
 from support.public import TOKENIZERS, write_system, write_tokenizer
 
 from vqdeploy import checkpoint, cli
+from vqdeploy.reference.guidance import without_condition
 
 
 @pytest.fixture
