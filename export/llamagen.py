@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vqdeploy.export.gpt import draw, guided, step_stage
 from vqdeploy.export.layers import Product, at_least, widened
 from vqdeploy.export.stage import Stage
-from vqdeploy.models.llamagen import EPSILON, Block, LlamaGen, LlamaGenConfig, RMSNorm
+from vqdeploy.models.llamagen import EPSILON, Block, LlamaGen, LlamaGenConfig, RMSNorm, TextEmbedding
 
 _MULTIPLE = 8  # of which ONNX Runtime's attention wants the width of a head to be one
 
@@ -89,17 +89,28 @@ def _halves(heads: Tensor, width: int) -> Tensor:
     return torch.cat([_filled(heads[:, first::2], width // 2) for first in (0, 1)], 1)
 
 
-class Labels(nn.Module):
-    """The entry of a label: labels [B] -> [B, 1, width]."""
+class Texts(nn.Module):
+    """The entries of texts, or of what stands for none; what it gives for entries behind them means nothing.
 
-    labels: Tensor  # [classes + 1, width]
+    A text has its first entry where its padding would have one: no entry attends to padding, and those of the condition
+    are not rotated by their place.
+    """
 
-    def __init__(self, prior: LlamaGen):
+    none: Tensor  # [C, text_width]
+
+    def __init__(self, embedding: TextEmbedding):
         super().__init__()
-        self.register_buffer("labels", prior.cls_embedding.embedding_table.weight.detach())
+        self.register_buffer("none", embedding.uncond_embedding.detach())
+        self.first, self.second = (Product(embedding.cap_proj[name].weight.T) for name in ("fc1", "fc2"))
 
-    def forward(self, label: Tensor) -> Tensor:
-        return F.embedding(label, self.labels)[:, None]
+    def forward(self, text: Tensor, length: Tensor, label: Tensor, entry: Tensor) -> Tensor:
+        """Features [B, C, text_width], lengths [B], labels [B], 1 for none, and entries [B, S] -> [B, S, width]."""
+        place = (entry + len(self.none) - length[:, None]).clamp(0, len(self.none) - 1)
+        own = text.gather(1, place[..., None].expand(-1, -1, text.shape[2]))
+        none = F.embedding(place, self.none)
+        features = torch.where(label[:, None, None] == 1, none, own.to(none.dtype))
+        entries: Tensor = self.second(F.gelu(self.first(features), approximate="tanh"))
+        return entries
 
 
 class Step(nn.Module):
@@ -107,25 +118,25 @@ class Step(nn.Module):
 
     body: Any  # list of InferenceBlock
     codes: Tensor  # [K, width]
-    cosine: Tensor  # [entries, D]
-    sine: Tensor  # [entries, D]
+    cosine: Tensor  # [1 + h * w, D], zeros first
+    sine: Tensor  # [1 + h * w, D]
 
     def __init__(self, prior: LlamaGen):
         super().__init__()
-        width = head_width(prior.config)
-        self.length = prior.config.condition_length
-        self.condition = Labels(prior)
+        width, length = head_width(prior.config), prior.config.condition_length
         self.register_buffer("codes", prior.tok_embeddings.weight.detach())
-        cosine, sine = F.pad(prior.angles, (0, 0, 0, width // 2 - prior.angles.shape[1])).unbind(-1)
+        angles = prior.angles[length - 1 :]
+        cosine, sine = F.pad(angles, (0, 0, 0, width // 2 - angles.shape[1])).unbind(-1)
         self.register_buffer("cosine", torch.cat([cosine, cosine], -1))
         self.register_buffer("sine", torch.cat([-sine, sine], -1))
         self.body = nn.ModuleList(InferenceBlock(block, width) for block in prior.layers)
         self.head = at_least(8, _folded(prior.output.weight, prior.norm, prior.output))
 
-    def forward(
+    def run(
         self,
         codes: Tensor,
-        label: Tensor,
+        condition: Tensor,
+        length: Tensor | int,
         position: Tensor,
         row: Tensor,
         partner: Tensor,
@@ -137,10 +148,10 @@ class Step(nn.Module):
         past_key: list[Tensor],
         past_value: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        entry = position[:, None] + torch.arange(codes.shape[1])
-        x = F.embedding(codes[:, :, 0], self.codes)
-        x = torch.where((entry < self.length)[:, :, None], self.condition(label), x)
-        cosine, sine = (F.embedding(entry, table)[:, :, None] for table in (self.cosine, self.sine))
+        """The outputs, given the entries of the condition [B, S, width], or [B, 1, width], and how many they are."""
+        place = position[:, None] + torch.arange(codes.shape[1]) - length + 1  # after the condition, from 1
+        x = torch.where((place < 1)[:, :, None], condition, F.embedding(codes[:, :, 0], self.codes))
+        cosine, sine = (F.embedding(place.clamp(min=0), table)[:, :, None] for table in (self.cosine, self.sine))
         keys, values = [], []
         for block, key, value in zip(self.body, past_key, past_value, strict=True):
             x, key, value = block(x, cosine, sine, key, value, position)
@@ -150,10 +161,43 @@ class Step(nn.Module):
         return *draw(logits, noise, temperature, top_k, top_p), *keys, *values
 
 
+class LabelStep(Step):
+    """The step of a prior of classes."""
+
+    labels: Tensor  # [classes + 1, width]
+
+    def __init__(self, prior: LlamaGen):
+        super().__init__(prior)
+        self.register_buffer("labels", prior.cls_embedding.embedding_table.weight.detach())
+
+    def forward(self, codes: Tensor, label: Tensor, position: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return self.run(codes, F.embedding(label, self.labels)[:, None], 1, position, *others)
+
+
+class TextStep(Step):
+    """The step of a prior of texts."""
+
+    def __init__(self, prior: LlamaGen):
+        super().__init__(prior)
+        self.texts = Texts(prior.cls_embedding)
+
+    def forward(
+        self, codes: Tensor, text: Tensor, text_length: Tensor, label: Tensor, position: Tensor, *others: Any
+    ) -> tuple[Tensor, ...]:
+        entry = position[:, None] + torch.arange(codes.shape[1])
+        condition = self.texts(text, text_length, label, entry)
+        return self.run(codes, condition, text_length[:, None], position, *others)
+
+
 def stages(prior: LlamaGen) -> list[Stage]:
     """The stage of a prior."""
     config = prior.config
     entries = config.condition_length + config.positions - 1  # nothing is drawn after the code of the last position
     cache = (config.heads, entries, head_width(config))
     label = {"label": torch.zeros(2, dtype=torch.int64)}
-    return [step_stage(Step(prior), label, config.codebook_size, [cache] * config.layers, [], guidance=True)]
+    text = {
+        "text": torch.zeros(2, config.condition_length, config.text_width),
+        "text_length": torch.ones(2, dtype=torch.int64),
+    }
+    module, condition = (TextStep(prior), text | label) if config.text_width else (LabelStep(prior), label)
+    return [step_stage(module, condition, config.codebook_size, [cache] * config.layers, [], guidance=True)]

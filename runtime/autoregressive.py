@@ -40,7 +40,7 @@ class AutoregressiveSampler(Sampler):
         self._binding = session.bind(dims, self._held)
         height, width, self._depth = self._shape
         self._positions = height * width
-        self._before = self.condition.length - 1  # entries before the one that the first position is drawn after
+        self._before = np.zeros(slots, np.int64)  # entries before the one that the first position is drawn after
         # Indexed by engine call: one copy stores the codes of all slots, whatever the position of each.
         self._drawn = session.array(np.zeros((self._positions, slots, self._depth), np.int64))
         self._known = session.array(np.zeros((slots, self._positions, self._depth), np.int64))
@@ -52,13 +52,13 @@ class AutoregressiveSampler(Sampler):
         self._greedy: dict[int, np.ndarray] = {}
         self._used: set[int] = set()
         self._finished: dict[int, np.ndarray] = {}  # `_drawn` is written anew after as many calls as positions
-        self._text: Binding | None = None  # prefills a text without known codes, in caches of its own
+        self._texts: dict[int, Binding] = {}  # prefills texts of the last length, without known codes, in own caches
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
         depth, rows = tokenizer.maps[0][2], _images(sampling)
-        place = {"codes": whole("length", depth), **Condition.of(sampling).input, "position": whole()}
+        place = {"codes": whole("length", depth), **Condition.of(sampling).inputs, "position": whole()}
         pairs = {"row": whole(rows=rows), "partner": whole(rows=rows), "guidance": floats(rows=rows)}
         noise = {"noise": floats(depth, tokenizer.codebook_size, rows=rows)}
         guidance = {} if sampling.no_label is None else pairs
@@ -104,16 +104,17 @@ class AutoregressiveSampler(Sampler):
         self._known[slot] = known
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
         self._greedy[slot] = self._write_options(self._binding, slot, item)
-        rows = {self._first_row + slot: item.condition}
-        if self._guides_at(slot, item, first):
+        self._before[slot] = before = self.condition.entries(item.condition) - 1
+        rows: dict[int, int | None] = {self._first_row + slot: None}
+        if self._guides_at(item, first):
             rows[self._first_row - 1 - slot] = self.no_label
-        for row, condition in rows.items():
-            self._binding.inputs[self.condition.name][row] = condition
+        for row, none in rows.items():
+            self.condition.write(self._binding.inputs, row, item.condition, none)
             self._clear(row)
-            if self._before + first > 0:
-                self._prefill(row, item, condition, known[:first])
+            if before + first > 0:
+                self._prefill(row, item, none, before, known[:first])
 
-    def _guides_at(self, slot: int, item: Item, position: int) -> bool:
+    def _guides_at(self, item: Item, position: int) -> bool:
         """Whether the codes of a position are drawn with guidance."""
         last = item.options.get("guidance_interval", -1)
         return self.guides(item) and (last < 0 or position <= last + 1)
@@ -132,20 +133,22 @@ class AutoregressiveSampler(Sampler):
                 self._held[name][row] = 0
         self._used.add(row)
 
-    def _prefill(self, row: int, item: Item, condition: int | np.ndarray, known: np.ndarray) -> None:
+    def _prefill(self, row: int, item: Item, none: int | None, before: int, known: np.ndarray) -> None:
         """Prefill: one call for the condition and a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
-        dims = {"batch": 1, "images": 1, "length": self._before + len(known)}
+        dims = {"batch": 1, "images": 1, "length": before + len(known)}
         if len(known):
             binding = self._session.bind(dims, {name: self._held[name][row : row + 1] for name in in_place})
             states = carried(binding)
         else:
             # Every image needs it; on a GPU, buffers and a context for each would cost more than copies of the caches.
-            binding = self._text = self._text or self._session.bind(dims)
+            if before not in self._texts:
+                self._texts = {before: self._session.bind(dims)}
+            binding = self._texts[before]
             states = {name: binding.inputs[name] for name in in_place} | carried(binding)
         self._write_options(binding, 0, item)
-        binding.inputs[self.condition.name][0] = condition
-        binding.inputs["codes"][0, self._before + 1 :] = known[:-1]
+        self.condition.write(binding.inputs, 0, item.condition, none)
+        binding.inputs["codes"][0, before + 1 :] = known[:-1]
         binding.inputs["position"][:] = 0
         self._run("step", binding)
         for name, state in states.items():
@@ -162,7 +165,7 @@ class AutoregressiveSampler(Sampler):
             inputs["position"][:first] = places[::-1]
         draws = {slot: int(self._next[slot]) for slot in running}
         self._fill_noise(inputs["noise"], draws, self._greedy)
-        guided = [slot for slot in running if self._guides_at(slot, self._items[slot], draws[slot])]
+        guided = [slot for slot in running if self._guides_at(self._items[slot], draws[slot])]
         used, partners = self._used_slots(self._session), self._used_slots(self._session, guided)
         rows = slice(first - partners, first + used)
         binding = self._part(self._session, self._binding, self._dims, batch=rows, images=slice(0, used))

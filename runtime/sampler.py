@@ -28,7 +28,8 @@ class Item:
 
     Attributes:
         known: Codes int64 [*grid], -1 for codes to draw.
-        condition: Its class or `no_label` of the manifest; or the token ids int64 [length] of its text.
+        condition: Its class or `no_label` of the manifest; or the token ids int64 [length] of its text, or the features
+            float32 [length, width].
         seed: Seed of its noise.
         image: Index of the image, which with `seed` keys its noise.
         options: Sampling options, from `vqdeploy.runtime.options.choose`.
@@ -211,7 +212,7 @@ class Sampler(ABC):
             return whole
         key = tuple((part.start, part.stop) for part in rows.values())
         if key not in self._parts:
-            firsts = {info.name: info.shape[0] for info in (*session.stage.inputs, *session.stage.outputs)}
+            firsts = {info.name: str(info.shape[0]) for info in (*session.stage.inputs, *session.stage.outputs)}
             arrays = {**whole.inputs, **whole.outputs}
             views = {name: array[rows[firsts[name]]] for name, array in arrays.items()}
             self._parts[key] = session.bind({**dims, **sizes}, views)
@@ -253,7 +254,7 @@ class Sampler(ABC):
 
 def needs_guidance(chosen: Mapping[str, Any], condition: int | np.ndarray, no_label: int | None) -> bool:
     """Whether an image is sampled with guidance: it has a label and a scale other than 1."""
-    return bool(chosen.get("guidance_scale", 1.0) != 1 and condition != no_label)
+    return bool(chosen.get("guidance_scale", 1.0) != 1 and (np.ndim(condition) or condition != no_label))
 
 
 def write_options(chosen: dict[str, Any], inputs: Mapping[str, Array], row: int, depth: int, size: int) -> np.ndarray:

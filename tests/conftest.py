@@ -100,6 +100,11 @@ llamagen_package = _artifact("package", "llamagen")
 llamagen_plan = _artifact("plan", "llamagen")
 llamagen_pipeline = _artifact("pipeline", "llamagen")
 
+features_system = _artifact("system", "features")
+features_package = _artifact("package", "features")
+features_plan = _artifact("plan", "features")
+features_pipeline = _artifact("pipeline", "features")
+
 vqvae2_system = _artifact("system", "vqvae2")
 vqvae2_checkpoint = _artifact("checkpoint", "vqvae2")
 vqvae2_package = _artifact("package", "vqvae2")

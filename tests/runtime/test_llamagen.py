@@ -1,1 +1,113 @@
-"""Sampling from LlamaGen's prior: an interval of guidance, and the codes of the public code."""
+"""Sampling from LlamaGen's prior: an interval of guidance, and texts as features."""
+
+import numpy as np
+import pytest
+import torch
+
+from vqdeploy.errors import VqdeployError
+from vqdeploy.models.llamagen import given
+from vqdeploy.runtime.forcing import forced_logits
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.sampler import Sampler
+
+LENGTH, WIDTH = 7, 12
+WHOLE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}
+TEXTS = np.random.default_rng(5).standard_normal((3, LENGTH, WIDTH)).astype(np.float32)
+TEXTS[0, :4] = TEXTS[1, :1] = 0
+
+
+def in_pytorch(system, conditions, scale, interval=-1, seed=0):
+    size, shape = system.config.prior.codebook_size, (len(conditions), 1)
+
+    def noise(position):
+        out = np.empty((*shape, size), np.float32)
+        gumbel([(seed, image, position) for image in range(len(conditions))], out)
+        return torch.from_numpy(out)
+
+    options = torch.ones(shape), torch.full(shape, size), torch.ones(shape)
+    return system.prior.generate(torch.as_tensor(conditions), noise, *options, scale, interval).numpy()
+
+
+@pytest.mark.parametrize("interval", [-1, 0, 5, 14, 99])
+def test_codes_after_the_interval_are_drawn_without_guidance(llamagen_pipeline, llamagen_system, interval):
+    labels = [0, 2, 1]
+    expected = in_pytorch(llamagen_system, labels, 3.0, interval, seed=4)
+    options = WHOLE | {"guidance_scale": 3.0, "guidance_interval": interval}
+    np.testing.assert_array_equal(llamagen_pipeline.generate(labels, seed=4, **options).codes, expected)
+
+
+def test_rows_without_a_label_leave_after_the_interval(llamagen_pipeline, monkeypatch):
+    rows = []
+    options = llamagen_pipeline.options(**WHOLE | {"guidance_scale": 3.0, "guidance_interval": 2})
+    known = np.full((2, *llamagen_pipeline.grid), -1)
+
+    def watched(sampler, stage, binding, run=Sampler._run):
+        rows.append((len(binding.inputs["codes"]), len(binding.inputs["noise"])))
+        run(sampler, stage, binding)
+
+    monkeypatch.setattr(Sampler, "_run", watched)
+    llamagen_pipeline.sample(known, [0, 1], chosen=options)
+    assert rows == [(4, 2)] * 4 + [(2, 2)] * 12
+
+
+@pytest.fixture(scope="module")
+def forced(features_system):
+    """Codes, and the logits of PyTorch for them."""
+    config = features_system.prior.config
+    codes = torch.randint(config.codebook_size, (3, *config.grid), generator=torch.Generator().manual_seed(0))
+    texts = torch.from_numpy(TEXTS)
+    with torch.no_grad():
+        both = [
+            features_system.prior.logits(codes, each) for each in (texts, features_system.prior.unconditional(texts))
+        ]
+    return codes.numpy(), [logits.flatten(1, 2).numpy() for logits in both]
+
+
+@pytest.mark.parametrize("known", [0, 1, 6])
+def test_logits_of_texts(features_pipeline, forced, known):
+    codes, expected = forced
+    places = np.where(np.arange(16)[:, None] < known, codes.reshape(3, 16, 1), -1).reshape(codes.shape)
+    found = forced_logits(features_pipeline, codes.reshape(3, 16, 1), places, TEXTS)
+    np.testing.assert_allclose(found, expected[:, known:], atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, -1), (3.0, -1), (3.0, 4)])
+def test_codes_of_texts(features_pipeline, features_system, scale, interval):
+    expected = in_pytorch(features_system, TEXTS, scale, interval, seed=3)
+    options = WHOLE | {"guidance_scale": scale, "guidance_interval": interval}
+    np.testing.assert_array_equal(features_pipeline.generate(TEXTS, seed=3, **options).codes, expected)
+
+
+def test_no_text_is_the_longest_null_text(features_pipeline, features_system):
+    known = np.full((1, *features_pipeline.grid), -1)
+    none = features_system.prior.cls_embedding.uncond_embedding[None]
+    assert given(none).all()
+    expected = in_pytorch(features_system, none, 1.0, seed=2)
+    np.testing.assert_array_equal(features_pipeline.complete(known, None, seed=2, **WHOLE).codes, expected)
+
+
+def test_zeros_on_either_side_of_a_text_are_padding(features_pipeline):
+    expected = features_pipeline.generate(TEXTS[:1], seed=1).codes
+    short = TEXTS[:1, 4:]
+    right = np.concatenate([short, np.zeros((1, 2, WIDTH))], 1)
+    for texts in (short, right, short.astype(np.float64), TEXTS[:1].tolist()):
+        np.testing.assert_array_equal(features_pipeline.generate(texts, seed=1).codes, expected)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (None, r"this prior needs texts; expected features \[B, up to 7, 12\], found none"),
+        ([3], r"conditioned on texts; expected features \[B, up to 7, 12\], found \[1\]"),
+        (TEXTS[0], r"found \[7, 12\]"),
+        (TEXTS[:, :, :5], r"found \[3, 7, 5\]"),
+        (np.zeros((1, 8, WIDTH)), r"found \[1, 8, 12\]"),
+        (TEXTS.astype(int), "malformed; expected finite floats, found int64"),
+        (TEXTS / 0, "malformed; expected finite floats"),
+        (TEXTS * 0, "a text has no tokens"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_malformed_texts_are_refused(features_pipeline, texts, message):
+    with pytest.raises(VqdeployError, match=message):
+        features_pipeline.generate(texts)

@@ -87,6 +87,11 @@ SMALL_LLAMAGEN = SystemConfig(  # heads whose width no attention of ONNX Runtime
     labels=SMALL_VIT.labels,
     sampling=LlamaGenSampling(temperature=0.9, guidance_scale=1.5),
 )
+SMALL_FEATURES = replace(
+    SMALL_LLAMAGEN,
+    prior=replace(SMALL_LLAMAGEN.prior, width=32, layers=2, classes=1, condition_length=7, text_width=12),
+    labels=(),
+)
 
 _SNAIL = PixelSNAILConfig((3, 3), 16, 3, 2, 2, 24, True, 4, 1, 12, 3, 1, dropout=0.0)
 SMALL_VQVAE2 = SystemConfig(
@@ -155,6 +160,8 @@ SYSTEMS: dict[str, Callable[[], System]] = {
     # A GPT with token shift and squared ReLU.
     "vqgan": lambda: lively(SMALL_VQGAN),
     "llamagen": lambda: lively(SMALL_LLAMAGEN),
+    # A prior that is conditioned on features of texts.
+    "features": lambda: lively(SMALL_FEATURES),
     # Two levels with networks of different kernels, one with attention of heads that no operator takes.
     "vqvae2": lambda: lively_vqvae2(SMALL_VQVAE2),
     # Three levels without labels, the upper two with attention of a head that ONNX Runtime's operator takes.

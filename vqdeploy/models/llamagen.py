@@ -7,6 +7,7 @@ are rotated to zero.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,9 @@ class LabelEmbedding(nn.Module):
 class TextEmbedding(nn.Module):
     """Features of texts [B, C, text_width] -> the entries of the condition [B, C, width]."""
 
+    cap_proj: Any
+    uncond_embedding: Tensor  # [C, text_width]
+
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
         self.cap_proj = nn.ModuleDict(
@@ -132,7 +136,8 @@ class TextEmbedding(nn.Module):
         self.register_buffer("uncond_embedding", none)
 
     def forward(self, features: Tensor) -> Tensor:
-        entries: Tensor = self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
+        hidden = self.cap_proj["fc1"](features.to(self.uncond_embedding.dtype))
+        entries: Tensor = self.cap_proj["fc2"](F.gelu(hidden, approximate="tanh"))
         return entries
 
 
@@ -143,6 +148,7 @@ class LlamaGen(nn.Module):
     Entry C - 1 + t predicts the code of position t, entry C + t has it.
     """
 
+    cls_embedding: Any  # TextEmbedding or LabelEmbedding
     angles: Tensor  # [C + h * w, D / 2, 2]
 
     def __init__(self, config: LlamaGenConfig):

@@ -30,5 +30,6 @@ def guided_logits(prior: Prior, codes: Tensor, conditions: Tensor, scale: float,
 def without_condition(prior: Prior, conditions: Tensor) -> Tensor:
     """The same images without labels; a prior of texts says what stands for none."""
     if hasattr(prior, "unconditional"):
-        return prior.unconditional(conditions)
+        none: Tensor = prior.unconditional(conditions)
+        return none
     return torch.full_like(conditions, prior.config.classes)

@@ -30,7 +30,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     """Teacher-forced logits of the cached step, position by position and after prefill, against the full pass."""
     batch, config = 2, system.prior.config
     codes = rng.integers(0, config.codebook_size, (batch, config.positions, config.depth))
-    labels = rng.integers(0, config.classes, (batch, *pipeline.condition.shape))
+    labels = pipeline.condition.random(rng, batch)
     reference = system.prior.logits(torch.from_numpy(codes).view(batch, *config.grid), torch.from_numpy(labels))
     reference = reference.view(batch, config.positions, config.depth, -1)
     checks = []
