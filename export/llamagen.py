@@ -170,8 +170,24 @@ class LabelStep(Step):
         super().__init__(prior)
         self.register_buffer("labels", prior.cls_embedding.embedding_table.weight.detach())
 
-    def forward(self, codes: Tensor, label: Tensor, position: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        return self.run(codes, F.embedding(label, self.labels)[:, None], 1, position, *others)
+    def forward(
+        self,
+        codes: Tensor,
+        label: Tensor,
+        position: Tensor,
+        row: Tensor,
+        partner: Tensor,
+        guidance: Tensor,
+        noise: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        past_key: list[Tensor],
+        past_value: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        condition = F.embedding(label, self.labels)[:, None]
+        options = row, partner, guidance, noise, temperature, top_k, top_p
+        return self.run(codes, condition, 1, position, *options, past_key, past_value)
 
 
 class TextStep(Step):
@@ -182,11 +198,26 @@ class TextStep(Step):
         self.texts = Texts(prior.cls_embedding)
 
     def forward(
-        self, codes: Tensor, text: Tensor, text_length: Tensor, label: Tensor, position: Tensor, *others: Any
+        self,
+        codes: Tensor,
+        text: Tensor,
+        text_length: Tensor,
+        label: Tensor,
+        position: Tensor,
+        row: Tensor,
+        partner: Tensor,
+        guidance: Tensor,
+        noise: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        past_key: list[Tensor],
+        past_value: list[Tensor],
     ) -> tuple[Tensor, ...]:
         entry = position[:, None] + torch.arange(codes.shape[1])
         condition = self.texts(text, text_length, label, entry)
-        return self.run(codes, condition, text_length[:, None], position, *others)
+        options = row, partner, guidance, noise, temperature, top_k, top_p
+        return self.run(codes, condition, text_length[:, None], position, *options, past_key, past_value)
 
 
 def stages(prior: LlamaGen) -> list[Stage]:
