@@ -43,6 +43,11 @@ class Condition:
         return len(self.shape) == 2
 
     @property
+    def argument(self) -> str:
+        """Name of the field of requests, and of the option, that has a condition."""
+        return "label" if self.name == "label" else "text_features" if self.features else "text_ids"
+
+    @property
     def inputs(self) -> dict[str, Expected]:
         """What a sampler expects of the graph inputs."""
         if self.features:

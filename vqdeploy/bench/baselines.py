@@ -82,6 +82,8 @@ class Reference:
             for name in ("transformer", "body_transformer", "head_transformer"):
                 if hasattr(prior, name):
                     setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))
+            if hasattr(prior, "layers"):
+                prior.layers = torch.nn.ModuleList(torch.compile(layer, dynamic=True) for layer in prior.layers)
         return lambda: generate(prior, config, labels, _noise)
 
 

@@ -241,23 +241,25 @@ class LlamaGen(nn.Module):
 
 
 class IndexedCache:
-    """A KV cache with a row for each entry, written by index."""
+    """A KV cache with a row for each entry, written by index; an entry attends to all rows, under a mask."""
+
+    entries: Tensor
+    seen: Tensor
 
     def __init__(self, prior: LlamaGen, batch: int):
         config, weight = prior.config, prior.output.weight
         shape = (batch, config.heads, len(prior.angles), config.width // config.heads)
         self.key, self.value = weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def at(self, entries: Tensor, mask: Tensor | None) -> Attend:
-        """Attention of the entries [S] to all rows of the cache that they may see [B, S + rows, S + rows]."""
+    def at(self, entries: Tensor, mask: Tensor | None) -> "IndexedCache":
+        """Sets the entries [S] of the next call, and what each may see [B, entries, entries], None for all before."""
         order = torch.arange(self.key.shape[2], device=entries.device) <= entries[:, None]
-        seen = order if mask is None else mask[:, None, entries]
+        self.entries, self.seen = entries, order if mask is None else mask[:, None, entries]
+        return self
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self.key[:, :, entries], self.value[:, :, entries] = key, value
-            return F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=seen)
-
-        return attend
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.key[:, :, self.entries], self.value[:, :, self.entries] = key, value
+        return F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=self.seen)
 
 
 def _masked(mask: Tensor) -> Attend:
