@@ -83,7 +83,8 @@ class Reference:
                 if hasattr(prior, name):
                     setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))
             if hasattr(prior, "layers"):
-                prior.layers = torch.nn.ModuleList(torch.compile(layer, dynamic=True) for layer in prior.layers)
+                compiled_layers: list[Any] = [torch.compile(layer, dynamic=True) for layer in prior.layers]
+                prior.layers = torch.nn.ModuleList(compiled_layers)
         return lambda: generate(prior, config, labels, _noise)
 
 

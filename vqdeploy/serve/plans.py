@@ -250,10 +250,10 @@ class ServedPlan:
     def _condition(self, asked: Drawing) -> int | np.ndarray:
         """The label, or the token ids int64 [length] or features float32 [length, width] of a text."""
         pipeline, wanted = self.pipeline, self.pipeline.condition.argument
-        for name in ("text_ids", "text_features"):
-            if name != wanted and getattr(asked, name) is not None:
+        for other in ("text_ids", "text_features"):
+            if other != wanted and getattr(asked, other) is not None:
                 kind = "labels and no texts" if wanted == "label" else wanted
-                raise VqdeployError(f"this prior takes {kind}", expected=f"a {wanted}", found=name)
+                raise VqdeployError(f"this prior takes {kind}", expected=wanted, found=other)
         if wanted != "label":
             text = getattr(asked, wanted)
             if text is None:
