@@ -52,7 +52,8 @@ class AutoregressiveSampler(Sampler):
         self._greedy: dict[int, np.ndarray] = {}
         self._used: set[int] = set()
         self._finished: dict[int, np.ndarray] = {}  # `_drawn` is written anew after as many calls as positions
-        self._texts: dict[int, Binding] = {}  # prefills texts of the last length, without known codes, in own caches
+        # The last prefill of a text, and of none in its place: what was prefilled, and the binding with the results.
+        self._kept: dict[int | None, tuple[tuple[int, bytes], Binding]] = {}
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
@@ -139,22 +140,37 @@ class AutoregressiveSampler(Sampler):
         dims = {"batch": 1, "images": 1, "length": before + len(known)}
         if len(known):
             binding = self._session.bind(dims, {name: self._held[name][row : row + 1] for name in in_place})
+            binding.inputs["codes"][0, before + 1 :] = known[:-1]
+            self._begin(binding, item, none)
             states = carried(binding)
+            self._held["codes"][row, 0] = known[-1]
         else:
-            # Every image needs it; on a GPU, buffers and a context for each would cost more than copies of the caches.
-            if before not in self._texts:
-                self._texts = {before: self._session.bind(dims)}
-            binding = self._texts[before]
+            binding = self._text(item, none, dims)
             states = {name: binding.inputs[name] for name in in_place} | carried(binding)
-        self._write_options(binding, 0, item)
-        self.condition.write(binding.inputs, 0, item.condition, none)
-        binding.inputs["codes"][0, before + 1 :] = known[:-1]
-        binding.inputs["position"][:] = 0
-        self._run("step", binding)
         for name, state in states.items():
             self._held[name][row : row + 1] = state
-        if len(known):
-            self._held["codes"][row, 0] = known[-1]
+
+    def _text(self, item: Item, none: int | None, dims: dict[str, int]) -> Binding:
+        """A binding with the caches of a text alone, or of none in its place.
+
+        The last one is kept: often the next image has the same text, and what stands for none depends on nothing but
+        its length. On a GPU, buffers and a context for each image would cost more than copies of the caches.
+        """
+        key = dims["length"], b"" if none is not None else np.asarray(item.condition).tobytes()
+        kept, binding = self._kept.get(none, ((0, b""), None))
+        if binding is None or kept[0] != key[0]:
+            binding = self._session.bind(dims)
+        if kept != key:
+            self._begin(binding, item, none)
+            self._kept[none] = key, binding
+        return binding
+
+    def _begin(self, binding: Binding, item: Item, none: int | None) -> None:
+        """A call for the first entries of an image."""
+        self._write_options(binding, 0, item)
+        self.condition.write(binding.inputs, 0, item.condition, none)
+        binding.inputs["position"][:] = 0
+        self._run("step", binding)
 
     def _call(self) -> None:
         running, first = sorted(self._running), self._first_row

@@ -129,10 +129,14 @@ def test_every_kind_of_prior_has_a_baseline_in_half(request, name, tmp_path):
     assert set(report["ratios"]) == {f"{task}/b1/eager" for task in bench.TASKS}
 
 
-def test_a_gpt_is_timed_with_guidance(vit_plan, vit_system, tmp_path):
-    checkpoint.save(vit_system, tmp_path / "vit")
-    options = {"baselines": ("eager",), "checkpoint": tmp_path / "vit", "options": {"guidance_scale": 2.0}}
-    report = bench.bench(vit_plan, warm_up=0, iterations=1, **options)
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    [("vit", {}), ("llamagen", {"guidance_interval": 3}), ("features", {"guidance_interval": 3})],
+)
+def test_a_prior_is_timed_with_guidance(artifacts, name, guidance):
+    options = {"baselines": ("eager",), "checkpoint": artifacts.checkpoint(name)}
+    options["options"] = {"guidance_scale": 2.0, **guidance}
+    report = bench.bench(artifacts.plan(name), warm_up=0, iterations=1, **options)
     assert {(r["name"], r["task"]) for r in report["results"]} == {
         (n, t) for n in ("vqdeploy", "eager") for t in bench.TASKS
     }

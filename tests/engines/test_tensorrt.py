@@ -307,7 +307,7 @@ def test_one_process_builds_all_stages_until_it_crashes(package_of, tmp_path, mo
 
 
 @needs_rtx
-@pytest.mark.parametrize("name", ["vit_package", "vqgan_package"])
+@pytest.mark.parametrize("name", ["vit_package", "vqgan_package", "llamagen_package", "features_package"])
 def test_every_stage_of_a_gpt_is_built(request, name, tmp_path):
     manifest = build(request.getfixturevalue(name), tmp_path / "a.plan", backend="tensorrt-rtx")
     assert [stage.name for stage in manifest.stages] == ["encode", "decode", "step", "features"]

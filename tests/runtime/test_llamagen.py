@@ -8,7 +8,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.models.llamagen import given
 from vqdeploy.runtime.forcing import forced_logits
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.sampler import Sampler
+from vqdeploy.runtime.sampler import Item, Sampler
 
 LENGTH, WIDTH = 7, 12
 WHOLE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}
@@ -107,3 +107,28 @@ def test_zeros_on_either_side_of_a_text_are_padding(features_pipeline):
 def test_malformed_texts_are_refused(features_pipeline, texts, message):
     with pytest.raises(VqdeployError, match=message):
         features_pipeline.generate(texts)
+
+
+def test_a_text_is_prefilled_once_for_images_in_a_row(features_pipeline, monkeypatch):
+    """And what stands for none once for texts of one length."""
+    lengths, run = [], Sampler._run
+
+    def watched(sampler, stage, binding):
+        lengths.append(binding.inputs["codes"].shape[1])
+        run(sampler, stage, binding)
+
+    monkeypatch.setattr(Sampler, "_run", watched)
+    other = -TEXTS[1:2]
+    texts = np.concatenate([TEXTS[1:2]] * 3 + [other] * 2)
+    options = WHOLE | {"guidance_scale": 2.0}
+    with features_pipeline.sampler(5, guided=True) as sampler:
+        for slot, text in enumerate(texts):
+            sampler.admit(slot, Item(np.full(features_pipeline.grid, -1), text, 3, slot, options))
+        assert lengths == [5, 5, 5]
+        while not sampler.step():
+            pass
+        codes = np.stack([sampler.codes(slot) for slot in range(5)])
+    np.testing.assert_array_equal(codes, features_pipeline.generate(texts, seed=3, **options).codes)
+    for slot in (2, 4):
+        alone = features_pipeline.generate(texts[slot : slot + 1], seed=3, first_image=slot, **options).codes
+        np.testing.assert_array_equal(alone[0], codes[slot])
