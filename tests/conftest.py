@@ -123,6 +123,7 @@ text_half_package = _artifact("package", "text", "fp16")
 movq_half_package = _artifact("package", "movq", "fp16")
 vit_half_package = _artifact("package", "vit", "fp16")
 vqgan_half_package = _artifact("package", "vqgan", "fp16")
+llamagen_half_package = _artifact("package", "llamagen", "fp16")
 vqvae2_half_package = _artifact("package", "vqvae2", "fp16")
 
 

@@ -83,7 +83,7 @@ SAMPLING_OPTIONS = (
         int,
         "Codes after this position + 1 are drawn without guidance; -1 guides all.",
         low=-1,
-        high=2**31,
+        high=10_000_000,
         aliases=("--cfg-interval",),
     ),
     SamplingOption(
