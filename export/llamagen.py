@@ -25,8 +25,7 @@ def head_width(config: LlamaGenConfig) -> int:
 
 def normalized(x: Tensor) -> Tensor:
     """An `RMSNorm` without a weight."""
-    wide = widened(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
+    return F.rms_norm(widened(x), x.shape[-1:], eps=EPSILON).to(x.dtype)
 
 
 class InferenceBlock(nn.Module):
