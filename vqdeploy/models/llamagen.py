@@ -157,6 +157,8 @@ class LlamaGen(nn.Module):
             raise ValueError(f"this prior takes one code per position, not {config.depth}")
         if config.width % config.heads or config.width // config.heads % 4:
             raise ValueError(f"a width of {config.width} cannot be split into {config.heads} heads of a multiple of 4")
+        if not config.text_width and config.condition_length > 1:
+            raise ValueError(f"a label is one entry, not {config.condition_length}")
         self.config = config
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.width)
         self.cls_embedding = TextEmbedding(config) if config.text_width else LabelEmbedding(config)
