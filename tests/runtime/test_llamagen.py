@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from vqdeploy.cli.tasks import Job, run
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.llamagen import given
 from vqdeploy.runtime.forcing import forced_logits
@@ -132,3 +133,45 @@ def test_a_text_is_prefilled_once_for_images_in_a_row(features_pipeline, monkeyp
     for slot in (2, 4):
         alone = features_pipeline.generate(texts[slot : slot + 1], seed=3, first_image=slot, **options).codes
         np.testing.assert_array_equal(alone[0], codes[slot])
+
+
+@pytest.fixture
+def job(features_plan, tmp_path):
+    """Runs `vqdeploy run` with a file of texts."""
+    np.save(tmp_path / "a.npy", TEXTS)
+    np.savez(tmp_path / "a.npz", text_features=TEXTS)
+    np.savez(tmp_path / "ids.npz", text_ids=TEXTS)
+
+    def start(name, plan=features_plan, **options):
+        texts = name and tmp_path / name
+        return run(Job(plan, output=tmp_path / "a.png", texts=texts, options={"seed": 0}, **options))
+
+    return start
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_run_generates_a_row_for_each_text(job, name):
+    result = job(name, num_images=2)
+    assert result["images"] == 6
+    assert result["options"]["texts"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (None, {}, "this prior needs texts; expected --text-features FILE, found none"),
+        (None, {"labels": ["1"]}, "takes texts and no labels; expected --text-features FILE, found --label"),
+        ("ids.npz", {}, "an NPZ with text_features"),
+    ],
+)
+def test_files_that_are_no_texts(job, name, options, message):
+    with pytest.raises(VqdeployError, match=message):
+        job(name, **options)
+
+
+def test_known_codes_are_kept_and_the_rest_goes_on(features_pipeline):
+    whole = features_pipeline.generate(TEXTS, seed=2, guidance_scale=2.0).codes
+    known = whole.copy()
+    known[:, 2:] = -1
+    found = features_pipeline.complete(known, TEXTS, seed=2, guidance_scale=2.0).codes
+    np.testing.assert_array_equal(found, whole)
