@@ -100,4 +100,5 @@ def _with_batch(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeR
         return dims
     own = dims["batch"]  # of a module that takes no other
     smallest, largest = max(batch.min, own.min), min(batch.max, own.max)
-    return dims | {"batch": SizeRange(smallest, min(max(batch.usual, smallest), largest), largest)}
+    chosen = SizeRange(smallest, min(max(batch.usual, smallest), largest), largest)
+    return dims | {"batch": chosen} | ({"images": SizeRange(1, chosen.usual, largest)} if "images" in dims else {})

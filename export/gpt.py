@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.export.layers import InferenceBlock, Projection, at_least, embed_entries, widened
-from vqdeploy.export.stage import Dimension, Stage
+from vqdeploy.export.stage import IMAGES, Dimension, Stage
 from vqdeploy.models.gpt import GPT
 
 
@@ -54,8 +54,8 @@ class Step(nn.Module):
         past_value: list[Tensor],
         past_entry: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        logits, states = self.run(codes, label, position, past_key, past_value, past_entry)
-        return *draw(logits, noise, temperature, top_k, top_p), *states
+        hidden, states = self.run(codes, label, position, past_key, past_value, past_entry)
+        return *draw(widened(self.head(hidden)), noise, temperature, top_k, top_p), *states
 
     def run(
         self,
@@ -66,7 +66,7 @@ class Step(nn.Module):
         past_value: list[Tensor],
         past_entry: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, K] after the last entry, and the states for the next call."""
+        """The normalized output [B, width] of the last entry, and the states for the next call."""
         x = self.entries(codes, label, position)
         keys, values, last = [], [], []
         for i, (block, key, value) in enumerate(zip(self.body, past_key, past_value, strict=True)):
@@ -78,14 +78,13 @@ class Step(nn.Module):
                 x, key, value = block.cached(x, key, value, position)
             keys.append(key)
             values.append(value)
-        return widened(self.head(self.norm(x[:, -1]))), [*keys, *values, *last]
+        return self.norm(x[:, -1]), [*keys, *values, *last]
 
 
 class GuidedStep(Step):
     """The step of a prior that was trained without labels too.
 
-    With guidance an image has two batch rows. `partner` is the index of the row without the label: logits become
-    partner + guidance * (own - partner). A row that is its own partner keeps its logits.
+    With guidance an image has two rows of the batch; see `guided`. Noise, options and results have one.
     """
 
     def forward(  # type: ignore[override]
@@ -93,6 +92,7 @@ class GuidedStep(Step):
         codes: Tensor,
         label: Tensor,
         position: Tensor,
+        row: Tensor,
         partner: Tensor,
         guidance: Tensor,
         noise: Tensor,
@@ -103,10 +103,25 @@ class GuidedStep(Step):
         past_value: list[Tensor],
         past_entry: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        logits, states = self.run(codes, label, position, past_key, past_value, past_entry)
-        base = F.embedding(partner, logits)
-        logits = base + guidance[:, None] * (logits - base)
+        hidden, states = self.run(codes, label, position, past_key, past_value, past_entry)
+        logits = widened(self.head(guided(hidden, row, partner, guidance)))
         return *draw(logits, noise, temperature, top_k, top_p), *states
+
+
+def guided(hidden: Tensor, row: Tensor, partner: Tensor, guidance: Tensor) -> Tensor:
+    """Outputs of a transformer with guidance. A linear head makes of u + guidance * (c - u) that of the logits.
+
+    Args:
+        hidden: Outputs of all rows [B, width].
+        row: Index of the row of each image [images].
+        partner: Index of its row without the condition [images]; `row` without guidance.
+        guidance: Guidance scale of each image [images].
+
+    Returns:
+        [images, width] in fp32.
+    """
+    own, base = (widened(F.embedding(index, hidden)) for index in (row, partner))
+    return base + guidance[:, None] * (own - base)
 
 
 def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,38 +152,72 @@ class Features(nn.Module):
 
 def stages(prior: GPT) -> list[Stage]:
     """The graphs of a prior."""
-    return [_step(prior), _features(prior)]
-
-
-def _step(prior: GPT) -> Stage:
     config = prior.config
-    layers = range(config.layers)
-    cache = (2, config.heads, config.positions, config.width // config.heads)
-    states = [torch.zeros(2, 1, config.width) for _ in layers] if config.token_shift else []
-    inputs: dict[str, Tensor | list[Tensor]] = {
-        "codes": torch.zeros(2, 2, 1, dtype=torch.int64),
-        "label": torch.zeros(2, dtype=torch.int64),
-        "position": torch.zeros(2, dtype=torch.int64),
-        **({"partner": torch.zeros(2, dtype=torch.int64), "guidance": torch.ones(2)} if config.null_label else {}),
-        "noise": torch.zeros(2, 1, config.codebook_size),
+    step = step_stage(
+        GuidedStep(prior) if config.null_label else Step(prior),
+        {"label": torch.zeros(2, dtype=torch.int64)},
+        config.codebook_size,
+        [(config.heads, config.positions, config.width // config.heads)] * config.layers,
+        [(1, config.width)] * config.layers if config.token_shift else [],
+        config.null_label,
+    )
+    return [step, _features(prior)]
+
+
+def step_stage(
+    module: nn.Module,
+    condition: dict[str, Tensor],
+    codebook_size: int,
+    caches: list[tuple[int, ...]],
+    entries: list[tuple[int, ...]],
+    guidance: bool,
+) -> Stage:
+    """The stage `step` of a prior with one code per position.
+
+    Args:
+        module: A `Step` or `GuidedStep`, or one with their inputs.
+        condition: Example inputs of the condition.
+        codebook_size: Number of codes, K.
+        caches: Shape of the keys of a row in each layer, (heads, entries, width of a head); values have the same.
+        entries: Shape of what else each layer keeps of the last call.
+        guidance: Whether images may have two rows.
+    """
+    rows = {
+        "row": torch.arange(2),
+        "partner": torch.arange(2),
+        "guidance": torch.ones(2),
+    }
+    once = {
+        **(rows if guidance else {}),
+        "noise": torch.zeros(2, 1, codebook_size),
         "temperature": torch.ones(2, 1),
         "top_k": torch.ones(2, 1, dtype=torch.int64),
         "top_p": torch.ones(2, 1),
-        "past_key": [torch.zeros(cache) for _ in layers],
-        "past_value": [torch.zeros(cache) for _ in layers],
     }
-    if states:
-        inputs["past_entry"] = states
-    caches = [f"{kind}.{i}" for kind in ("key", "value") for i in layers]
-    entries = [f"entry.{i}" for i in range(len(states))]
+    states = {
+        "past_key": [torch.zeros(2, *shape) for shape in caches],
+        "past_value": [torch.zeros(2, *shape) for shape in caches],
+        **({"past_entry": [torch.zeros(2, *shape) for shape in entries]} if entries else {}),
+    }
+    inputs: dict[str, Tensor | list[Tensor]] = {
+        "codes": torch.zeros(2, 2, 1, dtype=torch.int64),
+        **condition,
+        "position": torch.zeros(2, dtype=torch.int64),
+        **once,
+        **states,
+    }
+    names = [f"{name.removeprefix('past_')}.{i}" for name, tensors in states.items() for i in range(len(tensors))]
     return Stage(
         "step",
-        GuidedStep(prior) if config.null_label else Step(prior),
+        module,
         inputs,
-        ["next_codes", "logits", *(f"present_{name}" for name in [*caches, *entries])],
-        dynamic={"codes": {1: Dimension("length", config.positions)}},
+        ["next_codes", "logits", *(f"present_{name}" for name in names)],
+        dynamic={
+            "codes": {1: Dimension("length", caches[0][1])},
+            **({name: {0: IMAGES} for name in once} if guidance else {}),
+        },
         states=("past_key", "past_value", "past_entry"),
-        aliases={f"present_{name}": f"past_{name}" for name in caches},
+        aliases={f"present_{name}": f"past_{name}" for name in names if not name.startswith("entry")},
     )
 
 

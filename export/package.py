@@ -138,6 +138,8 @@ def _describe_sampling(system: System) -> SamplingInfo | None:
         return None
     prior, options = system.config.prior, system.config.sampling.to_dict()
     kind, length, classes = SYSTEMS[system.config.model].kind, getattr(prior, "condition_length", 1), prior.classes
+    if width := getattr(prior, "text_width", 0):
+        return SamplingInfo(kind, classes, classes, options, TextInfo(length, width=width))
     if length > 1:
         return SamplingInfo(kind, 1, None, options, TextInfo(length, vocabulary=classes))
     if not getattr(prior, "null_label", True):

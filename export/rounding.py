@@ -33,20 +33,27 @@ def observed(prior: Prior) -> Iterator[None]:
     """
     config, generator = prior.config, torch.Generator().manual_seed(0)
     images = max(1, _POSITIONS * config.depth // math.prod(config.grid))
-    condition = (images, *([length] if (length := getattr(config, "condition_length", 1)) > 1 else []))
     layers = [layer for layer in cast(nn.Module, prior).modules() if isinstance(layer, nn.Linear)]
     hooks = [layer.register_forward_pre_hook(_observe) for layer in layers]
     try:
         with torch.no_grad():
             for _ in range(_PASSES):
                 codes = torch.randint(config.codebook_size, (images, *config.grid), generator=generator)
-                prior.logits(codes, torch.randint(config.classes, condition, generator=generator))
+                prior.logits(codes, _conditions(prior, images, generator))
         yield
     finally:
         for hook in hooks:
             hook.remove()
         for layer in layers:
             vars(layer).pop("moment", None)
+
+
+def _conditions(prior: Prior, images: int, generator: torch.Generator) -> Tensor:
+    """Random labels, texts or features of texts."""
+    config, length = prior.config, getattr(prior.config, "condition_length", 1)
+    if width := getattr(config, "text_width", 0):
+        return torch.randn(images, length, width, generator=generator)
+    return torch.randint(config.classes, (images, *([length] if length > 1 else [])), generator=generator)
 
 
 def _observe(layer: nn.Module, inputs: tuple[Tensor]) -> None:

@@ -24,7 +24,10 @@ class Dimension:
 _LARGEST = 4096  # upper bound for the exporter; a tighter one could end up in the graph
 
 BATCH = Dimension("batch", _LARGEST)
-"""The first dimension of every input and output of the stages of a system."""
+"""The first dimension of inputs and outputs of the stages of a system."""
+
+IMAGES = Dimension("images", _LARGEST)
+"""The first dimension of what an image has once, where images with guidance have two rows of the batch."""
 
 
 @dataclass
@@ -32,9 +35,10 @@ class Stage:
     """A module with example inputs (batch first, batch size 2) and the names of its outputs.
 
     A list of tensors becomes inputs `NAME.0`, `NAME.1` and so on. `dynamic` has the dynamic dimensions other than the
-    batch, `aliases` the outputs that a backend may write in place of an input. `states` names the inputs that come from
-    earlier calls and so follow the precision; inputs of a request, noise too, keep their types. `precision` is one of
-    `vqdeploy.precision.PRECISIONS`. `calibration` makes an input to observe activations on, for int8.
+    batch, which it may replace, `aliases` the outputs that a backend may write in place of an input. `states` names the
+    inputs that come from earlier calls and so follow the precision; inputs of a request, noise too, keep their types.
+    `precision` is one of `vqdeploy.precision.PRECISIONS`. `calibration` makes an input to observe activations on, for
+    int8.
     """
 
     name: str

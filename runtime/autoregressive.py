@@ -12,6 +12,11 @@ from vqdeploy.runtime.sampler import Item, Sampler, carried, write_options
 from vqdeploy.runtime.session import Binding, Session
 
 
+def _images(sampling: SamplingInfo) -> str:
+    """The first dimension of what a call has once for each image."""
+    return "batch" if sampling.no_label is None else "images"
+
+
 class AutoregressiveSampler(Sampler):
     """Runs the stage `step` of an autoregressive prior.
 
@@ -19,8 +24,9 @@ class AutoregressiveSampler(Sampler):
     and values of all entries before the first call: of a text but its last token, and of known codes at the start.
 
     With guidance a slot takes two batch rows, which get the same codes: `slots + slot` with the label, and
-    `slots - 1 - slot` without it. So those of the first slots lie side by side. The graph input `partner` gives, for
-    each row, the row that guidance moves its logits away from.
+    `slots - 1 - slot` without it. So those of the first slots lie side by side, and rows without a label leave a call
+    when no image is guided any more. The graph inputs `row` and `partner` give the two rows of each image: guidance
+    moves the logits away from those of the partner, which is the row itself without guidance.
     """
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
@@ -28,15 +34,13 @@ class AutoregressiveSampler(Sampler):
         slots = self.slots
         self._shape = self._layout.shape
         self._first_row = slots if self.guided else 0  # of the rows with a label
-        self._dims = dims = {"batch": self._first_row + slots, "length": 1}
+        self._dims = dims = {"batch": self._first_row + slots, "images": slots, "length": 1}
         self._past = [info.name for info in session.stage.inputs if info.name.startswith("past_")]
         self._held = session.buffers(dims, "codes", "next_codes", *self._past)
         self._binding = session.bind(dims, self._held)
-        if "partner" in self._binding.inputs:  # a call has rows of slots that no image was in yet
-            self._binding.inputs["partner"][:] = np.arange(dims["batch"])
         height, width, self._depth = self._shape
         self._positions = height * width
-        self._before = self.condition.length - 1  # entries before the one that the first position is drawn after
+        self._before = np.zeros(slots, np.int64)  # entries before the one that the first position is drawn after
         # Indexed by engine call: one copy stores the codes of all slots, whatever the position of each.
         self._drawn = session.array(np.zeros((self._positions, slots, self._depth), np.int64))
         self._known = session.array(np.zeros((slots, self._positions, self._depth), np.int64))
@@ -48,21 +52,23 @@ class AutoregressiveSampler(Sampler):
         self._greedy: dict[int, np.ndarray] = {}
         self._used: set[int] = set()
         self._finished: dict[int, np.ndarray] = {}  # `_drawn` is written anew after as many calls as positions
-        self._text: Binding | None = None  # prefills a text without known codes, in caches of its own
+        # The last prefill of a text, and of none in its place: what was prefilled, and the binding with the results.
+        self._kept: dict[int | None, tuple[tuple[int, bytes], Binding]] = {}
 
     @classmethod
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
-        depth = tokenizer.maps[0][2]
-        place = {"codes": whole("length", depth), **Condition.of(sampling).input, "position": whole()}
-        guidance = {} if sampling.no_label is None else {"partner": whole(), "guidance": floats()}
-        noise = {"noise": floats(depth, tokenizer.codebook_size)}
-        return {"step": place | guidance | noise | sampling_options(depth)}
+        depth, rows = tokenizer.maps[0][2], _images(sampling)
+        place = {"codes": whole("length", depth), **Condition.of(sampling).inputs, "position": whole()}
+        pairs = {"row": whole(rows=rows), "partner": whole(rows=rows), "guidance": floats(rows=rows)}
+        noise = {"noise": floats(depth, tokenizer.codebook_size, rows=rows)}
+        guidance = {} if sampling.no_label is None else pairs
+        return {"step": place | guidance | noise | sampling_options(depth, rows=rows)}
 
     @classmethod
     def outputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """What the sampler reads, stage by stage."""
-        return {"step": {"next_codes": whole(tokenizer.maps[0][2])}}
+        return {"step": {"next_codes": whole(tokenizer.maps[0][2], rows=_images(sampling))}}
 
     @classmethod
     def rows(cls, guided: bool) -> int:
@@ -98,32 +104,34 @@ class AutoregressiveSampler(Sampler):
         self._since[slot] = self._calls
         self._known[slot] = known
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
-        labelled, *rest = self._rows_of(slot)
-        rows = {labelled: item.condition}
-        if self.no_label is not None:
-            rows |= dict.fromkeys(rest, self.no_label)
-        for row, condition in rows.items():
-            self._greedy[slot] = self._write(self._binding, row, item, condition)
+        self._greedy[slot] = self._write_options(self._binding, slot, item)
+        self._before[slot] = before = self.condition.entries(item.condition) - 1
+        own, *partner = self._rows_of(slot)
+        rows: dict[int, int | None] = {own: None}
+        if self._guides_at(item, first):
+            rows |= dict.fromkeys(partner, self.no_label)
+        for row, none in rows.items():
+            self.condition.write(self._binding.inputs, row, item.condition, none)
             self._clear(row)
-        if self.guides(item):
-            self._binding.inputs["partner"][labelled] = rest[0]
-            self._binding.inputs["guidance"][labelled] = item.options["guidance_scale"]
-        if self._before + first > 0:
-            for row, condition in rows.items():
-                self._prefill(row, item, condition, known[:first])
+            if before + first > 0:
+                self._prefill(row, item, none, before, known[:first])
 
     def _rows_of(self, slot: int) -> list[int]:
-        """The batch rows of a slot: with its label, and with guidance also without."""
+        """The batch rows of a slot: with its condition, and with guidance also without."""
         first = self._first_row
         return [first + slot, first - 1 - slot] if self.guided else [slot]
 
-    def _write(self, binding: Binding, row: int, item: Item, condition: int | np.ndarray) -> np.ndarray:
-        """Writes the inputs that stay the same for all steps of an image; the row becomes its own partner."""
+    def _guides_at(self, item: Item, position: int) -> bool:
+        """Whether the codes of a position are drawn with guidance."""
+        last = item.options.get("guidance_interval", -1)
+        return self.guides(item) and (last < 0 or position <= last + 1)
+
+    def _write_options(self, binding: Binding, image: int, item: Item) -> np.ndarray:
+        """Writes the options of an image, which stay the same for all its steps; see `write_options`."""
         inputs = binding.inputs
-        inputs[self.condition.name][row] = condition
-        if "partner" in inputs:
-            inputs["partner"][row], inputs["guidance"][row] = row, 1
-        return write_options(item.options, inputs, row, self._depth, inputs["noise"].shape[-1])
+        if "guidance" in inputs:
+            inputs["guidance"][image] = item.options["guidance_scale"]
+        return write_options(item.options, inputs, image, self._depth, inputs["noise"].shape[-1])
 
     def _clear(self, row: int) -> None:
         """Zeroes the KV cache of a row: a NaN left by an earlier image would survive masking, as 0 * NaN is NaN."""
@@ -132,25 +140,43 @@ class AutoregressiveSampler(Sampler):
                 self._held[name][row] = 0
         self._used.add(row)
 
-    def _prefill(self, row: int, item: Item, condition: int | np.ndarray, known: np.ndarray) -> None:
+    def _prefill(self, row: int, item: Item, none: int | None, before: int, known: np.ndarray) -> None:
         """Prefill: one call for the condition and a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
-        dims = {"batch": 1, "length": self._before + len(known)}
+        dims = {"batch": 1, "images": 1, "length": before + len(known)}
         if len(known):
             binding = self._session.bind(dims, {name: self._held[name][row : row + 1] for name in in_place})
+            binding.inputs["codes"][0, before + 1 :] = known[:-1]
+            self._begin(binding, item, none)
             states = carried(binding)
+            self._held["codes"][row, 0] = known[-1]
         else:
-            # Every image needs it; on a GPU, buffers and a context for each would cost more than copies of the caches.
-            binding = self._text = self._text or self._session.bind(dims)
+            binding = self._text(item, none, dims)
             states = {name: binding.inputs[name] for name in in_place} | carried(binding)
-        self._write(binding, 0, item, condition)
-        binding.inputs["codes"][0, self._before + 1 :] = known[:-1]
-        binding.inputs["position"][:] = 0
-        self._run("step", binding)
         for name, state in states.items():
             self._held[name][row : row + 1] = state
-        if len(known):
-            self._held["codes"][row, 0] = known[-1]
+
+    def _text(self, item: Item, none: int | None, dims: dict[str, int]) -> Binding:
+        """A binding with the caches of a text alone, or of none in its place.
+
+        The last one is kept: often the next image has the same text, and what stands for none depends on nothing but
+        its length. On a GPU, buffers and a context for each image would cost more than copies of the caches.
+        """
+        key = dims["length"], b"" if none is not None else np.asarray(item.condition).tobytes()
+        kept, binding = self._kept.get(none, ((0, b""), None))
+        if binding is None or kept[0] != key[0]:
+            binding = self._session.bind(dims)
+        if kept != key:
+            self._begin(binding, item, none)
+            self._kept[none] = key, binding
+        return binding
+
+    def _begin(self, binding: Binding, item: Item, none: int | None) -> None:
+        """A call for the first entries of an image."""
+        self._write_options(binding, 0, item)
+        self.condition.write(binding.inputs, 0, item.condition, none)
+        binding.inputs["position"][:] = 0
+        self._run("step", binding)
 
     def _call(self) -> None:
         running, first = sorted(self._running), self._first_row
@@ -160,17 +186,20 @@ class AutoregressiveSampler(Sampler):
         if self.guided:
             inputs["position"][:first] = places[::-1]
         draws = {slot: int(self._next[slot]) for slot in running}
-        self._fill_noise(inputs["noise"][first:], draws, self._greedy)
-        used = self._used_slots(self._session)
-        rows = slice(first - used if self.guided else 0, first + used)
-        binding = self._part(self._session, self._binding, self._dims, rows, own="partner")
+        self._fill_noise(inputs["noise"], draws, self._greedy)
+        guided = [slot for slot in running if self._guides_at(self._items[slot], draws[slot])]
+        used, partners = self._used_slots(self._session), self._used_slots(self._session, guided)
+        rows = slice(first - partners, first + used)
+        binding = self._part(self._session, self._binding, self._dims, batch=rows, images=slice(0, used))
         if "partner" in inputs:
-            binding.inputs["partner"][:] = np.asarray(inputs["partner"][rows]) - rows.start
+            own = partners + np.arange(used)
+            binding.inputs["row"][:] = own
+            binding.inputs["partner"][:] = [partners - 1 - i if i in guided else own[i] for i in range(used)]
         self._run("step", binding)
         for name, state in carried(binding).items():
             binding.inputs[name][:] = state
         # On a GPU the codes stay on the device: nothing here synchronizes.
-        drawn, codes = self._held["next_codes"][first:], self._held["codes"]
+        drawn, codes = self._held["next_codes"], self._held["codes"]
         self._drawn[self._calls % self._positions] = drawn
         codes[first:, 0] = drawn
         if self.guided:

@@ -13,23 +13,24 @@ of a type and shape that are the same wherever it stands."""
 Tensors = Mapping[str, Expected]
 """What is expected of inputs or outputs, by name."""
 
-_OPEN = ("batch", "length", "conditions")
+_ROWS = ("batch", "images")  # with guidance, the rows of a call are more than its images
+_OPEN = (*_ROWS, "length", "conditions")
 _CARRIED, _TAKEN = "present_", "past_"
 
 
-def whole(*shape: int | str) -> Expected:
-    """Whole numbers [batch, *shape]."""
-    return "int64", ("batch", *shape)
+def whole(*shape: int | str, rows: str = "batch") -> Expected:
+    """Whole numbers [rows, *shape]."""
+    return "int64", (rows, *shape)
 
 
-def floats(*shape: int | str) -> Expected:
-    """Floats [batch, *shape], which a request gives and no precision changes."""
-    return "float32", ("batch", *shape)
+def floats(*shape: int | str, rows: str = "batch") -> Expected:
+    """Floats [rows, *shape], which a request gives and no precision changes."""
+    return "float32", (rows, *shape)
 
 
-def sampling_options(*shape: int | str) -> dict[str, Expected]:
+def sampling_options(*shape: int | str, rows: str = "batch") -> dict[str, Expected]:
     """Temperature, top-k and top-p."""
-    return {"temperature": floats(*shape), "top_k": whole(*shape), "top_p": floats(*shape)}
+    return {name: of(*shape, rows=rows) for name, of in (("temperature", floats), ("top_k", whole), ("top_p", floats))}
 
 
 def check(manifest: Manifest, inputs: Mapping[str, Tensors], outputs: Mapping[str, Tensors]) -> None:
@@ -60,7 +61,7 @@ def check(manifest: Manifest, inputs: Mapping[str, Tensors], outputs: Mapping[st
 
 def _fits(expected: Expected, info: TensorInfo, known: dict[str, object]) -> bool:
     if isinstance(expected, str):
-        held = info.shape[:1] == ("batch",) and all(isinstance(size, int) for size in info.shape[1:])
+        held = info.shape[:1] in {(rows,) for rows in _ROWS} and all(isinstance(size, int) for size in info.shape[1:])
         return held and known.setdefault(expected, (info.dtype, info.shape)) == (info.dtype, info.shape)
     dtype, shape = expected
     return (info.dtype, len(info.shape)) == (dtype, len(shape)) and all(

@@ -91,15 +91,19 @@ class TokenizerInfo(Config):
 
 @dataclass(frozen=True)
 class TextInfo(Config):
-    """The texts that condition a prior: token ids int64 [length]. What makes ids of words is not in a plan.
+    """The texts that condition a prior: token ids int64 [length], or features of a text encoder [length, width].
+
+    What makes ids or features of words is not in a plan.
 
     Attributes:
-        length: Tokens of a text; all of them are attended, padding too.
-        vocabulary: Number of token ids.
+        length: Tokens of a text. All ids are attended, padding too; features may be fewer.
+        vocabulary: Number of token ids; 0 for features.
+        width: Features of a token; 0 for token ids.
     """
 
     length: int
-    vocabulary: int
+    vocabulary: int = 0
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -304,12 +308,13 @@ def _check_sampling(sampling: SamplingInfo, manifest: Manifest) -> None:
     labels = len(manifest.labels)
     _require(labels in (0, sampling.classes), "labels", f"{sampling.classes} names, or none", labels)
     if sampling.text is not None:
-        sizes = sampling.text.to_dict()
-        held = all(1 <= size < 2**31 for size in sizes.values())
-        _require(held, "sampling.text", "a length and a vocabulary of 1 or more", sizes)
+        sizes, text = sampling.text.to_dict(), sampling.text
+        held = all(0 <= size < 2**31 for size in sizes.values()) and text.length > 0
+        held = held and (text.vocabulary > 0) != (text.width > 0)
+        _require(held, "sampling.text", "a length of 1 or more, and a vocabulary or a width", sizes)
         _require(sampling.kind == "autoregressive", "sampling.text", "none for this kind of sampling", sizes)
         found = {"classes": sampling.classes, "no_label": sampling.no_label, "labels": labels}
-        held = found == {"classes": 1, "no_label": None, "labels": 0}
+        held = found == {"classes": 1, "no_label": 1 if text.width else None, "labels": 0}
         _require(held, "sampling.text", "no labels beside it", found)
 
 

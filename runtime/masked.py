@@ -107,7 +107,7 @@ class MaskedSampler(Sampler):
         for slot, progress in running.items():
             inputs["masked"][slot] = progress.counts[progress.done]
         used = slice(0, self._used_slots(self._session))
-        self._run("step", self._part(self._session, binding, self._dims, used))
+        self._run("step", self._part(self._session, binding, self._dims, batch=used))
         drawn, remaining = binding.outputs["drawn"], binding.outputs["remaining"]
         inputs["codes"][:] = remaining
         # The Halton order draws earlier codes again.

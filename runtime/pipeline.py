@@ -64,7 +64,7 @@ class Step:
 
 
 Conditions = Sequence[int] | np.ndarray
-"""Labels [B], or texts [B, length]."""
+"""Labels [B], texts [B, length], or features of texts [B, tokens, width]."""
 
 Callback = Callable[[Step], object]
 
@@ -410,7 +410,8 @@ class Pipeline:
 
         Args:
             labels: Class of each image; None for `num_images` of an unconditional prior. A prior that is conditioned on
-                texts takes their token ids int64 [B, length]; `condition` has the length and the vocabulary.
+                texts takes their token ids int64 [B, length] or features float32 [B, tokens, width]; `condition` has
+                the sizes.
             num_images: Number of images if `labels` is None; 1 by default.
             **options: `seed`, `first_image`, `callback` and sampling options; see `complete`.
 
@@ -596,7 +597,7 @@ class Pipeline:
             "decode_s": end - sampled,
             "total_s": end - start,
         }
-        named = None if labels is None else np.asarray(labels).tolist()
+        named = self.condition.record(labels)
         return Output(images, codes, {"seed": seed, f"{self.condition.name}s": named, **chosen}, timings)
 
     def options(self, **given: Any) -> dict[str, Any]:
@@ -810,7 +811,7 @@ def _check_sampler(bundle: Bundle) -> None:
     inputs, outputs = kind.inputs(tokenizer, sampling), kind.outputs(tokenizer, sampling)
     if any(stage.name == "features" for stage in manifest.stages):
         codes = interface.whole(*Layout(tokenizer.maps).shape)
-        inputs["features"] = {"codes": codes, **Condition.of(sampling).input}
+        inputs["features"] = {"codes": codes, **Condition.of(sampling).inputs}
         outputs["features"] = {"features": interface.floats("layers", "width")}
     interface.check(manifest, inputs, outputs)
     try:

@@ -4,7 +4,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -28,7 +28,8 @@ class Item:
 
     Attributes:
         known: Codes int64 [*grid], -1 for codes to draw.
-        condition: Its class or `no_label` of the manifest; or the token ids int64 [length] of its text.
+        condition: Its class or `no_label` of the manifest; or the token ids int64 [length] of its text, or the features
+            float32 [length, width].
         seed: Seed of its noise.
         image: Index of the image, which with `seed` keys its noise.
         options: Sampling options, from `vqdeploy.runtime.options.choose`.
@@ -87,7 +88,7 @@ class Sampler(ABC):
         self._items: dict[int, Item] = {}
         self._running: set[int] = set()
         self._copies: dict[int, tuple[Array, np.ndarray]] = {}  # host copies of buffers since the last step
-        self._parts: dict[tuple[int, int], Binding] = {}
+        self._parts: dict[tuple[tuple[int, int], ...], Binding] = {}
         self._begun = False
         self._prepare(sessions, tokenizer)
 
@@ -193,26 +194,29 @@ class Sampler(ABC):
     @abstractmethod
     def _call(self) -> None: ...
 
-    def _used_slots(self, session: Session) -> int:
-        """How many slots, the first ones, a call has to compute.
+    def _used_slots(self, session: Session, running: Collection[int] | None = None) -> int:
+        """How many slots, the first ones, a call has to compute for these, by default all that run.
 
-        On a CPU these are the slots up to the last one that runs, rounded up to a power of two to bind few sizes. On a
-        GPU it is all of them: fewer rows take as long there.
+        On a CPU these are the slots up to the last one, rounded up to a power of two to bind few sizes. On a GPU it is
+        all of them: fewer rows take as long there.
         """
-        return min(self.slots, 1 << max(self._running).bit_length()) if session.device == "cpu" else self.slots
+        running = self._running if running is None else running
+        if session.device != "cpu":
+            return self.slots if running else 0
+        return min(self.slots, 1 << max(running).bit_length()) if running else 0
 
-    def _part(self, session: Session, whole: Binding, dims: Mapping[str, int], rows: slice, own: str = "") -> Binding:
-        """A binding of some rows of the batch.
-
-        It shares all buffers but that of the input `own` with `whole`, the binding of all rows.
-        """
-        count = rows.stop - rows.start
-        if count == dims["batch"]:
+    def _part(self, session: Session, whole: Binding, dims: Mapping[str, int], **rows: slice) -> Binding:
+        """A binding of some rows of each dimension, such as `batch`; it shares all buffers with that of all rows."""
+        sizes = {name: part.stop - part.start for name, part in rows.items()}
+        if all(size == dims[name] for name, size in sizes.items()):
             return whole
-        if (rows.start, count) not in self._parts:
-            views = {name: array[rows] for name, array in {**whole.inputs, **whole.outputs}.items() if name != own}
-            self._parts[rows.start, count] = session.bind({**dims, "batch": count}, views)
-        return self._parts[rows.start, count]
+        key = tuple((part.start, part.stop) for part in rows.values())
+        if key not in self._parts:
+            firsts = {info.name: str(info.shape[0]) for info in (*session.stage.inputs, *session.stage.outputs)}
+            arrays = {**whole.inputs, **whole.outputs}
+            views = {name: array[rows[firsts[name]]] for name, array in arrays.items()}
+            self._parts[key] = session.bind({**dims, **sizes}, views)
+        return self._parts[key]
 
     def _run(self, stage: str, binding: Binding) -> None:
         """One engine call; adds its time to that of the stage."""
@@ -250,7 +254,7 @@ class Sampler(ABC):
 
 def needs_guidance(chosen: Mapping[str, Any], condition: int | np.ndarray, no_label: int | None) -> bool:
     """Whether an image is sampled with guidance: it has a label and a scale other than 1."""
-    return bool(chosen.get("guidance_scale", 1.0) != 1 and condition != no_label)
+    return bool(chosen.get("guidance_scale", 1.0) != 1 and (np.ndim(condition) or condition != no_label))
 
 
 def write_options(chosen: dict[str, Any], inputs: Mapping[str, Array], row: int, depth: int, size: int) -> np.ndarray:

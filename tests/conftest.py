@@ -95,6 +95,16 @@ vqgan_package = _artifact("package", "vqgan")
 vqgan_plan = _artifact("plan", "vqgan", portable=True)
 vqgan_pipeline = _artifact("pipeline", "vqgan", portable=True)
 
+llamagen_system = _artifact("system", "llamagen")
+llamagen_package = _artifact("package", "llamagen")
+llamagen_plan = _artifact("plan", "llamagen")
+llamagen_pipeline = _artifact("pipeline", "llamagen")
+
+features_system = _artifact("system", "features")
+features_package = _artifact("package", "features")
+features_plan = _artifact("plan", "features")
+features_pipeline = _artifact("pipeline", "features")
+
 vqvae2_system = _artifact("system", "vqvae2")
 vqvae2_checkpoint = _artifact("checkpoint", "vqvae2")
 vqvae2_package = _artifact("package", "vqvae2")
@@ -113,6 +123,7 @@ text_half_package = _artifact("package", "text", "fp16")
 movq_half_package = _artifact("package", "movq", "fp16")
 vit_half_package = _artifact("package", "vit", "fp16")
 vqgan_half_package = _artifact("package", "vqgan", "fp16")
+llamagen_half_package = _artifact("package", "llamagen", "fp16")
 vqvae2_half_package = _artifact("package", "vqvae2", "fp16")
 
 

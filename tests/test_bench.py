@@ -129,18 +129,29 @@ def test_every_kind_of_prior_has_a_baseline_in_half(request, name, tmp_path):
     assert set(report["ratios"]) == {f"{task}/b1/eager" for task in bench.TASKS}
 
 
-def test_a_gpt_is_timed_with_guidance(vit_plan, vit_system, tmp_path):
-    checkpoint.save(vit_system, tmp_path / "vit")
-    options = {"baselines": ("eager",), "checkpoint": tmp_path / "vit", "options": {"guidance_scale": 2.0}}
-    report = bench.bench(vit_plan, warm_up=0, iterations=1, **options)
+# What a step reads: the layers, the head, and the projection of texts.
+WEIGHTS = {
+    "vit": 3 * 12 * 64**2 + 64 * 64,
+    "llamagen": 3 * 48 * (192 + 64 + 128 + 64) + 48 * 32,  # heads of 12 are filled up to 16
+    "features": 2 * 32 * (96 + 32 + 128 + 64) + 32 * 32 + (12 + 32) * 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance"),
+    [("vit", 16, {}), ("llamagen", 16, {"guidance_interval": 3}), ("features", 17, {"guidance_interval": 3})],
+)
+def test_a_prior_is_timed_with_guidance(artifacts, name, steps, guidance):
+    options = {"baselines": ("eager",), "checkpoint": artifacts.checkpoint(name)}
+    options["options"] = {"guidance_scale": 2.0, **guidance}
+    report = bench.bench(artifacts.plan(name), warm_up=0, iterations=1, **options)
     assert {(r["name"], r["task"]) for r in report["results"]} == {
         (n, t) for n in ("vqdeploy", "eager") for t in bench.TASKS
     }
     assert report["options"]["guidance_scale"] == 2
     generated = next(r for r in report["results"] if (r["name"], r["task"]) == ("vqdeploy", "generate"))
-    assert generated["step_ms"] == pytest.approx(generated["steps_ms"] / 16)
-    # Width 64: three layers, and the classifier of 64 codes.
-    assert bench.step_weight_bytes(load(vit_plan)) == 4 * (3 * 12 * 64**2 + 64 * 64)
+    assert generated["step_ms"] == pytest.approx(generated["steps_ms"] / steps)
+    assert bench.step_weight_bytes(artifacts.pipeline(name)) == 4 * WEIGHTS[name]
 
 
 def test_the_report_is_json_and_a_table(report):

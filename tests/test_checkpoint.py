@@ -390,7 +390,9 @@ def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
     for path, value in numbers(json.loads(config)):
         may_be_none = value == 0 or path[-1] in ("condition_channels", "condition_res_blocks")
         wrong = [-1] if may_be_none else [0, -1]
-        if path[-1] in ("decay", "dropout"):
+        if path[-1] == "guidance_interval":
+            wrong = [-2]
+        elif path[-1] in ("decay", "dropout"):
             wrong = [-0.1, 2.0, float("nan")]
         elif type(value) is float:
             wrong = [float("inf"), float("nan")]

@@ -104,7 +104,7 @@ def test_the_report(check):
     ):
         assert line in text.splitlines()
     assert "## Failed\n\n- nothing\n" in text
-    assert text.count("| onnxrt | decode |") == 2 * 11  # vqgan, maskgit and emu3 have no preset `bench`
+    assert text.count("| onnxrt | decode |") == 2 * 13  # vqgan, maskgit and emu3 have no preset `bench`
     assert not any("tensorrt" in call for call in calls if call.startswith(("verify", "bench")))
     assert sum(call.startswith("export") for call in calls) == 2 * 7 + 11
     timed = [call for call in calls if call.startswith("bench")]

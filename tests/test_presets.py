@@ -58,7 +58,24 @@ VQGAN_COUNTS = {"faces": (72.142, 304.933), "imagenet": (76.074, 1410.641)}
 VQVAE2_COUNTS = {"ffhq": (1.389, 1.521, 84.873, 89.763)}
 
 
+# The null text is a buffer, and so not counted.
+LLAMAGEN_COUNTS = {
+    "b-256": (71.883, 110.888),
+    "b-384": (71.883, 110.888),
+    "l-256": (71.883, 342.911),
+    "l-384": (71.883, 342.911),
+    "xl-384": (71.883, 774.700),
+    "xxl-384": (71.883, 1410.973),
+    "3b-384": (71.883, 3096.659),
+    "text-xl-256": (71.883, 777.678),
+    "text-xl-512": (71.883, 777.678),
+    "vq-16": (71.883, None),
+    "vq-8": (70.110, None),
+}
+
+
 def test_every_published_preset_is_counted():
+    assert set(PRESETS["llamagen"]) == {*LLAMAGEN_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vqvae2"]) == {*VQVAE2_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vitvqgan"]) == {*VITVQGAN_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vqgan"]) == {*VQGAN_COUNTS, "tiny"}
@@ -104,6 +121,11 @@ def test_parameter_count_of_vqgan(name, places):
     check(tokenizer, prior + (places - ours) * config.prior.width, VQGAN_COUNTS[name])
 
 
+@pytest.mark.parametrize("name", LLAMAGEN_COUNTS)
+def test_parameter_count_of_llamagen(name):
+    check(*count("llamagen", name)[1:], LLAMAGEN_COUNTS[name])
+
+
 def public_size(network: PixelSNAIL) -> int:
     """Parameters of the public network: scales of weight normalization, and the taps that we leave out."""
     size = sum(p.numel() for p in network.parameters())
@@ -133,7 +155,11 @@ def test_parameter_count_of_vqvae2(name):
     assert [size / 1e6 for size in sizes] == pytest.approx(VQVAE2_COUNTS[name], abs=6e-4)
 
 
-ALL = [(model, name) for model in ("movq", "vitvqgan", "vqgan", "vqvae2", "maskgit", "emu3") for name in PRESETS[model]]
+ALL = [
+    (model, name)
+    for model in ("movq", "vitvqgan", "vqgan", "vqvae2", "maskgit", "emu3", "llamagen")
+    for name in PRESETS[model]
+]
 
 
 @pytest.mark.parametrize(("model", "name"), ALL)
@@ -146,7 +172,9 @@ def test_tokenizer_and_prior_fit(model, name):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(VqdeployError, match="expected emu3 or maskgit or movq or rqvae or vitvqgan or vqgan or vqvae2"):
+    with pytest.raises(
+        VqdeployError, match="expected emu3 or llamagen or maskgit or movq or rqvae or vitvqgan or vqgan or vqvae2"
+    ):
         preset("rqvea", "tiny")
     with pytest.raises(VqdeployError, match="imagenet-480m"):
         preset("rqvae", "huge")

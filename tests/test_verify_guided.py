@@ -95,13 +95,13 @@ def test_guidance_that_is_ignored(copy, vit_system):
 
 
 def test_guidance_from_the_wrong_row(vit_plan, vit_system, monkeypatch):
-    admit = AutoregressiveSampler._admit
+    run = AutoregressiveSampler._run
 
-    def swapped(sampler, slot, item):
-        admit(sampler, slot, item)
-        sampler._binding.inputs["partner"][:] = 0
+    def swapped(sampler, stage, binding):
+        binding.inputs["partner"][:] = 0
+        run(sampler, stage, binding)
 
-    monkeypatch.setattr(AutoregressiveSampler, "_admit", swapped)
+    monkeypatch.setattr(AutoregressiveSampler, "_run", swapped)
     failed(failures(verify(vit_plan, vit_system)), "generate: full distribution: tokens")
 
 

@@ -32,7 +32,7 @@ def snail_copy(vqvae2_half_package, tmp_path):
 
 
 @pytest.mark.parametrize("portable", [True, False], ids=["portable", "own"])
-@pytest.mark.parametrize("name", ["", "text_", "movq_", "vit_", "vqgan_", "vqvae2_"])
+@pytest.mark.parametrize("name", ["", "text_", "movq_", "vit_", "vqgan_", "llamagen_", "vqvae2_"])
 def test_a_good_plan_passes(request, tmp_path, name, portable):
     package, system = (request.getfixturevalue(f"{name}{what}") for what in ("half_package", "system"))
     build(package, tmp_path / "half.plan", portable=portable)

@@ -28,6 +28,7 @@ PUBLISHED = {
     "vqvae2": "ffhq",
     "maskgit": "imagenet-256",
     "emu3": "vision",
+    "llamagen": "xl-384",
 }
 BENCH = ("--device", "cuda", "--batch-size", "1", "--batch-size", "8")
 BASELINES = ("eager,compile", "eager", "")  # the first that ends well

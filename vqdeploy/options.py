@@ -79,6 +79,14 @@ SAMPLING_OPTIONS = (
         aliases=("--cfg-scale",),
     ),
     SamplingOption(
+        "guidance_interval",
+        int,
+        "Codes after this position + 1 are drawn without guidance; -1 guides all.",
+        low=-1,
+        high=10_000_000,
+        aliases=("--cfg-interval",),
+    ),
+    SamplingOption(
         "steps",
         int,
         "Steps of a masked prior, one engine call each.",

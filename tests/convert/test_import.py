@@ -8,6 +8,7 @@ from support.golden import assert_close, read_golden, recorded_codes
 from support.public import TOKENIZERS, write_system, write_tokenizer
 
 from vqdeploy import checkpoint, cli
+from vqdeploy.reference.guidance import without_condition
 
 
 @pytest.fixture
@@ -64,6 +65,8 @@ PRIORS = {  # golden file of the prior: formats, system
     "taming_gpt": (["taming", "taming"], "vqgan"),
     "maskgit_v1": (["taming", "maskgit-pytorch"], "movq"),
     "maskgit": (["taming", "maskgit-pytorch"], "movq"),
+    "llamagen_gpt": (["llamagen", "llamagen"], "llamagen"),
+    "llamagen_gpt_text": (["llamagen", "llamagen"], "llamagen"),
     "maskgit_jax_transformer": (["maskgit-jax", "maskgit-jax"], "maskgit"),
 }
 
@@ -80,10 +83,11 @@ def test_prior(run, tmp_path, name):
     codes = codes.clamp(max=size)  # where masked, some public codes have another number
     expected = tensors["out/logits"].view(*codes.shape, -1)[..., :size]
     # 5e-5: what the approximation of GELU by tanh, or another epsilon, would be off by.
-    difference = (prior.logits(codes, tensors["in/class"]) - expected).abs().max() / expected.abs().max()
+    conditions = tensors.get("in/class", tensors.get("in/caption"))
+    difference = (prior.logits(codes, conditions) - expected).abs().max() / expected.abs().max()
     assert difference < 5e-5
     if "out/logits_unconditional" in tensors:
-        none = torch.full_like(tensors["in/class"], prior.config.classes)
+        none = without_condition(prior, conditions)
         assert_close(prior.logits(codes, none), tensors["out/logits_unconditional"].view(*codes.shape, -1)[..., :size])
 
 

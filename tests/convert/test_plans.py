@@ -118,13 +118,18 @@ def plan(artifacts, tmp_path_factory):
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("rqtransformer", "vitvq_gpt")]
+LLAMAGEN = ["llamagen_gpt", "llamagen_gpt_text"]
 AUTOREGRESSIVE = ["taming_gpt", *SLOW]
 
 
-@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def conditions(tensors):
+    return tensors.get("in/class", tensors.get("in/caption")).numpy()
+
+
+@pytest.mark.parametrize("name", [*AUTOREGRESSIVE, *LLAMAGEN])
 def test_cached_steps_give_the_recorded_logits(plan, name):
     pipeline, tensors = plan(name)
-    labels = tensors["in/class"].numpy()
+    labels = conditions(tensors)
     codes = tensors["in/codes" if "in/codes" in tensors else "out/codes"].view(len(labels), *pipeline.grid).numpy()
     places = codes.reshape(len(labels), -1, pipeline.grid[-1])
     logits = forced_logits(pipeline, places, np.full_like(codes, -1), labels)
@@ -136,6 +141,19 @@ def test_greedy_codes(plan, name):
     pipeline, tensors = plan(name)
     codes = pipeline.generate(tensors["in/class"].tolist(), temperature=0.0).codes
     assert np.array_equal(codes.reshape(tensors["out/greedy_codes"].shape), tensors["out/greedy_codes"].numpy())
+
+
+@pytest.mark.parametrize("name", LLAMAGEN)
+def test_greedy_codes_with_guidance(plan, name):
+    """Without guidance, with it, and with it for the first codes alone."""
+    pipeline, tensors = plan(name)
+    options = {"temperature": 0.0, "guidance_scale": tensors["in/cfg_scale"].item()}
+    recorded = {"greedy_codes": {"guidance_scale": 1.0}, "greedy_codes_cfg": {}}
+    if "in/cfg_interval" in tensors:
+        recorded["greedy_codes_cfg_interval"] = {"guidance_interval": tensors["in/cfg_interval"].item()}
+    for output, own in recorded.items():
+        found = pipeline.generate(conditions(tensors), **options | own).codes
+        assert np.array_equal(found.reshape(2, -1), tensors[f"out/{output}"].numpy()), output
 
 
 def test_a_prior_without_a_null_label_has_no_guidance(plan):

@@ -167,3 +167,20 @@ def test_maskgit():
     part = prior_of(tokenizer, listed("maskgit", "Halton-MaskGIT v2 large"))[1]
     made(part, tokenizer)
     assert millions(part) - part.weights["tok_emb.weight"].numel() / 1e6 == pytest.approx(479.985, abs=0.03)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(256, 16), (384, 24), (512, 32)])
+def test_llamagen_at_every_image_size(size, grid):
+    tokenizer = tokenizer_of(listed("llamagen_vq", "vq_ds16_c2i"), {"image_size": size})[1]
+    part = prior_of(tokenizer, listed("llamagen_gpt", "c2i_L_384"))[1]
+    made(part, tokenizer)
+    assert millions(part) == 342.911
+    assert (part.config.grid, part.config.heads, part.config.classes) == ((grid, grid, 1), 16, 1000)
+
+
+def test_llamagen_of_texts():
+    tokenizer = tokenizer_of(listed("llamagen_vq", "vq_ds16_c2i"), {"image_size": 512})[1]
+    part = prior_of(tokenizer, listed("llamagen_gpt_t2i", "t2i_XL_stage1_256"))[1]
+    made(part, tokenizer)
+    assert millions(part) - 120 * 2048 / 1e6 == pytest.approx(777.678, abs=6e-4)
+    assert (part.config.heads, part.config.condition_length, part.config.text_width) == (20, 120, 2048)

@@ -23,9 +23,12 @@ PLACES = 2**17  # 32 MB a cache
 WHOLE = {"temperature": 1, "top_k": 0, "top_p": 1, "guidance_scale": 1}
 
 
-@pytest.fixture(params=["vit", "vqgan"])
+@pytest.fixture(params=["vit", "vqgan", "llamagen"])
 def either(request):
-    """The pipeline of a system, and the system: ONNX Runtime's bodies and a plain GPT, or portable ones and a shift."""
+    """The pipeline of a system, and the system.
+
+    ONNX Runtime's bodies and a plain GPT, portable ones and a shift, or heads that are filled up.
+    """
     return request.getfixturevalue(f"{request.param}_pipeline"), request.getfixturevalue(f"{request.param}_system")
 
 
@@ -103,7 +106,7 @@ def test_no_call_takes_more_rows_than_the_plan_allows(narrow, vit_pipeline, monk
 def test_caches_are_updated_in_place(vit_pipeline):
     session = vit_pipeline.session("step")
     assert len(session.stage.aliases) == 2 * 3
-    binding = session.bind({"batch": 2, "length": 1})
+    binding = session.bind({"batch": 2, "images": 2, "length": 1})
     binding.inputs["top_k"][:] = 64
     binding.inputs["temperature"][:] = 1
     binding.run()
@@ -153,7 +156,7 @@ def test_a_step_touches_no_more_of_the_caches_than_the_places_in_use(vit_plan, t
     shape = (1, *infos[0].shape[1:])
     caches = {info.name: np.memmap(tmp_path / info.name, np.float32, "w+", shape=shape) for info in infos}
     total = sum(cache.nbytes for cache in caches.values())
-    binding = session.bind({"batch": 1, "length": 1}, caches)
+    binding = session.bind({"batch": 1, "images": 1, "length": 1}, caches)
     binding.inputs["top_k"][:] = binding.inputs["temperature"][:] = 1
     before = resident()
     for position in range(16):
@@ -169,6 +172,7 @@ def test_a_step_touches_no_more_of_the_caches_than_the_places_in_use(vit_plan, t
 
 
 @pytest.mark.parametrize("labels", [None, [0, 2, 1]])
+@pytest.mark.parametrize("either", ["vit", "vqgan"], indirect=True)
 def test_features_are_those_of_pytorch_at_every_layer(either, labels):
     pipeline, system = either
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)

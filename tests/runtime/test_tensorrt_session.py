@@ -24,7 +24,7 @@ from vqdeploy.runtime.tensorrt import TensorrtBackend
 from vqdeploy.verify import verify
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three")
+SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three")
 
 
 def named(system, kind):

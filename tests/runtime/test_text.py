@@ -17,6 +17,7 @@ from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
+from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.forcing import forced_logits
 from vqdeploy.runtime.manifest import FILE, Manifest, TextInfo
 from vqdeploy.runtime.sampler import Item
@@ -178,7 +179,7 @@ def files(tmp_path):
 
 def job(plan, folder, texts, **options):
     texts = texts and folder / texts
-    return run(Job(plan, output=folder / "a.png", text_ids=texts, options={"seed": 0}, **options))
+    return run(Job(plan, output=folder / "a.png", texts=texts, options={"seed": 0}, **options))
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
@@ -278,9 +279,9 @@ def test_a_text_that_is_not_prefilled(text_plan, text_system, monkeypatch):
 
 
 def test_a_text_that_is_shifted_by_a_token(text_plan, text_system, monkeypatch):
-    write = AutoregressiveSampler._write
-    shift = lambda self, binding, row, item, text: write(self, binding, row, item, np.roll(text, 1))  # noqa: E731
-    monkeypatch.setattr(AutoregressiveSampler, "_write", shift)
+    write = Condition.write
+    shift = lambda self, inputs, row, text, none: write(self, inputs, row, np.roll(text, 1), none)  # noqa: E731
+    monkeypatch.setattr(Condition, "write", shift)
     failed(failures(verify(text_plan, text_system)), *WRONG)
 
 
@@ -303,7 +304,8 @@ def refuses(folder, change, message):
         ({"length": 18, "vocabulary": 0}, "1 or more"),
         ({"length": 2**31, "vocabulary": 40}, "1 or more"),
         ({"length": 18, "vocabulary": 2**63}, "1 or more"),
-        ({"length": 18}, "incomplete"),
+        ({"length": 18}, "a vocabulary or a width"),
+        ({"length": 18, "vocabulary": 40, "width": 8}, "a vocabulary or a width"),
         ({"length": 18.0, "vocabulary": 40}, "malformed"),
         ({"length": True, "vocabulary": 40}, "malformed"),
         ({"length": 18, "vocabulary": 40, "merges": []}, "unknown keys"),

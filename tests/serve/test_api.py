@@ -1,5 +1,6 @@
 """The routes: what they answer is what the pipeline does."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 
 @pytest.fixture(scope="module")
 def app(artifacts):
-    names = ("rqvae", "movq", "vit", "vqvae2", "three", "text")
+    names = ("rqvae", "movq", "vit", "vqvae2", "three", "text", "features", "llamagen")
     with application(
         {name: artifacts.plan(name) for name in names}, max_images=4, max_pixels=5000, max_body=50_000
     ) as app:
@@ -62,6 +63,11 @@ def test_texts_and_no_classes(app, artifacts):
     ids = pipeline.condition.examples(1)
     reply = post(app, GENERATE, json={"model": "text", "text_ids": ids[0].tolist(), "seed": 1})
     np.testing.assert_array_equal(codes(reply), pipeline.generate(ids, seed=1).codes)
+    pipeline = artifacts.pipeline("features")
+    features = pipeline.condition.examples(1)
+    asked = {"model": "features", "text_features": npy(features[0]), "seed": 1, "guidance_interval": 3}
+    expected = pipeline.generate(features, seed=1, guidance_interval=3).codes
+    np.testing.assert_array_equal(codes(post(app, GENERATE, json=asked)), expected)
     reply = post(app, GENERATE, json={"model": "three", "seed": 1})
     np.testing.assert_array_equal(codes(reply), artifacts.pipeline("three").generate(seed=1).codes)
 
@@ -233,6 +239,12 @@ def test_metrics(artifacts):
     assert lines['vqdeploy_slots_in_use{model="rqvae-fp32"}'] == "0.0"
 
 
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return text(file.getvalue())
+
+
 def raw(text):
     return {"content": text, "headers": {"content-type": "application/json"}}
 
@@ -253,6 +265,11 @@ def raw(text):
         ({"json": {"model": "movq", "label": 0, "schedule": "slow"}}, "schedule"),
         ({"json": {"model": "text"}}, "needs a text"),
         ({"json": {"model": "text", "text_ids": [10**30]}}, "text"),
+        ({"json": {"model": "text", "text_features": "AAAA"}}, "takes text_ids"),
+        ({"json": {"model": "features", "text_ids": [1]}}, "takes text_features"),
+        ({"json": {"model": "features", "text_features": "AAAA"}}, "an NPY in base64"),
+        ({"json": {"model": "features", "text_features": npy(np.zeros((3, 12)))}}, "no tokens"),
+        ({"json": {"model": "features", "text_features": npy(np.zeros((3, 5)))}}, "up to 7, 12"),
         (raw('{"prompt": NaN}'), "prompt"),
         (raw('{"prompt": "\\ud800"}'), "found \\ud800"),
         (raw('{"label": 1e400}'), "label"),

@@ -34,6 +34,11 @@ def llamagen(state: State) -> Any:
     return {"model": {k: w + 1 for k, w in state.items()}, "ema": state, "steps": 5, "args": argparse.Namespace(lr=1)}
 
 
+def fsdp(state: State) -> Any:
+    """A bare dictionary, with the table of rotations that older files have."""
+    return state | {"freqs_cis": torch.zeros(65, 8, 2)}
+
+
 def kakaobrain(state: State) -> Any:
     return {"state_dict": {k: w + 1 for k, w in state.items()}, "state_dict_ema": state, "epoch": 10}
 
@@ -95,7 +100,7 @@ TOKENIZERS: dict[str, tuple[str, str, Callable[[State], Any], Callable[[Any], An
     "diffusers_movq": ("diffusers", "movq", bare, bare),
     "diffusers_vq": ("diffusers", "vqgan", bare, bare),
     "diffusers_amused": ("diffusers", "vqgan", bare, bare),
-    "llamagen_vq": ("llamagen", "vqgan", llamagen, lambda config: {**config, "image_size": 32}),
+    "llamagen_vq": ("llamagen", "vqgan", llamagen, lambda config: {"image_size": 32, **config}),
     "emu3_vq": ("emu3", "emu3", bare, bare),
     "rqvae": ("rq-vae-transformer", "rqvae", kakaobrain, lambda config: {"arch": {"hparams": config}}),
     "vitvq": ("enhancing-transformers", "vitvqgan", lightning, lambda config: {"model": {"params": config}}),
@@ -108,8 +113,10 @@ def write_tokenizer(name: str, folder: Path, changes: dict[str, Any] | None = No
     """Writes the public files of a tokenizer; the arguments of `vqdeploy import` for them."""
     _, _, wrap, configure = TOKENIZERS[name]
     config, _, state = read_golden(name)
-    if changes:
+    if changes and "ddconfig" in config:
         config = config | {"ddconfig": config["ddconfig"] | changes}
+    elif changes:
+        config = config | changes
     folder.mkdir(exist_ok=True)
     file = save_flax(state, folder / name) if "jax" in name else save(state, folder / f"{name}.ckpt", wrap)
     return ["--tokenizer", file, "--tokenizer-config", write_config(configure(config), folder / f"{name}.json")]
@@ -130,6 +137,8 @@ def write_system(name: str, folder: Path) -> list[Any]:
     tokenizer, wrap, changes = {
         "rqtransformer": ("rqvae", kakaobrain, None),
         "vitvq_gpt": ("vitvq", lambda s: lightning({f"transformer.{k}": w for k, w in s.items()}), None),
+        "llamagen_gpt": ("llamagen_vq", fsdp, {"image_size": 16}),
+        "llamagen_gpt_text": ("llamagen_vq", lambda s: {"model": s, "optimizer": {}, "steps": 3}, {"image_size": 12}),
         "maskgit_v1": ("vqgan", valeo, {"resolution": 16, "attn_resolutions": [8]}),
         "maskgit": ("vqgan", halton, {"resolution": 16, "attn_resolutions": [8]}),
     }[name]

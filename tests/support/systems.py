@@ -7,6 +7,7 @@ import torch
 
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.gpt import GPTConfig
+from vqdeploy.models.llamagen import LlamaGenConfig
 from vqdeploy.models.maskgit import MaskGITConfig
 from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2PriorConfig
@@ -16,6 +17,7 @@ from vqdeploy.models.rqvae import RQVAEConfig
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
 from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.systems import System, SystemConfig, create
+from vqdeploy.systems.llamagen import LlamaGenSampling
 from vqdeploy.systems.system import GuidedSampling, MaskedSampling, Sampling
 
 CONV = ConvConfig(
@@ -75,6 +77,20 @@ SMALL_VQGAN = SystemConfig(
     prior=replace(SMALL_VIT.prior, codebook_size=32, token_shift=True, squared_relu=True),
     labels=SMALL_VIT.labels,
     sampling=GuidedSampling(),
+)
+
+SMALL_LLAMAGEN = SystemConfig(  # heads whose width no attention of ONNX Runtime takes
+    model="llamagen",
+    preset="small",
+    tokenizer=replace(SMALL_ADAPTIVE.tokenizer, code_dim=8),
+    prior=LlamaGenConfig((4, 4, 1), 32, width=48, layers=3, heads=4, mlp_width=64, classes=3, dropout=0.0),
+    labels=SMALL_VIT.labels,
+    sampling=LlamaGenSampling(temperature=0.9, guidance_scale=1.5),
+)
+SMALL_FEATURES = replace(
+    SMALL_LLAMAGEN,
+    prior=replace(SMALL_LLAMAGEN.prior, width=32, layers=2, classes=1, condition_length=7, text_width=12),
+    labels=(),
 )
 
 _SNAIL = PixelSNAILConfig((3, 3), 16, 3, 2, 2, 24, True, 4, 1, 12, 3, 1, dropout=0.0)
@@ -143,6 +159,9 @@ SYSTEMS: dict[str, Callable[[], System]] = {
     "vit": lambda: lively(SMALL_VIT),
     # A GPT with token shift and squared ReLU.
     "vqgan": lambda: lively(SMALL_VQGAN),
+    "llamagen": lambda: lively(SMALL_LLAMAGEN),
+    # A prior that is conditioned on features of texts.
+    "features": lambda: lively(SMALL_FEATURES),
     # Two levels with networks of different kernels, one with attention of heads that no operator takes.
     "vqvae2": lambda: lively_vqvae2(SMALL_VQVAE2),
     # Three levels without labels, the upper two with attention of a head that ONNX Runtime's operator takes.

@@ -15,6 +15,8 @@ def random_item(pipeline, rng, image):
     }
     if "guidance_scale" in pipeline.sampling.options:
         options["guidance_scale"] = float(rng.choice([1.0, 2.5]))
+    if "guidance_interval" in pipeline.sampling.options:
+        options["guidance_interval"] = int(rng.integers(-1, 12))
     if "steps" in pipeline.sampling.options:
         options |= {"steps": int(rng.integers(1, 7)), "schedule": str(rng.choice(SCHEDULES)), "choice_temperature": 2.0}
     known = rng.integers(0, pipeline.codebook_size, pipeline.grid)
@@ -23,7 +25,7 @@ def random_item(pipeline, rng, image):
     known[pipeline.layout.share(share, raster, [image], seed=int(rng.integers(9)))[0]] = -1
     if raster and len(pipeline.grid) == 3 and rng.random() < 0.3:
         known.reshape(-1, pipeline.grid[-1])[-1] = 0  # known behind what is drawn
-    condition = rng.integers(pipeline.condition.size, size=pipeline.condition.shape)
+    condition = pipeline.condition.random(rng, 1)[0]
     return Item(known, condition, int(rng.integers(100)), image, pipeline.options(**options))
 
 

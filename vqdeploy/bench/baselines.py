@@ -82,6 +82,9 @@ class Reference:
             for name in ("transformer", "body_transformer", "head_transformer"):
                 if hasattr(prior, name):
                     setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))
+            if hasattr(prior, "layers"):
+                compiled_layers: list[Any] = [torch.compile(layer, dynamic=True) for layer in prior.layers]
+                prior.layers = torch.nn.ModuleList(compiled_layers)
         return lambda: generate(prior, config, labels, _noise)
 
 

@@ -23,10 +23,13 @@ def run(
         str | None, typer.Option(help="Run one stage on the arrays of an NPZ, for plans of your own modules.")
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
-    text_ids: Annotated[
+    texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts as token ids, for priors conditioned on texts: an NPY [B, length], or text_ids in an NPZ."
+            "--text-ids",
+            "--text-features",
+            help="Texts, for priors conditioned on texts: an NPY of token ids [B, length] or of features [B, tokens, "
+            "width], or text_ids or text_features in an NPZ.",
         ),
     ] = None,
     num_images: Annotated[
@@ -80,7 +83,7 @@ def run(
         task=task,
         stage=stage,
         labels=label or (),
-        text_ids=text_ids,
+        texts=texts,
         num_images=num_images,
         inputs=inputs or (),
         mask=mask,

@@ -26,10 +26,10 @@ _FILM_FRAMES = 256  # frames of a film; a published prior has thousands of steps
 class Job:
     """What the command line asked for; `options` are those of `Pipeline.complete`.
 
-    `text_ids` is the file with the token ids of texts. `num_images` is the number of images of each label or text, or
-    of completions of each image, and `columns` that of a row of decoded ones; None for a usual number. `keep_levels` is
-    what `resample` keeps, `depth` what decoding uses. `film` is where the steps of the first image go. `threads` is
-    that of `vqdeploy.load`, `stage` what the task `stage` runs.
+    `texts` is the file with the token ids or the features of texts. `num_images` is the number of images of each label
+    or text, or of completions of each image, and `columns` that of a row of decoded ones; None for a usual number.
+    `keep_levels` is what `resample` keeps, `depth` what decoding uses. `film` is where the steps of the first image go.
+    `threads` is that of `vqdeploy.load`, `stage` what the task `stage` runs.
     """
 
     engine: Path
@@ -38,7 +38,7 @@ class Job:
     task: str = "generate"
     stage: str | None = None
     labels: Sequence[str] = ()
-    text_ids: Path | None = None
+    texts: Path | None = None
     num_images: int | None = None
     inputs: Sequence[Path] = ()
     mask: Path | None = None
@@ -78,7 +78,7 @@ def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     conditions, columns = _conditions(pipeline, job), job.num_images or _COLUMNS
     if conditions is None:
         if pipeline.condition.name == "text":
-            raise VqdeployError("this prior needs texts", expected="--text-ids FILE", found="none")
+            raise VqdeployError("this prior needs texts", expected=f"{_option(pipeline)} FILE", found="none")
         conditions = np.arange(min(pipeline.classes, _CLASSES_SHOWN))
     conditions = np.repeat(conditions, columns, 0)
     seen: list[np.ndarray] = []
@@ -146,11 +146,12 @@ def _conditions(pipeline: Pipeline, job: Job, count: int = 1) -> np.ndarray | No
     """Labels [B] or texts [B, length]; one alone stands for all of `count` images; None where none is given."""
     of_texts = pipeline.condition.name == "text"
     if job.labels and of_texts:
-        raise VqdeployError("this prior takes texts and no labels", expected="--text-ids FILE", found="--label")
-    if job.text_ids and not of_texts:
+        expected = f"{_option(pipeline)} FILE"
+        raise VqdeployError("this prior takes texts and no labels", expected=expected, found="--label")
+    if job.texts and not of_texts:
         raise VqdeployError("this prior takes labels and no texts", expected="--label NAME", found="--text-ids")
-    if job.text_ids:
-        conditions = pipeline.condition.check(_read_texts(job.text_ids))
+    if job.texts:
+        conditions = pipeline.condition.check(_read_texts(job.texts, pipeline.condition.argument))
     elif job.labels:
         conditions = np.array([pipeline.label(name) for name in job.labels])
     else:
@@ -158,16 +159,21 @@ def _conditions(pipeline: Pipeline, job: Job, count: int = 1) -> np.ndarray | No
     return np.repeat(conditions, count if len(conditions) == 1 else 1, 0)
 
 
-def _read_texts(file: Path) -> np.ndarray:
-    """Token ids [B, length] out of an NPY, or of `text_ids` in an NPZ."""
+def _option(pipeline: Pipeline) -> str:
+    """The option with the texts of a prior."""
+    return "--" + pipeline.condition.argument.replace("_", "-")
+
+
+def _read_texts(file: Path, name: str) -> np.ndarray:
+    """Token ids [B, length] or features [B, tokens, width] out of an NPY, or of an array of this name in an NPZ."""
     check_regular(file)
     with file.open("rb") as stream:
         if stream.read(2) == b"PK":
-            return _read_archive(file, ["text_ids"])["text_ids"]
+            return _read_archive(file, [name])[name]
     try:
         return np.array(np.load(file, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # parsers of numpy raise anything
-        expected = "an NPY of token ids, or an NPZ with text_ids"
+        expected = f"an NPY of texts, or an NPZ with {name}"
         raise ArtifactError(f"{file} does not hold texts", expected=expected, found=str(error)[:200]) from error
 
 
@@ -230,7 +236,7 @@ class Task(NamedTuple):
 _OPTIONS = {
     "--stage": "stage",
     "--label": "labels",
-    "--text-ids": "text_ids",
+    "--text-ids": "texts",
     "--num-images": "num_images",
     "--input": "inputs",
     "--mask": "mask",
@@ -274,7 +280,7 @@ def _check_output(job: Job, suffix: str) -> None:
 
 def _check_unread(job: Job, output: Path) -> None:
     """Rejects outputs that would replace a file that the task reads."""
-    read = [path for path in (job.engine, job.mask, job.text_ids, *job.inputs) if path]
+    read = [path for path in (job.engine, job.mask, job.texts, *job.inputs) if path]
     for written in filter(None, (output, job.film)):
         check_other(written, read)
 

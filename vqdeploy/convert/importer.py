@@ -75,6 +75,7 @@ PRIORS = {
     "maskgit-pytorch": PriorFormat(maskgit_pytorch.PRIOR, maskgit_pytorch.prior, MoVQConfig),
     "enhancing-transformers": PriorFormat(enhancing_transformers.PRIOR, enhancing_transformers.prior, ViTVQGANConfig),
     "vq-vae-2": PriorFormat(vq_vae_2.PRIOR, vq_vae_2.prior, VQVAE2Config),
+    "llamagen": PriorFormat(llamagen.PRIOR, llamagen.prior, MoVQConfig),
     "taming": PriorFormat(taming.PRIOR, taming.prior, MoVQConfig),
 }
 FORMATS = tuple(sorted({*TOKENIZERS, *PRIORS}))

@@ -1,14 +1,18 @@
-"""FoundationVision/LlamaGen: the VQ-16 and VQ-8 tokenizers, also from files of Janus."""
+"""FoundationVision/LlamaGen: the VQ-16 and VQ-8 tokenizers, also from files of Janus, and the priors."""
 
 import re
 
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import NO_SIZE, read_conv
-from vqdeploy.convert.parts import Part, check, fit, learned, section, shape, submodel, take, whole
+from vqdeploy.convert.parts import Part, check, count, fit, learned, need, section, shape, submodel, take, whole
+from vqdeploy.errors import ArtifactError
+from vqdeploy.models.llamagen import LlamaGen, LlamaGenConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 
 TOKENIZER = r"(gen_vision_model\.)?encoder\.conv_blocks\.0\.res\.0\.norm1\.weight"
+PRIOR = r"layers\.0\.attention\.wqkv\.weight"
 
+_HEADS = {3200: 32, 4096: 32}  # of widths whose heads are not of 64
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
@@ -43,3 +47,39 @@ def tokenizer(source: Source) -> Part:
     given = learned(take(source, "quantize.embedding.weight"))
     weights = fit(source, lambda: MoVQ(config), public, given, r"^quantize\.codebook_used$")
     return Part("vqgan", config, weights, () if size else (NO_SIZE,))
+
+
+def prior(sources: list[Source], tokenizer: Part) -> Part:
+    """A prior of classes or of texts. Its file gives neither the image size nor the number of heads."""
+    (source,) = sources
+    conv, codes = tokenizer.config.conv, tokenizer.config.codebook_size
+    need(None if NO_SIZE in tokenizer.notes else conv.resolution, "image_size", source, "--tokenizer-config")
+    size, width = shape(source, "tok_embeddings.weight")
+    layers = count(source, lambda i: f"layers.{i}.attention.wqkv.weight")
+    declared = section(source.config, "n_head")
+    check(
+        source,
+        {"vocab_size": whole(declared, "vocab_size"), "dim": whole(declared, "dim")},
+        {"vocab_size": size, "dim": width},
+    )
+    if size != codes:
+        raise ArtifactError(f"the prior in {source.path} is for another tokenizer", expected=codes, found=size)
+    heads = whole(declared, "n_head") or _HEADS.get(width, width // 64)
+    if shape(source, "layers.0.attention.wqkv.weight")[0] != 3 * width:
+        raise ArtifactError(f"the prior in {source.path} shares keys among its heads, which is not supported")
+    texts = "cls_embedding.uncond_embedding" in source.weights
+    length, text_width = shape(source, "cls_embedding.uncond_embedding") if texts else (1, 0)
+    config = LlamaGenConfig(
+        (conv.grid, conv.grid, 1),
+        size,
+        width,
+        layers,
+        heads,
+        shape(source, "layers.0.feed_forward.w1.weight")[0],
+        classes=1 if texts else shape(source, "cls_embedding.embedding_table.weight")[0] - 1,
+        condition_length=length,
+        text_width=text_width,
+    )
+    weights = fit(source, lambda: LlamaGen(config), lambda ours: ours, ignored=r"^freqs_cis$")
+    scale, top_k = (7.5, 1000) if texts else (4.0, 2000)  # of the public samplers
+    return Part("llamagen", config, weights, sampling={"guidance_scale": scale, "top_k": min(top_k, size)})

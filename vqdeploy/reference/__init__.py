@@ -11,9 +11,11 @@ from vqdeploy.models.prior import AutoregressivePrior, Prior
 from vqdeploy.reference import masked
 from vqdeploy.reference.guidance import Noise, guided_logits
 from vqdeploy.runtime.threads import cores
-from vqdeploy.systems import SYSTEMS, GuidedSampling, Sampling, SystemConfig
+from vqdeploy.systems import SYSTEMS, Sampling, SystemConfig
 
 __all__ = ["Noise", "generate", "guided_logits", "torch_threads"]
+
+_GUIDANCE = ("guidance_scale", "guidance_interval")
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def generate(prior: Prior | AutoregressivePrior, config: SystemConfig, labels: T
     if SYSTEMS[config.model].kind == "masked":
         return masked.generate(prior, config.sampling, labels, noise, choices)
     shape = (len(labels), depth, size)
-    guidance = [sampling.guidance_scale] if isinstance(sampling, GuidedSampling) else []
+    guidance = [getattr(sampling, name) for name in _GUIDANCE if hasattr(sampling, name)]
     autoregressive = cast(AutoregressivePrior, prior)
     return autoregressive.generate(labels, lambda place: noise(place, shape).to(labels.device), *choices, *guidance)
 

@@ -106,6 +106,7 @@ class ServedPlan:
     def describe(self) -> Model:
         """What clients may know about it."""
         pipeline, sampling = self.pipeline, self.pipeline.manifest.sampling
+        condition = pipeline.condition if sampling else None
         return Model(
             id=self.name,
             created=self.created,
@@ -118,7 +119,8 @@ class ServedPlan:
             classes=sampling.classes if sampling else None,
             labels=list(pipeline.manifest.labels),
             label_is_optional=sampling.no_label is not None if sampling else None,
-            text_length=sampling.text.length if sampling and sampling.text else None,
+            text_length=condition.length if condition and condition.argument == "text_ids" else None,
+            text_features=list(condition.shape) if condition and condition.features else None,
             options=pipeline.options() if sampling else {},
             max_images=self._settings.max_images,
         )
@@ -246,15 +248,18 @@ class ServedPlan:
         return Order(items, options, seed)
 
     def _condition(self, asked: Drawing) -> int | np.ndarray:
-        """The label, or the token ids int64 [length] of a text."""
-        pipeline, text = self.pipeline, asked.text_ids
-        if pipeline.condition.name == "text":
+        """The label, or the token ids int64 [length] or features float32 [length, width] of a text."""
+        pipeline, wanted = self.pipeline, self.pipeline.condition.argument
+        for other in ("text_ids", "text_features"):
+            if other != wanted and getattr(asked, other) is not None:
+                kind = "labels and no texts" if wanted == "label" else wanted
+                raise VqdeployError(f"this prior takes {kind}", expected=wanted, found=other)
+        if wanted != "label":
+            text = getattr(asked, wanted)
             if text is None:
-                raise VqdeployError("this prior needs a text", expected="text_ids", found="none")
-            checked: np.ndarray = pipeline.condition.check([text], 1)[0]
+                raise VqdeployError("this prior needs a text", expected=wanted, found="none")
+            checked: np.ndarray = pipeline.condition.check([text if wanted == "text_ids" else _array(text)], 1)[0]
             return checked
-        if text is not None:
-            raise VqdeployError("this prior takes labels and no texts", expected="a label", found="text_ids")
         name = asked.label if asked.label is not None else asked.prompt.strip()
         if name != "":
             return pipeline.label(name)
@@ -291,6 +296,14 @@ class ServedPlan:
         if not mask.any():
             raise VqdeployError("the mask is empty", expected="transparent pixels, or white ones in a mask without any")
         return images.fitted(images.on_background(image), *shape), mask
+
+
+def _array(text: str) -> np.ndarray:
+    """The array of an NPY in base64."""
+    try:
+        return np.asarray(np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False))
+    except Exception as error:  # parsers of numpy raise anything
+        raise VqdeployError("the features of a text are malformed", expected="an NPY in base64") from error
 
 
 def file_of(image: np.ndarray, kind: str) -> str:

@@ -49,6 +49,10 @@ class Drawing(_Options):  # type: ignore[misc]  # its fields come from the table
     text_ids: list[int] | None = Field(
         default=None, description="Token ids of a text, for priors conditioned on texts."
     )
+    text_features: str | None = Field(
+        default=None,
+        description="For priors conditioned on features of a text encoder: an NPY of floats [tokens, width] in base64.",
+    )
     n: int = Field(default=1, ge=1, description="Number of images.")
     seed: int | None = Field(default=None, ge=0, le=LARGEST, description="Seed of the noise; by default a random one.")
     size: str = Field(default="auto", description="WIDTHxHEIGHT of the plan, or auto.")
@@ -145,6 +149,7 @@ class Model(BaseModel):
     labels: list[str]
     label_is_optional: bool | None = Field(description="Whether an image may be drawn without a class.")
     text_length: int | None = Field(description="Token ids of a text, for priors conditioned on texts.")
+    text_features: list[int] | None = Field(description="Most tokens of a text and features of each, in their place.")
     options: dict[str, Any] = Field(description="Sampling options and their defaults.")
     max_images: int = Field(description="Images of one request.")
 

@@ -1,6 +1,6 @@
 """Systems, the values of `--model`: one definition per file."""
 
-from vqdeploy.systems import emu3, maskgit, movq, rqvae, vitvqgan, vqgan, vqvae2
+from vqdeploy.systems import emu3, llamagen, maskgit, movq, rqvae, vitvqgan, vqgan, vqvae2
 from vqdeploy.systems.recipe import Recipe
 from vqdeploy.systems.system import (
     SYSTEMS,
@@ -15,7 +15,9 @@ from vqdeploy.systems.system import (
     preset,
 )
 
-SYSTEMS |= {module.SYSTEM.name: module.SYSTEM for module in (rqvae, movq, vitvqgan, vqgan, vqvae2, maskgit, emu3)}
+SYSTEMS |= {
+    module.SYSTEM.name: module.SYSTEM for module in (rqvae, movq, vitvqgan, vqgan, vqvae2, maskgit, emu3, llamagen)
+}
 
 __all__ = [
     "SYSTEMS",

@@ -13,6 +13,7 @@ from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.maskgit import MaskGIT, MaskGITConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 from vqdeploy.systems import emoji, tiny
+from vqdeploy.systems.llamagen import published_tokenizer
 from vqdeploy.systems.losses import masked_loss
 from vqdeploy.systems.system import Definition, MaskedSampling, SystemConfig
 from vqdeploy.systems.vqgan import published_vqgan
@@ -30,9 +31,6 @@ def _published(channels: int = 128, res_blocks: int = 2) -> MoVQConfig:
 
 
 _HALTON = MaskGITConfig((24, 24, 1), 16384, width=1024, layers=24, heads=16, network="adaptive")
-_LLAMAGEN = MoVQConfig(
-    ConvConfig(384, attention_resolutions=(24,)), 16384, 8, groups=1, modulation=False, metric="cosine"
-)
 
 # Sizes of ai-forever/MoVQGAN, CompVis/taming-transformers, valeoai/Halton-MaskGIT with the tokenizer of
 # FoundationVision/LlamaGen, and of the MoVQ paper as far as it gives them.
@@ -59,7 +57,10 @@ _PRESETS = [
     _preset("vqgan-f16-1024", published_vqgan(1024)),
     _preset("vqgan-f16-16384", published_vqgan(16384)),
     _preset(
-        "halton-large", _LLAMAGEN, _HALTON, sampling=MaskedSampling(steps=32, schedule="halton", guidance_scale=3.0)
+        "halton-large",
+        published_tokenizer(384),
+        _HALTON,
+        sampling=MaskedSampling(steps=32, schedule="halton", guidance_scale=3.0),
     ),
 ]
 

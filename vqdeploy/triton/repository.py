@@ -142,7 +142,7 @@ def _sampling_config(manifest: Manifest) -> ModelConfig:
     if manifest.targets:
         instance.gpus.append(0)  # the one that the runtime takes
     inputs = [
-        _input(f"{condition.name}s", "int64", (-1, *condition.shape)),
+        _input(f"{condition.name}s", "float32" if condition.features else "int64", (-1, *condition.shape)),
         _input("seed", "int64", (1,), optional=True),
     ]
     for name in sampling.options:

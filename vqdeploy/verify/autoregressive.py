@@ -30,7 +30,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     """Teacher-forced logits of the cached step, position by position and after prefill, against the full pass."""
     batch, config = 2, system.prior.config
     codes = rng.integers(0, config.codebook_size, (batch, config.positions, config.depth))
-    labels = rng.integers(0, config.classes, (batch, *pipeline.condition.shape))
+    labels = pipeline.condition.random(rng, batch)
     reference = system.prior.logits(torch.from_numpy(codes).view(batch, *config.grid), torch.from_numpy(labels))
     reference = reference.view(batch, config.positions, config.depth, -1)
     checks = []
@@ -63,6 +63,11 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     if "guidance_scale" in pipeline.sampling.options:
         for options, scale in zip(distributions.values(), (_SCALE, 1.0), strict=True):
             options["guidance_scale"] = scale
+    if "guidance_interval" in pipeline.sampling.options:
+        for options in distributions.values():
+            options["guidance_interval"] = -1
+        first = distributions["full distribution"] | {"guidance_interval": system.prior.config.positions // 2}
+        distributions = {"guidance at first": first} | distributions
     for name, options in distributions.items():
         codes = pipeline.generate(labels, seed=SEED, **options).codes
         far, _ = _judge(system, codes, labels, 0, options, tolerance)
@@ -84,8 +89,9 @@ def _judge(
     system: System, codes: np.ndarray, labels: np.ndarray, first: int, options: dict[str, Any], tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """`judge` for generated codes, given the codes before each; both results have the shape of the codes."""
-    scale = options.get("guidance_scale", 1.0)
-    logits = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale).flatten(0, -2)
+    scale, interval = options.get("guidance_scale", 1.0), options.get("guidance_interval", -1)
+    given = torch.from_numpy(codes), torch.from_numpy(labels)
+    logits = guided_logits(system.prior, *given, scale, interval).flatten(0, -2)
     tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
     config = system.prior.config
     noise = _noise((len(codes), config.positions, config.depth, config.codebook_size), first)
