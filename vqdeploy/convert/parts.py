@@ -25,6 +25,7 @@ class Part:
         weights: Its state_dict.
         notes: Messages for the user.
         sampling: Sampling options of its publishers.
+        tokenizer: Of a prior: the configuration of its tokenizer, if the prior decides a part of it.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Part:
     weights: Weights
     notes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
 
 
 def fit(
