@@ -12,6 +12,8 @@ from vqdeploy.models.ops import truncate
 from vqdeploy.models.quantizers import MultiScaleQuantizer, area_average, bicubic, shared_convolution
 from vqdeploy.models.var import VAR
 from vqdeploy.models.var_tokenizer import SIDES, MultiScaleTokenizer
+from vqdeploy.reference.next_scale import generate
+from vqdeploy.systems import NextScaleSampling
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,36 @@ def test_ten_scales_by_the_functions_of_pytorch():
         rest, done = rest - change, done + change
     assert_close(total.permute(0, 3, 1, 2), done)
     assert_close(quantizer.inputs(codes), torch.cat(inputs, 1))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@torch.no_grad()
+def test_greedy_codes(prior, guided):
+    model, tensors = prior
+    labels, scales = tensors["in/class"], model.config.depth
+    sampling = NextScaleSampling(guidance_scale=1 + float(tensors["in/cfg"]) if guided else 1.0)
+    ones = torch.ones(len(labels), scales)
+    codes, total = generate(model, sampling, labels, lambda _, shape: torch.zeros(shape), [ones, ones.long(), ones])
+    assert torch.equal(codes, tensors["out/greedy_codes_cfg" if guided else "out/greedy_codes"])
+    if guided:
+        assert_close(total.permute(0, 3, 1, 2), tensors["out/greedy_f_hat"])
+
+
+@torch.no_grad()
+def test_image_of_greedy_codes(tokenizer):
+    _, tensors, _ = read_golden("var")
+    image = tokenizer.decode(tensors["out/greedy_codes_cfg"][:1]).clamp(-1, 1)
+    assert_close((image + 1) / 2, tensors["out/greedy_image"])
+
+
+@torch.no_grad()
+def test_more_smooth(prior):
+    model, tensors = prior
+    if "out/smooth_f_hat" not in tensors:
+        pytest.skip("the golden file has none")
+    labels, ones = tensors["in/class"], torch.ones(2, model.config.depth)
+    gumbel = tensors["in/smooth_gumbel"].split(model.quantizer.sizes, 1)
+    options = [ones, ones.long() * tensors["in/smooth_top_k"], ones * tensors["in/smooth_top_p"]]
+    sampling = NextScaleSampling(guidance_scale=1 + float(tensors["in/cfg"]), more_smooth=1)
+    _, total = generate(model, sampling, labels, lambda scale, _: gumbel[scale], options)
+    assert_close(total.permute(0, 3, 1, 2), tensors["out/smooth_f_hat"])
