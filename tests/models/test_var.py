@@ -104,7 +104,15 @@ def test_matrices_are_the_resizing_of_pytorch(size):
 
 @pytest.mark.parametrize(
     "table",
-    ["0 0 1 1 1 2 2 3 3 3", "0 0 0 1 1 1 1 2 2 2 2 3 3 3", "0 2 3", "0 1 2 3", "0 1 2 2 3", "0 0 1 2 3 3", "0 0 1 1 2 2 3 3"],
+    [
+        "0 0 1 1 1 2 2 3 3 3",
+        "0 0 0 1 1 1 1 2 2 2 2 3 3 3",
+        "0 2 3",
+        "0 1 2 3",
+        "0 1 2 2 3",
+        "0 0 1 2 3 3",
+        "0 0 1 1 2 2 3 3",
+    ],
 )
 def test_the_convolution_of_each_scale(table):
     """The table as the public code computes it, ties at two of ten scales included."""

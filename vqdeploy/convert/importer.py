@@ -224,7 +224,7 @@ def _system(parts: Mapping[str, Part], labels: tuple[str, ...], formats: Sequenc
     model = prior.model if prior else tokenizer.model
     sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})
     source = " and ".join(dict.fromkeys(formats))
-    decided = prior and prior.tokenizer or tokenizer.config
+    decided = (prior and prior.tokenizer) or tokenizer.config
     return SystemConfig(model, PRESET, decided, prior.config if prior else None, labels, sampling, source)
 
 

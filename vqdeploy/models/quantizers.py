@@ -180,7 +180,9 @@ class MultiScaleQuantizer(AveragedCodebook):
         self.convolutions = Modules(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(_CONVOLUTIONS))
         down = [_on_both_axes(area_average(side, sides[-1])) for side in sides]
         up = [_on_both_axes(bicubic(side, sides[-1])).T for side in sides]
-        chosen = torch.cat([torch.full((size,), shared_convolution(s, len(sides))) for s, size in enumerate(self.sizes)])
+        chosen = torch.cat(
+            [torch.full((size,), shared_convolution(s, len(sides))) for s, size in enumerate(self.sizes)]
+        )
         self.register_buffer("down", torch.cat(down).float(), persistent=False)
         self.register_buffer("up", torch.cat(up).float(), persistent=False)
         self.register_buffer("mixing", F.one_hot(chosen, _CONVOLUTIONS).float(), persistent=False)

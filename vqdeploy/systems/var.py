@@ -84,7 +84,7 @@ SYSTEM = Definition(
     stages=_stages,
     presets={config.preset: config for config in _PRESETS},
     recipes={
-        "tiny": dataclasses.replace(tiny.RECIPE, prior_steps=3000, prior_learning_rate=1e-3),
+        "tiny": dataclasses.replace(tiny.RECIPE, steps=600, prior_steps=2000, prior_learning_rate=1e-3),
         "emoji": emoji.RECIPE,
     },
 )
