@@ -32,9 +32,10 @@ class Stage:
     """A module with example inputs (batch first, batch size 2) and the names of its outputs.
 
     A list of tensors becomes inputs `NAME.0`, `NAME.1` and so on. `dynamic` has the dynamic dimensions other than the
-    batch, those of outputs where they are no dimension of an input, `aliases` the outputs that a backend may write in place of an input. `states` names the inputs that come from
-    earlier calls and so follow the precision; inputs of a request, noise too, keep their types. `precision` is one of
-    `vqdeploy.precision.PRECISIONS`. `calibration` makes an input to observe activations on, for int8.
+    batch, and those of outputs that are no dimension of an input. `aliases` has the outputs that a backend may write in
+    place of an input. `states` names the inputs that come from earlier calls and so follow the precision; inputs of a
+    request, noise too, keep their types. `precision` is one of `vqdeploy.precision.PRECISIONS`. `calibration` makes an
+    input to observe activations on, for int8.
     """
 
     name: str

@@ -63,8 +63,8 @@ class Reconstruct(nn.Module):
         self.tokenizer = _laid_out(tokenizer)
         self.side = tokenizer.maps[-1][0]
 
-    def forward(self, map: Tensor) -> Tensor:
-        image: Tensor = self.output(self.tokenizer.reconstruct(map.unflatten(1, (self.side, -1))))
+    def forward(self, whole_map: Tensor) -> Tensor:
+        image: Tensor = self.output(self.tokenizer.reconstruct(whole_map.unflatten(1, (self.side, -1))))
         return image
 
 
@@ -116,7 +116,7 @@ def stages(tokenizer: AnyTokenizer, size: tuple[int, int] | None = None) -> list
             Stage(
                 "reconstruct",
                 Reconstruct(tokenizer),
-                {"map": torch.zeros(2, cells, dim)},
+                {"whole_map": torch.zeros(2, cells, dim)},
                 ["image"],
                 calibration=lambda: quantizer.sums(calibration_codes(tokenizer, (height, width)))[-1],
             )

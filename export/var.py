@@ -87,7 +87,7 @@ class Step(nn.Module):
     """
 
     places: Tensor  # [N, C]
-    first: Tensor  # [classes + 1, C], the first entry
+    labels: Tensor  # [classes + 1, C], the entries of the first scale
     last: Tensor  # [classes + 1, 2 * C], the modulation of the head
 
     def __init__(self, prior: VAR):
@@ -105,8 +105,11 @@ class Step(nn.Module):
             for block, modulation in zip(prior.blocks, modulations, strict=True)
         )
         self.head = at_least(8, Projection(prior.head))
-        self.register_buffer("places", prior.places.detach())
-        self.register_buffer("first", (labels + prior.pos_start[0]).detach())
+        self.first = len(prior.pos_start[0])
+        places = prior.places.detach().clone()
+        places[: self.first] += prior.pos_start[0].detach()
+        self.register_buffer("places", places)
+        self.register_buffer("labels", labels.detach())
         self.register_buffer("last", _from_one(last, 0, 0).flatten(1).detach())
 
     def forward(
@@ -124,9 +127,9 @@ class Step(nn.Module):
     ) -> tuple[Tensor, ...]:
         length, size = noise.shape[1:]
         rows = torch.arange(length) + past_key[0].shape[2]
-        first = (rows == 0)[:, None]
+        first = (rows < self.first)[:, None]
         inputs = self.word_embed(self.maps.averaged(past_map, rows))[:, None]
-        x = torch.where(first, F.embedding(label, self.first)[:, :, None], inputs) + F.embedding(rows, self.places)
+        x = torch.where(first, F.embedding(label, self.labels)[:, :, None], inputs) + F.embedding(rows, self.places)
         shared = None if self.shared is None else self.shared(label)[:, :, None]
         keys, values = [], []
         for block, key, value in zip(self.blocks, past_key, past_value, strict=True):
@@ -191,7 +194,7 @@ def stages(prior: VAR) -> list[Stage]:
     config = prior.config
     cells, layers = config.sides[-1] ** 2, range(config.layers)
     length = Dimension("length", cells, usual=cells)
-    conditions, past = Dimension("conditions", 2, usual=2), Dimension("past", config.grid[0] - cells, 1, smallest=0)
+    conditions, past = Dimension("conditions", 2, usual=2), Dimension("past", config.grid[0] - cells, smallest=0)
     given = torch.zeros(2, 3, dtype=torch.int64)
     draw: dict[str, Tensor | list[Tensor]] = {
         "noise": torch.zeros(2, 3, config.codebook_size),
@@ -219,7 +222,7 @@ def stages(prior: VAR) -> list[Stage]:
         dynamic=drawn
         | {"label": both, "guidance": both}
         | dict.fromkeys(("past_key", "past_value"), both | {2: past})
-        | dict.fromkeys(grown, {2: Dimension("total", config.grid[0])}),
+        | {name: {2: Dimension("total", config.grid[0])} for name in grown},
         states=("past_key", "past_value"),
     )
     blend_inputs: dict[str, Tensor | list[Tensor]] = {

@@ -53,7 +53,7 @@ class NextScaleSampler(Sampler):
         return {
             "step": {**draw, **step},
             "blend": {**draw, **blend},
-            "reconstruct": {"map": floats("cells", "code dim")},
+            "reconstruct": {"whole_map": floats("cells", "code dim")},
         }
 
     @classmethod

@@ -593,7 +593,7 @@ class Pipeline:
                 `guidance_scale` s: logits are u + s * (c - u), conditional c and unconditional u; 1 is no guidance.
                 Only priors that were trained with label dropout have it: masked ones, GPTs and VAR, where it rises from
                 1 at the first scale to s at the last.
-                `more_smooth` 1 blends code vectors instead of drawing codes (VAR); `codes` are those drawn all the same.
+                `more_smooth` 1 blends code vectors instead of drawing codes (VAR); `codes` are drawn all the same.
                 Masked priors also have:
                 `steps`, the number of engine calls.
                 `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
@@ -648,7 +648,9 @@ class Pipeline:
         if plain:
             images[plain] = self.decode(codes[plain])
         if blended:
-            images[blended] = self._decoded("reconstruct", map=np.stack([np.asarray(whole_maps[i]) for i in blended]))
+            images[blended] = self._decoded(
+                "reconstruct", whole_map=np.stack([np.asarray(whole_maps[i]) for i in blended])
+            )
         return images
 
     def _sample(

@@ -164,8 +164,8 @@ class MultiScaleQuantizer(AveragedCodebook):
     """Residual quantization over scales: each scale quantizes what the coarser ones leave, averaged to a smaller map.
 
     Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction" (NeurIPS 2024),
-    section 3.2 and algorithms 1 and 2. The vectors of a scale are enlarged to the whole map, of `sides[-1]`, and go half
-    through a convolution. Four convolutions are shared by the scales.
+    section 3.2 and algorithms 1 and 2. The vectors of a scale are enlarged to the whole map, of `sides[-1]`, and half of
+    it is convolved. The scales share four convolutions.
 
     Codes are [B, N], those of all scales one after the other, each in raster order; maps of vectors [B, h * w, D].
     """
@@ -260,7 +260,7 @@ _CONVOLUTIONS = 4
 
 
 def shared_convolution(scale: int, scales: int) -> int:
-    """Which of the four convolutions a scale takes: the nearest of 1/12, 13/36, 23/36 and 11/12 to scale / (scales - 1).
+    """Which of four convolutions a scale takes: the nearest of 1/12, 13/36, 23/36 and 11/12 to scale / (scales - 1).
 
     Two may be equally near, as for two of ten scales. The public code then decides by rounding, always for the upper.
     """

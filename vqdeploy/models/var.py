@@ -157,7 +157,7 @@ class VAR(nn.Module):
         width = config.width
         self._quantizer = [quantizer]  # in a list, to keep it out of the state_dict
         self.class_emb = nn.Embedding(config.classes + 1, width)
-        self.pos_start = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_start = nn.Parameter(torch.zeros(1, config.sides[0] ** 2, width))
         self.word_embed = nn.Linear(config.code_dim, width)
         self.lvl_embed = nn.Embedding(len(config.sides), width)
         self.pos_1LC = nn.Parameter(torch.zeros(1, config.grid[0], width))
