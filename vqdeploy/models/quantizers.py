@@ -164,8 +164,8 @@ class MultiScaleQuantizer(AveragedCodebook):
     """Residual quantization over scales: each scale quantizes what the coarser ones leave, averaged to a smaller map.
 
     Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction" (NeurIPS 2024),
-    section 3.2 and algorithms 1 and 2. The vectors of a scale are enlarged to the whole map, of `sides[-1]`, and half of
-    it is convolved. The scales share four convolutions.
+    section 3.2 and algorithms 1 and 2. The vectors of a scale are enlarged to the whole map, of `sides[-1]`, and half
+    of it is convolved. The scales share four convolutions.
 
     Codes are [B, N], those of all scales one after the other, each in raster order; maps of vectors [B, h * w, D].
     """

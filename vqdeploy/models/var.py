@@ -196,9 +196,13 @@ class VAR(nn.Module):
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits [B, N, K] of each code given those of coarser scales."""
+        return self.logits_at(self.quantizer.inputs(codes), labels)
+
+    def logits_at(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """The same from the averaged maps of all scales but the first, see `MultiScaleQuantizer.inputs`."""
         label, modulations, last = self.modulations(labels)
         first = label[:, None] + self.pos_start
-        x = torch.cat([first, self.word_embed(self.quantizer.inputs(codes))], 1) + self.places
+        x = torch.cat([first, self.word_embed(inputs)], 1) + self.places
         for block, modulation in zip(self.blocks, modulations, strict=True):
             x = block(x, modulation, self._attend)
         logits: Tensor = self.head(self.head_nm(x, last))

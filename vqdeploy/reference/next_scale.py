@@ -50,7 +50,7 @@ def generate(
     return torch.cat(codes, 1), total.unflatten(1, (config.sides[-1], -1))
 
 
-def guided_at(conditional: Tensor, unconditional: Tensor, scale: float, share: float) -> Tensor:
+def guided_at(conditional: Tensor, unconditional: Tensor, scale: float, share: float | Tensor) -> Tensor:
     """Classifier-free guidance, whose scale rises linearly from 1 at the first scale to `scale` at the last.
 
     In the terms of the public code, (1 + t) c - t u, where t rises from 0 to `cfg`: `scale` is 1 + cfg.
