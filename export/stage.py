@@ -84,7 +84,7 @@ class Stage:
         )
         model: onnx_ir.Model = program.model
         for output in model.graph.outputs:  # the exporter calls a dimension by the expression that gives it
-            for axis, dimension in self.dynamic.get(str(output.name), {}).items():
-                output.shape = onnx_ir.Shape([*output.shape[:axis], dimension.name, *output.shape[axis + 1 :]])
+            names = {axis: dimension.name for axis, dimension in self.dynamic.get(str(output.name), {}).items()}
+            output.shape = onnx_ir.Shape([names.get(axis, size) for axis, size in enumerate(output.shape or ())])
         attach(model)
         return model

@@ -57,11 +57,11 @@ class Decode(nn.Module):
 class Reconstruct(nn.Module):
     """The sum of all scales [B, h * w, D] -> image uint8 [B, H, W, 3], for a sum that is not one of codes."""
 
-    def __init__(self, tokenizer: AnyTokenizer):
+    def __init__(self, tokenizer: MultiScaleTokenizer):
         super().__init__()
         self.output = ImageOutput(tokenizer.config.pixel_range)
-        self.tokenizer = _laid_out(tokenizer)
-        self.side = tokenizer.maps[-1][0]
+        self.tokenizer: Any = _laid_out(tokenizer)
+        self.side = tokenizer.config.sides[-1]
 
     def forward(self, whole_map: Tensor) -> Tensor:
         image: Tensor = self.output(self.tokenizer.reconstruct(whole_map.unflatten(1, (self.side, -1))))

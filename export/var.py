@@ -18,6 +18,7 @@ class InferenceBlock(nn.Module):
     [B, c, 1, 6 * C], and each block has its offset.
     """
 
+    scale: Tensor  # [H, 1]
     modulations: Tensor  # [classes + 1, 6 * C], or the offset [6 * C]
 
     def __init__(self, block: Block, modulations: Tensor):
@@ -30,7 +31,7 @@ class InferenceBlock(nn.Module):
             fused.moment = attention.mat_qkv.moment
         self.qkv, self.proj = Projection(fused), Projection(attention.proj)
         self.fc1, self.fc2 = Projection(block.ffn.fc1), Projection(block.ffn.fc2)
-        self.register_buffer("scale", attention.scale.detach().flatten()[:, None])  # [H, 1]
+        self.register_buffer("scale", attention.scale.detach().flatten()[:, None])
         self.register_buffer("modulations", modulations.detach())
 
     def forward(
@@ -53,7 +54,8 @@ class InferenceBlock(nn.Module):
     def unit(self, entries: Tensor) -> Tensor:
         """Entries of unit length for each head [B, c, S, H, D]."""
         by_head = widened(entries.unflatten(-1, (self.heads, -1)))
-        return (by_head / by_head.norm(dim=-1, keepdim=True).clamp(min=1e-12)).to(entries.dtype)
+        unit: Tensor = by_head / by_head.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return unit.to(entries.dtype)
 
 
 class Maps(nn.Module):
@@ -89,14 +91,15 @@ class Step(nn.Module):
     places: Tensor  # [N, C]
     labels: Tensor  # [classes + 1, C], the entries of the first scale
     last: Tensor  # [classes + 1, 2 * C], the modulation of the head
+    shared: Tensor | None  # [classes + 1, 6 * C], the modulation that the blocks share, if they do
 
     def __init__(self, prior: VAR):
         super().__init__()
         config = prior.config
         labels, modulations, last = prior.modulations(torch.arange(config.classes + 1))
-        self.shared = None
+        self.register_buffer("shared", None)
         if prior.shared_ada_lin is not None:
-            self.shared = nn.Embedding.from_pretrained(prior.shared_ada_lin(labels).detach())
+            self.shared = prior.shared_ada_lin(labels).detach()
             modulations = [block.ada_gss[0] for block in prior.blocks]
         self.maps = Maps(prior.quantizer)
         self.word_embed = at_least(8, Projection(prior.word_embed))
@@ -130,7 +133,7 @@ class Step(nn.Module):
         first = (rows < self.first)[:, None]
         inputs = self.word_embed(self.maps.averaged(past_map, rows))[:, None]
         x = torch.where(first, F.embedding(label, self.labels)[:, :, None], inputs) + F.embedding(rows, self.places)
-        shared = None if self.shared is None else self.shared(label)[:, :, None]
+        shared = None if self.shared is None else F.embedding(label, self.shared)[:, :, None]
         keys, values = [], []
         for block, key, value in zip(self.blocks, past_key, past_value, strict=True):
             x, key, value = block(x, label, shared, key, value)

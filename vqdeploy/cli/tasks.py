@@ -111,7 +111,7 @@ def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 def _depth(pipeline: Pipeline, job: Job) -> dict[str, int]:
     """The number of depths that were decoded, for the note in the PNG."""
-    return {"depth": job.depth or pipeline.grid[-1]} if len(pipeline.grid) == 3 else {}
+    return {"depth": job.depth or pipeline.layout.depth} if job.depth or len(pipeline.grid) == 3 else {}
 
 
 def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:

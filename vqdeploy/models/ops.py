@@ -272,8 +272,8 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> T
     Returns:
         Attention output [B, S, H * D].
     """
-    by_head = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*by_head, scale=1.0).transpose(1, 2).flatten(2)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
 
 
 @scaled_attention.register_fake

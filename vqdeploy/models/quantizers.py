@@ -225,7 +225,8 @@ class MultiScaleQuantizer(AveragedCodebook):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, N], -1 to leave out a scale -> vectors [B, h, w, D]."""
-        return self.sums(codes)[-1].unflatten(1, (self.sides[-1], -1))
+        whole: Tensor = self.sums(codes)[-1].unflatten(1, (self.sides[-1], -1))
+        return whole
 
     def inputs(self, codes: Tensor) -> Tensor:
         """For each position but the first the map of the coarser scales, averaged to it [B, N - 1, D]."""

@@ -114,8 +114,8 @@ class Block(nn.Module):
         """The modulation by embedded labels [B, C]; `shared` [B, 6, C] is what the blocks share, if they do."""
         if shared is not None:
             return shared + self.ada_gss[0]
-        own: Tensor = self.ada_lin(label)
-        return own.unflatten(-1, (6, -1))
+        own: Tensor = self.ada_lin(label).unflatten(-1, (6, -1))
+        return own
 
     def forward(self, x: Tensor, modulation: Tensor, attend: Attend) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation[:, :, None].unbind(1)
@@ -133,8 +133,8 @@ class HeadNorm(nn.Module):
 
     def modulation(self, label: Tensor) -> Tensor:
         """Scales and shifts [B, 2, C]."""
-        both: Tensor = self.ada_lin(label)
-        return both.unflatten(-1, (2, -1))
+        both: Tensor = self.ada_lin(label).unflatten(-1, (2, -1))
+        return both
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         scale, shift = modulation[:, :, None].unbind(1)
@@ -172,11 +172,11 @@ class VAR(nn.Module):
         for embedding in (self.pos_start, self.pos_1LC):
             nn.init.normal_(embedding, std=0.02)
         with torch.no_grad():
-            for block in self.blocks:
-                gates = block.ada_gss[0, 0, :2] if config.shared_modulation else block.ada_lin[1].weight[: 2 * width]
-                gates.mul_(_GATES)
-            if self.shared_ada_lin is not None:
-                self.shared_ada_lin[1].weight[: 2 * width] *= _GATES
+            for name, weight in self.named_parameters():
+                if name.endswith("ada_gss"):
+                    weight[..., :2, :] *= _GATES
+                elif name.endswith("ada_lin.1.weight") and "head" not in name:
+                    weight[: 2 * width] *= _GATES
 
     @property
     def quantizer(self) -> MultiScaleQuantizer:

@@ -90,4 +90,5 @@ class MultiScaleTokenizer(Tokenizer):
 
     def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
         """The codes of each scale [B, p * p]."""
-        return codes.split(self.quantizer.sizes, 1)
+        scales: tuple[Tensor, ...] = codes.split(self.quantizer.sizes, 1)
+        return scales

@@ -37,7 +37,8 @@ def generate(
             x = block(x, modulation, cache)
         logits = prior.head(prior.head_nm(x, last))
         if guided:
-            logits = guided_at(*logits.chunk(2), sampling.guidance_scale, scale / max(config.depth - 1, 1))
+            conditional, unconditional = logits.chunk(2)
+            logits = guided_at(conditional, unconditional, sampling.guidance_scale, scale / max(config.depth - 1, 1))
         flat = logits.flatten(0, 1)
         drawn = noise(scale, logits.shape).to(flat.device).flatten(0, 1)
         chosen = [option[:, scale].repeat_interleave(len(own_places)) for option in options]

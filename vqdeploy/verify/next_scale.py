@@ -11,7 +11,7 @@ from vqdeploy.models.pixels import channels_last, to_uint8
 from vqdeploy.models.var import VAR, blended
 from vqdeploy.reference.next_scale import guided_at
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.forcing import untouched_options
+from vqdeploy.runtime.forcing import scale_logits
 from vqdeploy.runtime.noise import gumbel
 from vqdeploy.runtime.sampler import Item
 from vqdeploy.systems import System
@@ -41,16 +41,12 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     codes = rng.integers(0, pipeline.codebook_size, (IMAGES, *pipeline.grid))
     drawn = pipeline.generate(labels, seed=SEED, more_smooth=0).codes
     checks = []
-
-    def all_but_one(codes: np.ndarray) -> np.ndarray:  # so that all calls are made
-        return np.where(np.arange(codes.shape[1]) < codes.shape[1] - 1, codes, -1)
-
     for name, scale in ((_ONE_LABEL, 1.0), ("guidance", _SCALE)):
-        options = untouched_options(pipeline) | {"guidance_scale": scale}
         expected = _logits(system.prior, codes, labels, scale)
-        checks += compare_logits(name, _run(pipeline, all_but_one(codes), labels, options)[0], expected, allowed)
+        found = torch.from_numpy(scale_logits(pipeline, codes, labels, guidance_scale=scale))
+        checks += compare_logits(name, found, expected, allowed)
         expected = _logits(system.prior, drawn, labels, scale)
-        found, _ = _run(pipeline, all_but_one(drawn), labels, options)
+        found = torch.from_numpy(scale_logits(pipeline, drawn, labels, guidance_scale=scale))
         checks += compare_distributions(f"{name}, drawn codes", found, expected, allowed, scale)
     return checks
 
@@ -89,7 +85,7 @@ def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> li
     """`more_smooth`: the logits at the maps of the plan, each map given its logits, and the images of the last ones."""
     prior, options = system.prior, {"temperature": 1.0, "top_k": pipeline.codebook_size // 2, "top_p": 1.0}
     chosen = pipeline.options(**options, guidance_scale=_SCALE, more_smooth=1)
-    logits, maps = _run(pipeline, np.full((len(labels), *pipeline.grid), -1), labels, chosen)
+    logits, maps = _run(pipeline, labels, chosen)
     inputs = torch.cat([prior.quantizer.reduced(m, scale) for scale, m in enumerate(maps[:-1], 1)], 1)
     expected = _guided(prior, inputs, labels, _SCALE)
     checks = compare_distributions("blended maps", logits, expected, limits(pipeline.manifest, "step"), _SCALE)
@@ -112,8 +108,8 @@ def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> li
 
     images = pipeline.generate(labels, seed=SEED, **chosen).images
     pixels = system.tokenizer.reconstruct(maps[-1].unflatten(1, (prior.config.sides[-1], -1)))
-    expected = channels_last(to_uint8(pixels, system.tokenizer.config.pixel_range)).numpy()
-    return [*checks, *compare_images("reconstruct", images, expected, limits(pipeline.manifest, "reconstruct"))]
+    grey = channels_last(to_uint8(pixels, system.tokenizer.config.pixel_range)).numpy()
+    return [*checks, *compare_images("reconstruct", images, grey, limits(pipeline.manifest, "reconstruct"))]
 
 
 def _scales(prior: VAR) -> list[tuple[int, int]]:
@@ -133,14 +129,12 @@ def _guided(prior: VAR, inputs: Tensor, labels: np.ndarray, scale: float) -> Ten
     return guided_at(conditional, unconditional, scale, share)
 
 
-def _run(
-    pipeline: Pipeline, known: np.ndarray, labels: np.ndarray, options: dict[str, Any]
-) -> tuple[Tensor, list[Tensor]]:
-    """The logits of the plan [B, N, K], and its map after each scale [B, h * w, D]."""
-    logits, maps = [], []
+def _run(pipeline: Pipeline, labels: np.ndarray, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The logits of a generation [B, N, K], and the map after each scale [B, h * w, D]."""
+    logits, maps, unknown = [], [], np.full(pipeline.grid, -1)
     with pipeline.sampler(1, guided=options["guidance_scale"] != 1) as sampler:
         for image, label in enumerate(labels):
-            sampler.admit(0, Item(known[image], int(label), SEED, image, options))
+            sampler.admit(0, Item(unknown, int(label), SEED, image, options))
             calls = []
             while sampler.left(0):
                 sampler.step()
