@@ -80,7 +80,7 @@ class NextScaleSampler(Sampler):
     def codes(self, slot: int) -> np.ndarray:
         """Codes int64 [N] so far, -1 where nothing is drawn yet."""
         codes = self._items[slot].known.copy()
-        for scale in range(self._scale):
+        for scale in range(min(self._scale, self._until[slot])):
             drawn = self._read("step", self._bindings[scale].outputs["codes"])[slot]
             own = codes[self._of(scale)]
             own[own < 0] = drawn[own < 0]
@@ -116,10 +116,10 @@ class NextScaleSampler(Sampler):
         if self._scale == 0:
             self._bind()
         scale, binding, share = self._scale, self._bindings[self._scale], self._share
-        greedy = {slot: self._write(slot, binding.inputs, share) for slot in sorted(self._items)}
+        greedy = {slot: self._write(slot, binding.inputs, share) for slot in sorted(self._running)}
         self._fill_noise(binding.inputs["noise"], dict.fromkeys(greedy, scale), greedy)
         self._run("step", binding)
-        if smooth := [slot for slot, item in self._items.items() if item.options["more_smooth"]]:
+        if smooth := [slot for slot in greedy if self._items[slot].options["more_smooth"]]:
             self._smoothen(smooth, binding, share)
         self._scale += 1
 

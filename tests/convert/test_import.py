@@ -65,6 +65,8 @@ PRIORS = {  # golden file of the prior: formats, system
     "maskgit_v1": (["taming", "maskgit-pytorch"], "movq"),
     "maskgit": (["taming", "maskgit-pytorch"], "movq"),
     "maskgit_jax_transformer": (["maskgit-jax", "maskgit-jax"], "maskgit"),
+    "var": (["var", "var"], "var"),
+    "var_shared": (["var", "var"], "var"),
 }
 
 
