@@ -48,7 +48,7 @@ def test_other_scales_are_asked_for(tokenizer, tmp_path):
     import_checkpoint(tmp_path / "out", file, tokenizer_config=config)
     assert checkpoint.load(tmp_path / "out").config.tokenizer.sides == SIDES
     write_config({"v_patch_nums": ["1", 4]}, config)
-    with pytest.raises(ArtifactError, match="v_patch_nums of .* is malformed"):
+    with pytest.raises(ArtifactError, match=r"v_patch_nums of .* is malformed"):
         import_checkpoint(tmp_path / "again", file, tokenizer_config=config)
 
 
@@ -64,5 +64,5 @@ def test_a_prior_of_another_codebook_is_refused(tokenizer, prior, tmp_path):
     prior["head.weight"], prior["head.bias"] = torch.zeros(32, 64), torch.zeros(32)
     files = save(tokenizer, tmp_path / "vae.pth"), save(prior, tmp_path / "var.pth")
     config = write_config({"v_patch_nums": SIDES}, tmp_path / "vae.json")
-    with pytest.raises(ArtifactError, match="head.weight in .* has the wrong shape"):
+    with pytest.raises(ArtifactError, match=r"head.weight in .* has the wrong shape"):
         import_checkpoint(tmp_path / "out", files[0], [files[1]], tokenizer_config=config)

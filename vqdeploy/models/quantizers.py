@@ -177,6 +177,8 @@ class MultiScaleQuantizer(AveragedCodebook):
     def __init__(self, codebook_size: int, dim: int, sides: tuple[int, ...], decay: float = 0.99):
         super().__init__(codebook_size, dim, decay)
         self.sides, self.sizes = sides, [side**2 for side in sides]
+        if sum(self.sizes) * self.sizes[-1] > _LARGEST_MATRIX:
+            raise ValueError(f"code maps of sides {sides} are too large")
         self.convolutions = Modules(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(_CONVOLUTIONS))
         down = [_on_both_axes(area_average(side, sides[-1])) for side in sides]
         up = [_on_both_axes(bicubic(side, sides[-1])).T for side in sides]
@@ -258,6 +260,7 @@ class MultiScaleQuantizer(AveragedCodebook):
 
 
 _CONVOLUTIONS = 4
+_LARGEST_MATRIX = 2**26  # numbers; for images of 1024 pixels it is half as large
 
 
 def shared_convolution(scale: int, scales: int) -> int:

@@ -43,6 +43,11 @@ class MultiScaleConfig(Config):
         return self.conv.latent_channels
 
     @property
+    def level_grids(self) -> tuple[tuple[int, ...], ...]:
+        """Height and width of each code map, coarse to fine."""
+        return tuple((side, side) for side in self.sides)
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """Shape of the codes of one image: all scales concatenated, coarse to fine."""
         return (sum(side**2 for side in self.sides),)
