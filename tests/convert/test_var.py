@@ -23,7 +23,6 @@ def prior():
 
 
 def test_the_prior_decides_the_scales_and_so_the_size(tokenizer, prior, tmp_path):
-    tokenizer["quantize.ema_vocab_hit_SV"] = torch.zeros(10, 64)
     files = save(tokenizer, tmp_path / "vae.pth"), save(prior, tmp_path / "var.pth")
     import_checkpoint(tmp_path / "out", files[0], [files[1]])
     config = checkpoint.load(tmp_path / "out").config

@@ -42,7 +42,7 @@ def refused(proto, reason, weights=None):
 # What is allowed
 
 
-@pytest.mark.parametrize("system", ["rqvae", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three"])
+@pytest.mark.parametrize("system", ["rqvae", "movq", "adaptive", "vit", "vqgan", "vqvae2", "three", "var", "shared"])
 def test_packages_and_plans_of_every_system(artifacts, system):
     package = artifacts.package(system)
     weights = read_weights(package / WEIGHTS)

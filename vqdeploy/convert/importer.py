@@ -130,6 +130,8 @@ def import_checkpoint(
     formats = [_format(source, TOKENIZERS, "tokenizer", name)]
     with _malformed(source):
         parts = {"tokenizer": TOKENIZERS[formats[0]].read(source)}
+    if not sources and (error := parts["tokenizer"].lacking):
+        raise error
     if sources:
         formats.append(_format(sources[0], PRIORS, "prior", name))
         with _malformed(sources[0]):

@@ -26,6 +26,7 @@ class Part:
         notes: Messages for the user.
         sampling: Sampling options of its publishers.
         tokenizer: Of a prior: the configuration of its tokenizer, if the prior decides a part of it.
+        lacking: Of a tokenizer: what is wrong if no prior decides that part.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Part:
     notes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
+    lacking: VqdeployError | None = None
 
 
 def fit(

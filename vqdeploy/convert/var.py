@@ -28,8 +28,9 @@ def tokenizer(source: Source) -> Part:
     source = replace(source, weights=_separate_projections(source.weights))
     declared = section(source.config, "v_patch_nums").get("v_patch_nums")
     statistics = source.weights.get("quantize.ema_vocab_hit_SV")
+    lacking = None
     if declared is None and statistics is not None and len(statistics) != len(SIDES):
-        raise VqdeployError(
+        lacking = VqdeployError(
             f"the sides of the {len(statistics)} code maps cannot be read off the weights in {source.path}",
             fix="add the prior, or --tokenizer-config FILE, a YAML that gives v_patch_nums",
         )
@@ -39,7 +40,7 @@ def tokenizer(source: Source) -> Part:
     config = sized(config, sides)
     given = learned(take(source, "quantize.embedding.weight"))
     weights = fit(source, lambda: MultiScaleTokenizer(config), _name, given, r"^quantize\.ema_vocab_hit_SV$")
-    return Part("var", config, weights, (_ASSUMED,) if declared is None else ())
+    return Part("var", config, weights, (_ASSUMED,) if declared is None else (), lacking=lacking)
 
 
 def sized(tokenizer: MultiScaleConfig, sides: tuple[int, ...]) -> MultiScaleConfig:
