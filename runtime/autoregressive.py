@@ -24,9 +24,9 @@ class AutoregressiveSampler(Sampler):
     and values of all entries before the first call: of a text but its last token, and of known codes at the start.
 
     With guidance a slot takes two batch rows, which get the same codes: `slots + slot` with the label, and
-    `slots - 1 - slot` without it. So those of the first slots lie side by side, and rows without a label leave a call
-    when no image is guided any more. The graph inputs `row` and `partner` give the two rows of each image: guidance
-    moves the logits away from those of the partner, which is the row itself without guidance.
+    `slots - 1 - slot` without it. So those of the first slots lie side by side, and on a CPU rows without a label leave
+    a call when no image is guided any more. The graph inputs `row` and `partner` give the two rows of each image:
+    guidance moves the logits away from those of the partner, which is the row itself without guidance.
     """
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
@@ -107,13 +107,14 @@ class AutoregressiveSampler(Sampler):
         self._greedy[slot] = self._write_options(self._binding, slot, item)
         self._before[slot] = before = self.condition.entries(item.condition) - 1
         rows: dict[int, int | None] = {self._first_row + slot: None}
-        if self._guides_at(item, first):
+        if self.guided:
             rows[self._first_row - 1 - slot] = self.no_label
         for row, none in rows.items():
             self.condition.write(self._binding.inputs, row, item.condition, none)
-            self._clear(row)
-            if before + first > 0:
-                self._prefill(row, item, none, before, known[:first])
+            if none is None or self._guides_at(item, first):
+                self._clear(row)
+                if before + first > 0:
+                    self._prefill(row, item, none, before, known[:first])
 
     def _guides_at(self, item: Item, position: int) -> bool:
         """Whether the codes of a position are drawn with guidance."""
@@ -182,7 +183,8 @@ class AutoregressiveSampler(Sampler):
         draws = {slot: int(self._next[slot]) for slot in running}
         self._fill_noise(inputs["noise"], draws, self._greedy)
         guided = [slot for slot in running if self._guides_at(self._items[slot], draws[slot])]
-        used, partners = self._used_slots(self._session), self._used_slots(self._session, guided)
+        used = self._used_slots(self._session)
+        partners = self._used_slots(self._session, guided) if self.guided else 0
         rows = slice(first - partners, first + used)
         binding = self._part(self._session, self._binding, self._dims, batch=rows, images=slice(0, used))
         if "partner" in inputs:
