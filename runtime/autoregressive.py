@@ -138,29 +138,31 @@ class AutoregressiveSampler(Sampler):
     def _prefill(self, row: int, item: Item, none: int | None, before: int, known: np.ndarray) -> None:
         """Prefill: one call for the condition and a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
-        dims = {"batch": 1, "images": 1, "length": before + len(known)}
         if len(known):
+            dims = {"batch": 1, "images": 1, "length": before + len(known)}
             binding = self._session.bind(dims, {name: self._held[name][row : row + 1] for name in in_place})
             binding.inputs["codes"][0, before + 1 :] = known[:-1]
             self._begin(binding, item, none)
             states = carried(binding)
             self._held["codes"][row, 0] = known[-1]
         else:
-            binding = self._text(item, none, dims)
+            binding = self._text(item, none, before)
             states = {name: binding.inputs[name] for name in in_place} | carried(binding)
         for name, state in states.items():
             self._held[name][row : row + 1] = state
 
-    def _text(self, item: Item, none: int | None, dims: dict[str, int]) -> Binding:
+    def _text(self, item: Item, none: int | None, before: int) -> Binding:
         """A binding with the caches of a text alone, or of none in its place.
 
         The last one is kept: often the next image has the same text, and what stands for none depends on nothing but
-        its length. On a GPU, buffers and a context for each image would cost more than copies of the caches.
+        its length. On a GPU, buffers and a context for each image would cost more than copies of the caches, and for
+        each length more than entries behind a text, which those of codes replace before they are attended.
         """
-        key = dims["length"], b"" if none is not None else np.asarray(item.condition).tobytes()
+        length = before if self._session.device == "cpu" else self.condition.length - 1
+        key = before, b"" if none is not None else np.asarray(item.condition).tobytes()
         kept, binding = self._kept.get(none, ((0, b""), None))
-        if binding is None or kept[0] != key[0]:
-            binding = self._session.bind(dims)
+        if binding is None or binding.inputs["codes"].shape[1] != length:
+            binding = self._session.bind({"batch": 1, "images": 1, "length": length})
         if kept != key:
             self._begin(binding, item, none)
             self._kept[none] = key, binding
