@@ -64,10 +64,11 @@ class InferenceBlock(nn.Module):
 def _folded(weight: Tensor, norm: RMSNorm, layer: nn.Linear) -> Product:
     """The product with the weight [outputs, inputs] of a layer, or one made of it, after a norm without a weight."""
     moment: Tensor | None = getattr(layer, "moment", None)
+    scale = norm.weight.detach()
     if moment is not None:
-        scale = torch.where(norm.weight == 0, 1.0, norm.weight)
-        moment = moment / torch.outer(scale, scale)
-    return Product((weight * norm.weight).T, moment)
+        divisor = torch.where(scale == 0, 1.0, scale)
+        moment = moment / torch.outer(divisor, divisor)
+    return Product((weight * scale).T, moment)
 
 
 def _filled(heads: Tensor, width: int) -> Tensor:
