@@ -64,10 +64,11 @@ class InferenceBlock(nn.Module):
 def _folded(weight: Tensor, norm: RMSNorm, layer: nn.Linear) -> Product:
     """The product with the weight [outputs, inputs] of a layer, or one made of it, after a norm without a weight."""
     moment: Tensor | None = getattr(layer, "moment", None)
+    scale = norm.weight.detach()
     if moment is not None:
-        scale = torch.where(norm.weight == 0, 1.0, norm.weight)
-        moment = moment / torch.outer(scale, scale)
-    return Product((weight * norm.weight).T, moment)
+        divisor = torch.where(scale == 0, 1.0, scale)
+        moment = moment / torch.outer(divisor, divisor)
+    return Product((weight * scale).T, moment)
 
 
 def _filled(heads: Tensor, width: int) -> Tensor:
@@ -150,7 +151,8 @@ class Step(nn.Module):
         """The outputs, given the entries of the condition [B, S, width], or [B, 1, width], and how many they are."""
         place = position[:, None] + torch.arange(codes.shape[1]) - length + 1  # after the condition, from 1
         x = torch.where((place < 1)[:, :, None], condition, F.embedding(codes[:, :, 0], self.codes))
-        cosine, sine = (F.embedding(place.clamp(min=0), table)[:, :, None] for table in (self.cosine, self.sine))
+        turned = place.clamp(0, len(self.cosine) - 1)  # a prefill may go on behind the condition
+        cosine, sine = (F.embedding(turned, table)[:, :, None] for table in (self.cosine, self.sine))
         keys, values = [], []
         for block, key, value in zip(self.body, past_key, past_value, strict=True):
             x, key, value = block(x, cosine, sine, key, value, position)

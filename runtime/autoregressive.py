@@ -24,9 +24,9 @@ class AutoregressiveSampler(Sampler):
     and values of all entries before the first call: of a text but its last token, and of known codes at the start.
 
     With guidance a slot takes two batch rows, which get the same codes: `slots + slot` with the label, and
-    `slots - 1 - slot` without it. So those of the first slots lie side by side, and rows without a label leave a call
-    when no image is guided any more. The graph inputs `row` and `partner` give the two rows of each image: guidance
-    moves the logits away from those of the partner, which is the row itself without guidance.
+    `slots - 1 - slot` without it. So those of the first slots lie side by side, and on a CPU rows without a label leave
+    a call when no image is guided any more. The graph inputs `row` and `partner` give the two rows of each image:
+    guidance moves the logits away from those of the partner, which is the row itself without guidance.
     """
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
@@ -107,14 +107,13 @@ class AutoregressiveSampler(Sampler):
         self._greedy[slot] = self._write_options(self._binding, slot, item)
         self._before[slot] = before = self.condition.entries(item.condition) - 1
         own, *partner = self._rows_of(slot)
-        rows: dict[int, int | None] = {own: None}
-        if self._guides_at(item, first):
-            rows |= dict.fromkeys(partner, self.no_label)
+        rows: dict[int, int | None] = {own: None, **dict.fromkeys(partner, self.no_label)}
         for row, none in rows.items():
             self.condition.write(self._binding.inputs, row, item.condition, none)
-            self._clear(row)
-            if before + first > 0:
-                self._prefill(row, item, none, before, known[:first])
+            if none is None or self._guides_at(item, first):
+                self._clear(row)
+                if before + first > 0:
+                    self._prefill(row, item, none, before, known[:first])
 
     def _rows_of(self, slot: int) -> list[int]:
         """The batch rows of a slot: with its condition, and with guidance also without."""
@@ -143,29 +142,31 @@ class AutoregressiveSampler(Sampler):
     def _prefill(self, row: int, item: Item, none: int | None, before: int, known: np.ndarray) -> None:
         """Prefill: one call for the condition and a known prefix [S, Q], on the cache row of the slot."""
         in_place = self._session.stage.aliases.values()
-        dims = {"batch": 1, "images": 1, "length": before + len(known)}
         if len(known):
+            dims = {"batch": 1, "images": 1, "length": before + len(known)}
             binding = self._session.bind(dims, {name: self._held[name][row : row + 1] for name in in_place})
             binding.inputs["codes"][0, before + 1 :] = known[:-1]
             self._begin(binding, item, none)
             states = carried(binding)
             self._held["codes"][row, 0] = known[-1]
         else:
-            binding = self._text(item, none, dims)
+            binding = self._text(item, none, before)
             states = {name: binding.inputs[name] for name in in_place} | carried(binding)
         for name, state in states.items():
             self._held[name][row : row + 1] = state
 
-    def _text(self, item: Item, none: int | None, dims: dict[str, int]) -> Binding:
+    def _text(self, item: Item, none: int | None, before: int) -> Binding:
         """A binding with the caches of a text alone, or of none in its place.
 
         The last one is kept: often the next image has the same text, and what stands for none depends on nothing but
-        its length. On a GPU, buffers and a context for each image would cost more than copies of the caches.
+        its length. On a GPU, buffers and a context for each image would cost more than copies of the caches, and for
+        each length more than entries behind a text, which those of codes replace before they are attended.
         """
-        key = dims["length"], b"" if none is not None else np.asarray(item.condition).tobytes()
+        length = before if self._session.device == "cpu" else self.condition.length - 1
+        key = before, b"" if none is not None else np.asarray(item.condition).tobytes()
         kept, binding = self._kept.get(none, ((0, b""), None))
-        if binding is None or kept[0] != key[0]:
-            binding = self._session.bind(dims)
+        if binding is None or binding.inputs["codes"].shape[1] != length:
+            binding = self._session.bind({"batch": 1, "images": 1, "length": length})
         if kept != key:
             self._begin(binding, item, none)
             self._kept[none] = key, binding
@@ -188,7 +189,8 @@ class AutoregressiveSampler(Sampler):
         draws = {slot: int(self._next[slot]) for slot in running}
         self._fill_noise(inputs["noise"], draws, self._greedy)
         guided = [slot for slot in running if self._guides_at(self._items[slot], draws[slot])]
-        used, partners = self._used_slots(self._session), self._used_slots(self._session, guided)
+        used = self._used_slots(self._session)
+        partners = self._used_slots(self._session, guided) if self.guided else 0
         rows = slice(first - partners, first + used)
         binding = self._part(self._session, self._binding, self._dims, batch=rows, images=slice(0, used))
         if "partner" in inputs:

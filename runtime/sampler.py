@@ -206,7 +206,7 @@ class Sampler(ABC):
         """
         running = self._running if running is None else running
         if session.device != "cpu":
-            return self.slots if running else 0
+            return self.slots
         return min(self.slots, 1 << max(running).bit_length()) if running else 0
 
     def _part(self, session: Session, whole: Binding, dims: Mapping[str, int], **rows: slice) -> Binding:
