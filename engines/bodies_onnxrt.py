@@ -29,12 +29,16 @@ PackedAttention (qkv) => (attention)
     attention = com.microsoft.MultiHeadAttention <num_heads = {heads}, scale = 1.0> (query, key, value)
 }}"""
 
+_SCALED_ATTENTION = """
+<opset_import: ["" : 24, "com.microsoft" : 1], domain: "vqdeploy">
+ScaledAttention (query, key, value) => (attention)
+{{
+    attention = com.microsoft.MultiHeadAttention <num_heads = {heads}, scale = 1.0> (query, key, value)
+}}"""
+
 # Sorts only as many logits as needed: none without truncation, the top 2,048 for top-p if their probability reaches p,
 # as it usually does for a trained prior.
-_GUMBEL_SAMPLE = """
-<opset_import: ["" : 24], domain: "vqdeploy">
-GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
-{
+_TRUNCATION = """
     axis = Constant <value_ints = [1]> ()
     one = Constant <value = float {1.0}> ()
     logits_fp32 = Cast <to = 1> (logits)
@@ -109,10 +113,21 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
             truncated = Where (outside, removed, scaled)
         },
         else_branch = keep () => (whole) { whole = Identity (scaled) }
-    >
+    >"""
+
+_TRUNCATED_LOGITS = f"""
+<opset_import: ["" : 24], domain: "vqdeploy">
+TruncatedLogits (logits, temperature, top_k, top_p) => (kept)
+{{{_TRUNCATION}
+}}"""
+
+_GUMBEL_SAMPLE = f"""
+<opset_import: ["" : 24], domain: "vqdeploy">
+GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
+{{{_TRUNCATION}
     perturbed = Add (kept, noise)
     codes = ArgMax <axis = 1, keepdims = 0> (perturbed)
-}"""
+}}"""
 
 
 # The best code of each vector, in blocks of vectors whose scores fit the cache of a core: no N x K matrix is stored.
@@ -341,12 +356,15 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     graph = model.graph
     bodies = {
         "GumbelSample": onnx.parser.parse_function(_GUMBEL_SAMPLE),
+        "TruncatedLogits": onnx.parser.parse_function(_TRUNCATED_LOGITS),
         "QuantizedLinear": onnx.parser.parse_function(_QUANTIZED_LINEAR),
     }
+    attentions = {"PackedAttention": _PACKED_ATTENTION, "ScaledAttention": _SCALED_ATTENTION}
     for node in graph.node:
-        if node.op_type == "PackedAttention":
+        if node.op_type in attentions:
             (own_heads,) = (attribute.i for attribute in node.attribute if attribute.name == "heads")
-            bodies[node.op_type] = onnx.parser.parse_function(_PACKED_ATTENTION.format(heads=own_heads))
+            body = attentions[node.op_type].format(heads=own_heads)
+            bodies[node.op_type] = onnx.parser.parse_function(body)
         if node.op_type == "GroupNormalization":
             node.domain, node.op_type = "vqdeploy", "GroupNorm"
     ranks = _ranks(graph)

@@ -137,6 +137,26 @@ PackedAttention (qkv) => (attention)
 }}"""
 
 
+def _scaled_attention(heads: int) -> str:
+    return f"""
+ScaledAttention (query, key, value) => (attention)
+{{
+    split_shape = Constant <value_ints = [0, 0, {heads}, -1]> ()
+    flat = Constant <value_ints = [0, 0, -1]> ()
+    query_split = Reshape (query, split_shape)
+    key_split = Reshape (key, split_shape)
+    value_split = Reshape (value, split_shape)
+    queries = Transpose <perm = [0, 2, 1, 3]> (query_split)
+    keys_transposed = Transpose <perm = [0, 2, 3, 1]> (key_split)
+    values = Transpose <perm = [0, 2, 1, 3]> (value_split)
+    scores = MatMul (queries, keys_transposed)
+    weights = Softmax <axis = -1> (scores)
+    heads_out = MatMul (weights, values)
+    merged = Transpose <perm = [0, 2, 1, 3]> (heads_out)
+    attention = Reshape (merged, flat)
+}}"""
+
+
 _SCORES = {
     "l2": """
     transposed = Transpose <perm = [1, 0]> (table)
@@ -273,9 +293,7 @@ def _search(name: str, start: str, measure: str, target: str) -> str:
 
 # TensorRT sorts at most 3,840 values, so both thresholds are found by search. After three rounds the interval is 2^-18
 # of the range of the logits, far below the distance of neighbouring logits.
-_GUMBEL_SAMPLE = f"""
-GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
-{{
+_TRUNCATION = f"""
     axis = Constant <value_ints = [1]> ()
     last = Constant <value_ints = [-1]> ()
     one = Constant <value = float {{1.0}}> ()
@@ -301,7 +319,16 @@ GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
     nucleus = Less (mass, one)
     threshold_p = Where (nucleus, p_low_3, k_low_3)
     below_p = Less (scaled, threshold_p)
-    kept = Where (below_p, removed, scaled)
+    kept = Where (below_p, removed, scaled)"""
+
+_TRUNCATED_LOGITS = f"""
+TruncatedLogits (logits, temperature, top_k, top_p) => (kept)
+{{{_TRUNCATION}
+}}"""
+
+_GUMBEL_SAMPLE = f"""
+GumbelSample (logits, noise, temperature, top_k, top_p) => (codes)
+{{{_TRUNCATION}
     perturbed = Add (kept, noise)
     codes = ArgMax <axis = 1, keepdims = 0> (perturbed)
 }}"""
@@ -370,12 +397,14 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "VQResidual": _residual,
     "VQLookup": _lookup,
     "PackedAttention": _packed_attention,
+    "ScaledAttention": _scaled_attention,
     "CachedAttention": lambda: _CACHED_ATTENTION,
     "WriteCache": lambda: _WRITE_CACHE,
     "QuantizedLinear": lambda: _QUANTIZED_LINEAR,
     "BlockQuantizedLinear": lambda: _BLOCK_QUANTIZED_LINEAR,
     "QuantizedConvolution": _quantized_convolution,
     "GumbelSample": lambda: _GUMBEL_SAMPLE,
+    "TruncatedLogits": lambda: _TRUNCATED_LOGITS,
 }
 
 
@@ -410,8 +439,7 @@ def _node(name: str, inputs: list[tuple[str, str]], outputs: list[tuple[str, str
 def translations() -> dict[Callable[..., Any], Translation]:
     """The `custom_translation_table` of `torch.onnx.export`."""
     ops = torch.ops.vqdeploy
-    sampling = [("logits", "T"), ("noise", "tensor(float)"), ("temperature", "tensor(float)")]
-    sampling += [("top_k", _INT64), ("top_p", "tensor(float)")]
+    truncation = [("temperature", "tensor(float)"), ("top_k", _INT64), ("top_p", "tensor(float)")]
     caches = [("key", "T"), ("value", "T")]
     return {
         ops.nearest.default: _node("VQNearest", [("z", "T"), ("codebook", "C")], [("codes", _INT64)], metric=str),
@@ -424,6 +452,9 @@ def translations() -> dict[Callable[..., Any], Translation]:
         ),
         ops.lookup.default: _node("VQLookup", [("codes", _INT64), ("codebook", "T")], [("vectors", "T")]),
         ops.packed_attention.default: _node("PackedAttention", [("qkv", "T")], [("attention", "T")], heads=int),
+        ops.scaled_attention.default: _node(
+            "ScaledAttention", [("query", "T"), ("key", "T"), ("value", "T")], [("attention", "T")], heads=int
+        ),
         ops.cached_attention.default: _node(
             "CachedAttention", [("qkv", "T"), *caches, ("position", _INT64)], [("attention", "T"), *caches]
         ),
@@ -455,7 +486,10 @@ def translations() -> dict[Callable[..., Any], Translation]:
             [("y", "T")],
             padding=int,
         ),
-        ops.sample.default: _node("GumbelSample", sampling, [("codes", _INT64)]),
+        ops.sample.default: _node(
+            "GumbelSample", [("logits", "T"), ("noise", "tensor(float)"), *truncation], [("codes", _INT64)]
+        ),
+        ops.truncate.default: _node("TruncatedLogits", [("logits", "T"), *truncation], [("kept", "tensor(float)")]),
     }
 
 

@@ -114,9 +114,10 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
         named = [precision for name, precision in choice.named.items() if name not in names]
         floats = PRECISIONS[(named or [choice.rest])[0]].floats
         definition, rounds = SYSTEMS[system.config.model], "int4" in (choice.rest, *named)
-        if rounds and definition.kind == "masked":
+        if rounds and definition.kind in ("masked", "next-scale"):
             raise VqdeployError(
-                "int4 is slower than int8 for a masked prior, whose products have many rows", fix="--dtype int8"
+                f"int4 is slower than int8 for a {definition.kind} prior, whose products have many rows",
+                fix="--dtype int8",
             )
         with observed(system.prior) if rounds and definition.kind == "autoregressive" else nullcontext():
             of_prior = definition.stages(system.prior, floats)
@@ -192,6 +193,7 @@ def _export_stage(stage: Stage, opset: int) -> onnx_ir.Model:
 def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
     """Deduplicates initializers over all graphs: equal tensors get one name; returns each once."""
     names: dict[str, str] = {}  # digest -> name
+    taken = {out.name for model in graphs.values() for node in model.graph for out in node.outputs}
     weights: dict[str, np.ndarray] = {}
     for stage, model in graphs.items():
         for value in _initializers(model):
@@ -203,7 +205,7 @@ def _share_weights(graphs: dict[str, onnx_ir.Model]) -> dict[str, np.ndarray]:
             array = value.const_value.numpy()
             key = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
             if key not in names:
-                names[key] = value.name if value.name not in weights else f"{stage}.{value.name}"
+                names[key] = value.name if value.name not in {*weights, *taken} else f"{stage}.{value.name}"
                 weights[names[key]] = np.ascontiguousarray(array)
             value.name = names[key]
     return weights

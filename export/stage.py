@@ -35,10 +35,10 @@ class Stage:
     """A module with example inputs (batch first, batch size 2) and the names of its outputs.
 
     A list of tensors becomes inputs `NAME.0`, `NAME.1` and so on. `dynamic` has the dynamic dimensions other than the
-    batch, which it may replace, `aliases` the outputs that a backend may write in place of an input. `states` names the
-    inputs that come from earlier calls and so follow the precision; inputs of a request, noise too, keep their types.
-    `precision` is one of `vqdeploy.precision.PRECISIONS`. `calibration` makes an input to observe activations on, for
-    int8.
+    batch, which it may replace, and those of outputs that are no dimension of an input. `aliases` has the outputs that
+    a backend may write in place of an input. `states` names the inputs that come from earlier calls and so follow the
+    precision; inputs of a request, noise too, keep their types. `precision` is one of `vqdeploy.precision.PRECISIONS`.
+    `calibration` makes an input to observe activations on, for int8.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Stage:
 
     def to_onnx(self, opset: int = OPSET) -> onnx_ir.Model:
         """Exports the module."""
-        dims = {d.name: torch.export.Dim(d.name, min=1, max=_LARGEST) for d in self.dimensions}
+        dims = {d.name: torch.export.Dim(d.name, min=min(d.smallest, 1), max=_LARGEST) for d in self.dimensions}
 
         def shape(name: str) -> dict[int, Any]:
             return {0: dims[BATCH.name]} | {axis: dims[d.name] for axis, d in self.dynamic.get(name, {}).items()}
@@ -86,5 +86,8 @@ class Stage:
             verbose=False,
         )
         model: onnx_ir.Model = program.model
+        for output in model.graph.outputs:  # the exporter calls a dimension by the expression that gives it
+            names = {axis: dimension.name for axis, dimension in self.dynamic.get(str(output.name), {}).items()}
+            output.shape = onnx_ir.Shape([names.get(axis, size) for axis, size in enumerate(output.shape or ())])
         attach(model)
         return model

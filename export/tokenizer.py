@@ -12,6 +12,7 @@ from vqdeploy.export.layers import ImageInput, ImageOutput, Modulation, PackedAt
 from vqdeploy.export.stage import Stage
 from vqdeploy.models import vitvqgan
 from vqdeploy.models.conv import SpatialNorm, Upsample
+from vqdeploy.models.var_tokenizer import MultiScaleTokenizer
 from vqdeploy.models.vqvae2 import AnyTokenizer
 
 _FASTER: dict[type, Any] = {Upsample: SplitUpsample, SpatialNorm: Modulation, vitvqgan.Attention: PackedAttention}
@@ -53,6 +54,20 @@ class Decode(nn.Module):
         return image
 
 
+class Reconstruct(nn.Module):
+    """The sum of all scales [B, h * w, D] -> image uint8 [B, H, W, 3], for a sum that is not one of codes."""
+
+    def __init__(self, tokenizer: MultiScaleTokenizer):
+        super().__init__()
+        self.output = ImageOutput(tokenizer.config.pixel_range)
+        self.tokenizer: Any = _laid_out(tokenizer)
+        self.side = tokenizer.config.sides[-1]
+
+    def forward(self, whole_map: Tensor) -> Tensor:
+        image: Tensor = self.output(self.tokenizer.reconstruct(whole_map.unflatten(1, (self.side, -1))))
+        return image
+
+
 def maps_of(tokenizer: AnyTokenizer, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
     """Height, width and depth of each code map, for images of the given size.
 
@@ -79,12 +94,12 @@ def _shown(size: tuple[int, int]) -> str:
 
 
 def stages(tokenizer: AnyTokenizer, size: tuple[int, int] | None = None) -> list[Stage]:
-    """Both stages of a tokenizer, for images of a height and width; by default those of its configuration."""
+    """The stages of a tokenizer, for images of a height and width; by default those of its configuration."""
     height, width = size or (tokenizer.config.resolution,) * 2
     maps = maps_of(tokenizer, (height, width))
     image = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     codes = torch.zeros(2, *(maps[0] if len(maps) == 1 else tokenizer.config.grid), dtype=torch.int64)
-    return [
+    stages = [
         Stage("encode", Encode(tokenizer), {"image": image}, ["codes"]),
         Stage(
             "decode",
@@ -94,3 +109,16 @@ def stages(tokenizer: AnyTokenizer, size: tuple[int, int] | None = None) -> list
             calibration=lambda: calibration_codes(tokenizer, (height, width)),
         ),
     ]
+    if isinstance(tokenizer, MultiScaleTokenizer):
+        quantizer = tokenizer.quantizer
+        cells, dim = maps[-1][0] ** 2, tokenizer.config.code_dim
+        stages.append(
+            Stage(
+                "reconstruct",
+                Reconstruct(tokenizer),
+                {"whole_map": torch.zeros(2, cells, dim)},
+                ["image"],
+                calibration=lambda: quantizer.sums(calibration_codes(tokenizer, (height, width)))[-1],
+            )
+        )
+    return stages

@@ -5,7 +5,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import VqdeployError, one_line
 
 LARGEST = 2**62
 """Upper bound of seeds and image indices, which key the noise."""
@@ -28,7 +28,7 @@ def check_whole(lowest: int = 0, most: int = LARGEST, **named: object) -> None:
     for name, value in named.items():
         if not is_whole(value) or not lowest <= value <= most:
             expected = f"an integer in {lowest}..{most}"
-            raise VqdeployError(f"{name} is out of range", expected=expected, found=_shown(value))
+            raise VqdeployError(f"{name} is out of range", expected=expected, found=one_line(value, 80))
 
 
 def as_array(name: str, value: object) -> np.ndarray:
@@ -40,7 +40,8 @@ def as_array(name: str, value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except ValueError as error:
-        raise VqdeployError(f"{name} cannot be an array", expected="rows of one length", found=_shown(value)) from error
+        found = one_line(value, 80)
+        raise VqdeployError(f"{name} cannot be an array", expected="rows of one length", found=found) from error
 
 
 def as_numbers(name: str, value: object, whole: bool = False) -> np.ndarray:
@@ -58,13 +59,8 @@ def as_numbers(name: str, value: object, whole: bool = False) -> np.ndarray:
     except (OverflowError, ValueError):
         pass
     expected = "integers" if whole else "a number"
-    raise VqdeployError(f"{name} is malformed", expected=expected, found=_shown(value))
+    raise VqdeployError(f"{name} is malformed", expected=expected, found=one_line(value, 80))
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _shown(value: object) -> str:
-    """A value as one short line of text."""
-    return " ".join(str(value).split())[:80]

@@ -106,15 +106,19 @@ class AutoregressiveSampler(Sampler):
         self._fixed[slot] = frozenset((first + np.flatnonzero(~unknown[first:])).tolist())
         self._greedy[slot] = self._write_options(self._binding, slot, item)
         self._before[slot] = before = self.condition.entries(item.condition) - 1
-        rows: dict[int, int | None] = {self._first_row + slot: None}
-        if self.guided:
-            rows[self._first_row - 1 - slot] = self.no_label
+        own, *partner = self._rows_of(slot)
+        rows: dict[int, int | None] = {own: None} | dict.fromkeys(partner, self.no_label)
         for row, none in rows.items():
             self.condition.write(self._binding.inputs, row, item.condition, none)
             if none is None or self._guides_at(item, first):
                 self._clear(row)
                 if before + first > 0:
                     self._prefill(row, item, none, before, known[:first])
+
+    def _rows_of(self, slot: int) -> list[int]:
+        """The batch rows of a slot: with its condition, and with guidance also without."""
+        first = self._first_row
+        return [first + slot, first - 1 - slot] if self.guided else [slot]
 
     def _guides_at(self, item: Item, position: int) -> bool:
         """Whether the codes of a position are drawn with guidance."""
@@ -204,9 +208,8 @@ class AutoregressiveSampler(Sampler):
             codes[:first, 0] = drawn[::-1]
         for slot in running:
             if (position := int(self._next[slot])) in self._fixed[slot]:
-                codes[first + slot, 0] = self._known[slot, position]
-                if self.guided:
-                    codes[first - 1 - slot, 0] = self._known[slot, position]
+                for row in self._rows_of(slot):
+                    codes[row, 0] = self._known[slot, position]
             self._next[slot] += 1
         self._calls += 1
         for slot in running:

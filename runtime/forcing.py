@@ -59,9 +59,36 @@ def masked_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **o
     return np.concatenate(found)
 
 
+def scale_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **options: object) -> np.ndarray:
+    """Logits of a next-scale prior, each scale given the coarser ones.
+
+    Args:
+        pipeline: A plan with a next-scale prior.
+        codes: Codes [B, N].
+        labels: Labels [B].
+        **options: Sampling options, such as a guidance scale.
+
+    Returns:
+        Float32 [B, N, K].
+    """
+    chosen = untouched_options(pipeline) | options
+    found = []
+    with pipeline.sampler(1, guided=chosen["guidance_scale"] != 1) as sampler:
+        for image, (known, label) in enumerate(zip(codes, labels, strict=True)):
+            all_but_one = np.append(known[:-1], -1)  # so that every call is made
+            sampler.admit(0, Item(all_but_one, int(label), 0, image, chosen))
+            calls = []
+            while sampler.left(0):
+                sampler.step()
+                calls.append(np.array(sampler.last.outputs["logits"]))
+            sampler.release(0)
+            found.append(np.concatenate(calls, 1))
+    return np.concatenate(found)
+
+
 def untouched_options(pipeline: Pipeline) -> dict[str, object]:
     """Sampling options that change no logit."""
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0, "more_smooth": 0}
     return pipeline.options(**{name: value for name, value in neutral.items() if name in pipeline.sampling.options})
 
 

@@ -28,8 +28,7 @@ class HierarchicalSampler(Sampler):
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         names = level_names(len(tokenizer.maps))
         grids = [each[:2] for each in tokenizer.maps]
-        slots, seconds = self.slots, self.seconds
-        self._levels = [_Level(n, sessions, grid, slots, seconds) for n, grid in zip(names, grids, strict=True)]
+        self._levels = [_Level(n, sessions, grid, self.seconds) for n, grid in zip(names, grids, strict=True)]
         self._maps: list[Array] = []
         self._places: Iterator[None] = iter(())
         self._left = 0
@@ -103,9 +102,9 @@ class HierarchicalSampler(Sampler):
         self._left -= 1
 
     def _begin(self) -> None:
-        known = np.full((self.slots, *self._layout.shape), 0)
-        for slot, item in self._items.items():
-            known[slot] = item.known
+        known = np.full((self._used_slots(self._levels[0].pixel), *self._layout.shape), 0)
+        for slot in self._running:
+            known[slot] = self._items[slot].known
         parts = [part[..., 0] for part in self._layout.split(known)]
         # On a GPU these stay on the device: the loop never waits for a code.
         self._maps, given = ([level.array(p) for level, p in zip(self._levels, parts, strict=True)] for _ in range(2))
@@ -120,7 +119,7 @@ class HierarchicalSampler(Sampler):
                 above = self._maps[index - 1] if index else None
                 for row, column, binding in level.places(codes, above, *self._of_level(index)):
                     place = first + row * level.grid[1] + column
-                    self._fill_noise(binding.inputs["noise"], dict.fromkeys(self._items, place), level.greedy)
+                    self._fill_noise(binding.inputs["noise"], dict.fromkeys(self._running, place), level.greedy)
                     self._run(f"{level.name}_pixel", binding)
                     codes[:, row, column] = binding.outputs["next_codes"][:, 0]
                     for slot in np.flatnonzero(~unknown[:, row, column]):
@@ -129,9 +128,10 @@ class HierarchicalSampler(Sampler):
             first += math.prod(level.grid)
 
     def _of_level(self, index: int) -> tuple[dict[int, int], dict[int, dict[str, Any]]]:
-        """The label of each slot, and its options at a level in the form of the graph inputs."""
+        """The label of each slot that runs, and its options at a level in the form of the graph inputs."""
         labels, options = {}, {}
-        for slot, item in self._items.items():
+        for slot in self._running:
+            item = self._items[slot]
             labels[slot] = int(item.condition)
             choices = for_graph(item.options, len(self._levels), self._size)
             options[slot] = {name: values[index] for name, values in choices.items()}
@@ -139,8 +139,9 @@ class HierarchicalSampler(Sampler):
 
 
 class _Buffers(NamedTuple):
-    """Bindings of the stages of a level, which share buffers, and its codes with padding."""
+    """Bindings of the stages of a level for a number of slots, which share buffers, and its codes with padding."""
 
+    slots: int
     condition: Binding | None
     rows: list[Binding]
     pixel: Binding
@@ -148,25 +149,18 @@ class _Buffers(NamedTuple):
 
 
 class _Level:
-    """The stages of one level, for a number of slots; `greedy` tells for each whether it takes the most likely code."""
+    """The stages of one level; `greedy` tells for each slot whether it takes the most likely code."""
 
-    def __init__(
-        self,
-        name: str,
-        sessions: Mapping[str, Session],
-        grid: tuple[int, ...],
-        slots: int,
-        seconds: dict[str, float],
-    ):
-        self.name, self.grid, self._slots, self._seconds = name, grid, slots, seconds
-        self._pixel, self._row = sessions[f"{name}_pixel"], sessions[f"{name}_row"]
+    def __init__(self, name: str, sessions: Mapping[str, Session], grid: tuple[int, ...], seconds: dict[str, float]):
+        self.name, self.grid, self._seconds = name, grid, seconds
+        self.pixel, self._row = sessions[f"{name}_pixel"], sessions[f"{name}_row"]
         self._condition = sessions.get(f"{name}_condition")
         self._buffers: _Buffers | None = None
         self.greedy: dict[int, np.ndarray] = {}
 
     def array(self, codes: np.ndarray) -> Array:
         """A copy of codes on the device of the engine, to read without a wait."""
-        return self._pixel.array(codes)
+        return self.pixel.array(codes)
 
     def places(
         self, codes: Array, above: Array | None, labels: dict[int, int], options: dict[int, dict[str, Any]]
@@ -177,9 +171,9 @@ class _Level:
         `above` are the codes of the level above [B, h / 2, w / 2] or None; `labels` and `options` are those of slots.
         """
         height, width = self.grid
-        if self._buffers is None:
-            self._buffers = self._bound()
-        condition, rows, pixel, padded = self._buffers
+        if self._buffers is None or self._buffers.slots != len(codes):
+            self._buffers = self._bound(len(codes))
+        _, condition, rows, pixel, padded = self._buffers
         for binding in (pixel, *rows):
             binding.clear()
         self._write(options, pixel)
@@ -218,10 +212,10 @@ class _Level:
         binding.run()
         self._seconds[f"{self.name}_{part}"] += time.perf_counter() - start
 
-    def _bound(self) -> _Buffers:
-        dims = {"batch": self._slots}
-        past = (info.name for info in self._pixel.stage.inputs if info.name.startswith("past_"))
-        held = self._pixel.buffers(dims, "codes", *past, *_FROM_ROW)
+    def _bound(self, slots: int) -> _Buffers:
+        dims = {"batch": slots}
+        past = (info.name for info in self.pixel.stage.inputs if info.name.startswith("past_"))
+        held = self.pixel.buffers(dims, "codes", *past, *_FROM_ROW)
         shared = {name: held[name] for name in _FROM_ROW}
         shared |= {name: held[f"past_{name}"] for name in ("row_x", "row_y")}
         above = None
@@ -229,9 +223,9 @@ class _Level:
             made = self._condition.buffers(dims, "codes", "condition")
             above = self._condition.bind(dims, made)
             shared["condition"] = made["condition"]
-        place, side = self._pixel.bind(dims, held), held["codes"].shape[1]
-        padded = self._pixel.array(np.full((self._slots, self.grid[0] + side, side + self.grid[1]), -1))
-        return _Buffers(above, _bound_rows(self._row, dims, shared), place, padded)
+        place, side = self.pixel.bind(dims, held), held["codes"].shape[1]
+        padded = self.pixel.array(np.full((slots, self.grid[0] + side, side + self.grid[1]), -1))
+        return _Buffers(slots, above, _bound_rows(self._row, dims, shared), place, padded)
 
 
 def _bound_rows(row: Session, dims: dict[str, int], shared: Mapping[str, Array]) -> list[Binding]:

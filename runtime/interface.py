@@ -14,8 +14,9 @@ Tensors = Mapping[str, Expected]
 """What is expected of inputs or outputs, by name."""
 
 _ROWS = ("batch", "images")  # with guidance, the rows of a call are more than its images
-_OPEN = (*_ROWS, "length", "conditions")
+_OPEN = (*_ROWS, "length", "conditions", "past", "total")
 _CARRIED, _TAKEN = "present_", "past_"
+_GROWN = {"total": "past"}  # a state that grows from call to call
 
 
 def whole(*shape: int | str, rows: str = "batch") -> Expected:
@@ -55,13 +56,14 @@ def check(manifest: Manifest, inputs: Mapping[str, Tensors], outputs: Mapping[st
                 shared = next(info for info in stage.inputs if info.name == stage.aliases[tensor])
                 _refuse(name, f"a buffer of its own for {tensor}", shared)
         for one, other in _carried(stage):
-            if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+            later = tuple(_GROWN.get(str(size), size) for size in one.shape)
+            if other is None or (one.dtype, later) != (other.dtype, other.shape):
                 _refuse(name, f"an input for {one.name} as {_text(one.name, (one.dtype, one.shape))}", other)
 
 
 def _fits(expected: Expected, info: TensorInfo, known: dict[str, object]) -> bool:
     if isinstance(expected, str):
-        held = info.shape[:1] in {(rows,) for rows in _ROWS} and all(isinstance(size, int) for size in info.shape[1:])
+        held = info.shape[0] in _ROWS and all(isinstance(size, int) or size in _OPEN for size in info.shape[1:])
         return held and known.setdefault(expected, (info.dtype, info.shape)) == (info.dtype, info.shape)
     dtype, shape = expected
     return (info.dtype, len(info.shape)) == (dtype, len(shape)) and all(

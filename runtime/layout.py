@@ -10,6 +10,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.arguments import as_array
 from vqdeploy.runtime.noise import gumbel
 
+_COARSEST = 3  # positions of a map that no mask cuts
 _MASK_DRAW = 2**32  # draw index of the noise for random masks, far above that of any step
 
 
@@ -62,11 +63,18 @@ class Layout:
         joined = np.concatenate([part.reshape(len(part), -1) for part in maps], 1)
         return joined.reshape(-1, *self.shape)
 
+    def first(self, codes: np.ndarray, depth: int) -> np.ndarray:
+        """Codes [B, *shape] with -1 for all but the first depths, or maps where there are several."""
+        if len(self.maps) == 1:
+            return np.where(np.arange(self.depth) < depth, codes, -1)
+        count = sum(map(math.prod, self.maps[:depth]))
+        return np.where(np.arange(codes.shape[1]) < count, codes, -1)
+
     def enlarged(self, codes: np.ndarray) -> list[np.ndarray]:
         """Codes [B, *shape] -> each map, upsampled to the size of the last."""
         maps = self.split(codes)
         height, width = maps[-1].shape[1:3]
-        return [part.repeat(height // part.shape[1], 1).repeat(width // part.shape[2], 2) for part in maps]
+        return [part[:, _nearest(part.shape[1], height)][:, :, _nearest(part.shape[2], width)] for part in maps]
 
     def unsettled(self, codes: np.ndarray) -> np.ndarray:
         """Where codes [B, *shape] of a preview are not final, bool [B, h, w, Q] at the size of the last map."""
@@ -79,10 +87,14 @@ class Layout:
         """The codes to draw, bool [B, *shape], for unknown pixels bool [B, H, W].
 
         With `raster`, for priors that draw in raster order: in each map all rows from the first that the mask touches.
+        Else the cells that it touches or, of maps that are summed, those that it covers to a half at their centre.
         """
-        cells = [cells_of(mask, *each[:2]) for each in self.maps]
         if raster:
-            cells = [_from_first_row(part) for part in cells]
+            cells = [_from_first_row(cells_of(mask, *each[:2])) for each in self.maps]
+        elif len(self.maps) == 1:
+            cells = [cells_of(mask, *each[:2]) for each in self.maps]
+        else:
+            cells = [centres_of(mask, *each[:2]) for each in self.maps]
         return self.join(np.repeat(part[..., None], each[2], -1) for part, each in zip(cells, self.maps, strict=True))
 
     def share(self, ratio: float, raster: bool, images: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
@@ -106,6 +118,31 @@ def cells_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels = mask.reshape(len(mask), height, mask.shape[1] // height, width, -1)
     touched: np.ndarray = np.logical_or.reduce(pixels, (2, 4))
     return touched
+
+
+def centres_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The grid cells, bool [B, height, width], of which half the pixels around the centre are in a mask bool [B, H, W].
+
+    As VAR's public code scales masks, bilinearly. It keeps its coarsest map in any case; so it is here, unless the mask
+    covers the image.
+    """
+    rows, columns = (_centre_weights(*sizes) for sizes in ((height, mask.shape[1]), (width, mask.shape[2])))
+    cells: np.ndarray = rows @ mask.astype(np.float64) @ columns.T >= 0.5
+    if height * width <= _COARSEST:
+        cells &= mask.all((1, 2), keepdims=True)
+    return cells
+
+
+def _centre_weights(size: int, whole: int) -> np.ndarray:
+    """Weights [size, whole] of the two pixels around the centre of each cell."""
+    places = (np.arange(size) + 0.5) * whole / size - 0.5
+    weights: np.ndarray = np.maximum(1 - np.abs(places[:, None] - np.arange(whole)), 0)
+    return weights
+
+
+def _nearest(size: int, whole: int) -> np.ndarray:
+    """The cell of a row of `size` at each of `whole` places."""
+    return np.arange(whole) * size // whole
 
 
 def _from_first_row(cells: np.ndarray) -> np.ndarray:

@@ -257,8 +257,9 @@ def _check_stages(manifest: Manifest) -> None:
                 unknown = [d for d in info.shape if isinstance(d, str) and d not in stage.dims]
                 _require(not unknown, f"stages.{stage.name}.dims", "a size for each dynamic dimension", unknown)
         for name, sizes in stage.dims.items():
-            held = 1 <= sizes.min <= sizes.usual <= sizes.max <= _LARGEST
-            _require(held, f"stages.{stage.name}.dims.{name}", "1 <= min <= usual <= max", sizes.to_dict())
+            least = 0 if name == "past" else 1  # the first of several calls has no past
+            held = least <= sizes.min <= sizes.usual <= sizes.max <= _LARGEST
+            _require(held, f"stages.{stage.name}.dims.{name}", f"{least} <= min <= usual <= max", sizes.to_dict())
         for output, name in stage.aliases.items():
             held = output in outputs and name in inputs and _alike(inputs[name], outputs[output])
             expected = "an output and an input of its shape and type"
@@ -285,7 +286,11 @@ def _check_tokenizer(tokenizer: TokenizerInfo, manifest: Manifest) -> None:
     held = 1 <= len(maps) <= _MOST_LEVELS and all(len(m) == 3 and min(m) >= 1 for m in maps)
     _require(held, "tokenizer.maps", "height, width and depth of each map", maps[:8])
     _require(len(maps) == 1 or all(m[2] == 1 for m in maps), "tokenizer.maps", "one code a position", maps)
-    fits = all(image[0] % m[0] == 0 and image[1] % m[1] == 0 for m in maps)
+    fits = (
+        image[0] % maps[-1][0] == 0
+        and image[1] % maps[-1][1] == 0
+        and all(m[0] <= maps[-1][0] and m[1] <= maps[-1][1] for m in maps)
+    )
     _require(fits, "tokenizer.maps", f"maps whose cells divide an image of {image[0]}x{image[1]}", maps)
     _require(1 <= tokenizer.codebook_size < 2**31, "tokenizer.codebook_size", "1 or more", tokenizer.codebook_size)
     codes = maps[0] if len(maps) == 1 else (sum(math.prod(m) for m in maps),)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, one_line
 from vqdeploy.runtime import graphs
 from vqdeploy.runtime import session as interface
 from vqdeploy.runtime.bundle import Bundle
@@ -32,7 +32,7 @@ _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "te
 
 def failure(what: str, error: Exception) -> ArtifactError:
     """An error with the reason of ONNX Runtime, whose messages span many lines, on one line."""
-    return ArtifactError(f"{what} ({' '.join(str(error).split())[:500]})")
+    return ArtifactError(f"{what} ({one_line(error)})")
 
 
 class Binding:

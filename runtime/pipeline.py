@@ -21,10 +21,12 @@ from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
+from vqdeploy.runtime.images import PREVIEW_VEIL, veil
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.runtime.memory import return_freed
+from vqdeploy.runtime.next_scale import NextScaleSampler
 from vqdeploy.runtime.noise import ThreadedNoise
 from vqdeploy.runtime.sampler import Item, Sampler, needs_guidance
 from vqdeploy.runtime.session import Opener, Session
@@ -33,6 +35,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "autoregressive": AutoregressiveSampler,
     "masked": MaskedSampler,
     "hierarchical": HierarchicalSampler,
+    "next-scale": NextScaleSampler,
 }
 """Kind of sampling in a manifest -> its sampler. Add a kind here."""
 
@@ -348,7 +351,7 @@ class Pipeline:
 
         Args:
             codes: The codes.
-            depth: Use only the first codes of each position, coarse to fine; None for all.
+            depth: Use only the first codes of each position, or the first maps of several; None for all.
 
         Raises:
             VqdeployError: The codes have the wrong shape or dtype, or codes or depth are out of range.
@@ -356,9 +359,24 @@ class Pipeline:
         codes = self._check_codes(codes)
         self.check_depth(depth)
         if depth is not None:
-            codes = np.where(np.arange(self.grid[-1]) < depth, codes, -1)
-        parts = self._image_batches(len(codes))
-        return np.concatenate([self._run("decode", codes=codes[part])["image"] for part in parts])
+            codes = self.layout.first(codes, depth)
+        return self._decoded("decode", codes=codes)
+
+    def preview(self, codes: np.ndarray) -> np.ndarray:
+        """The images uint8 [B, H, W, 3] of codes [B, *grid] that are negative where not final; see `Step`.
+
+        These parts are greyed out or, where codes are summed over several maps, the maps are left out.
+        """
+        if self.tokenizer.omits_depths and len(self.layout.maps) > 1:
+            return self._decoded("decode", codes=codes)
+        pixels = self.decode(np.where(codes < 0, -1 - codes, codes))
+        return veil(pixels, self.layout.unsettled(codes), PREVIEW_VEIL) if (codes < 0).any() else pixels
+
+    def _decoded(self, stage: str, **array: np.ndarray) -> np.ndarray:
+        """Images of codes or of other inputs of a decoder."""
+        ((name, values),) = array.items()
+        parts = self._image_batches(len(values))
+        return np.concatenate([self._run(stage, **{name: values[part]})["image"] for part in parts])
 
     def check_depth(self, depth: int | None) -> None:
         """Rejects a number of depths that `decode` does not take.
@@ -370,8 +388,8 @@ class Pipeline:
             return
         if not self.tokenizer.omits_depths:
             raise VqdeployError("this plan's codes have no depths to leave out", expected="no depth", found=depth)
-        if not is_whole(depth) or not 1 <= depth <= self.grid[-1]:
-            raise VqdeployError("no such depth", expected=f"1..{self.grid[-1]}", found=depth)
+        if not is_whole(depth) or not 1 <= depth <= self.layout.depth:
+            raise VqdeployError("no such depth", expected=f"1..{self.layout.depth}", found=depth)
 
     def _run(self, stage: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         with self._lock:
@@ -574,7 +592,9 @@ class Pipeline:
                 `top_p` keeps the most likely codes until their probability reaches p.
                 These three may be lists, with one value per depth or level.
                 `guidance_scale` s: logits are u + s * (c - u), conditional c and unconditional u; 1 is no guidance.
-                Only priors that were trained with label dropout have it: masked ones and GPTs.
+                Only priors that were trained with label dropout have it: masked ones, GPTs and VAR, where it rises from
+                1 at the first scale to s at the last.
+                `more_smooth` 1 blends code vectors instead of drawing codes (VAR); `codes` are drawn all the same.
                 Masked priors also have:
                 `steps`, the number of engine calls.
                 `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
@@ -585,11 +605,11 @@ class Pipeline:
         """
         start = time.perf_counter()
         chosen = self.options(**given)
-        codes, seconds = self.sample(known, labels, seed, first_image, chosen, callback)
+        codes, whole_maps, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
         self._done()
         engine = sum(seconds.values())
         sampled = time.perf_counter()
-        images = self.decode(codes)
+        images = self._images(codes, whole_maps)
         end = time.perf_counter()
         timings = {
             "steps_s": engine,
@@ -618,6 +638,32 @@ class Pipeline:
         callback: Callback | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """The codes of `complete`, and the seconds of each stage; `chosen` comes from `options`."""
+        codes, _, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
+        return codes, seconds
+
+    def _images(self, codes: np.ndarray, whole_maps: Sequence[np.ndarray | None]) -> np.ndarray:
+        """Images of codes, or of what the sampler gives instead."""
+        blended = [image for image, each in enumerate(whole_maps) if each is not None]
+        plain = [image for image, each in enumerate(whole_maps) if each is None]
+        images = np.empty((len(codes), *self.image_shape), np.uint8)
+        if plain:
+            images[plain] = self.decode(codes[plain])
+        if blended:
+            images[blended] = self._decoded(
+                "reconstruct", whole_map=np.stack([np.asarray(whole_maps[i]) for i in blended])
+            )
+        return images
+
+    def _sample(
+        self,
+        known: np.ndarray,
+        labels: Conditions | None,
+        seed: int,
+        first_image: int,
+        chosen: dict[str, Any] | None,
+        callback: Callback | None,
+    ) -> tuple[np.ndarray, list[np.ndarray | None], dict[str, float]]:
+        """Codes, what is decoded instead of them (see `Sampler.whole_map`), and the seconds of each stage."""
         known = self._check_codes(known, lowest=-1)
         conditions = self._check_conditions(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
@@ -625,16 +671,19 @@ class Pipeline:
             raise VqdeployError("the callback cannot be called", expected="a function of a Step", found=callback)
         chosen = chosen or self.options()
         guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
-        codes, seconds = [], dict.fromkeys(self.stages, 0.0)
+        codes: list[np.ndarray] = []
+        whole_maps: list[np.ndarray | None] = []
+        seconds = dict.fromkeys(self.stages, 0.0)
         for part in self._batches(len(known), self.call_images(guided)):
             images = range(*part.indices(len(known)))
             items = [Item(known[i], conditions[i], seed, first_image + i, chosen) for i in images]
             with self.sampler(len(items), guided) as sampler:
                 sampler.seconds.clear()
                 codes += self._all_codes(sampler, items, images, callback)
+                whole_maps += [sampler.whole_map(slot) for slot in range(len(items))]
                 for stage, spent in sampler.seconds.items():
                     seconds[stage] += spent
-        return np.stack(codes), {stage: spent for stage, spent in seconds.items() if spent}
+        return np.stack(codes), whole_maps, {stage: spent for stage, spent in seconds.items() if spent}
 
     def _all_codes(
         self, sampler: Sampler, items: Sequence[Item], images: range, callback: Callback | None

@@ -188,6 +188,10 @@ class Sampler(ABC):
         Negative where not final: -1 - c for a tentative code c of a masked prior, -1 where nothing has been drawn.
         """
 
+    def whole_map(self, slot: int) -> np.ndarray | None:
+        """What the stage `reconstruct` takes for a finished image float32, if it is not the image of its codes."""
+        return None
+
     @abstractmethod
     def _admit(self, slot: int, item: Item) -> None: ...
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, one_line
 from vqdeploy.runtime import device
 from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.bundle import Bundle
@@ -318,7 +318,7 @@ def _logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.reason = " ".join(message.split())[:500]
+                self.reason = one_line(message)
             log.debug("%s", message)
 
     return Logger()

@@ -118,6 +118,16 @@ three_package = _artifact("package", "three")
 three_plan = _artifact("plan", "three")
 three_pipeline = _artifact("pipeline", "three")
 
+var_system = _artifact("system", "var")
+var_package = _artifact("package", "var")
+var_plan = _artifact("plan", "var")
+var_portable_plan = _artifact("plan", "var", portable=True)
+var_pipeline = _artifact("pipeline", "var")
+
+shared_system = _artifact("system", "shared")
+shared_package = _artifact("package", "shared")
+shared_pipeline = _artifact("pipeline", "shared")
+
 half_package = _artifact("package", "rqvae", "fp16")
 text_half_package = _artifact("package", "text", "fp16")
 movq_half_package = _artifact("package", "movq", "fp16")
@@ -125,6 +135,7 @@ vit_half_package = _artifact("package", "vit", "fp16")
 vqgan_half_package = _artifact("package", "vqgan", "fp16")
 llamagen_half_package = _artifact("package", "llamagen", "fp16")
 vqvae2_half_package = _artifact("package", "vqvae2", "fp16")
+var_half_package = _artifact("package", "var", "fp16")
 
 
 @pytest.fixture(scope="session")

@@ -73,9 +73,19 @@ LLAMAGEN_COUNTS = {
     "vq-8": (70.110, None),
 }
 
+# The public README rounds them to 310M, 600M, 1.0B, 2.0B and 2.3B.
+VAR_COUNTS = {
+    "d16": (108.948, 310.284),
+    "d20": (108.948, 600.917),
+    "d24": (108.948, 1033.399),
+    "d30": (108.948, 2010.020),
+    "d36-s": (108.948, 2353.894),
+}
+
 
 def test_every_published_preset_is_counted():
     assert set(PRESETS["llamagen"]) == {*LLAMAGEN_COUNTS, "tiny", "bench"}
+    assert set(PRESETS["var"]) == {*VAR_COUNTS, "tiny", "emoji", "bench"}
     assert set(PRESETS["vqvae2"]) == {*VQVAE2_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vitvqgan"]) == {*VITVQGAN_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vqgan"]) == {*VQGAN_COUNTS, "tiny"}
@@ -172,9 +182,16 @@ def test_tokenizer_and_prior_fit(model, name):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(
-        VqdeployError, match="expected emu3 or llamagen or maskgit or movq or rqvae or vitvqgan or vqgan or vqvae2"
-    ):
+    known = "emu3 or llamagen or maskgit or movq or rqvae or var or vitvqgan or vqgan or vqvae2"
+    with pytest.raises(VqdeployError, match=f"expected {known}"):
         preset("rqvea", "tiny")
     with pytest.raises(VqdeployError, match="imagenet-480m"):
         preset("rqvae", "huge")
+
+
+@pytest.mark.parametrize("name", VAR_COUNTS)
+def test_var(name):
+    config, tokenizer, prior = count("var", name)
+    check(tokenizer, prior, VAR_COUNTS[name])
+    assert config.tokenizer.sides == config.prior.sides
+    assert config.tokenizer.resolution == 16 * config.prior.sides[-1]

@@ -97,7 +97,7 @@ def _check_config(file: Path, config: SystemConfig) -> None:
         found = list(tokenizer.pixel_range)
         raise ArtifactError(f"pixel_range in {file} is not a range", expected="two ascending numbers", found=found)
     sides = [side for side, *_ in getattr(tokenizer, "level_grids", (tokenizer.grid,))]
-    if any(side < 1 or tokenizer.resolution % side for side in sides):
+    if min(sides) < 1 or tokenizer.resolution % sides[-1]:
         raise ArtifactError(f"the resolution in {file} does not fit its levels", found=tokenizer.resolution)
     if prior is None:
         return

@@ -84,6 +84,11 @@ def shown(value: object, longest: int = 120) -> str:
     return _shortened(escaped(text), longest)
 
 
+def one_line(value: object, longest: int = LONGEST) -> str:
+    """Untrusted text for a sentence: as by `shown`, but line breaks and other white space become one space each."""
+    return shown(" ".join(_text(value).split()), longest)
+
+
 def show_record(record: logging.LogRecord) -> bool:
     """A log filter that passes all records and applies `shown` to their messages."""
     record.msg, record.args = shown(record.getMessage(), LONGEST), None
@@ -113,7 +118,7 @@ def _shortened(text: str, longest: int) -> str:
 
 def _sentence(parts: dict[str, object]) -> str:
     """Joins the parts that are not None with their separators; shortens the longest until all fit."""
-    texts = {joint: shown(" ".join(_text(part).split()), LONGEST) for joint, part in parts.items() if part is not None}
+    texts = {joint: one_line(part) for joint, part in parts.items() if part is not None}
     room = LONGEST - 1 - sum(map(len, texts))
     fitting = (size for size in range(room, 0, -1) if sum(min(len(text), size) for text in texts.values()) <= room)
     longest = next(fitting)

@@ -101,6 +101,9 @@ SAMPLING_OPTIONS = (
         choices=("cosine", "linear", "square", "cubic", "exp", "log", "arccos", "halton"),
     ),
     SamplingOption(
+        "more_smooth", int, "1 blends code vectors instead of drawing codes, for smoother images (VAR).", high=1
+    ),
+    SamplingOption(
         "choice_temperature", float, "Scale of the noise on the confidence of a masked prior.", high=_STRONGEST
     ),
 )

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vqdeploy.config import Config
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, one_line
 from vqdeploy.files import parse_json, read_json, replacing_file, to_json, write_json
 
 SUFFIX, SUMMARY, ERRORS = ".parquet", "_summary.json", "_errors.jsonl"  # readers of Parquet skip names with _
@@ -119,7 +119,7 @@ def read_info(path: Path) -> tuple[ShardInfo, int]:
         info = ShardInfo.from_dict(parse_json((metadata.metadata or {})[_KEY]))
         return info, int(metadata.num_rows)
     except (*_DAMAGE, ArtifactError) as error:
-        raise ArtifactError(f"{path} is not a shard of codes ({_reason(error)})") from error
+        raise ArtifactError(f"{path} is not a shard of codes ({one_line(error, 200)})") from error
 
 
 def names(folder: Path) -> list[str]:
@@ -199,7 +199,7 @@ def _table(path: Path, origin: Origin) -> pa.Table:
         if bounds["min"] < 0 or bounds["max"] >= origin.codebook_size:
             raise ValueError(f"its codes are not in 0..{origin.codebook_size - 1}")
     except _DAMAGE as error:
-        raise ArtifactError(f"{path} is not a shard of codes ({_reason(error)})") from error
+        raise ArtifactError(f"{path} is not a shard of codes ({one_line(error, 200)})") from error
     return table.replace_schema_metadata(None)
 
 
@@ -220,7 +220,3 @@ def _labels(folder: Path, table: pa.Table, classes: tuple[str, ...]) -> tuple[tu
         expected, found = f"0..{len(classes) - 1}", f"{labels.min()}..{labels.max()}"
         raise ArtifactError(f"labels in {folder} are out of range", expected=expected, found=found)
     return classes, labels
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -204,7 +204,7 @@ def test_precisions_that_differ(movq_system, tmp_path):
 
 
 @pytest.mark.parametrize("portable", [True, False], ids=["portable", "own"])
-@pytest.mark.parametrize("name", ["rqvae", "vit", "vqvae2"])
+@pytest.mark.parametrize("name", ["rqvae", "vit", "vqvae2", "var"])
 def test_a_good_plan_passes(artifacts, name, portable):
     report = verify(artifacts.plan(name, "int8", portable=portable), artifacts.system(name))
     assert failures(report) == set()

@@ -17,7 +17,7 @@ from vqdeploy.export.stage import Stage
 from vqdeploy.export.tokenizer import Encode
 from vqdeploy.runtime.manifest import WEIGHTS
 
-SYSTEMS = ("", "movq_", "vit_", "vqgan_", "vqvae2_")
+SYSTEMS = ("", "movq_", "vit_", "vqgan_", "vqvae2_", "var_")
 FLOATS = {"noise", "choice_noise", "guidance", "temperature", "top_p", "choice_temperature"}
 STATES = ("past_", "present_", "row_", "above_", "spread_")
 

@@ -42,7 +42,7 @@ def refused(proto, reason, weights=None):
 # What is allowed
 
 
-SYSTEMS = ("rqvae", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three")
+SYSTEMS = ("rqvae", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three", "var", "shared")
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -129,6 +129,21 @@ def test_logits_are_those_of_the_full_pass(any_pipeline, batch):
     np.testing.assert_allclose(np.stack(found, 1), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_a_batch_computes_the_slots_up_to_the_last_one(any_pipeline):
+    pipeline, _, labels = any_pipeline
+    item = Item(np.full(pipeline.grid, -1), labels[1], 3, 0, pipeline.options(**WHOLE))
+    alone = None
+    with pipeline.sampler(5) as sampler:
+        for slot, rows in ((0, 1), (1, 2), (2, 4), (4, 5), (0, 1)):
+            sampler.admit(slot, item)
+            while not sampler.step():
+                assert len(sampler.last.inputs["noise"]) == rows
+            codes = sampler.codes(slot)
+            alone = codes if alone is None else alone
+            np.testing.assert_array_equal(codes, alone)
+            sampler.release(slot)
+
+
 def test_defaults_come_from_the_checkpoint(vqvae2_pipeline, vqvae2_system):
     expected = in_pytorch(vqvae2_system, LABELS, noise_of(3), temperature=0.9)
     result = vqvae2_pipeline.generate(LABELS)
@@ -202,7 +217,7 @@ def test_what_is_left_in_the_buffers_does_not_matter(any_pipeline):
     poisoned = 0
     with pipeline.sampler(2) as sampler:
         for level in sampler._levels:
-            condition, rows, pixel, _ = level._buffers
+            _, condition, rows, pixel, _ = level._buffers
             for binding in filter(None, (condition, *rows, pixel)):
                 for buffer in (*binding.inputs.values(), *binding.outputs.values()):
                     buffer[:] = np.nan if buffer.dtype == np.float32 else 0

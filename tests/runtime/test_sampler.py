@@ -13,7 +13,7 @@ from vqdeploy.runtime import load
 from vqdeploy.runtime.pipeline import SAMPLERS
 from vqdeploy.runtime.sampler import Item
 
-SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three")
+SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three", "var", "shared")
 
 
 def named(system, kind):

@@ -106,6 +106,7 @@ TOKENIZERS: dict[str, tuple[str, str, Callable[[State], Any], Callable[[Any], An
     "vitvq": ("enhancing-transformers", "vitvqgan", lightning, lambda config: {"model": {"params": config}}),
     "vqvae2": ("vq-vae-2", "vqvae2", bare, lambda config: {"resolution": 64}),
     "maskgit_jax_tokenizer": ("maskgit-jax", "maskgit", bare, lambda config: {"image_size": 16}),
+    "var_vae": ("var", "var", bare, bare),
 }
 
 
@@ -134,6 +135,18 @@ def write_system(name: str, folder: Path) -> list[Any]:
         return ["--prior", save(state, folder / "net2net.ckpt", lightning), "--prior-config", options]
     if name == "maskgit_jax_transformer":
         return [*write_tokenizer("maskgit_jax_tokenizer", folder), "--prior", save_flax(state, folder / "transformer")]
+    if name == "var_shared":  # what its training writes: both networks in one file
+        trained = {"config": {}, "var_wo_ddp": state, "vae_local": read_golden("var_vae")[2]}
+        trained["var_opt"] = {"state": {0: {"exp_avg": torch.zeros(3)}}}
+        file = save(
+            state, folder / "ar-ckpt-last.pth", lambda _: {"epoch": 3, "iter": 0, "trainer": trained, "args": {}}
+        )
+        return ["--prior", file]
+    if name == "var":
+        _, _, tokenizer_state = read_golden("var_vae")
+        tokenizer_state["quantize.ema_vocab_hit_SV"] = torch.zeros(10, 64)  # statistics of other scales
+        files = save(tokenizer_state, folder / "vae.pth"), save(state, folder / "var.pth")
+        return ["--tokenizer", files[0], "--prior", files[1]]
     tokenizer, wrap, changes = {
         "rqtransformer": ("rqvae", kakaobrain, None),
         "vitvq_gpt": ("vitvq", lambda s: lightning({f"transformer.{k}": w for k, w in s.items()}), None),

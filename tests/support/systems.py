@@ -14,11 +14,13 @@ from vqdeploy.models.pixelsnail import PixelSNAILConfig, VQVAE2PriorConfig
 from vqdeploy.models.quantizers import AveragedCodebook
 from vqdeploy.models.rqtransformer import RQTransformerConfig
 from vqdeploy.models.rqvae import RQVAEConfig
+from vqdeploy.models.var import VARConfig
+from vqdeploy.models.var_tokenizer import MultiScaleConfig
 from vqdeploy.models.vitvqgan import ViTConfig, ViTVQGANConfig
 from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.systems import System, SystemConfig, create
 from vqdeploy.systems.llamagen import LlamaGenSampling
-from vqdeploy.systems.system import GuidedSampling, MaskedSampling, Sampling
+from vqdeploy.systems.system import GuidedSampling, MaskedSampling, NextScaleSampling, Sampling
 
 CONV = ConvConfig(
     resolution=16,
@@ -118,6 +120,20 @@ SMALL_THREE = replace(
     labels=(),
 )
 
+SMALL_VAR = SystemConfig(
+    model="var",
+    preset="small",
+    tokenizer=MultiScaleConfig(CONV, (1, 2, 3, 4), codebook_size=64),
+    prior=VARConfig((1, 2, 3, 4), 64, 16, width=64, layers=2, heads=4, classes=3),
+    labels=SMALL_VIT.labels,
+    sampling=NextScaleSampling(temperature=0.9, top_k=40, guidance_scale=2.5),
+)
+SMALL_SHARED = replace(
+    SMALL_VAR,
+    tokenizer=replace(SMALL_VAR.tokenizer, sides=(2, 4)),
+    prior=replace(SMALL_VAR.prior, sides=(2, 4), heads=2, shared_modulation=True),
+)
+
 
 def lively(config: SystemConfig, seed: int = 0) -> System:
     """Random weights as large as trained ones, so that what a layer gets wrong is seen in the output."""
@@ -166,4 +182,7 @@ SYSTEMS: dict[str, Callable[[], System]] = {
     "vqvae2": lambda: lively_vqvae2(SMALL_VQVAE2),
     # Three levels without labels, the upper two with attention of a head that ONNX Runtime's operator takes.
     "three": lambda: lively_vqvae2(SMALL_THREE),
+    "var": lambda: lively(SMALL_VAR),
+    # Two scales, and a modulation that the blocks share.
+    "shared": lambda: lively(SMALL_SHARED),
 }

@@ -19,6 +19,8 @@ def random_item(pipeline, rng, image):
         options["guidance_interval"] = int(rng.integers(-1, 12))
     if "steps" in pipeline.sampling.options:
         options |= {"steps": int(rng.integers(1, 7)), "schedule": str(rng.choice(SCHEDULES)), "choice_temperature": 2.0}
+    if "more_smooth" in pipeline.sampling.options:
+        options["more_smooth"] = int(rng.integers(2))
     known = rng.integers(0, pipeline.codebook_size, pipeline.grid)
     share = rng.choice([0.0, 0.3, 1.0], p=[0.2, 0.4, 0.4])
     raster = pipeline.sampling.kind != "masked"

@@ -449,6 +449,18 @@ def test_crops_and_mirrors_are_those_of_the_recipe(tmp_path):
         Recipe(smallest_crop=1.5)
 
 
+@pytest.mark.parametrize(("balanced", "least", "most"), [(False, 10, 30), (True, 80, 120)])
+def test_a_balanced_recipe_draws_as_often_of_a_small_class(tmp_path, balanced, least, most):
+    for name, count in (("few", 2), ("many", 18)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (8, 8), (index,) * 3).save(tmp_path / name / f"{index}.png")
+    train = open_data(str(tmp_path), 8, tmp_path, Recipe(balanced=balanced, smallest_crop=1)).train
+    drawn = [train.draw(np.random.default_rng(seed)) for seed in range(200)]
+    assert least <= sum(train.files[index][1] == 0 for index in drawn) <= most
+    assert set(drawn) == set(range(20))
+
+
 # Refusals
 
 

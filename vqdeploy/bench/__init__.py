@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -97,9 +98,10 @@ def bench(
           `steps_ms` (engine calls of the prior; for a hierarchy `STAGE_ms` of each stage) and `host_ms` (noise and
           schedules between them), and figures per step, set against the roofline of this machine on a CPU: `step_ms`
           (of an engine call: the prefill of a text counts as a step);
-          autoregressive: `weight_mb_per_step` (1e6 bytes), `weight_gb_s`, `share_of_read_bandwidth` (0..1); masked:
-          `gflop_per_step`, `gflop_s`, `share_of_matmul_rate` (0..1); hierarchical: `parts`, for each stage its `calls`,
-          `call_ms`, `share` of the median (0..1), `weight_mb`, `weight_gb_s`, `gflop` and `gflop_s` of a call.
+          autoregressive: `weight_mb_per_step` (1e6 bytes), `weight_gb_s`, `share_of_read_bandwidth` (0..1); masked and
+          next-scale, whose steps differ, in the mean: `gflop_per_step`, `gflop_s`, `share_of_matmul_rate` (0..1);
+          hierarchical: `parts`, for each stage its `calls`, `call_ms`, `share` of the median (0..1), `weight_mb`,
+          `weight_gb_s`, `gflop` and `gflop_s` of a call.
         - `ratios`: speedups, see `ratios`.
         - `plans`, with `generate`, for each plan by name: `plan_mb`, the size of its file; `needed_mb`, that of the
           stages which generate images, with their weights; `peak_mb` and `first_image_s`, peak memory and seconds of a
@@ -257,7 +259,7 @@ def _bound(pipeline: Pipeline, threads: int) -> dict[str, float]:
 
     Empty if it cannot be measured.
     """
-    names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"]}
+    names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"], "next-scale": ["matmul_gflop_s"]}
     prior = pipeline.manifest.config.get("prior") or {}
     plain = prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
     counted = {"width", "layers"} <= set(prior) and plain
@@ -277,15 +279,19 @@ def _step_figures(
     """Time of a step, and its share of the roofline."""
     if pipeline.sampling.kind == "hierarchical":
         return {"parts": _parts(pipeline, result)} if bound else {}
-    steps = options.get("steps", pipeline.grid[0] * pipeline.grid[1])
+    sizes = [math.prod(each) for each in pipeline.layout.maps]
+    steps = (
+        len(sizes) if pipeline.sampling.kind == "next-scale" else options.get("steps", sizes[0] // pipeline.grid[-1])
+    )
     if pipeline.condition.length > 1:
         steps += result["batch_size"]  # a text is prefilled by a call of its own
     time_ms = result["steps_ms"] / steps
     if not bound:
         return {"step_ms": time_ms}
     if "matmul_gflop_s" in bound:
-        rows = result["batch_size"] * (1 if options["guidance_scale"] == 1 else 2)
-        work = step_gflop(pipeline) * rows
+        conditions = 1 if options["guidance_scale"] == 1 else 2
+        one = scales_gflop(pipeline, conditions) / steps if len(sizes) > 1 else step_gflop(pipeline) * conditions
+        work = one * result["batch_size"]
         rate = work / time_ms * 1e3
         share = rate / bound["matmul_gflop_s"]
         return {"step_ms": time_ms, "gflop_per_step": work, "gflop_s": rate, "share_of_matmul_rate": share}
@@ -380,6 +386,17 @@ def step_gflop(pipeline: Pipeline) -> float:
     entries = 1 + pipeline.grid[0] * pipeline.grid[1]
     attention = 2 * entries**2 * prior["width"] * prior["layers"]
     gflop: float = 2 * (entries * sum(weight.size for weight in _matrices(pipeline, "step").values()) + attention) / 1e9
+    return gflop
+
+
+def scales_gflop(pipeline: Pipeline, conditions: int) -> float:
+    """GFLOP of all steps of a next-scale prior for one image, with one label or with guidance."""
+    prior, sizes = pipeline.manifest.config["prior"], [math.prod(each) for each in pipeline.layout.maps]
+    matrices = {name: weight.size for name, weight in _matrices(pipeline, "step").items() if weight.ndim == 2}
+    head = matrices.pop("head.product.weight")  # after guidance
+    pairs = sum(size * sum(sizes[: scale + 1]) for scale, size in enumerate(sizes))
+    attention = 2 * pairs * prior["width"] * prior["layers"]
+    gflop: float = 2 * (sum(sizes) * (conditions * sum(matrices.values()) + head) + conditions * attention) / 1e9
     return gflop
 
 

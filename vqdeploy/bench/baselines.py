@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from vqdeploy import checkpoint as checkpoints
 from vqdeploy.errors import VqdeployError
@@ -79,6 +80,9 @@ class Reference:
             torch._dynamo.config.recompile_limit = 256
             prior = copy.copy(prior)
             prior._modules = dict(prior._modules)
+            if hasattr(prior, "blocks"):
+                compiled_blocks: Any = [torch.compile(block, dynamic=True) for block in prior.blocks]
+                prior.blocks = nn.ModuleList(compiled_blocks)
             for name in ("transformer", "body_transformer", "head_transformer"):
                 if hasattr(prior, name):
                     setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))

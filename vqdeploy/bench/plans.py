@@ -11,7 +11,7 @@ import numpy as np
 
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.bundle import tensors
-from vqdeploy.runtime.forcing import forced_logits, masked_logits
+from vqdeploy.runtime.forcing import forced_logits, masked_logits, scale_logits
 from vqdeploy.runtime.manifest import WEIGHTS
 
 log = logging.getLogger("vqdeploy")
@@ -82,6 +82,8 @@ def _log_probabilities(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray
         shares = np.linspace(0.2, 0.95, len(codes)).reshape(-1, *(1 for _ in pipeline.grid))
         masked = np.random.default_rng(0).random(codes.shape) < shares
         logits = masked_logits(pipeline, np.where(masked, pipeline.codebook_size, codes), labels)
+    elif pipeline.sampling.kind == "next-scale":
+        logits = scale_logits(pipeline, codes, labels)
     else:
         depth = codes.shape[-1] if codes.ndim > 2 else 1
         logits = forced_logits(pipeline, codes.reshape(len(codes), -1, depth), np.full_like(codes, -1), labels)

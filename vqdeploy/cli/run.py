@@ -48,7 +48,8 @@ def run(
         float | None, typer.Option(help="inpaint: fraction of the codes to sample instead of a mask.")
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(help="decode, reconstruct: number of codes to use per position, coarse to fine.")
+        int | None,
+        typer.Option(help="decode, reconstruct: number of codes per position, or of maps, to use; coarse to fine."),
     ] = None,
     keep_levels: Annotated[
         int | None, typer.Option(help="resample: number of levels to keep, coarsest first; 1 by default.")

@@ -14,7 +14,7 @@ from vqdeploy.files import check_other, check_regular, real, replacing_file
 from vqdeploy.options import SAMPLING_OPTIONS
 from vqdeploy.runtime import Pipeline, Step, load
 from vqdeploy.runtime.folder import find_images
-from vqdeploy.runtime.images import GREY, PREVIEW_VEIL, read, read_mask, veil, write_frames, write_grid
+from vqdeploy.runtime.images import GREY, read, read_mask, veil, write_frames, write_grid
 
 _CLASSES_SHOWN = 10  # rows of the grid without --label
 _COLUMNS = 8
@@ -100,8 +100,7 @@ def _frames(pipeline: Pipeline, seen: Sequence[np.ndarray]) -> np.ndarray:
     """The image of codes [1, *grid] after a step, greyed out where codes are not final."""
     shown = np.linspace(0, len(seen) - 1, min(len(seen), _FILM_FRAMES)).astype(int)
     codes = np.concatenate([seen[step] for step in shown])
-    images = pipeline.decode(np.where(codes < 0, -1 - codes, codes))
-    return veil(images, pipeline.layout.unsettled(codes), PREVIEW_VEIL)
+    return pipeline.preview(codes)
 
 
 def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def _reconstruct(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 def _depth(pipeline: Pipeline, job: Job) -> dict[str, int]:
     """The number of depths that were decoded, for the note in the PNG."""
-    return {"depth": job.depth or pipeline.grid[-1]} if len(pipeline.grid) == 3 else {}
+    return {"depth": job.depth or pipeline.layout.depth} if job.depth or len(pipeline.grid) == 3 else {}
 
 
 def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqdeploy.convert import pickles
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, one_line
 
 Weights = dict[str, Tensor]
 
@@ -37,6 +37,7 @@ _NAMES = (  # names of weight files in a folder, by priority
 _SUBFOLDERS = ("movq", "vqvae", "vqgan")  # subfolders of a diffusers pipeline
 _AVERAGED = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 _RAW = ("state_dict", "model_state_dict", "model", "module", "net", "params", "generator", "vqvae", "vqgan")
+_WHOLE = ("vae_local", "var_wo_ddp")  # the networks of a system, in dictionaries of their own
 _OTHERS = re.compile(r"optim|lr_sched|scheduler|discriminator|disc$|scaler|callbacks|loops|lpips|^loss|hyper_param")
 _WRAPPERS = ("module.", "_forward_module.", "model.")
 _LARGEST_CONFIG = 1 << 20  # bytes
@@ -346,6 +347,10 @@ def _flax_array(code: int, data: bytes) -> object:
 def _choose(file: Path, tree: object, raw: bool) -> tuple[str, Weights]:
     """The weights of a tree, and the path of their dictionary."""
     found = dict(_dictionaries(tree, "", set()))
+    networks = {_last(name): name for name in found if _last(name) in _WHOLE}
+    if len(networks) == len(_WHOLE):
+        whole = {f"{last}.{key}": w for last, name in networks.items() for key, w in _unwrapped(found[name]).items()}
+        return networks[_WHOLE[0]].rpartition("/")[0], whole
     averaged = {name: weights for name, weights in found.items() if _last(name) in _AVERAGED}
     plain = {name: weights for name, weights in found.items() if name not in averaged}
     chosen = next((name for key in (*_RAW, "") for name in plain if _last(name) == key), None)
@@ -415,7 +420,7 @@ def read_config(file: Path) -> object:
             return json.loads(text)
         return _yaml(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is not a configuration ({' '.join(str(error).split())})") from error
+        raise ArtifactError(f"{file} is not a configuration ({one_line(error)})") from error
 
 
 def _yaml(text: str) -> object:

@@ -24,6 +24,7 @@ from vqdeploy.convert import (
     movqgan,
     rq_vae_transformer,
     taming,
+    var,
     vq_vae_2,
 )
 from vqdeploy.convert.containers import Source
@@ -34,6 +35,7 @@ from vqdeploy.files import check_outside, check_regular, read_json, replacing_fo
 from vqdeploy.models.maskgit_vqgan import MaskGITVQGANConfig
 from vqdeploy.models.movq import MoVQConfig
 from vqdeploy.models.rqvae import RQVAEConfig
+from vqdeploy.models.var_tokenizer import MultiScaleConfig
 from vqdeploy.models.vitvqgan import ViTVQGANConfig
 from vqdeploy.models.vqvae2 import VQVAE2Config
 from vqdeploy.systems import SystemConfig, definition
@@ -66,6 +68,7 @@ TOKENIZERS = {
     "enhancing-transformers": TokenizerFormat(enhancing_transformers.TOKENIZER, enhancing_transformers.tokenizer),
     "vq-vae-2": TokenizerFormat(vq_vae_2.TOKENIZER, vq_vae_2.tokenizer),
     "llamagen": TokenizerFormat(llamagen.TOKENIZER, llamagen.tokenizer),
+    "var": TokenizerFormat(var.TOKENIZER, var.tokenizer),
     "diffusers": TokenizerFormat(diffusers.TOKENIZER, diffusers.tokenizer),
     "taming": TokenizerFormat(taming.TOKENIZER, taming.tokenizer),
 }
@@ -76,12 +79,13 @@ PRIORS = {
     "enhancing-transformers": PriorFormat(enhancing_transformers.PRIOR, enhancing_transformers.prior, ViTVQGANConfig),
     "vq-vae-2": PriorFormat(vq_vae_2.PRIOR, vq_vae_2.prior, VQVAE2Config),
     "llamagen": PriorFormat(llamagen.PRIOR, llamagen.prior, MoVQConfig),
+    "var": PriorFormat(var.PRIOR, var.prior, MultiScaleConfig),
     "taming": PriorFormat(taming.PRIOR, taming.prior, MoVQConfig),
 }
 FORMATS = tuple(sorted({*TOKENIZERS, *PRIORS}))
 """Names of the public code bases."""
 
-_STAGES = ("first_stage_model.", "stage1_model.")  # prefixes of the tokenizer in files of whole systems
+_STAGES = ("first_stage_model.", "stage1_model.", "vae_local.")  # prefixes of the tokenizer in files of whole systems
 
 
 def import_checkpoint(
@@ -127,6 +131,8 @@ def import_checkpoint(
     formats = [_format(source, TOKENIZERS, "tokenizer", name)]
     with _malformed(source):
         parts = {"tokenizer": TOKENIZERS[formats[0]].read(source)}
+    if not sources and (error := parts["tokenizer"].lacking):
+        raise error
     if sources:
         formats.append(_format(sources[0], PRIORS, "prior", name))
         with _malformed(sources[0]):
@@ -221,7 +227,8 @@ def _system(parts: Mapping[str, Part], labels: tuple[str, ...], formats: Sequenc
     model = prior.model if prior else tokenizer.model
     sampling = definition(model).sampling.from_dict(dict(prior.sampling) if prior else {})
     source = " and ".join(dict.fromkeys(formats))
-    return SystemConfig(model, PRESET, tokenizer.config, prior.config if prior else None, labels, sampling, source)
+    decided = (prior and prior.tokenizer) or tokenizer.config
+    return SystemConfig(model, PRESET, decided, prior.config if prior else None, labels, sampling, source)
 
 
 def _write(folder: Path, config: SystemConfig, parts: Mapping[str, Part], provenance: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ class Part:
         weights: Its state_dict.
         notes: Messages for the user.
         sampling: Sampling options of its publishers.
+        tokenizer: Of a prior: the configuration of its tokenizer, if the prior decides a part of it.
+        lacking: Of a tokenizer: what is wrong if no prior decides that part.
     """
 
     model: str
@@ -32,6 +34,8 @@ class Part:
     weights: Weights
     notes: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    lacking: VqdeployError | None = None
 
 
 def fit(

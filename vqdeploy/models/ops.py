@@ -259,6 +259,28 @@ def _(qkv: Tensor, heads: int) -> Tensor:
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 
 
+@operator("scaled_attention")
+def scaled_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention of every query to every key.
+
+    Args:
+        query: Queries, already scaled [B, S, H * D].
+        key: Keys [B, T, H * D].
+        value: Values [B, T, H * D].
+        heads: Number of heads H.
+
+    Returns:
+        Attention output [B, S, H * D].
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
+
+
+@scaled_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(query)
+
+
 @operator("write_cache")
 def write_cache(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
     """Writes entries into a KV cache; backends may do it in place.
@@ -339,6 +361,7 @@ def _(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     return logits.new_empty((logits.shape[0],), dtype=torch.int64)
 
 
+@operator("truncate")
 def truncate(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Logits [N, K] / temperature, with -1e30 for codes removed by top-k and top-p; see `sample`."""
     scaled = logits.float() / temperature[:, None]
@@ -352,3 +375,8 @@ def truncate(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) 
     kept[:, 0] = True
     last = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
     return scaled.masked_fill(scaled < last, -1e30)
+
+
+@truncate.register_fake
+def _(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    return torch.empty_like(logits, dtype=torch.float32)

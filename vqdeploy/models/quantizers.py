@@ -1,11 +1,13 @@
 """Vector quantizers: codebooks, quantization, lookup, and training of codebooks."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqdeploy.models.modules import Modules
 from vqdeploy.models.ops import lookup, nearest, residual_quantize
 
 
@@ -15,6 +17,7 @@ class Quantized(NamedTuple):
     vectors: Tensor  # straight-through estimate [..., D]
     codes: Tensor  # int64 [..., Q]
     commitment_loss: Tensor  # scalar
+    codebook_loss: Tensor | float = 0.0  # scalar, for what the quantizer learns by gradients
 
 
 class AveragedCodebook(nn.Module):
@@ -157,6 +160,147 @@ class MultichannelQuantizer(AveragedCodebook):
         return Quantized(z + (quantized - z).detach(), codes, F.mse_loss(z, quantized))
 
 
+class MultiScaleQuantizer(AveragedCodebook):
+    """Residual quantization over scales: each scale quantizes what the coarser ones leave, averaged to a smaller map.
+
+    Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction" (NeurIPS 2024),
+    section 3.2 and algorithms 1 and 2. The vectors of a scale are enlarged to the whole map, of `sides[-1]`, and half
+    of it is convolved. The scales share four convolutions.
+
+    Codes are [B, N], those of all scales one after the other, each in raster order; maps of vectors [B, h * w, D].
+    """
+
+    down: Tensor  # [N, h * w], the averages of each position
+    up: Tensor  # [N, h * w], the share of each position in the enlarged map
+    mixing: Tensor  # [N, 4], 1 at the convolution of each position
+
+    def __init__(self, codebook_size: int, dim: int, sides: tuple[int, ...], decay: float = 0.99):
+        super().__init__(codebook_size, dim, decay)
+        self.sides, self.sizes = sides, [side**2 for side in sides]
+        if sum(self.sizes) * self.sizes[-1] > _LARGEST_MATRIX:
+            raise ValueError(f"code maps of sides {sides} are too large")
+        self.convolutions = Modules(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(_CONVOLUTIONS))
+        down = [_on_both_axes(area_average(side, sides[-1])) for side in sides]
+        up = [_on_both_axes(bicubic(side, sides[-1])).T for side in sides]
+        chosen = torch.cat(
+            [torch.full((size,), shared_convolution(s, len(sides))) for s, size in enumerate(self.sizes)]
+        )
+        self.register_buffer("down", torch.cat(down).float(), persistent=False)
+        self.register_buffer("up", torch.cat(up).float(), persistent=False)
+        self.register_buffer("mixing", F.one_hot(chosen, _CONVOLUTIONS).float(), persistent=False)
+
+    def reduced(self, vectors: Tensor, scale: int) -> Tensor:
+        """A whole map, averaged to the positions of a scale [B, p * p, D]."""
+        return vectors if scale == len(self.sides) - 1 else self._rows(self.down, scale) @ vectors
+
+    def enlarged(self, vectors: Tensor, scale: int) -> Tensor:
+        """What vectors [B, p * p, D] of a scale add to the whole map."""
+        large = vectors if scale == len(self.sides) - 1 else self._rows(self.up, scale).T @ vectors
+        convolution = self.convolutions[shared_convolution(scale, len(self.sides))]
+        mixed: Tensor = convolution(large.mT.unflatten(-1, (self.sides[-1], -1))).flatten(2).mT
+        return (large + mixed) / 2
+
+    def _rows(self, matrix: Tensor, scale: int) -> Tensor:
+        first = sum(self.sizes[:scale])
+        return matrix[first : first + self.sizes[scale]]
+
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [B, h, w, D] -> codes int64 [B, N] and the sum of all scales [B, h, w, D]."""
+        rest, codes = z.flatten(1, 2), []
+        for scale in range(len(self.sides)):
+            vectors = self.reduced(rest, scale)
+            codes.append(nearest(vectors.flatten(0, 1), self.codebook, "l2").view(vectors.shape[:2]))
+            rest = rest - self.enlarged(self._looked_up(codes[-1]), scale)
+        return torch.cat(codes, 1), z - rest.view_as(z)
+
+    def _looked_up(self, codes: Tensor) -> Tensor:
+        return lookup(codes.reshape(-1, 1), self.codebook).view(*codes.shape, -1)
+
+    def sums(self, codes: Tensor) -> list[Tensor]:
+        """The whole map after each scale. A scale with a code of -1 adds nothing."""
+        total, sums = torch.zeros(()).to(self.codebook), []
+        for scale, own in enumerate(codes.split(self.sizes, 1)):
+            known = (own >= 0).all(1)[:, None, None]
+            total = total + self.enlarged(self._looked_up(own), scale) * known
+            sums.append(total)
+        return sums
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 [B, N], -1 to leave out a scale -> vectors [B, h, w, D]."""
+        whole: Tensor = self.sums(codes)[-1].unflatten(1, (self.sides[-1], -1))
+        return whole
+
+    def inputs(self, codes: Tensor) -> Tensor:
+        """For each position but the first the map of the coarser scales, averaged to it [B, N - 1, D]."""
+        sums = self.sums(codes)[:-1]
+        return torch.cat([self.reduced(total, scale) for scale, total in enumerate(sums, 1)], 1)
+
+    def distances(self, z: Tensor, codes: Tensor) -> Tensor:
+        """Squared distances [B, N, K] of what is left of vectors [B, h, w, D] at each scale from the codebook."""
+        whole = z.flatten(1, 2)
+        rests = [whole, *(whole - total for total in self.sums(codes)[:-1])]
+        vectors = torch.cat([self.reduced(rest, scale) for scale, rest in enumerate(rests)], 1)
+        return torch.cdist(vectors, self.codebook).square()
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantizes vectors [B, h, w, D]; in training mode updates the codebook.
+
+        Losses are means over the scales. The convolutions learn from `codebook_loss`, the codebook by averages.
+        """
+        with torch.no_grad():
+            codes, _ = self.encode(z)
+        target, sums = z.flatten(1, 2), self.sums(codes)
+        commitment = torch.stack([F.mse_loss(target, total.detach()) for total in sums]).mean()
+        convolved = torch.stack([F.mse_loss(total, target.detach()) for total in sums]).mean()
+        if self.training:
+            rests = [target.detach(), *(target.detach() - total.detach() for total in sums[:-1])]
+            vectors = torch.cat([self.reduced(rest, scale) for scale, rest in enumerate(rests)], 1)
+            self._update(vectors.flatten(0, 1), codes.flatten())
+        return Quantized(z + (sums[-1].view_as(z) - z).detach(), codes, commitment, convolved)
+
+
+_CONVOLUTIONS = 4
+_LARGEST_MATRIX = 2**26  # numbers; for images of 1024 pixels it is half as large
+
+
+def shared_convolution(scale: int, scales: int) -> int:
+    """Which of four convolutions a scale takes: the nearest of 1/12, 13/36, 23/36 and 11/12 to scale / (scales - 1).
+
+    Two may be equally near, as for two of ten scales. The public code then decides by rounding, always for the upper.
+    """
+    return (18 * scale + scales - 1) // (5 * max(scales - 1, 1))
+
+
+def area_average(size: int, whole: int) -> Tensor:
+    """Averages of a row of `whole` numbers over `size` windows, which may overlap, float64 [size, whole]."""
+    matrix = torch.zeros(size, whole, dtype=torch.float64)
+    for i in range(size):
+        first, last = i * whole // size, -(-(i + 1) * whole // size)
+        matrix[i, first:last] = 1 / (last - first)
+    return matrix
+
+
+def bicubic(size: int, whole: int, a: float = -0.75) -> Tensor:
+    """Bicubic enlargement of a row of `size` numbers to `whole`, float64 [whole, size].
+
+    Keys, "Cubic convolution interpolation for digital image processing" (IEEE Transactions on Acoustics, Speech, and
+    Signal Processing, 1981), with half-pixel centres and borders repeated, as PyTorch does it.
+    """
+    matrix = torch.zeros(whole, size, dtype=torch.float64)
+    for i in range(whole):
+        place = (i + 0.5) * size / whole - 0.5
+        for tap in range(math.floor(place) - 1, math.floor(place) + 3):
+            d = abs(place - tap)
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            matrix[i, min(max(tap, 0), size - 1)] += near if d <= 1 else far
+    return matrix
+
+
+def _on_both_axes(matrix: Tensor) -> Tensor:
+    return torch.kron(matrix, matrix)
+
+
 class GumbelQuantizer(nn.Module):
     """A linear layer scores all codes; the vector of the best one replaces the input.
 
@@ -191,8 +335,8 @@ class GumbelQuantizer(nn.Module):
         return Quantized(quantized, codes, z.new_zeros(()))
 
 
-Quantizer = ResidualQuantizer | MultichannelQuantizer | GumbelQuantizer
-"""The quantizer of a tokenizer with one code map."""
+Quantizer = ResidualQuantizer | MultichannelQuantizer | MultiScaleQuantizer | GumbelQuantizer
+"""The quantizer of a tokenizer, but of one that quantizes in several places."""
 
 
 def _draw(vectors: Tensor, count: int) -> Tensor:

@@ -171,7 +171,7 @@ class VQVAE2(nn.Module):
             return levels[-1].vectors
 
         reconstruction = self.decoders[-1](self._descend(x, quantize))
-        vectors, codes, losses = zip(*levels, strict=True)
+        vectors, codes, losses, _ = zip(*levels, strict=True)
         return reconstruction, Quantized(join_levels(vectors), join_levels(codes)[..., 0], torch.stack(losses).sum())
 
     def distances(self, x: Tensor, codes: Tensor) -> Tensor:

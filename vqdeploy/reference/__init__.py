@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vqdeploy.models.prior import AutoregressivePrior, Prior
-from vqdeploy.reference import masked
+from vqdeploy.models.var import VAR
+from vqdeploy.reference import masked, next_scale
 from vqdeploy.reference.guidance import Noise, guided_logits
 from vqdeploy.runtime.threads import cores
 from vqdeploy.systems import SYSTEMS, Sampling, SystemConfig
@@ -37,6 +38,8 @@ def generate(prior: Prior | AutoregressivePrior, config: SystemConfig, labels: T
     choices = [value.to(labels.device).repeat(len(labels), 1) for value in _choices(sampling, depth, size)]
     if SYSTEMS[config.model].kind == "masked":
         return masked.generate(prior, config.sampling, labels, noise, choices)
+    if SYSTEMS[config.model].kind == "next-scale":
+        return next_scale.generate(cast(VAR, prior), config.sampling, labels, noise, choices)[0]
     shape = (len(labels), depth, size)
     guidance = [getattr(sampling, name) for name in _GUIDANCE if hasattr(sampling, name)]
     autoregressive = cast(AutoregressivePrior, prior)

@@ -200,12 +200,11 @@ class ServedPlan:
         """
         if asked.response_format == "codes":
             return [None] * len(codes)
-        pixels = await asyncio.wrap_future(self.worker.decode(np.where(codes < 0, -1 - codes, codes)))
-        return await asyncio.to_thread(self._finish, order, codes, pixels, asked.output_format)
+        asked_for = self.worker.preview(codes) if (codes < 0).any() else self.worker.decode(codes)
+        pixels = await asyncio.wrap_future(asked_for)
+        return await asyncio.to_thread(self._finish, order, pixels, asked.output_format)
 
-    def _finish(self, order: Order, codes: np.ndarray, pixels: np.ndarray, kind: str) -> list[str]:
-        if (codes < 0).any():
-            pixels = images.veil(pixels, self.pipeline.layout.unsettled(codes), images.PREVIEW_VEIL)
+    def _finish(self, order: Order, pixels: np.ndarray, kind: str) -> list[str]:
         if order.original is not None:
             original, kept = order.original
             pixels = np.where(kept[..., None], original, pixels)
@@ -238,6 +237,8 @@ class ServedPlan:
     def _order(self, asked: Drawing, known: np.ndarray) -> Order:
         pipeline = self.pipeline
         options = pipeline.options(**asked.options())
+        if options.get("more_smooth"):
+            raise VqdeployError("a server decodes codes, and more_smooth blends them", expected="0", found=1)
         self._check_count(asked.n)
         if asked.size not in ("auto", self.size):
             raise VqdeployError("this plan draws images of one size", expected=self.size, found=asked.size)

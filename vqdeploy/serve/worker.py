@@ -84,9 +84,9 @@ class _Image:
 
 @dataclass
 class _Call:
-    """Images to encode, or codes to decode with a number of depths."""
+    """Images to encode, or codes to decode with a number of depths, or to preview where some are not final."""
 
-    stage: Literal["encode", "decode"]
+    stage: Literal["encode", "decode", "preview"]
     array: np.ndarray
     depth: int | None
     future: "Future[np.ndarray]"
@@ -179,6 +179,10 @@ class Worker:
         """The images uint8 [B, H, W, 3] of codes that were checked; `depth` as for `Pipeline.decode`."""
         return self._ask(_Call("decode", codes, depth, Future()))
 
+    def preview(self, codes: np.ndarray) -> "Future[np.ndarray]":
+        """The images uint8 [B, H, W, 3] of codes that need not be final; see `Pipeline.preview`."""
+        return self._ask(_Call("preview", codes, None, Future()))
+
     def close(self) -> None:
         """Cancels what is unfinished, ends the thread and closes the plan."""
         self._inbox.put(None)
@@ -235,7 +239,10 @@ class Worker:
             arrays = np.concatenate([call.array for call in batch])
             try:
                 pipeline = self._opened()
-                results = pipeline.encode(arrays) if stage == "encode" else pipeline.decode(arrays, depth)
+                if stage == "decode":
+                    results = pipeline.decode(arrays, depth)
+                else:
+                    results = pipeline.encode(arrays) if stage == "encode" else pipeline.preview(arrays)
             except Exception as error:  # of any engine
                 self._fail(error, [call.future for call in batch])
                 continue

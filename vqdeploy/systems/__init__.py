@@ -1,12 +1,13 @@
 """Systems, the values of `--model`: one definition per file."""
 
-from vqdeploy.systems import emu3, llamagen, maskgit, movq, rqvae, vitvqgan, vqgan, vqvae2
+from vqdeploy.systems import emu3, llamagen, maskgit, movq, rqvae, var, vitvqgan, vqgan, vqvae2
 from vqdeploy.systems.recipe import Recipe
 from vqdeploy.systems.system import (
     SYSTEMS,
     Definition,
     GuidedSampling,
     MaskedSampling,
+    NextScaleSampling,
     Sampling,
     System,
     SystemConfig,
@@ -15,15 +16,16 @@ from vqdeploy.systems.system import (
     preset,
 )
 
-SYSTEMS |= {
-    module.SYSTEM.name: module.SYSTEM for module in (rqvae, movq, vitvqgan, vqgan, vqvae2, maskgit, emu3, llamagen)
-}
+_MODULES = (rqvae, movq, vitvqgan, vqgan, vqvae2, llamagen, var, maskgit, emu3)
+
+SYSTEMS |= {module.SYSTEM.name: module.SYSTEM for module in _MODULES}
 
 __all__ = [
     "SYSTEMS",
     "Definition",
     "GuidedSampling",
     "MaskedSampling",
+    "NextScaleSampling",
     "Recipe",
     "Sampling",
     "System",

@@ -38,6 +38,16 @@ class MaskedSampling(GuidedSampling):
 
 
 @dataclass(frozen=True)
+class NextScaleSampling(GuidedSampling):
+    """Default options of next-scale sampling, whose guidance rises from 1 at the first scale to `guidance_scale`.
+
+    With `more_smooth` 1, code vectors are blended instead of drawn.
+    """
+
+    more_smooth: int = 0
+
+
+@dataclass(frozen=True)
 class SystemConfig(Config):
     """The content of `config.json`.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import ray
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import VqdeployError, one_line
 from vqdeploy.tokenize.inputs import Part
 from vqdeploy.tokenize.part import Done, Job, tokenize_part
 
@@ -36,7 +36,7 @@ def run_on_ray(job: Job, parts: Sequence[Part], address: str, on_gpu: bool) -> I
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise VqdeployError(f"the Ray cluster failed ({' '.join(str(error).split())[:200]})") from error
+        raise VqdeployError(f"the Ray cluster failed ({one_line(error, 200)})") from error
     finally:
         ray.shutdown()
 

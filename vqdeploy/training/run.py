@@ -138,6 +138,7 @@ def _on_tokenizer(config: SystemConfig, kept: System) -> SystemConfig:
         raise VqdeployError(f"{config.preset} has no prior to train", fix="vqdeploy models")
     known = {field.name for field in dataclasses.fields(prior)}
     fields = {"codebook_size": tokenizer.codebook_size, "code_dim": tokenizer.code_dim, "grid": tokenizer.grid}
+    fields["sides"] = getattr(tokenizer, "sides", None)
     if "levels" in known:
         grids = tokenizer.level_grids
         if len(grids) != len(prior.levels):

@@ -67,7 +67,8 @@ class TokenizerTraining(LightningModule):
             loss = loss + self.recipe.logit_laplace_weight * logit_laplace(self._unit(reconstruction), self._unit(x))
         if self.discriminator:
             loss = loss + self._adversarial(self.discriminator(reconstruction), loss)
-        self._step(0, loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss)
+        loss = loss + self.tokenizer.config.commitment_weight * quantized.commitment_loss
+        self._step(0, loss + quantized.codebook_loss)
         if self.discriminator:
             logits = self.discriminator(x), self.discriminator(reconstruction.detach())
             self._step(1, self.recipe.adversarial_weight * discriminator_loss(*logits))

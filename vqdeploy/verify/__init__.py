@@ -18,7 +18,7 @@ from vqdeploy import checkpoint as checkpoints
 from vqdeploy.reference import torch_threads
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.systems import System
-from vqdeploy.verify import autoregressive, hierarchical, masked
+from vqdeploy.verify import autoregressive, hierarchical, masked, next_scale
 from vqdeploy.verify.checks import Check, at_most, limits
 from vqdeploy.verify.features import check_features
 from vqdeploy.verify.tokenizer import check_tokenizer
@@ -34,7 +34,12 @@ class PriorChecks(Protocol):
         """Whole generations; `logits` are the checks of `check_logits`."""
 
 
-PRIORS: dict[str, PriorChecks] = {"autoregressive": autoregressive, "masked": masked, "hierarchical": hierarchical}
+PRIORS: dict[str, PriorChecks] = {
+    "autoregressive": autoregressive,
+    "masked": masked,
+    "hierarchical": hierarchical,
+    "next-scale": next_scale,
+}
 """Kind of sampling in a manifest -> its checks."""
 
 

@@ -22,7 +22,7 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
     decoded = pipeline.decode(drawn)
     if pipeline.tokenizer.omits_depths:
         decoded[-1:] = pipeline.decode(drawn[-1:], depth=1)
-        drawn[-1, ..., 1:] = -1
+        drawn[-1:] = pipeline.layout.first(drawn[-1:], 1)
     pixel_range = tokenizer.config.pixel_range
     expected = channels_last(to_uint8(tokenizer.decode(torch.from_numpy(drawn)), pixel_range)).numpy()
 
@@ -34,18 +34,18 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
     return [
         at_most("encode", "share of codes that differ", 1 - agreement, allowed.codes),
         at_most("encode", "codes outside the margin rule", far, 0),
-        *_compare_images(decoded, expected, allowed),
+        *compare_images("decode", decoded, expected, allowed),
     ]
 
 
-def _compare_images(images: np.ndarray, expected: np.ndarray, allowed: Limits) -> list[Check]:
+def compare_images(stage: str, images: np.ndarray, expected: np.ndarray, allowed: Limits) -> list[Check]:
     """Compares images uint8 [B, H, W, 3] with those of the reference from the same codes."""
     difference = np.abs(images.astype(int) - expected)
-    checks = [at_most("decode", "largest difference in grey levels", difference.max(), allowed.grey_levels)]
+    checks = [at_most(stage, "largest difference in grey levels", difference.max(), allowed.grey_levels)]
     if allowed.psnr:
         error = max((difference**2).mean((1, 2, 3)).max(), _LEAST_ERROR)
         psnr = 10 * np.log10(255**2 / error)
-        checks.append(at_least("decode", "PSNR of the worst image in dB, at least the limit", psnr, allowed.psnr))
+        checks.append(at_least(stage, "PSNR of the worst image in dB, at least the limit", psnr, allowed.psnr))
     return checks
 
 

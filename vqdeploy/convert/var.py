@@ -1,0 +1,105 @@
+"""FoundationVision/VAR: the tokenizer and the transformers of 256 and 512 pixels.
+
+A published file has one of them; a file of its training has both, `vae_local` and `var_wo_ddp`.
+"""
+
+import re
+from dataclasses import replace
+
+from vqdeploy.convert.containers import Source, Weights
+from vqdeploy.convert.conv import read_conv
+from vqdeploy.convert.parts import Part, count, fit, learned, section, shape, square, submodel, take
+from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.models.quantizers import MultiScaleQuantizer
+from vqdeploy.models.var import VAR, VARConfig
+from vqdeploy.models.var_tokenizer import SIDES, MultiScaleConfig, MultiScaleTokenizer
+
+TOKENIZER = r"(vae_local\.)?quantize\.quant_resi\."
+PRIOR = r"(var_wo_ddp\.)?(pos_1LC|blocks\.0\.attn\.mat_qkv\.weight)$"
+
+_SAMPLING = {"top_p": 0.96, "guidance_scale": 2.5}  # 1 + the public `cfg`
+_TOP_K = 900
+_ASSUMED = "the sides of the code maps are those for 256 pixels; a prior brings its own"
+
+
+def tokenizer(source: Source) -> Part:
+    """A tokenizer. Its weights do not give the sides of its code maps, and fit all."""
+    source = _part(source, "vae_local.")
+    source = replace(source, weights=_separate_projections(source.weights))
+    declared = section(source.config, "v_patch_nums").get("v_patch_nums")
+    statistics = source.weights.get("quantize.ema_vocab_hit_SV")
+    lacking = None
+    if declared is None and statistics is not None and len(statistics) != len(SIDES):
+        lacking = VqdeployError(
+            f"the sides of the {len(statistics)} code maps cannot be read off the weights in {source.path}",
+            fix="add the prior, or --tokenizer-config FILE, a YAML that gives v_patch_nums",
+        )
+    sides = _rising(source, SIDES if declared is None else declared)
+    conv = read_conv(source, lambda name: name, None)
+    config = MultiScaleConfig(conv, codebook_size=shape(source, "quantize.embedding.weight")[0])
+    config = sized(config, sides)
+    given = learned(take(source, "quantize.embedding.weight"))
+    weights = fit(source, lambda: MultiScaleTokenizer(config), _name, given, r"^quantize\.ema_vocab_hit_SV$")
+    return Part("var", config, weights, (_ASSUMED,) if declared is None else (), lacking=lacking)
+
+
+def sized(tokenizer: MultiScaleConfig, sides: tuple[int, ...]) -> MultiScaleConfig:
+    """The configuration for other code maps, and so for images of another size."""
+    halvings = len(tokenizer.conv.channel_multipliers) - 1
+    side = sides[-1] << halvings
+    shares = [tokenizer.conv.resolution // each for each in tokenizer.conv.attention_resolutions]
+    conv = replace(tokenizer.conv, resolution=side, attention_resolutions=tuple(side // share for share in shares))
+    return replace(tokenizer, conv=conv, sides=sides)
+
+
+def prior(sources: list[Source], tokenizer: Part) -> Part:
+    """A transformer, with adaLN in each block or shared. It decides the sides of the code maps."""
+    (source,) = sources
+    source = _part(source, "var_wo_ddp.")
+    if "blocks.0.attn.scale_mul_1H11" not in source.weights:
+        raise ArtifactError(
+            f"{source.path} has no scale_mul_1H11: it was made before April 2024, and works with no code since",
+            fix="download the file that replaced it",
+        )
+    scales = take(source, "lvl_1L").flatten().tolist()
+    sides = tuple(square(source, scales.count(scale)) for scale in range(int(max(scales)) + 1))
+    classes, width = shape(source, "class_emb.weight")
+    codes, dim = tokenizer.config.codebook_size, tokenizer.config.code_dim
+    layers = count(source, lambda i: f"blocks.{i}.attn.mat_qkv.weight")
+    heads, shared = shape(source, "blocks.0.attn.scale_mul_1H11")[1], "shared_ada_lin.1.weight" in source.weights
+    config = VARConfig(sides, codes, dim, width, layers, heads, classes - 1, shared)
+    weights = fit(
+        source,
+        lambda: VAR(config, MultiScaleQuantizer(codes, dim, sides)),
+        lambda name: name,
+        ignored=r"^attn_bias_for_masking$|\.zero_k_bias$",
+    )
+    sampling = _SAMPLING | {"top_k": _TOP_K if codes > _TOP_K else 0}
+    return Part("var", config, weights, sampling=sampling, tokenizer=sized(tokenizer.config, sides))
+
+
+def _part(source: Source, prefix: str) -> Source:
+    """One of the two networks of a file."""
+    return submodel(source, prefix, "") if any(key.startswith(prefix) for key in source.weights) else source
+
+
+def _rising(source: Source, sides: object) -> tuple[int, ...]:
+    if not isinstance(sides, list | tuple) or not all(type(side) is int for side in sides):
+        raise ArtifactError(f"v_patch_nums of {source.path} is malformed", expected="a list of integers", found=sides)
+    return tuple(sides)
+
+
+def _name(ours: str) -> str:
+    return ours.replace("quantizer.convolutions.", "quantize.quant_resi.qresi_ls.")
+
+
+def _separate_projections(weights: Weights) -> Weights:
+    """Queries, keys and values of the attention blocks, which are one convolution there."""
+    separate: Weights = {}
+    for key, weight in weights.items():
+        found = re.fullmatch(r"(.*\.attn(?:_1|\.\d+)\.)qkv(\..*)", key)
+        if found is None or len(weight) % 3:
+            separate[key] = weight
+        else:
+            separate |= {f"{found[1]}{name}{found[2]}": part for name, part in zip("qkv", weight.chunk(3), strict=True)}
+    return separate

@@ -1,0 +1,166 @@
+"""Checks of priors that predict the next scale: each map of a generation, and the blended maps of `more_smooth`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdeploy.models.ops import truncate
+from vqdeploy.models.pixels import channels_last, to_uint8
+from vqdeploy.models.var import VAR, blended
+from vqdeploy.reference.next_scale import guided_at
+from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.forcing import scale_logits
+from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.sampler import Item
+from vqdeploy.systems import System
+from vqdeploy.verify.checks import (
+    IMAGES,
+    SEED,
+    Check,
+    at_most,
+    compare_distributions,
+    compare_logits,
+    judge,
+    limits,
+    tolerance_of,
+)
+from vqdeploy.verify.tokenizer import compare_images
+
+_SCALE = 3.0  # guidance scale
+_BLENDED = 5e-3  # of the largest number: blending sharpens differences of logits up to 150 times
+_ONE_LABEL = "one label"
+_CUT: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9}
+
+
+def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -> list[Check]:
+    """Logits of all scales at random codes and at drawn ones, with one label and with guidance."""
+    allowed = limits(pipeline.manifest, "step")
+    labels = pipeline.condition.examples(IMAGES)
+    codes = rng.integers(0, pipeline.codebook_size, (IMAGES, *pipeline.grid))
+    drawn = pipeline.generate(labels, seed=SEED, more_smooth=0).codes
+    checks = []
+    for name, scale in ((_ONE_LABEL, 1.0), ("guidance", _SCALE)):
+        expected = _logits(system.prior, codes, labels, scale)
+        found = torch.from_numpy(scale_logits(pipeline, codes, labels, guidance_scale=scale))
+        checks += compare_logits(name, found, expected, allowed)
+        expected = _logits(system.prior, drawn, labels, scale)
+        found = torch.from_numpy(scale_logits(pipeline, drawn, labels, guidance_scale=scale))
+        checks += compare_distributions(f"{name}, drawn codes", found, expected, allowed, scale)
+    return checks
+
+
+def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
+    """Whole generations by the margin rule; an image alone against itself in a batch; blended maps.
+
+    `logits` are the checks of `check_logits`, which determine the margin.
+    """
+    tolerance = tolerance_of([check for check in logits if check.metric.startswith(_ONE_LABEL)])
+    labels = pipeline.condition.examples(IMAGES)
+    cut = _CUT | {"top_k": pipeline.codebook_size // 4}
+    kinds: dict[str, dict[str, Any]] = {
+        "full distribution, guided": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": _SCALE},
+        "truncated": cut | {"guidance_scale": 1.0},
+    }
+    checks = []
+    for name, options in kinds.items():
+        codes = pipeline.generate(labels, seed=SEED, **options, more_smooth=0).codes
+        far, _ = _judge(system.prior, codes, labels, 0, options, tolerance)
+        checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far.sum(), 0))
+    again = pipeline.generate(labels, seed=SEED, **options, more_smooth=0).codes
+    checks.append(at_most("generate", "codes that differ in a second run", (again != codes).sum(), 0))
+
+    chosen = IMAGES - 2
+    label = labels[chosen : chosen + 1]
+    alone = pipeline.generate(label, seed=SEED, first_image=chosen, **options, more_smooth=0).codes
+    far, close = _judge(system.prior, alone, label, chosen, options, tolerance)
+    different = np.flatnonzero((alone != codes[chosen : chosen + 1]).ravel())
+    excused = different.size == 0 or close.ravel()[different[0]]
+    checks.append(at_most("generate", "image alone: tokens outside the margin rule", far.sum() + (not excused), 0))
+    return [*checks, *_check_blended(pipeline, system, labels)]
+
+
+def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> list[Check]:
+    """`more_smooth`: the logits at the maps of the plan, each map given its logits, and the images of the last ones."""
+    prior, options = system.prior, {"temperature": 1.0, "top_k": pipeline.codebook_size // 2, "top_p": 1.0}
+    chosen = pipeline.options(**options, guidance_scale=_SCALE, more_smooth=1)
+    logits, maps = _run(pipeline, labels, chosen)
+    inputs = torch.cat([prior.quantizer.reduced(m, scale) for scale, m in enumerate(maps[:-1], 1)], 1)
+    expected = _guided(prior, inputs, labels, _SCALE)
+    checks = compare_distributions("blended maps", logits, expected, limits(pipeline.manifest, "step"), _SCALE)
+
+    differences, whole = [], torch.zeros_like(maps[0])
+    for (scale, size), own, found in zip(_scales(prior), logits.split(prior.quantizer.sizes, 1), maps, strict=True):
+        noise = _noise(range(len(labels)), scale, size, own.shape[-1]).flatten(0, 1)
+        rows = len(noise)
+        top_k, share = (
+            torch.full((rows,), options["top_k"]),
+            torch.full((rows,), scale / max(prior.config.depth - 1, 1)),
+        )
+        kept = truncate(own.flatten(0, 1), torch.ones(rows), top_k, torch.ones(rows))
+        vectors = blended(kept, noise, share, prior.quantizer.codebook).unflatten(0, own.shape[:2])
+        whole = whole + prior.quantizer.enlarged(vectors, scale)
+        differences.append(float((found - whole).abs().max()))
+        whole = found
+    largest = max(float(each.abs().max()) for each in maps)
+    checks.append(at_most("blend", "largest difference of maps", max(differences), _BLENDED * largest))
+
+    images = pipeline.generate(labels, seed=SEED, **chosen).images
+    pixels = system.tokenizer.reconstruct(maps[-1].unflatten(1, (prior.config.sides[-1], -1)))
+    grey = channels_last(to_uint8(pixels, system.tokenizer.config.pixel_range)).numpy()
+    return [*checks, *compare_images("reconstruct", images, grey, limits(pipeline.manifest, "reconstruct"))]
+
+
+def _scales(prior: VAR) -> list[tuple[int, int]]:
+    return list(enumerate(prior.quantizer.sizes))
+
+
+def _logits(prior: VAR, codes: np.ndarray, labels: np.ndarray, scale: float) -> Tensor:
+    """Logits of the reference [B, N, K] at codes; the guidance scale rises from 1."""
+    return _guided(prior, prior.quantizer.inputs(torch.from_numpy(codes)), labels, scale)
+
+
+def _guided(prior: VAR, inputs: Tensor, labels: np.ndarray, scale: float) -> Tensor:
+    """The same from averaged maps; see `VAR.logits_at`."""
+    own, none = torch.from_numpy(labels), torch.full((len(labels),), prior.config.classes)
+    share = prior.scales[:, None] / max(prior.config.depth - 1, 1)
+    conditional, unconditional = prior.logits_at(inputs.repeat(2, 1, 1), torch.cat([own, none])).chunk(2)
+    return guided_at(conditional, unconditional, scale, share)
+
+
+def _run(pipeline: Pipeline, labels: np.ndarray, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The logits of a generation [B, N, K], and the map after each scale [B, h * w, D]."""
+    logits, maps, unknown = [], [], np.full(pipeline.grid, -1)
+    with pipeline.sampler(1, guided=options["guidance_scale"] != 1) as sampler:
+        for image, label in enumerate(labels):
+            sampler.admit(0, Item(unknown, int(label), SEED, image, options))
+            calls = []
+            while sampler.left(0):
+                sampler.step()
+                outputs = sampler.last.outputs
+                calls.append([torch.from_numpy(np.array(outputs[name])) for name in ("logits", "present_map")])
+            sampler.release(0)
+            logits.append(torch.cat([call[0] for call in calls], 1))
+            maps.append([call[1] for call in calls])
+    return torch.cat(logits), [torch.cat(each) for each in zip(*maps, strict=True)]
+
+
+def _judge(
+    prior: VAR, codes: np.ndarray, labels: np.ndarray, first: int, options: dict[str, Any], tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`judge` for generated codes, given those of coarser scales; both results have the shape of the codes."""
+    scale = options["guidance_scale"]
+    logits = _logits(prior, codes, labels, scale).flatten(0, 1)
+    tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
+    images = range(first, first + len(codes))
+    noise = torch.cat([_noise(images, s, size, logits.shape[1]) for s, size in _scales(prior)], 1).flatten(0, 1)
+    far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
+    return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
+
+
+def _noise(images: range, scale: int, size: int, codes: int) -> Tensor:
+    """The noise of a scale [B, size, K]."""
+    noise = np.empty((len(images), size, codes), np.float32)
+    gumbel([(SEED, image, scale) for image in images], noise)
+    return torch.from_numpy(noise)
