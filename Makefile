@@ -1,5 +1,5 @@
 # They need Python 3.11 or newer and nothing else, the GPU check aside: packages go into .venv.
-#   make demo       export, build and run the tiny RQ-VAE and the tiny MoVQ, and verify them against PyTorch
+#   make demo       export, build and run the MoVQ and the RQ-VAE of emoji, and verify them against PyTorch
 #   make test       lint, type-check and test
 #   make quick      lint, and the tests that take no time: a minute, once packages are exported
 #   make gpu-check  on a machine with an NVIDIA GPU: test, verify and time everything there, see docs/gpu.md
@@ -20,21 +20,21 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: .venv/ready
 	mkdir -p demo
-	cd demo && vqdeploy export --model rqvae
-	cd demo && vqdeploy build
-	cd demo && vqdeploy run --engine rqvae.plan
-	cd demo && vqdeploy run --engine rqvae.plan --task reconstruct --input ../examples/digits
-	cd demo && vqdeploy verify --engine rqvae.plan
-	cd demo && vqdeploy export --model movq --no-verify
+	cd demo && vqdeploy export --model movq --preset emoji --no-verify
 	cd demo && vqdeploy build movq-onnx
 	cd demo && vqdeploy run --engine movq.plan --film movq-film.gif
-	cd demo && vqdeploy run --engine movq.plan --task inpaint --input ../examples/digits --mask-ratio 0.95 --num-images 2
+	cd demo && vqdeploy run --engine movq.plan --task inpaint --input ../examples/emoji --mask-ratio 0.5 --num-images 2
 	cd demo && vqdeploy verify --engine movq.plan
+	cd demo && vqdeploy export --model rqvae --preset emoji --no-verify
+	cd demo && vqdeploy build
+	cd demo && vqdeploy run --engine rqvae.plan
+	cd demo && vqdeploy run --engine rqvae.plan --task reconstruct --input ../examples/emoji
+	cd demo && vqdeploy verify --engine rqvae.plan
 	@echo
-	@echo "Generated digits, one row a class:        demo/rqvae-generate.png"
-	@echo "Real digits, above their decoded codes:   demo/rqvae-reconstruct.png"
-	@echo "Digits of MoVQ, in eight steps each:      demo/movq-generate.png, demo/movq-film.gif"
-	@echo "Digits from 5 % of their codes:           demo/movq-inpaint.png"
+	@echo "Emoji of MoVQ, one row a class, and step by step:  demo/movq-generate.png, demo/movq-film.gif"
+	@echo "Held-out emoji, half of them drawn anew:           demo/movq-inpaint.png"
+	@echo "Emoji of RQ-VAE:                                   demo/rqvae-generate.png"
+	@echo "Held-out emoji, above their decoded codes:         demo/rqvae-reconstruct.png"
 
 # mypy finds packages by folder. The links give it the import paths: vqdeploy.export is export/, and so on.
 test: .venv/ready

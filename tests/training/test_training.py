@@ -673,6 +673,27 @@ def test_shipped_weights_measured_again(shipped):
     assert all(torch.isfinite(weight).all() for weight in system.state_dict().values())
 
 
+@pytest.mark.parametrize("model", ["movq", "rqvae"])
+def test_emoji_measured_again(model):
+    """On ten of the images that the weights were not trained on."""
+    folder = SHIPPED / model / "emoji"
+    system, training = load(folder), json.loads((folder / "training.json").read_text())
+    assert system.config == preset(model, "emoji")
+    pictures = sorted((Path(__file__).parents[2] / "examples" / "emoji").glob("*.png"))
+    assert tuple(picture.stem for picture in pictures) == system.config.labels
+    images = torch.from_numpy(np.stack([read(picture, 64) for picture in pictures])).permute(0, 3, 1, 2)
+    measured = psnr(reconstruct(system.tokenizer, images)[0], images)
+    assert measured == pytest.approx(training["metrics"]["reconstruction_psnr"], abs=2)
+    assert training["data"] == "emoji/train"
+    assert training["metrics"]["samples"] == 1000
+
+
+def test_shipped_emoji_are_small():
+    files = list(SHIPPED.glob("*/emoji/model.safetensors"))
+    assert len(files) == 2
+    assert sum(file.stat().st_size for file in files) <= 12_000_000
+
+
 def test_logit_laplace_is_finite_everywhere_and_zero_for_equals():
     x = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     assert logit_laplace(x, x) == 0

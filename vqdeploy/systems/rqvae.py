@@ -105,5 +105,5 @@ SYSTEM = Definition(
     loss=soft_target_loss,
     stages=_stages,
     presets={config.preset: config for config in _PRESETS},
-    recipes={"tiny": tiny.RECIPE, "emoji": emoji.RECIPE},
+    recipes={"tiny": tiny.RECIPE, "emoji": dataclasses.replace(emoji.RECIPE, prior_steps=2500)},
 )
