@@ -107,7 +107,7 @@ class AutoregressiveSampler(Sampler):
         self._greedy[slot] = self._write_options(self._binding, slot, item)
         self._before[slot] = before = self.condition.entries(item.condition) - 1
         own, *partner = self._rows_of(slot)
-        rows: dict[int, int | None] = {own: None} | dict.fromkeys(partner, self.no_label)
+        rows: dict[int, int | None] = {own: None, **dict.fromkeys(partner, self.no_label)}
         for row, none in rows.items():
             self.condition.write(self._binding.inputs, row, item.condition, none)
             if none is None or self._guides_at(item, first):

@@ -164,11 +164,13 @@ class NextScaleSampler(Sampler):
         """Replaces what this scale added to the maps of some slots by its blended vectors."""
         if self._scale not in self._blends:
             dims = {"batch": self._rows, "length": self._sizes[self._scale]}
-            held = {**step.inputs, "logits": step.outputs["logits"]}
-            blend = self._sessions["blend"]
-            names = [info.name for info in blend.stage.inputs if info.name in held]
-            self._blends[self._scale] = blend.bind(dims, {name: held[name] for name in names})
+            held = {"logits": step.outputs["logits"]}
+            if self._scale:
+                held["past_map"] = self._bindings[self._scale - 1].outputs["present_map"]
+            self._blends[self._scale] = self._sessions["blend"].bind(dims, held)
         binding = self._blends[self._scale]
+        for name in ("given", "noise", "temperature", "top_k", "top_p"):
+            binding.inputs[name][:] = step.inputs[name]
         binding.inputs["position"][:] = self._firsts[self._scale]
         binding.inputs["share"][:] = share
         self._run("blend", binding)

@@ -84,7 +84,7 @@ def test_plans_are_compared(artifacts):
     assert bench.table(report).count("it is there after") == 2
 
 
-@pytest.mark.parametrize("name", ["rqvae", "movq", "vqvae2", "vit"])
+@pytest.mark.parametrize("name", ["rqvae", "movq", "vqvae2", "vit", "var"])
 def test_plans_of_equal_graphs_draw_from_the_same_distributions(artifacts, name):
     plan, other = (load(artifacts.plan(name, portable=portable)) for portable in (False, True))
     half = load(artifacts.plan(name, "fp16"))

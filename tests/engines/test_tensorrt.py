@@ -315,6 +315,12 @@ def test_every_stage_of_a_gpt_is_built(request, name, tmp_path):
 
 
 @needs_rtx
+def test_every_stage_of_a_next_scale_prior_is_built(var_package, tmp_path):
+    """The first call has no past: its caches have no entries."""
+    manifest = build(var_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 1, 2))
+    assert [stage.name for stage in manifest.stages] == ["encode", "decode", "reconstruct", "step", "blend"]
+
+
 def test_every_stage_of_a_hierarchy_is_built(vqvae2_package, tmp_path):
     """Two blocks with attention, and the rows beside their caches, are what the builder once died of."""
     manifest = build(vqvae2_package, tmp_path / "a.plan", "tensorrt-rtx", SizeRange(1, 2, 4))

@@ -17,7 +17,7 @@ from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.cuda import CudaSession
 from vqdeploy.verify import verify
 
-SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three")
+SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three", "var")
 
 
 def named(system, kind):

@@ -24,7 +24,7 @@ from vqdeploy.runtime.tensorrt import TensorrtBackend
 from vqdeploy.verify import verify
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three")
+SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three", "var")
 
 
 def named(system, kind):
@@ -134,7 +134,7 @@ def test_a_generation_waits_at_its_end_alone(name, engines, gpu):
     calls = gpu.log.count("graph")
     assert calls + gpu.log.count("engine") == sum(steps_of(pipeline, len(codes)))
     assert calls == gpu.log[:first].count("graph") > 0
-    maps = len(pipeline.maps(codes)) if name in ("vqvae2", "three") else 1
+    maps = len(pipeline.maps(codes)) if name in ("vqvae2", "three", "var") else 1
     assert gpu.log.count("DeviceToHost") == maps
     # Until then it waited for uploads that gave way to later ones.
     assert gpu.log[:first].count("wait") <= gpu.log.count("event") + 1
@@ -146,6 +146,9 @@ def steps_of(pipeline, images):
         yield images * (1 if pipeline.sampling.no_label is None else 2)  # prefills
     if pipeline.sampling.kind == "masked":
         yield pipeline.options()["steps"]
+        return
+    if pipeline.sampling.kind == "next-scale":
+        yield len(pipeline.layout.maps)
         return
     for i, (height, width, _) in enumerate(pipeline.layout.maps):
         yield height * width

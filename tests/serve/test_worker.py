@@ -62,7 +62,7 @@ def complete(pipeline, item):
     return pipeline.sample(item.known[None], condition, item.seed, item.image, item.options)[0][0]
 
 
-@pytest.mark.parametrize("name", ["rqvae", "movq", "vit", "vqvae2", "text", "features"])
+@pytest.mark.parametrize("name", ["rqvae", "movq", "vit", "vqvae2", "text", "features", "var"])
 def test_requests_that_come_and_go_at_random(make, artifacts, name):
     pipeline, worker, rng = artifacts.pipeline(name), make(name), np.random.default_rng(0)
     asked = []

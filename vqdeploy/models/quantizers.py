@@ -206,6 +206,7 @@ class MultiScaleQuantizer(AveragedCodebook):
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [B, h, w, D] -> codes int64 [B, N] and the sum of all scales [B, h, w, D]."""
+        z = z.to(self.codebook.dtype)  # the sums are as exact as the codebook
         rest, codes = z.flatten(1, 2), []
         for scale in range(len(self.sides)):
             vectors = self.reduced(rest, scale)

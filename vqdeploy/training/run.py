@@ -100,7 +100,7 @@ def train(
         asked["tokenizer"] = digest(kept)
     state = _prepare(output, asked, resume)
     seconds, classifier = _train(system, None if kept else first, recipe, source, seed, state)
-    system.to(getattr(torch, recipe.stored_dtype)).float().eval()
+    _round(system.eval(), getattr(torch, recipe.stored_dtype))
     check_finite(system.state_dict(), f"the system stored as {recipe.stored_dtype}")
     training = asked | {"versions": _versions(), "seconds": seconds}
     training["metrics"], sheets = _measure(system, source, classifier, seed, samples)
@@ -242,6 +242,14 @@ def _measure(
             metrics["class_accuracy"] = classifier.accuracy(drawn, asked)
             metrics["sample_diversity"] = diversity(drawn, asked, images, labels)
     return metrics, sheets
+
+
+def _round(system: System, dtype: torch.dtype) -> None:
+    """Rounds weights as they are stored; constants that are not, such as matrices of a resizing, stay exact."""
+    weights = system.state_dict()
+    system.load_state_dict(
+        {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    )
 
 
 def _versions() -> dict[str, str]:

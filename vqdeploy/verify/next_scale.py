@@ -88,7 +88,7 @@ def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> li
     logits, maps = _run(pipeline, labels, chosen)
     inputs = torch.cat([prior.quantizer.reduced(m, scale) for scale, m in enumerate(maps[:-1], 1)], 1)
     expected = _guided(prior, inputs, labels, _SCALE)
-    checks = compare_distributions("blended maps", logits, expected, limits(pipeline.manifest, "step"), _SCALE)
+    checks = compare_logits("blended maps", logits, expected, limits(pipeline.manifest, "step"))
 
     differences, whole = [], torch.zeros_like(maps[0])
     for (scale, size), own, found in zip(_scales(prior), logits.split(prior.quantizer.sizes, 1), maps, strict=True):
