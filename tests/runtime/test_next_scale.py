@@ -14,7 +14,7 @@ from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import Manifest
 from vqdeploy.runtime.next_scale import NextScaleSampler
 from vqdeploy.runtime.sampler import Item
-from vqdeploy.systems import SystemConfig, create
+from vqdeploy.systems import NextScaleSampling, SystemConfig, create
 
 SIDES = (1, 2, 3, 4)
 
@@ -26,7 +26,8 @@ def recorded(artifacts):
     tokenizer = importer.tokenizer(Source("var_vae", state, "", config))
     _, tensors, state = read_golden("var")
     prior = importer.prior([Source("var", state, "", None)], tokenizer)
-    system = create(SystemConfig("var", "golden", prior.tokenizer, prior.config))
+    config = SystemConfig("var", "golden", prior.tokenizer, prior.config, sampling=NextScaleSampling())
+    system = create(config)
     system.tokenizer.load_state_dict(tokenizer.weights)
     system.prior.load_state_dict(prior.weights)
     return artifacts.pipeline(system), tensors
