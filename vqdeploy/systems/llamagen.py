@@ -51,7 +51,7 @@ _PRESETS = [
         MoVQConfig(tiny.CONV, codebook_size=256, code_dim=8, groups=1, modulation=False, metric="cosine"),
         LlamaGenConfig((8, 8, 1), 256, width=128, layers=6, heads=4, mlp_width=384, classes=10),
         tiny.LABELS,
-        LlamaGenSampling(guidance_scale=2.0),
+        LlamaGenSampling(guidance_scale=3.0),
     ),
     _published("bench", 256, *_B, scale=2.0),
     _published("b-256", 256, *_B, scale=2.0),
