@@ -48,6 +48,7 @@ VALUES = {
     "guidance_interval": ([-1, 0, 100], [-2, 1.5, np.inf, [1, 2, 3, 4]]),
     "steps": ([1, 10_000], [0, 10_001, 2.5, [1, 2, 3, 4]]),
     "schedule": (["cosine", "halton"], ["sine", 3, ""]),
+    "more_smooth": ([0, 1], [-1, 2, 0.5, [1, 0, 0, 1]]),
     "choice_temperature": ([0, 4.5], [-1, np.nan]),
 }
 
@@ -95,7 +96,7 @@ def test_options_of_the_command_line_arrive(vqdeploy, monkeypatch):
 
     monkeypatch.setattr("vqdeploy.cli.tasks.run", run)
     given = "--temperature 0.5,1 --top-k 3,4 --top-p 0.5 --cfg-scale 2 --num-inference-steps 7 --schedule halton"
-    own = "--cfg-interval 9 --choice-temperature 3 --seed 5 --threads 2 --columns 3 --keep-levels 1"
+    own = "--cfg-interval 9 --more-smooth 1 --choice-temperature 3 --seed 5 --threads 2 --columns 3 --keep-levels 1"
     assert vqdeploy("run", "--engine", "a.plan", *given.split(), *own.split())[0] == 0
     assert asked == {
         "temperature": [0.5, 1.0],
@@ -105,6 +106,7 @@ def test_options_of_the_command_line_arrive(vqdeploy, monkeypatch):
         "guidance_interval": 9,
         "steps": 7,
         "schedule": "halton",
+        "more_smooth": 1,
         "choice_temperature": 3.0,
         "seed": 5,
         "threads": 2,
