@@ -29,7 +29,7 @@ def _published(depth: int) -> SystemConfig:
 
 
 _D16 = _published(16)
-_TINY_PRIOR = VARConfig((1, 2, 3, 4), 256, 32, width=128, layers=5, heads=4, classes=10)
+_TINY_PRIOR = VARConfig((1, 2, 3, 4), 256, 32, width=128, layers=3, heads=4, classes=10)
 
 # Sizes of FoundationVision/VAR.
 _PRESETS = [
@@ -45,7 +45,7 @@ _PRESETS = [
         "var",
         "emoji",
         MultiScaleConfig(emoji.CONV, _EMOJI_SIDES, codebook_size=512),
-        dataclasses.replace(_TINY_PRIOR, sides=_EMOJI_SIDES, codebook_size=512, width=160),
+        dataclasses.replace(_TINY_PRIOR, sides=_EMOJI_SIDES, codebook_size=512, width=160, layers=5),
         emoji.LABELS,
         NextScaleSampling(top_p=0.95, guidance_scale=2.0),
     ),
@@ -84,7 +84,7 @@ SYSTEM = Definition(
     stages=_stages,
     presets={config.preset: config for config in _PRESETS},
     recipes={
-        "tiny": dataclasses.replace(tiny.RECIPE, steps=600, prior_steps=2000, prior_learning_rate=1e-3),
+        "tiny": dataclasses.replace(tiny.RECIPE, steps=600, prior_steps=800, prior_learning_rate=1e-3),
         "emoji": emoji.RECIPE,
     },
 )
