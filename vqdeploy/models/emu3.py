@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
 from vqdeploy.models.quantizers import MultichannelQuantizer
-from vqdeploy.models.tokenizer import Tokenizer
+from vqdeploy.models.tokenizer import ConvTokenizer
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class TemporalDecoder(nn.Module):
         return x
 
 
-class Emu3(Tokenizer):
+class Emu3(ConvTokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, 1]."""
 
     config: Emu3Config
@@ -130,11 +130,6 @@ class Emu3(Tokenizer):
         self.quant_conv = nn.Conv2d(config.conv.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.conv.latent_channels, 1)
         self.quantizer = MultichannelQuantizer(config.codebook_size, config.code_dim, 1, decay=config.decay)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """Weight of the output convolution."""
-        return self.decoder.conv_out.weight
 
     def latents(self, x: Tensor) -> Tensor:
         """Image -> vectors before quantization [B, h, w, D]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
 from vqdeploy.models.quantizers import GumbelQuantizer, MultichannelQuantizer
-from vqdeploy.models.tokenizer import Tokenizer
+from vqdeploy.models.tokenizer import ConvTokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MoVQConfig(Config):
         return (self.conv.grid, self.conv.grid, self.groups)
 
 
-class MoVQ(Tokenizer):
+class MoVQ(ConvTokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
     any_size = True
@@ -66,16 +66,6 @@ class MoVQ(Tokenizer):
             if config.gumbel
             else MultichannelQuantizer(size, dim, config.groups, config.metric, config.decay)
         )
-
-    @property
-    def last_weight(self) -> Tensor:
-        """Weight of the output layer."""
-        return self.decoder.conv_out.weight
-
-    def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D]."""
-        vectors: Tensor = self.quant_conv(self.encoder(x))
-        return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         """Vectors [B, h, w, D] -> image. The condition of the norms is the vectors before `post_quant_conv`."""

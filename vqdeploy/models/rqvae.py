@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
 from vqdeploy.models.quantizers import ResidualQuantizer
-from vqdeploy.models.tokenizer import Tokenizer
+from vqdeploy.models.tokenizer import ConvTokenizer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RQVAEConfig(Config):
         return (self.conv.grid, self.conv.grid, self.depth)
 
 
-class RQVAE(Tokenizer):
+class RQVAE(ConvTokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, h, w, Q]."""
 
     omits_depths = True
@@ -54,21 +54,6 @@ class RQVAE(Tokenizer):
         self.quant_conv = nn.Conv2d(config.conv.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.conv.latent_channels, 1)
         self.quantizer = ResidualQuantizer(config.codebook_size, config.code_dim, config.depth, config.decay)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """Weight of the output layer."""
-        return self.decoder.conv_out.weight
-
-    def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D]."""
-        vectors: Tensor = self.quant_conv(self.encoder(x))
-        return vectors.permute(0, 2, 3, 1)
-
-    def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image."""
-        image: Tensor = self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
-        return image
 
     @torch.no_grad()
     def soft_codes(self, x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

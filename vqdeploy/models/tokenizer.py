@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from vqdeploy.models.conv import Decoder, Encoder
 from vqdeploy.models.quantizers import Quantized, Quantizer
 
 
@@ -82,3 +83,27 @@ class Tokenizer(nn.Module):
         """Image -> its reconstruction and quantization."""
         quantized = self.quantizer(self.latents(x))
         return self.reconstruct(quantized.vectors), quantized
+
+
+class ConvTokenizer(Tokenizer):
+    """A tokenizer of VQGAN's encoder and decoder, with a convolution on either side of the quantizer."""
+
+    encoder: Encoder
+    decoder: Decoder
+    quant_conv: nn.Conv2d
+    post_quant_conv: nn.Conv2d
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the output convolution."""
+        return self.decoder.conv_out.weight
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Image -> vectors before quantization [B, h, w, D]."""
+        vectors: Tensor = self.quant_conv(self.encoder(x))
+        return vectors.permute(0, 2, 3, 1)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, h, w, D] -> image."""
+        image: Tensor = self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
+        return image

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqdeploy.config import Config
 from vqdeploy.models.conv import ConvConfig, Decoder, Encoder
 from vqdeploy.models.quantizers import MultiScaleQuantizer
-from vqdeploy.models.tokenizer import Tokenizer
+from vqdeploy.models.tokenizer import ConvTokenizer
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """Sides of the code maps for images of 256 pixels."""
@@ -53,7 +53,7 @@ class MultiScaleConfig(Config):
         return (sum(side**2 for side in self.sides),)
 
 
-class MultiScaleTokenizer(Tokenizer):
+class MultiScaleTokenizer(ConvTokenizer):
     """The tokenizer. Images are float [B, 3, H, W] in `pixel_range`, codes int64 [B, N], see `MultiScaleQuantizer`."""
 
     omits_depths = True
@@ -77,21 +77,6 @@ class MultiScaleTokenizer(Tokenizer):
     def maps(self) -> tuple[tuple[int, ...], ...]:
         """Height, width and depth of each code map, coarse to fine."""
         return tuple((side, side, 1) for side in self.config.sides)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """Weight of the output layer."""
-        return self.decoder.conv_out.weight
-
-    def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D]."""
-        vectors: Tensor = self.quant_conv(self.encoder(x))
-        return vectors.permute(0, 2, 3, 1)
-
-    def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image."""
-        image: Tensor = self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
-        return image
 
     def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
         """The codes of each scale [B, p * p]."""
