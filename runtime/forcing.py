@@ -1,6 +1,7 @@
 """Logits of priors at given codes, to compare plans: teacher forcing, through noise that selects these codes."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -71,19 +72,40 @@ def scale_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **op
     Returns:
         Float32 [B, N, K].
     """
-    chosen = untouched_options(pipeline) | options
-    found = []
-    with pipeline.sampler(1, guided=chosen["guidance_scale"] != 1) as sampler:
-        for image, (known, label) in enumerate(zip(codes, labels, strict=True)):
-            all_but_one = np.append(known[:-1], -1)  # so that every call is made
-            sampler.admit(0, Item(all_but_one, int(label), 0, image, chosen))
+    all_but_one = codes.copy()
+    all_but_one[:, -1] = -1  # so that every call is made
+    scales = scale_outputs(pipeline, all_but_one, labels, 0, untouched_options(pipeline) | options)
+    return np.concatenate([outputs["logits"] for outputs in scales], 1)
+
+
+def scale_outputs(
+    pipeline: Pipeline, known: np.ndarray, labels: np.ndarray, seed: int, options: dict[str, Any]
+) -> list[dict[str, np.ndarray]]:
+    """The outputs `logits` and `present_map` of each engine call of a next-scale prior, for images one by one.
+
+    Args:
+        pipeline: A plan with a next-scale prior.
+        known: Codes [B, N], -1 for those to draw; at least the last.
+        labels: Labels [B].
+        seed: Seed of the noise.
+        options: Sampling options, from `Pipeline.options`.
+
+    Returns:
+        For each scale, arrays of all images [B, ...] by name.
+    """
+    names, images = ("logits", "present_map"), []
+    with pipeline.sampler(1, guided=options["guidance_scale"] != 1) as sampler:
+        for image, (codes, label) in enumerate(zip(known, labels, strict=True)):
+            sampler.admit(0, Item(codes, int(label), seed, image, options))
             calls = []
             while sampler.left(0):
                 sampler.step()
-                calls.append(np.array(sampler.last.outputs["logits"]))
+                calls.append({name: np.array(sampler.last.outputs[name]) for name in names})
             sampler.release(0)
-            found.append(np.concatenate(calls, 1))
-    return np.concatenate(found)
+            images.append(calls)
+    return [
+        {name: np.concatenate([call[name] for call in calls]) for name in names} for calls in zip(*images, strict=True)
+    ]
 
 
 def untouched_options(pipeline: Pipeline) -> dict[str, object]:

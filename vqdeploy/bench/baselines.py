@@ -80,15 +80,13 @@ class Reference:
             torch._dynamo.config.recompile_limit = 256
             prior = copy.copy(prior)
             prior._modules = dict(prior._modules)
-            if hasattr(prior, "blocks"):
-                compiled_blocks: Any = [torch.compile(block, dynamic=True) for block in prior.blocks]
-                prior.blocks = nn.ModuleList(compiled_blocks)
             for name in ("transformer", "body_transformer", "head_transformer"):
                 if hasattr(prior, name):
                     setattr(prior, name, torch.compile(getattr(prior, name), dynamic=True))
-            if hasattr(prior, "layers"):
-                compiled_layers: list[Any] = [torch.compile(layer, dynamic=True) for layer in prior.layers]
-                prior.layers = torch.nn.ModuleList(compiled_layers)
+            for name in ("blocks", "layers"):
+                if hasattr(prior, name):
+                    layers: Any = [torch.compile(layer, dynamic=True) for layer in getattr(prior, name)]
+                    setattr(prior, name, nn.ModuleList(layers))
         return lambda: generate(prior, config, labels, _noise)
 
 

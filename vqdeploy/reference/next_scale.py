@@ -27,6 +27,7 @@ def generate(
     total = torch.zeros(len(labels), quantizer.sizes[-1], config.code_dim, device=labels.device)
     codes: list[Tensor] = []
     for scale, own_places in enumerate(places):
+        share = scale / max(config.depth - 1, 1)
         label, modulations, last = prior.modulations(rows)
         if scale == 0:
             x = label[:, None] + prior.pos_start
@@ -38,15 +39,15 @@ def generate(
         logits = prior.head(prior.head_nm(x, last))
         if guided:
             conditional, unconditional = logits.chunk(2)
-            logits = guided_at(conditional, unconditional, sampling.guidance_scale, scale / max(config.depth - 1, 1))
+            logits = guided_at(conditional, unconditional, sampling.guidance_scale, share)
         flat = logits.flatten(0, 1)
         drawn = noise(scale, logits.shape).to(flat.device).flatten(0, 1)
         chosen = [option[:, scale].repeat_interleave(len(own_places)) for option in options]
         codes.append(sample(flat, drawn, *chosen).view(logits.shape[:2]))
         vectors = quantizer.codebook[codes[-1]]
         if sampling.more_smooth:
-            share = torch.full_like(flat[:, 0], scale / max(config.depth - 1, 1))
-            vectors = blended(truncate(flat, *chosen), drawn, share, quantizer.codebook).view_as(vectors)
+            shares = torch.full_like(flat[:, 0], share)
+            vectors = blended(truncate(flat, *chosen), drawn, shares, quantizer.codebook).view_as(vectors)
         total = total + quantizer.enlarged(vectors, scale)
     return torch.cat(codes, 1), total.unflatten(1, (config.sides[-1], -1))
 

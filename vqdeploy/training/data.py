@@ -205,9 +205,10 @@ class Files(Images):
 
     def __init__(self, files: Sequence[tuple[Path, int]], resolution: int, recipe: Recipe):
         self.files, self.resolution, self.recipe = files, resolution, recipe
-        self.classes: defaultdict[int, list[int]] = defaultdict(list)
+        classes = defaultdict(list)
         for index, (_, label) in enumerate(files):
-            self.classes[label].append(index)
+            classes[label].append(index)
+        self.classes = list(classes.values())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -216,7 +217,7 @@ class Files(Images):
         """The index of an image; as often of one class as of another, if the recipe is balanced."""
         if not self.recipe.balanced:
             return super().draw(rng)
-        members = self.classes[list(self.classes)[rng.integers(len(self.classes))]]
+        members = self.classes[rng.integers(len(self.classes))]
         return members[rng.integers(len(members))]
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:

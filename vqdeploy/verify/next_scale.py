@@ -11,9 +11,8 @@ from vqdeploy.models.pixels import channels_last, to_uint8
 from vqdeploy.models.var import VAR, blended
 from vqdeploy.reference.next_scale import guided_at
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.forcing import scale_logits
+from vqdeploy.runtime.forcing import scale_logits, scale_outputs
 from vqdeploy.runtime.noise import gumbel
-from vqdeploy.runtime.sampler import Item
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
     IMAGES,
@@ -85,7 +84,9 @@ def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> li
     """`more_smooth`: the logits at the maps of the plan, each map given its logits, and the images of the last ones."""
     prior, options = system.prior, {"temperature": 1.0, "top_k": pipeline.codebook_size // 2, "top_p": 1.0}
     chosen = pipeline.options(**options, guidance_scale=_SCALE, more_smooth=1)
-    logits, maps = _run(pipeline, labels, chosen)
+    scales = scale_outputs(pipeline, np.full((len(labels), *pipeline.grid), -1), labels, SEED, chosen)
+    logits = torch.cat([torch.from_numpy(outputs["logits"]) for outputs in scales], 1)
+    maps = [torch.from_numpy(outputs["present_map"]) for outputs in scales]
     inputs = torch.cat([prior.quantizer.reduced(m, scale) for scale, m in enumerate(maps[:-1], 1)], 1)
     expected = _guided(prior, inputs, labels, _SCALE)
     checks = compare_logits("blended maps", logits, expected, limits(pipeline.manifest, "step"))
@@ -127,23 +128,6 @@ def _guided(prior: VAR, inputs: Tensor, labels: np.ndarray, scale: float) -> Ten
     share = prior.scales[:, None] / max(prior.config.depth - 1, 1)
     conditional, unconditional = prior.logits_at(inputs.repeat(2, 1, 1), torch.cat([own, none])).chunk(2)
     return guided_at(conditional, unconditional, scale, share)
-
-
-def _run(pipeline: Pipeline, labels: np.ndarray, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-    """The logits of a generation [B, N, K], and the map after each scale [B, h * w, D]."""
-    logits, maps, unknown = [], [], np.full(pipeline.grid, -1)
-    with pipeline.sampler(1, guided=options["guidance_scale"] != 1) as sampler:
-        for image, label in enumerate(labels):
-            sampler.admit(0, Item(unknown, int(label), SEED, image, options))
-            calls = []
-            while sampler.left(0):
-                sampler.step()
-                outputs = sampler.last.outputs
-                calls.append([torch.from_numpy(np.array(outputs[name])) for name in ("logits", "present_map")])
-            sampler.release(0)
-            logits.append(torch.cat([call[0] for call in calls], 1))
-            maps.append([call[1] for call in calls])
-    return torch.cat(logits), [torch.cat(each) for each in zip(*maps, strict=True)]
 
 
 def _judge(
