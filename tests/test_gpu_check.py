@@ -104,11 +104,11 @@ def test_the_report(check):
     ):
         assert line in text.splitlines()
     assert "## Failed\n\n- nothing\n" in text
-    assert text.count("| onnxrt | decode |") == 2 * 13  # vqgan, maskgit and emu3 have no preset `bench`
+    assert text.count("| onnxrt | decode |") == 2 * 15  # vqgan, maskgit and emu3 have no preset `bench`
     assert not any("tensorrt" in call for call in calls if call.startswith(("verify", "bench")))
-    assert sum(call.startswith("export") for call in calls) == 2 * 7 + 11
+    assert sum(call.startswith("export") for call in calls) == 2 * 9 + 15
     timed = [call for call in calls if call.startswith("bench")]
-    assert len(timed) == 11
+    assert len(timed) == 15
     assert all("-fp16-" in call for call in timed)
 
 

@@ -29,6 +29,7 @@ PUBLISHED = {
     "maskgit": "imagenet-256",
     "emu3": "vision",
     "llamagen": "xl-384",
+    "var": "d30",
 }
 BENCH = ("--device", "cuda", "--batch-size", "1", "--batch-size", "8")
 BASELINES = ("eager,compile", "eager", "")  # the first that ends well

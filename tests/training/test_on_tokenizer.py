@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.public import write_tokenizer
 
 from vqdeploy import checkpoint
@@ -37,6 +38,19 @@ def test_the_tokenizer_stays_as_it_is(tmp_path, tokenizer, model, monkeypatch):
     assert system.prior.config.grid == kept.config.tokenizer.grid
     assert system.config.source == "taming"
     assert set(report["seconds"]) == {"classifier", "prior"}
+    assert report["recipe"]["stored_dtype"] == "float32"  # its codes would change
+
+
+def test_a_tokenizer_of_half_precision_is_stored_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("vqdeploy.training.prior._SAMPLES", 1)
+    half = checkpoint.SHIPPED / "movq" / "tiny"
+    report = train("movq", data="digits", output=tmp_path / "out", tokenizer=half, **SHORT)
+    assert report["recipe"]["stored_dtype"] == "float16"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in load_file(half / "model.safetensors").items():
+        if name.startswith("tokenizer."):
+            assert torch.equal(stored[name], weight), name
+    assert {weight.dtype for weight in stored.values() if weight.is_floating_point()} == {torch.float16}
 
 
 def test_another_kind_of_tokenizer_is_refused(tmp_path, tokenizer):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, seed_everything
+from torch import nn
 
 from vqdeploy.checkpoint import FILES, check_digest, check_finite, digest, load, save
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -84,8 +85,9 @@ def train(
     kept = None if tokenizer is None else load(tokenizer)
     if kept is not None:
         config = _on_tokenizer(config, kept)
-        given["stored_dtype"] = "float32"  # in fp16 its codes would change
     recipe = dataclasses.replace(definition(model).recipe(preset), **given)
+    if kept is not None and not _is_exact(kept.tokenizer, getattr(torch, recipe.stored_dtype)):
+        recipe = dataclasses.replace(recipe, stored_dtype="float32")  # rounded, it would give other codes
     source = open_data(data, config.tokenizer.resolution, held_out, recipe)
     if source.origin is not None:
         _check_origin(Path(data), source.origin, kept)
@@ -250,6 +252,10 @@ def _round(system: System, dtype: torch.dtype) -> None:
     system.load_state_dict(
         {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()}
     )
+
+
+def _is_exact(module: nn.Module, dtype: torch.dtype) -> bool:
+    return all(torch.equal(w, w.to(dtype).to(w.dtype)) for w in module.state_dict().values() if w.is_floating_point())
 
 
 def _versions() -> dict[str, str]:
