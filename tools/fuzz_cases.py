@@ -33,7 +33,7 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load, rules
 from vqdeploy.runtime.operators import OPERATORS
 
-SYSTEMS = ("rqvae", "movq", "vitvqgan", "vqgan", "vqvae2", "maskgit", "emu3", "llamagen")
+SYSTEMS = ("rqvae", "movq", "vitvqgan", "vqgan", "vqvae2", "maskgit", "emu3", "llamagen", "var")
 LONGEST = 500  # most characters of a message
 _MANIFEST, _WEIGHTS = "manifest.json", "weights.safetensors"
 _LARGEST = 1 << 24  # most pixels and codes that the harness passes
