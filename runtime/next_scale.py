@@ -11,7 +11,7 @@ import numpy as np
 from vqdeploy.runtime.interface import Tensors, floats, whole
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.sampler import Item, Sampler, carried
+from vqdeploy.runtime.sampler import Drawn, Item, Sampler, carried
 from vqdeploy.runtime.session import Array, Binding, Session
 
 _CALL_LOGITS = {"cpu": 2**20, "cuda": 2**25}  # larger batches are no faster on a CPU and need more memory
@@ -86,12 +86,12 @@ class NextScaleSampler(Sampler):
             own[own < 0] = drawn[own < 0]
         return codes
 
-    def whole_map(self, slot: int) -> np.ndarray | None:
-        """The sum of all scales float32 [h * w, D] of a finished image, if it is not that of its codes."""
-        if not self._items[slot].options["more_smooth"] or not self._until[slot]:
-            return None
-        summed: np.ndarray = self._read("step", self._bindings[-1].outputs["present_map"])[slot].copy()
-        return summed
+    def drawn(self, slot: int) -> Drawn:
+        """What was drawn; with `more_smooth` also the sum of all scales float32 [h * w, D] of a finished image."""
+        codes = self.codes(slot)
+        if self.left(slot) or not self._until[slot] or not self._items[slot].options["more_smooth"]:
+            return Drawn(codes)
+        return Drawn(codes, self._read("step", self._bindings[-1].outputs["present_map"])[slot].copy())
 
     def release(self, slot: int) -> None:
         """Frees a slot; its image need not be done."""

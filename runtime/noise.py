@@ -36,6 +36,13 @@ def gumbel(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
         _fill(key, row.reshape(-1))
 
 
+def of_images(seed: int, images: Sequence[int], draw: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The noise of one draw of several images, float32 [B, *shape]."""
+    noise = np.empty((len(images), *shape), np.float32)
+    gumbel([(seed, image, draw) for image in images], noise)
+    return noise
+
+
 class ThreadedNoise:
     """`gumbel` on several threads, 0 for one per core; numpy releases the GIL while it draws.
 

@@ -28,7 +28,7 @@ from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.runtime.memory import return_freed
 from vqdeploy.runtime.next_scale import NextScaleSampler
 from vqdeploy.runtime.noise import ThreadedNoise
-from vqdeploy.runtime.sampler import Item, Sampler, needs_guidance
+from vqdeploy.runtime.sampler import Drawn, Item, Sampler, needs_guidance
 from vqdeploy.runtime.session import Opener, Session
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -372,6 +372,10 @@ class Pipeline:
         pixels = self.decode(np.where(codes < 0, -1 - codes, codes))
         return veil(pixels, self.layout.unsettled(codes), PREVIEW_VEIL) if (codes < 0).any() else pixels
 
+    def decode_maps(self, whole_maps: np.ndarray) -> np.ndarray:
+        """Sums of code vectors of all scales float32 [B, h * w, D] -> images uint8 [B, H, W, 3]; see `Drawn`."""
+        return self._decoded("reconstruct", whole_map=whole_maps)
+
     def _decoded(self, stage: str, **array: np.ndarray) -> np.ndarray:
         """Images of codes or of other inputs of a decoder."""
         ((name, values),) = array.items()
@@ -605,11 +609,11 @@ class Pipeline:
         """
         start = time.perf_counter()
         chosen = self.options(**given)
-        codes, whole_maps, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
+        drawn, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
         self._done()
         engine = sum(seconds.values())
         sampled = time.perf_counter()
-        images = self._images(codes, whole_maps)
+        images, codes = self._images(drawn), np.stack([each.codes for each in drawn])
         end = time.perf_counter()
         timings = {
             "steps_s": engine,
@@ -638,20 +642,16 @@ class Pipeline:
         callback: Callback | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """The codes of `complete`, and the seconds of each stage; `chosen` comes from `options`."""
-        codes, _, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
-        return codes, seconds
+        drawn, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
+        return np.stack([each.codes for each in drawn]), seconds
 
-    def _images(self, codes: np.ndarray, whole_maps: Sequence[np.ndarray | None]) -> np.ndarray:
-        """Images of codes, or of what the sampler gives instead."""
-        blended = [image for image, each in enumerate(whole_maps) if each is not None]
-        plain = [image for image, each in enumerate(whole_maps) if each is None]
-        images = np.empty((len(codes), *self.image_shape), np.uint8)
-        if plain:
-            images[plain] = self.decode(codes[plain])
-        if blended:
-            images[blended] = self._decoded(
-                "reconstruct", whole_map=np.stack([np.asarray(whole_maps[i]) for i in blended])
-            )
+    def _images(self, drawn: Sequence[Drawn]) -> np.ndarray:
+        images = np.empty((len(drawn), *self.image_shape), np.uint8)
+        maps = {image: each.whole_map for image, each in enumerate(drawn) if each.whole_map is not None}
+        if maps:
+            images[list(maps)] = self.decode_maps(np.stack(list(maps.values())))
+        if plain := [image for image in range(len(drawn)) if image not in maps]:
+            images[plain] = self.decode(np.stack([drawn[image].codes for image in plain]))
         return images
 
     def _sample(
@@ -662,8 +662,8 @@ class Pipeline:
         first_image: int,
         chosen: dict[str, Any] | None,
         callback: Callback | None,
-    ) -> tuple[np.ndarray, list[np.ndarray | None], dict[str, float]]:
-        """Codes, what is decoded instead of them (see `Sampler.whole_map`), and the seconds of each stage."""
+    ) -> tuple[list[Drawn], dict[str, float]]:
+        """What was drawn for each image, and the seconds of each stage."""
         known = self._check_codes(known, lowest=-1)
         conditions = self._check_conditions(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
@@ -671,24 +671,22 @@ class Pipeline:
             raise VqdeployError("the callback cannot be called", expected="a function of a Step", found=callback)
         chosen = chosen or self.options()
         guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
-        codes: list[np.ndarray] = []
-        whole_maps: list[np.ndarray | None] = []
+        drawn: list[Drawn] = []
         seconds = dict.fromkeys(self.stages, 0.0)
         for part in self._batches(len(known), self.call_images(guided)):
             images = range(*part.indices(len(known)))
             items = [Item(known[i], conditions[i], seed, first_image + i, chosen) for i in images]
             with self.sampler(len(items), guided) as sampler:
                 sampler.seconds.clear()
-                codes += self._all_codes(sampler, items, images, callback)
-                whole_maps += [sampler.whole_map(slot) for slot in range(len(items))]
+                drawn += self._draw_all(sampler, items, images, callback)
                 for stage, spent in sampler.seconds.items():
                     seconds[stage] += spent
-        return np.stack(codes), whole_maps, {stage: spent for stage, spent in seconds.items() if spent}
+        return drawn, {stage: spent for stage, spent in seconds.items() if spent}
 
-    def _all_codes(
+    def _draw_all(
         self, sampler: Sampler, items: Sequence[Item], images: range, callback: Callback | None
-    ) -> list[np.ndarray]:
-        """The codes of items that fit one sampler, a slot each."""
+    ) -> list[Drawn]:
+        """Draws items that fit one sampler, a slot each."""
         for slot, item in enumerate(items):
             sampler.admit(slot, item)
         slots = range(len(items))
@@ -697,7 +695,7 @@ class Pipeline:
             sampler.step()
             if callback:
                 callback(Step(step, steps, images, np.stack([sampler.codes(slot) for slot in slots])))
-        return [sampler.codes(slot) for slot in slots]
+        return [sampler.drawn(slot) for slot in slots]
 
     @contextlib.contextmanager
     def sampler(self, slots: int, guided: bool = False) -> Iterator[Sampler]:

@@ -42,6 +42,19 @@ class Item:
     options: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for an image.
+
+    Attributes:
+        codes: int64 [*grid], negative where not final; see `Sampler.codes`.
+        whole_map: What the stage `reconstruct` takes for it float32, if that is not the image of its codes.
+    """
+
+    codes: np.ndarray
+    whole_map: np.ndarray | None = None
+
+
 class Sampler(ABC):
     """The batch of an engine as slots, each of which holds one image.
 
@@ -188,9 +201,9 @@ class Sampler(ABC):
         Negative where not final: -1 - c for a tentative code c of a masked prior, -1 where nothing has been drawn.
         """
 
-    def whole_map(self, slot: int) -> np.ndarray | None:
-        """What the stage `reconstruct` takes for a finished image float32, if it is not the image of its codes."""
-        return None
+    def drawn(self, slot: int) -> Drawn:
+        """What was drawn for the image of a slot; on a GPU this synchronizes."""
+        return Drawn(self.codes(slot))
 
     @abstractmethod
     def _admit(self, slot: int, item: Item) -> None: ...

@@ -61,7 +61,7 @@ def test_a_plan_blends_the_recorded_maps(recorded):
             sampler.admit(slot, Item(np.full(30, -1), label, 0, slot, chosen))
         while sampler.left(0):
             sampler.step()
-        maps = np.stack([sampler.whole_map(slot) for slot in range(2)])
+        maps = np.stack([sampler.drawn(slot).whole_map for slot in range(2)])
     assert_close(torch.from_numpy(maps).mT.unflatten(-1, (4, 4)), tensors["out/smooth_f_hat"])
 
 

@@ -17,7 +17,7 @@ GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 
 @pytest.fixture(scope="module")
 def app(artifacts):
-    names = ("rqvae", "movq", "vit", "vqvae2", "three", "text", "features", "llamagen")
+    names = ("rqvae", "movq", "vit", "vqvae2", "three", "text", "features", "llamagen", "var")
     with application(
         {name: artifacts.plan(name) for name in names}, max_images=4, max_pixels=5000, max_body=50_000
     ) as app:
@@ -123,6 +123,31 @@ def test_an_edit_is_that_of_the_pipeline(app, artifacts, picture, hole, name, fo
     if name == "movq":
         np.testing.assert_array_equal(images[:, ~hole], np.stack([seen[~hole]] * 2))
     assert ("raster order" in (reply.json()["note"] or "")) == (name == "rqvae")
+
+
+def test_blended_maps_are_decoded_instead_of_codes(app, artifacts, picture, hole):
+    pipeline = artifacts.pipeline("var")
+    plain, smooth = {"model": "var", "label": 1, "seed": 3, "n": 2}, {"more_smooth": 1}
+    together = requests(app, ("POST", GENERATE, {"json": plain}), ("POST", GENERATE, {"json": plain | smooth}))
+    images = [np.stack([pixels(image["b64_json"]) for image in reply.json()["data"]]) for reply in together]
+    for reply, found, options in zip(together, images, ({}, smooth), strict=True):
+        expected = pipeline.generate([1, 1], seed=3, **options)
+        np.testing.assert_array_equal(codes(reply), expected.codes)
+        assert np.abs(found.astype(int) - expected.images).max() <= 1
+    assert np.abs(images[0].astype(int) - images[1]).max() > 9
+    asked = plain | smooth | {"stream": True, "partial_images": 1}
+    *_, last = events(post(app, GENERATE, json=asked))
+    np.testing.assert_array_equal(pixels(last["b64_json"]), images[1][last["image_index"]])
+    image = np.resize(picture, pipeline.image_shape)
+    hole = np.resize(hole, pipeline.image_shape[:2])
+    reply = post(
+        app,
+        EDIT,
+        data={"model": "var", "label": "1", "seed": "3"} | smooth,
+        files={"image": png(image), "mask": png(hole)},
+    )
+    expected = pipeline.inpaint(image[None], [1], mask=hole, seed=3, more_smooth=1)
+    assert np.abs(pixels(reply.json()["data"][0]["b64_json"]).astype(int) - expected.images[0]).max() <= 1
 
 
 def test_images_of_other_sizes_are_cut_as_in_run(app, pipeline, tmp_path):

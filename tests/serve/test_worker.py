@@ -56,6 +56,10 @@ def items(pipeline, labels, seed=0, **options):
     return [Item(unknown, label, seed, i, pipeline.options(**options)) for i, label in enumerate(labels)]
 
 
+def codes_of(future):
+    return np.stack([drawn.codes for drawn in future.result(SECONDS)])
+
+
 def complete(pipeline, item):
     """The codes of an image alone."""
     condition = np.asarray(item.condition)[None]
@@ -75,7 +79,7 @@ def test_requests_that_come_and_go_at_random(make, artifacts, name):
             images = rng.integers(0, 256, (2, *pipeline.image_shape), np.uint8)
             np.testing.assert_array_equal(worker.encode(images).result(SECONDS), pipeline.encode(images))
     for wanted, future in asked:
-        for codes, item in zip(future.result(SECONDS), wanted, strict=True):
+        for codes, item in zip(codes_of(future), wanted, strict=True):
             np.testing.assert_array_equal(codes, complete(pipeline, item))
 
 
@@ -86,7 +90,7 @@ def test_images_join_at_the_next_step_in_the_lowest_free_slots(make, pipeline, g
     second, third = worker.sample(items(pipeline, [1, 2])), worker.sample(items(pipeline, [2], seed=1))
     gate.set()
     for future, labels, seed in ((first, [0], 0), (second, [1, 2], 0), (third, [2], 1)):
-        np.testing.assert_array_equal(future.result(SECONDS), pipeline.generate(labels, seed=seed).codes)
+        np.testing.assert_array_equal(codes_of(future), pipeline.generate(labels, seed=seed).codes)
     assert gate.steps == [[0]] + [[0, 1, 2]] * 15 + [[0, 1, 2]] + [[0]] * 15
 
 
@@ -97,7 +101,7 @@ def test_cancelled_images_leave_at_the_next_step(make, pipeline, gate):
     assert first.cancel()
     assert second.cancel()
     gate.set()
-    np.testing.assert_array_equal(third.result(SECONDS), pipeline.generate([0, 1], seed=2).codes)
+    np.testing.assert_array_equal(codes_of(third), pipeline.generate([0, 1], seed=2).codes)
     assert gate.steps == [[0, 1]] * (1 + 16)
 
 
@@ -105,7 +109,7 @@ def test_a_hierarchy_waits_until_the_sampler_is_empty(make, artifacts):
     worker, pipeline = make("vqvae2", slots=2), artifacts.pipeline("vqvae2")
     futures = [worker.sample(items(pipeline, [label] * 3, seed=label)) for label in range(3)]
     for label, future in enumerate(futures):
-        np.testing.assert_array_equal(future.result(SECONDS), pipeline.generate([label] * 3, seed=label).codes)
+        np.testing.assert_array_equal(codes_of(future), pipeline.generate([label] * 3, seed=label).codes)
 
 
 def test_an_engine_that_fails_takes_its_requests_alone(make, pipeline, gate, caplog):
@@ -116,7 +120,7 @@ def test_an_engine_that_fails_takes_its_requests_alone(make, pipeline, gate, cap
     gate.set()
     with pytest.raises(EngineError, match="the engine failed"):
         running.result(SECONDS)
-    np.testing.assert_array_equal(waiting.result(SECONDS), pipeline.generate([2], seed=1).codes)
+    np.testing.assert_array_equal(codes_of(waiting), pipeline.generate([2], seed=1).codes)
     assert worker.works
     assert worker.pipeline is not before
     assert "/secret/path" in caplog.text
@@ -147,7 +151,7 @@ def test_a_decoder_that_fails(make, pipeline, monkeypatch):
     np.testing.assert_array_equal(worker.encode(images).result(SECONDS), pipeline.encode(images))
     assert worker.works
     assert not worker._lanes  # nothing holds the engines of before
-    np.testing.assert_array_equal(worker.sample(items(pipeline, [0])).result(SECONDS), pipeline.generate([0]).codes)
+    np.testing.assert_array_equal(codes_of(worker.sample(items(pipeline, [0]))), pipeline.generate([0]).codes)
 
 
 def test_a_plan_that_cannot_be_opened_again(artifacts, pipeline, gate):
@@ -159,7 +163,7 @@ def test_a_plan_that_cannot_be_opened_again(artifacts, pipeline, gate):
     for _ in range(3):  # it fails; there is another plan; there is none
         with pytest.raises(EngineError):
             worker.sample(items(pipeline, [0])).result(SECONDS)
-    np.testing.assert_array_equal(worker.sample(items(pipeline, [0])).result(SECONDS), pipeline.generate([0]).codes)
+    np.testing.assert_array_equal(codes_of(worker.sample(items(pipeline, [0]))), pipeline.generate([0]).codes)
     worker.close()
 
 

@@ -20,7 +20,7 @@ from vqdeploy.models.conv import SpatialNorm
 from vqdeploy.models.pixelsnail import VQVAE2Prior
 from vqdeploy.reference import generate, torch_threads
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.noise import of_images as noise_of
 
 _TIMED_ROWS = 5
 
@@ -129,9 +129,7 @@ def enlarge_first(norm: SpatialNorm, x: torch.Tensor, condition: torch.Tensor) -
 
 def _noise(index: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The noise that the plan would use."""
-    out = np.empty(shape, np.float32)
-    gumbel([(0, image, index) for image in range(shape[0])], out)
-    return torch.from_numpy(out)
+    return torch.from_numpy(noise_of(0, range(shape[0]), index, shape[1:]))
 
 
 def _compile(function: Callable[P, T], compiled: bool) -> Callable[P, T]:

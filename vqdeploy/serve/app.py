@@ -166,12 +166,12 @@ _Reply = Annotated[ExitStack, Depends(_reply)]
 
 async def _pictures(plan: ServedPlan, order: Order, asked: Drawing) -> Pictures:
     """All images of an order at once."""
-    codes = await plan.draw(order)
-    files = await plan.files(order, codes, asked)
+    drawn = await plan.draw(order)
+    files = await plan.files(order, drawn, asked)
     return Pictures(
         created=now(),
         model=plan.name,
-        data=[Picture(b64_json=file, codes=its.tolist()) for file, its in zip(files, codes, strict=True)],
+        data=[Picture(b64_json=file, codes=each.codes.tolist()) for file, each in zip(files, drawn, strict=True)],
         size=plan.size,
         output_format=asked.output_format,
         seed=order.seed,
@@ -190,7 +190,7 @@ async def _events(plan: ServedPlan, order: Order, asked: Drawing, task: str, sec
             try:
                 async with asyncio.timeout_at(deadline):
                     preview = await anext(watched)
-                    (file,) = await plan.files(order, preview.codes[None], asked)
+                    (file,) = await plan.files(order, [preview.drawn], asked)
             except StopAsyncIteration:
                 return
             except (EngineError, TimeoutError) as error:
@@ -204,7 +204,7 @@ async def _events(plan: ServedPlan, order: Order, asked: Drawing, task: str, sec
                 event |= {"partial_image_index": shown_before[preview.image]}
                 event |= {"step": preview.step, "steps": preview.steps}
                 shown_before[preview.image] += 1
-            event |= {"b64_json": file, "codes": preview.codes.tolist(), "image_index": preview.image}
+            event |= {"b64_json": file, "codes": preview.drawn.codes.tolist(), "image_index": preview.image}
             event |= {"created_at": now(), **common}
             yield format_sse_event(data_str=json.dumps(event), event=event["type"])
 

@@ -8,6 +8,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import Pipeline, images, load
-from vqdeploy.runtime.sampler import Item, needs_guidance
+from vqdeploy.runtime.sampler import Drawn, Item, needs_guidance
 from vqdeploy.serve.metrics import Metrics
 from vqdeploy.serve.schemas import Drawing, Edit, Model
 from vqdeploy.serve.settings import Settings
@@ -168,12 +169,12 @@ class ServedPlan:
             order.note = _RASTER
         return order
 
-    async def draw(self, order: Order) -> np.ndarray:
-        """The codes int64 [B, *grid] of an order."""
+    async def draw(self, order: Order) -> list[Drawn]:
+        """What was drawn for each image of an order."""
         return await asyncio.wrap_future(self.worker.sample(order.items))
 
     async def watch(self, order: Order, previews: int) -> AsyncGenerator[Preview]:
-        """The codes of each image of an order after some steps and after its last one."""
+        """Each image of an order after some steps and after its last one."""
         loop, unsent = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
 
         def put(preview: Preview) -> None:
@@ -190,19 +191,26 @@ class ServedPlan:
         finally:
             drawn.cancel()
 
-    async def files(self, order: Order, codes: np.ndarray, asked: Drawing) -> list[str] | list[None]:
+    async def files(self, order: Order, drawn: Sequence[Drawn], asked: Drawing) -> list[str] | list[None]:
         """The images of an order as files in base64, greyed out where codes are not final; None for codes alone.
 
         Args:
             order: What is drawn.
-            codes: int64 [B, *grid], negative where not final.
+            drawn: What was drawn for it, of all its images or of one.
             asked: The format.
         """
         if asked.response_format == "codes":
-            return [None] * len(codes)
-        asked_for = self.worker.preview(codes) if (codes < 0).any() else self.worker.decode(codes)
-        pixels = await asyncio.wrap_future(asked_for)
+            return [None] * len(drawn)
+        pixels = await asyncio.wrap_future(self._decode(drawn))
         return await asyncio.to_thread(self._finish, order, pixels, asked.output_format)
+
+    def _decode(self, drawn: Sequence[Drawn]) -> "Future[np.ndarray]":
+        """The images of one order, which all have maps, or none has."""
+        maps = [each.whole_map for each in drawn if each.whole_map is not None]
+        if maps:
+            return self.worker.decode_maps(np.stack(maps))
+        codes = np.stack([each.codes for each in drawn])
+        return self.worker.preview(codes) if (codes < 0).any() else self.worker.decode(codes)
 
     def _finish(self, order: Order, pixels: np.ndarray, kind: str) -> list[str]:
         if order.original is not None:
@@ -237,8 +245,6 @@ class ServedPlan:
     def _order(self, asked: Drawing, known: np.ndarray) -> Order:
         pipeline = self.pipeline
         options = pipeline.options(**asked.options())
-        if options.get("more_smooth"):
-            raise VqdeployError("a server decodes codes, and more_smooth blends them", expected="0", found=1)
         self._check_count(asked.n)
         if asked.size not in ("auto", self.size):
             raise VqdeployError("this plan draws images of one size", expected=self.size, found=asked.size)

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from vqdeploy.errors import ArtifactError
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.sampler import Item, Sampler, needs_guidance
+from vqdeploy.runtime.sampler import Drawn, Item, Sampler, needs_guidance
 from vqdeploy.serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -28,19 +28,19 @@ class EngineError(Exception):
 
 @dataclass(frozen=True)
 class Preview:
-    """The codes of an image after a step.
+    """An image after a step.
 
     Attributes:
         image: Index of the image in its request.
         step: Number of the step, from 1.
         steps: Number of steps of the image.
-        codes: int64 [*grid], negative where not final; see `Sampler.codes`.
+        drawn: What was drawn so far; its codes are negative where not final.
     """
 
     image: int
     step: int
     steps: int
-    codes: np.ndarray
+    drawn: Drawn
 
     @property
     def done(self) -> bool:
@@ -49,20 +49,22 @@ class Preview:
 
 
 Watch = Callable[[Preview], object]
+_Stage = Literal["encode", "decode", "preview", "decode_maps"]
+_Result = TypeVar("_Result")
 
 
 @dataclass
 class _Sampling:
-    """The images of a request, and their codes once they are done."""
+    """The images of a request, and what was drawn for those that are done."""
 
     items: Sequence[Item]
     guided: bool
-    future: "Future[np.ndarray]"
+    future: "Future[list[Drawn]]"
     watch: Watch | None
     previews: int
-    codes: dict[int, np.ndarray] = field(default_factory=dict)
+    drawn: dict[int, Drawn] = field(default_factory=dict)
 
-    def tell(self, image: "_Image", step: int, read: Callable[[], np.ndarray]) -> None:
+    def tell(self, image: "_Image", step: int, read: Callable[[], Drawn]) -> None:
         """Shows the last step, and `previews` of those before it, evenly spread, to who watches."""
         parts, steps = min(self.previews + 1, image.steps), image.steps
         if self.watch and (step == steps or step * parts // steps != (step - 1) * parts // steps):
@@ -84,9 +86,9 @@ class _Image:
 
 @dataclass
 class _Call:
-    """Images to encode, or codes to decode with a number of depths, or to preview where some are not final."""
+    """Images to encode, codes to decode with a number of depths, codes to preview, or maps to decode."""
 
-    stage: Literal["encode", "decode", "preview"]
+    stage: _Stage
     array: np.ndarray
     depth: int | None
     future: "Future[np.ndarray]"
@@ -159,8 +161,8 @@ class Worker:
         """Whether the thread runs, and the last engine call succeeded."""
         return self._thread.is_alive() and not self._failed
 
-    def sample(self, items: Sequence[Item], watch: Watch | None = None, previews: int = 0) -> "Future[np.ndarray]":
-        """The codes int64 [B, *grid] of items that were checked.
+    def sample(self, items: Sequence[Item], watch: Watch | None = None, previews: int = 0) -> "Future[list[Drawn]]":
+        """What was drawn for each of some items that were checked.
 
         Args:
             items: Images of one request.
@@ -169,7 +171,9 @@ class Worker:
         """
         no_label = self.pipeline.sampling.no_label
         guided = any(needs_guidance(item.options, item.condition, no_label) for item in items)
-        return self._ask(_Sampling(items, guided, Future(), watch, previews))
+        sampling = _Sampling(items, guided, Future(), watch, previews)
+        self._inbox.put(sampling)
+        return sampling.future
 
     def encode(self, images: np.ndarray) -> "Future[np.ndarray]":
         """The codes int64 [B, *grid] of images uint8 [B, H, W, 3] that were checked."""
@@ -183,14 +187,18 @@ class Worker:
         """The images uint8 [B, H, W, 3] of codes that need not be final; see `Pipeline.preview`."""
         return self._ask(_Call("preview", codes, None, Future()))
 
+    def decode_maps(self, whole_maps: np.ndarray) -> "Future[np.ndarray]":
+        """The images uint8 [B, H, W, 3] of maps of `Drawn`, stacked."""
+        return self._ask(_Call("decode_maps", whole_maps, None, Future()))
+
     def close(self) -> None:
         """Cancels what is unfinished, ends the thread and closes the plan."""
         self._inbox.put(None)
         self._thread.join(_PATIENCE)
 
-    def _ask(self, task: _Sampling | _Call) -> "Future[np.ndarray]":
-        self._inbox.put(task)
-        return task.future
+    def _ask(self, call: _Call) -> "Future[np.ndarray]":
+        self._inbox.put(call)
+        return call.future
 
     def _work(self) -> None:
         while not self._closing:
@@ -239,10 +247,7 @@ class Worker:
             arrays = np.concatenate([call.array for call in batch])
             try:
                 pipeline = self._opened()
-                if stage == "decode":
-                    results = pipeline.decode(arrays, depth)
-                else:
-                    results = pipeline.encode(arrays) if stage == "encode" else pipeline.preview(arrays)
+                results = _call(pipeline, stage, arrays, depth)
             except Exception as error:  # of any engine
                 self._fail(error, [call.future for call in batch])
                 continue
@@ -285,18 +290,18 @@ class Worker:
 
     def _tell(self, lane: _Lane, slot: int) -> None:
         image = lane.images[slot]
-        image.sampling.tell(image, image.steps - lane.sampler.left(slot), lambda: lane.sampler.codes(slot))
+        image.sampling.tell(image, image.steps - lane.sampler.left(slot), lambda: lane.sampler.drawn(slot))
 
     def _finish(self, lane: _Lane, slot: int) -> None:
-        """Takes the codes of a finished image; a request is done with its last one."""
+        """Takes what was drawn for a finished image; a request is done with its last one."""
         self._tell(lane, slot)
         sampling = lane.images[slot].sampling
-        sampling.codes[lane.images[slot].index] = lane.sampler.codes(slot)
+        sampling.drawn[lane.images[slot].index] = lane.sampler.drawn(slot)
         lane.release(slot)
         self._done += 1
         self._metrics.images.labels(self._name, "sample").inc()
-        if len(sampling.codes) == len(sampling.items):
-            _answer(sampling.future, np.stack([sampling.codes[i] for i in range(len(sampling.items))]))
+        if len(sampling.drawn) == len(sampling.items):
+            _answer(sampling.future, [sampling.drawn[i] for i in range(len(sampling.items))])
 
     def _opened(self) -> Pipeline:
         """The plan, opened again after a failure."""
@@ -310,7 +315,7 @@ class Worker:
             self._lanes = {guided: lane for guided, lane in self._lanes.items() if lane.images}
         return self.pipeline
 
-    def _fail(self, error: Exception, futures: Iterable["Future[np.ndarray]"]) -> None:
+    def _fail(self, error: Exception, futures: Iterable["Future[_Result]"]) -> None:
         _log.error("an engine of %s failed: %s", self._name, error)
         _log.debug("its traceback", exc_info=error)
         self._failed = True
@@ -326,7 +331,14 @@ class Worker:
         self._metrics.slots_in_use.labels(self._name).set(sum(len(lane.images) for lane in lanes))
 
 
-def _answer(future: "Future[np.ndarray]", result: np.ndarray) -> None:
+def _call(pipeline: Pipeline, stage: _Stage, arrays: np.ndarray, depth: int | None) -> np.ndarray:
+    if stage == "decode":
+        return pipeline.decode(arrays, depth)
+    calls = {"encode": pipeline.encode, "preview": pipeline.preview, "decode_maps": pipeline.decode_maps}
+    return calls[stage](arrays)
+
+
+def _answer(future: "Future[_Result]", result: _Result) -> None:
     """Gives a result, unless nobody waits for it any more."""
     if future.set_running_or_notify_cancel():
         future.set_result(result)

@@ -4,12 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vqdeploy.reference import guided_logits
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.forcing import forced_logits
-from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.noise import of_images as noise_of
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
     IMAGES,
@@ -94,14 +93,8 @@ def _judge(
     logits = guided_logits(system.prior, *given, scale, interval).flatten(0, -2)
     tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
     config = system.prior.config
-    noise = _noise((len(codes), config.positions, config.depth, config.codebook_size), first)
+    images, shape = range(first, first + len(codes)), (config.depth, config.codebook_size)
+    drawn = np.stack([noise_of(SEED, images, position, shape) for position in range(config.positions)], 1)
+    noise = torch.from_numpy(drawn).flatten(0, 2)
     far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
     return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
-
-
-def _noise(shape: tuple[int, int, int, int], first: int) -> Tensor:
-    """The noise of the codes of images from `first` on [B * positions * Q, K]."""
-    noise = np.empty(shape, np.float32)
-    for image, rows in enumerate(noise, first):
-        gumbel([(SEED, image, position) for position in range(shape[1])], rows)
-    return torch.from_numpy(noise).flatten(0, 2)

@@ -10,7 +10,7 @@ from vqdeploy.reference import guided_logits
 from vqdeploy.reference.schedules import choice_weight, halton_ranks, masked_counts
 from vqdeploy.runtime import Pipeline, Step
 from vqdeploy.runtime.forcing import masked_logits
-from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.noise import of_images as noise_of
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
     IMAGES,
@@ -162,9 +162,7 @@ def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: di
 
 
 def _noise(shape: tuple[int, ...], first: int, index: int) -> Tensor:
-    noise = np.empty(shape, np.float32)
-    gumbel([(SEED, image, index) for image in range(first, first + shape[0])], noise)
-    return torch.from_numpy(noise)
+    return torch.from_numpy(noise_of(SEED, range(first, first + shape[0]), index, shape[1:]))
 
 
 def _first_difference(steps: list[_Step], alone: list[_Step], image: int, close: list[Tensor]) -> int:

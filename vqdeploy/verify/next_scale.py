@@ -12,7 +12,7 @@ from vqdeploy.models.var import VAR, blended
 from vqdeploy.reference.next_scale import guided_at
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.forcing import scale_logits, scale_outputs
-from vqdeploy.runtime.noise import gumbel
+from vqdeploy.runtime.noise import of_images as noise_of
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
     IMAGES,
@@ -92,13 +92,11 @@ def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> li
     checks = compare_logits("blended maps", logits, expected, limits(pipeline.manifest, "step"))
 
     differences, whole = [], torch.zeros_like(maps[0])
-    for (scale, size), own, found in zip(_scales(prior), logits.split(prior.quantizer.sizes, 1), maps, strict=True):
-        noise = _noise(range(len(labels)), scale, size, own.shape[-1]).flatten(0, 1)
+    for scale, (own, found) in enumerate(zip(logits.split(prior.quantizer.sizes, 1), maps, strict=True)):
+        noise = torch.from_numpy(noise_of(SEED, range(len(labels)), scale, own.shape[1:])).flatten(0, 1)
         rows = len(noise)
-        top_k, share = (
-            torch.full((rows,), options["top_k"]),
-            torch.full((rows,), scale / max(prior.config.depth - 1, 1)),
-        )
+        top_k = torch.full((rows,), options["top_k"])
+        share = torch.full((rows,), scale / max(prior.config.depth - 1, 1))
         kept = truncate(own.flatten(0, 1), torch.ones(rows), top_k, torch.ones(rows))
         vectors = blended(kept, noise, share, prior.quantizer.codebook).unflatten(0, own.shape[:2])
         whole = whole + prior.quantizer.enlarged(vectors, scale)
@@ -111,10 +109,6 @@ def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> li
     pixels = system.tokenizer.reconstruct(maps[-1].unflatten(1, (prior.config.sides[-1], -1)))
     grey = channels_last(to_uint8(pixels, system.tokenizer.config.pixel_range)).numpy()
     return [*checks, *compare_images("reconstruct", images, grey, limits(pipeline.manifest, "reconstruct"))]
-
-
-def _scales(prior: VAR) -> list[tuple[int, int]]:
-    return list(enumerate(prior.quantizer.sizes))
 
 
 def _logits(prior: VAR, codes: np.ndarray, labels: np.ndarray, scale: float) -> Tensor:
@@ -138,13 +132,9 @@ def _judge(
     logits = _logits(prior, codes, labels, scale).flatten(0, 1)
     tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
     images = range(first, first + len(codes))
-    noise = torch.cat([_noise(images, s, size, logits.shape[1]) for s, size in _scales(prior)], 1).flatten(0, 1)
+    drawn = np.concatenate(
+        [noise_of(SEED, images, s, (n, logits.shape[1])) for s, n in enumerate(prior.quantizer.sizes)], 1
+    )
+    noise = torch.from_numpy(drawn).flatten(0, 1)
     far, close = judge(logits, noise, torch.from_numpy(codes).flatten(), options, tolerance)
     return far.view(codes.shape).numpy(), close.view(codes.shape).numpy()
-
-
-def _noise(images: range, scale: int, size: int, codes: int) -> Tensor:
-    """The noise of a scale [B, size, K]."""
-    noise = np.empty((len(images), size, codes), np.float32)
-    gumbel([(SEED, image, scale) for image in images], noise)
-    return torch.from_numpy(noise)
