@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("other", type=Path)
-    parser.add_argument("--label", default="animals")
+    parser.add_argument("--label", default="faces")
     asked = parser.parse_args()
     with server(asked.plan, str(asked.other)) as (address, _), sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

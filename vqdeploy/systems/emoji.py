@@ -17,7 +17,7 @@ CONV = ConvConfig(
 
 RECIPE = Recipe(
     steps=3000,
-    prior_steps=3000,
+    prior_steps=8500,
     classifier_steps=2500,
     batch_size=16,
     learning_rate=1.5e-3,

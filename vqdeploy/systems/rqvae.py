@@ -66,7 +66,7 @@ _PRESETS = [
         "emoji",
         RQVAEConfig(conv=emoji.CONV, codebook_size=512, code_dim=32),
         dataclasses.replace(_TINY_PRIOR, codebook_size=512, width=160),
-        Sampling(top_p=0.95),
+        Sampling(top_p=0.8),
         labels=emoji.LABELS,
     ),
     _preset("bench", _IMAGENET, _prior(512, 24, 4)),
@@ -105,5 +105,5 @@ SYSTEM = Definition(
     loss=soft_target_loss,
     stages=_stages,
     presets={config.preset: config for config in _PRESETS},
-    recipes={"tiny": tiny.RECIPE, "emoji": dataclasses.replace(emoji.RECIPE, prior_steps=2500)},
+    recipes={"tiny": tiny.RECIPE, "emoji": dataclasses.replace(emoji.RECIPE, prior_steps=7000)},
 )
