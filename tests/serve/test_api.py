@@ -125,6 +125,14 @@ def test_an_edit_is_that_of_the_pipeline(app, artifacts, picture, hole, name, fo
     assert ("raster order" in (reply.json()["note"] or "")) == (name == "rqvae")
 
 
+def test_a_field_of_a_form_may_be_as_long_as_the_body(artifacts, picture, hole):
+    """Starlette allows a megabyte by itself, and features of texts are longer."""
+    files = {"image": png(picture), "mask": png(hole)}
+    with application({"movq": artifacts.plan("movq")}) as app:
+        assert post(app, EDIT, data={"label": "1", "user": "x" * 2_000_000}, files=files).status_code == 200
+        assert post(app, EDIT, data={"label": "1", "user": "x" * 2**24}, files=files).status_code == 413
+
+
 def test_blended_maps_are_decoded_instead_of_codes(app, artifacts, picture, hole):
     pipeline = artifacts.pipeline("var")
     plain, smooth = {"model": "var", "label": 1, "seed": 3, "n": 2}, {"more_smooth": 1}

@@ -22,7 +22,7 @@ DESKTOP, PHONE = (1280, 900), (390, 844)
 
 @pytest.fixture(scope="module")
 def address(artifacts):
-    plans = {name: artifacts.plan(name) for name in ("movq", "rqvae", "vqvae2")}
+    plans = {name: artifacts.plan(name) for name in ("movq", "rqvae", "vqvae2", "features")}
     with application(plans) as app, listening(app) as address:
         yield address
 
@@ -268,6 +268,39 @@ def test_the_program_does_the_same(visit, tmp_path, language, edit):
         words = shlex.split(program.replace("\\\n", " "))
         reply = subprocess.run([*words, "-s"], cwd=tmp_path, check=True, timeout=60, capture_output=True)  # noqa: S603
         found = pixels(json.loads(reply.stdout)["data"][0]["b64_json"])
+    np.testing.assert_array_equal(found, shown(page))
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_a_text_as_features(visit, artifacts, tmp_path, edit):
+    pipeline = artifacts.pipeline("features")
+    features = pipeline.condition.examples(1)
+    np.save(tmp_path / "features.npy", features[0])
+    page = visit()
+    page.select_option("#plan", "features")
+    assert page.locator("#class").is_hidden()
+    page.click("#draw")
+    playwright.expect(page.locator("#problem")).to_contain_text("needs a text")
+    visit.wrong.clear()  # Chromium reports the refusal itself
+    page.set_input_files("#features", tmp_path / "features.npy")
+    page.fill("#seed", "3")
+    draw(page)
+    expected = pipeline.generate(features, seed=3).images[0]
+    assert np.abs(shown(page).astype(int) - expected).max() <= 1
+    if edit:
+        paint(page, (0.2, 0.6), (0.8, 0.6))
+        page.click("#fill")
+        for name in ("image", "mask"):
+            with page.expect_download() as download:
+                page.click(f"#save-{name}")
+            download.value.save_as(tmp_path / f"{name}.png")
+    program = page.inner_text("#call")
+    assert len(program) < 1000
+    reply = subprocess.run(["bash", "-c", program], cwd=tmp_path, check=True, timeout=60, capture_output=True)  # noqa: S603, S607
+    np.testing.assert_array_equal(pixels(json.loads(reply.stdout)["data"][0]["b64_json"]), shown(page))
+    page.check("[value=python]")
+    subprocess.run([sys.executable, "-c", page.inner_text("#call")], cwd=tmp_path, check=True, timeout=60)  # noqa: S603
+    found = pixels(base64.b64encode((tmp_path / "picture.png").read_bytes()).decode())
     np.testing.assert_array_equal(found, shown(page))
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import ExitStack, aclosing
 from importlib import resources
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.sse import format_sse_event
 from starlette.exceptions import HTTPException
 
@@ -72,6 +74,7 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
         redoc_url=None,
         responses=_REFUSALS,
     )
+    app.router.route_class = _LongFields
     app.add_middleware(Bounded, seconds=settings.max_wait, size=settings.max_body)
     app.add_middleware(Guarded, api_key=settings.api_key)
     app.add_middleware(Counted, metrics=metrics)
@@ -153,6 +156,23 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+class _LongFields(APIRoute):
+    """A route whose forms may have fields as long as its body, which is bounded: features of texts are megabytes."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await answer(_LongRequest(request.scope, request.receive))
+
+        return handle
+
+
+class _LongRequest(Request):
+    def form(self, **limits: Any) -> Any:  # noqa: ANN401 (a class that Starlette does not export)
+        return super().form(**limits | {"max_part_size": sys.maxsize})
 
 
 async def _reply() -> AsyncIterator[ExitStack]:

@@ -10,6 +10,7 @@ let models = [];
 let key = "";
 let running = null; // the AbortController of what is being drawn
 let last = null; // the last request and whether it was an edit, for the program to show
+let features = null; // those of a text, as a file in base64
 let edited = null; // image and mask of the last edit, as files
 
 // --- requests ---------------------------------------------------------------------------------------------------------
@@ -41,6 +42,14 @@ async function* events(reply) {
     }
   }
 }
+
+const inBase64 = (file) =>
+  new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.split(",")[1]);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
 
 async function picture(base64, kind = "png") {
   const image = new Image();
@@ -78,7 +87,8 @@ function choosePlan() {
   const classes = names.map((name, i) => new Option(name, i));
   if (chosen.label_is_optional) classes.push(new Option("none", ""));
   $("class").replaceChildren(...classes);
-  $("class-field").hidden = !chosen.kind || chosen.text_length !== null || chosen.classes === 1;
+  $("class-field").hidden = !chosen.kind || chosen.classes === 1 || chosen.text_length !== null || chosen.text_features !== null;
+  $("features-field").hidden = chosen.text_features === null;
   $("text-field").hidden = chosen.text_length === null;
   $("text").value = Array(chosen.text_length ?? 0).fill(0).join(" ");
   const options = Object.keys(chosen.options).sort((a, b) => rank(a) - rank(b));
@@ -136,6 +146,7 @@ function request() {
   const chosen = model();
   const body = { model: chosen.id, prompt: "" };
   if (chosen.text_length !== null) body.text_ids = $("text").value.trim().split(/[\s,]+/).map(Number);
+  else if (chosen.text_features !== null) Object.assign(body, features && { text_features: features });
   else if (!$("class-field").hidden && $("class").value !== "") body.prompt = $("class").selectedOptions[0].text;
   return { ...body, seed: Number($("seed").value), ...chosenOptions() };
 }
@@ -247,9 +258,9 @@ const previews = ({ kind, maps }) => (kind === "masked" ? MOST_PREVIEWS : Math.m
 
 // The same request for another plan, which may have other options.
 function forOther(body, other) {
-  const { model: _, text_ids, prompt, seed, ...options } = body;
+  const { model: _, text_ids, text_features, prompt, seed, ...options } = body;
   const kept = Object.entries(options).filter(([name]) => name in other.options);
-  return { model: other.id, prompt, seed, ...(text_ids && { text_ids }), ...Object.fromEntries(kept) };
+  return { model: other.id, prompt, seed, ...(text_ids && { text_ids }), ...(text_features && { text_features }), ...Object.fromEntries(kept) };
 }
 
 const generate = (body, signal) =>
@@ -540,22 +551,30 @@ function showCall() {
   $("call").textContent = language === "curl" ? curl(body, isEdit) : python(body, isEdit);
 }
 
+const FEATURES = `base64.b64encode(open("features.npy", "rb").read()).decode()`; // too long to be shown
 const quoted = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 
 function curl(body, isEdit) {
+  const { text_features, ...others } = body;
   const lines = [`curl ${location.origin}/v1/images/${isEdit ? "edits" : "generations"}`];
   if (key) lines.push(`-H "Authorization: Bearer $VQDEPLOY_API_KEY"`);
   if (isEdit) {
     lines.push("-F image=@image.png", "-F mask=@mask.png");
-    for (const [name, value] of Object.entries(body)) lines.push(`-F ${quoted(`${name}=${value}`)}`);
-  } else lines.push(`-H "Content-Type: application/json"`, `-d ${quoted(JSON.stringify(body))}`);
-  return lines.join(" \\\n  ");
+    for (const [name, value] of Object.entries(others)) lines.push(`-F ${quoted(`${name}=${value}`)}`);
+    if (text_features) lines.push(`-F "text_features=<-"`);
+  } else lines.push(`-H "Content-Type: application/json"`, `-d ${text_features ? "@-" : quoted(JSON.stringify(body))}`);
+  const call = lines.join(" \\\n  ");
+  if (!text_features) return call;
+  const encoded = "base64 < features.npy | tr -d '\\n'";
+  const start = JSON.stringify(others).replace(/}$/, `, "text_features": "`);
+  return isEdit ? `${encoded} |\n${call}` : `(printf %s ${quoted(start)}; ${encoded}; printf '"}') |\n${call}`;
 }
 
 function python(body, isEdit) {
   const { model: name, prompt, ...extra } = body;
   const literal = (value) => JSON.stringify(value); // numbers, text and lists are the same in Python
-  const further = Object.entries(extra).map(([option, value]) => `"${option}": ${literal(isEdit ? String(value) : value)}`);
+  const valueOf = (option, value) => (option === "text_features" ? FEATURES : literal(isEdit ? String(value) : value));
+  const further = Object.entries(extra).map(([option, value]) => `"${option}": ${valueOf(option, value)}`);
   const given = [`model=${literal(name)}`, `prompt=${literal(prompt)}`];
   if (isEdit) given.push(`image=open("image.png", "rb")`, `mask=open("mask.png", "rb")`);
   given.push(`extra_body={${further.join(", ")}}`);
@@ -600,6 +619,14 @@ $("controls").addEventListener("submit", (event) => {
   run(generate);
 });
 $("controls").addEventListener("input", () => {
+  last = null;
+  showCall();
+});
+$("features").addEventListener("change", async () => {
+  const [file] = $("features").files;
+  $("draw").disabled = $("fill").disabled = true;
+  features = file ? await inBase64(file) : null;
+  $("draw").disabled = $("fill").disabled = !model().kind;
   last = null;
   showCall();
 });
