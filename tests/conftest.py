@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for PyTorch in the processes that tests start
 onnxrt.cores = reference.cores = lambda: 1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
 
 remember_translations()
 ARTIFACTS = Path(__file__).parents[1] / ".pytest_cache" / "artifacts"
