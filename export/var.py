@@ -102,7 +102,7 @@ class Step(nn.Module):
             self.shared = prior.shared_ada_lin(labels).detach()
             modulations = [block.ada_gss[0] for block in prior.blocks]
         self.maps = Maps(prior.quantizer)
-        self.word_embed = at_least(8, Projection(prior.word_embed))
+        self.word_embed = at_least(16, Projection(prior.word_embed))  # few weights, whose rounding reaches all layers
         self.blocks = Modules(
             InferenceBlock(block, _from_one(modulation, 2, 3).flatten(1).squeeze(0))
             for block, modulation in zip(prior.blocks, modulations, strict=True)
