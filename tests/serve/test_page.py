@@ -86,6 +86,22 @@ def paint(page, *points, tap=False):
     page.mouse.up()
 
 
+def fill(page, *points, folder):
+    """Paints and fills; saves the image and the mask of the edit."""
+    paint(page, *points)
+    page.click("#fill")
+    for name in ("image", "mask"):
+        with page.expect_download() as download:
+            page.click(f"#save-{name}")
+        download.value.save_as(folder / f"{name}.png")
+
+
+def picture_of(program, folder):
+    """What a Python program of the page saves."""
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=60)  # noqa: S603
+    return pixels(base64.b64encode((folder / "picture.png").read_bytes()).decode())
+
+
 def mask_of(page):
     """Where the mask is painted, bool [H, W]."""
     side = page.evaluate("() => document.querySelector('#pane-a .picture').width")
@@ -253,17 +269,11 @@ def test_the_program_does_the_same(visit, tmp_path, language, edit):
     page.fill("[name=top_k]", "5,5,9,9")
     draw(page)
     if edit:
-        paint(page, (0.2, 0.3), (0.8, 0.3))
-        page.click("#fill")
-        for name in ("image", "mask"):
-            with page.expect_download() as download:
-                page.click(f"#save-{name}")
-            download.value.save_as(tmp_path / f"{name}.png")
+        fill(page, (0.2, 0.3), (0.8, 0.3), folder=tmp_path)
     page.check(f"[value={language}]")
     program = page.inner_text("#call")
     if language == "python":
-        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)  # noqa: S603
-        found = pixels(base64.b64encode((tmp_path / "picture.png").read_bytes()).decode())
+        found = picture_of(program, tmp_path)
     else:
         words = shlex.split(program.replace("\\\n", " "))
         reply = subprocess.run([*words, "-s"], cwd=tmp_path, check=True, timeout=60, capture_output=True)  # noqa: S603
@@ -288,20 +298,13 @@ def test_a_text_as_features(visit, artifacts, tmp_path, edit):
     expected = pipeline.generate(features, seed=3).images[0]
     assert np.abs(shown(page).astype(int) - expected).max() <= 1
     if edit:
-        paint(page, (0.2, 0.6), (0.8, 0.6))
-        page.click("#fill")
-        for name in ("image", "mask"):
-            with page.expect_download() as download:
-                page.click(f"#save-{name}")
-            download.value.save_as(tmp_path / f"{name}.png")
+        fill(page, (0.2, 0.6), (0.8, 0.6), folder=tmp_path)
     program = page.inner_text("#call")
     assert len(program) < 1000
     reply = subprocess.run(["bash", "-c", program], cwd=tmp_path, check=True, timeout=60, capture_output=True)  # noqa: S603, S607
     np.testing.assert_array_equal(pixels(json.loads(reply.stdout)["data"][0]["b64_json"]), shown(page))
     page.check("[value=python]")
-    subprocess.run([sys.executable, "-c", page.inner_text("#call")], cwd=tmp_path, check=True, timeout=60)  # noqa: S603
-    found = pixels(base64.b64encode((tmp_path / "picture.png").read_bytes()).decode())
-    np.testing.assert_array_equal(found, shown(page))
+    np.testing.assert_array_equal(picture_of(page.inner_text("#call"), tmp_path), shown(page))
 
 
 @pytest.mark.parametrize("size", [(320, 640), (800, 600)])

@@ -248,14 +248,18 @@ def _measure(
 
 def _round(system: System, dtype: torch.dtype) -> None:
     """Rounds weights as they are stored; constants that are not, such as matrices of a resizing, stay exact."""
-    weights = system.state_dict()
-    system.load_state_dict(
-        {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights.items()}
-    )
+    system.load_state_dict(_rounded(system, dtype))
 
 
 def _is_exact(module: nn.Module, dtype: torch.dtype) -> bool:
-    return all(torch.equal(w, w.to(dtype).to(w.dtype)) for w in module.state_dict().values() if w.is_floating_point())
+    """Whether rounding changes no weight."""
+    rounded = _rounded(module, dtype)
+    return all(torch.equal(weight, rounded[name]) for name, weight in module.state_dict().items())
+
+
+def _rounded(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    weights = module.state_dict().items()
+    return {name: w.to(dtype).to(w.dtype) if w.is_floating_point() else w for name, w in weights}
 
 
 def _versions() -> dict[str, str]:
