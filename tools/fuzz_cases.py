@@ -917,6 +917,8 @@ def api(rnd: random.Random, material: Material, _: Path) -> None:
             "steps",
             "schedule",
             "choice_temperature",
+            "guidance_interval",
+            "more_smooth",
             "first_image",
             "num_images",
             "mask",

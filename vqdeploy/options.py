@@ -54,7 +54,7 @@ class SamplingOption:
             VqdeployError: It names the option, and what was expected.
         """
         if self.choices:
-            if value not in self.choices:
+            if not isinstance(value, str) or value not in self.choices:
                 raise VqdeployError(f"there is no such {self.name}", expected=" or ".join(self.choices), found=value)
             return
         if not isinstance(value, int | float):

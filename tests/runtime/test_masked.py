@@ -571,6 +571,7 @@ def refused(call, *args, **kwargs):
         ({"schedule": "cosin"}, "expected cosine or linear"),
         ({"schedule": 3}, "no such schedule"),
         ({"schedule": ["cosine"]}, "no such schedule"),
+        ({"schedule": np.full((2, 2), "cosine")}, "no such schedule"),
         ({"guidance_scale": -0.5}, "guidance_scale is out of range"),
         ({"guidance_scale": float("nan")}, "guidance_scale is out of range"),
         ({"guidance_scale": [1, 1, 1, 1]}, "one value, found 4"),
