@@ -12,7 +12,8 @@ import torch
 
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.importer import PRIORS, TOKENIZERS, _format
-from vqdeploy.systems import System, SystemConfig
+from vqdeploy.errors import ArtifactError
+from vqdeploy.systems import System, SystemConfig, preset
 
 KEYS = Path(__file__).parents[1] / "keys"
 
@@ -184,3 +185,36 @@ def test_llamagen_of_texts():
     made(part, tokenizer)
     assert millions(part) - 120 * 2048 / 1e6 == pytest.approx(777.678, abs=6e-4)
     assert (part.config.heads, part.config.condition_length, part.config.text_width) == (20, 120, 2048)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "parameters", "sides"),
+    [
+        ("var_d16.pth", "d16", 310.284, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
+        ("var_d36.pth", "d36-s", 2353.894, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)),
+    ],
+)
+def test_var(section, name, parameters, sides):
+    tokenizer = tokenizer_of(listed("var", "vae_ch160v4096z32.pth"))[1]
+    assert millions(tokenizer) == pytest.approx(108.948, abs=6e-4)
+    weights = listed("var", section)
+    weights["lvl_1L"] = torch.cat([torch.full((side**2,), scale) for scale, side in enumerate(sides)])[None]
+    part = prior_of(tokenizer, weights)[1]
+    expected = preset("var", name)
+    assert (part.config, part.tokenizer) == (expected.prior, expected.tokenizer)
+    assert sum(w.numel() for w in part.weights.values()) / 1e6 == pytest.approx(parameters, abs=6e-4)
+
+
+def test_llamagen_with_the_configuration_of_its_publishers():
+    """As the public ModelArgs writes it, with its defaults."""
+    config = {
+        "dim": 1024, "n_layer": 24, "n_head": 16, "n_kv_head": None, "multiple_of": 256, "rope_base": 10000,
+        "norm_eps": 1e-5, "num_classes": 1000, "caption_dim": 2048, "class_dropout_prob": 0.1, "model_type": "c2i",
+        "vocab_size": 16384, "cls_token_num": 1, "block_size": 576,
+    }  # fmt: skip
+    weights = listed("llamagen_gpt", "c2i_L_384")
+    tokenizer = tokenizer_of(listed("llamagen_vq", "vq_ds16_c2i"), {"image_size": 384})[1]
+    assert prior_of(tokenizer, weights, config=config)[1].config.heads == 16
+    smaller = tokenizer_of(listed("llamagen_vq", "vq_ds16_c2i"), {"image_size": 256})[1]
+    with pytest.raises(ArtifactError, match="block_size differs; expected 256, found 576"):
+        prior_of(smaller, weights, config=config)

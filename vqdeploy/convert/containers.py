@@ -40,6 +40,7 @@ _RAW = ("state_dict", "model_state_dict", "model", "module", "net", "params", "g
 _WHOLE = ("vae_local", "var_wo_ddp")  # the networks of a system, in dictionaries of their own
 _OTHERS = re.compile(r"optim|lr_sched|scheduler|discriminator|disc$|scaler|callbacks|loops|lpips|^loss|hyper_param")
 _WRAPPERS = ("module.", "_forward_module.", "model.")
+_INNER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # within names too
 _LARGEST_CONFIG = 1 << 20  # bytes
 _DEEPEST = 64  # nesting depth of dictionaries
 
@@ -393,8 +394,8 @@ def _dictionaries(tree: object, name: str, seen: set[int]) -> Iterator[tuple[str
 
 
 def _unwrapped(weights: Mapping[str, Tensor]) -> Weights:
-    """Strips the common prefixes of DDP, DeepSpeed, Lightning and torch.compile from all names."""
-    names = {key.replace("_orig_mod.", ""): weight for key, weight in weights.items()}
+    """Strips the prefixes that DDP, DeepSpeed, Lightning, FSDP, checkpointing and torch.compile add to names."""
+    names = {_INNER.sub("", key): weight for key, weight in weights.items()}
     while wrapper := next((w for w in _WRAPPERS if names and all(key.startswith(w) for key in names)), None):
         names = {key.removeprefix(wrapper): weight for key, weight in names.items()}
     return names

@@ -149,8 +149,14 @@ def import_checkpoint(
         "model": config.model,
         "formats": formats,
         "parameters": {name: sum(w.numel() for w in part.weights.values()) for name, part in parts.items()},
-        "notes": [note for file in files for note in file.notes] + [n for part in parts.values() for n in part.notes],
+        "notes": [note for file in files for note in file.notes] + _notes(**parts),
     }
+
+
+def _notes(tokenizer: Part, prior: Part | None = None) -> list[str]:
+    """Messages of the parts; none of the tokenizer on what its prior decided."""
+    decided = prior is not None and prior.tokenizer is not None
+    return [*(() if decided else tokenizer.notes), *(prior.notes if prior else ())]
 
 
 @contextlib.contextmanager
@@ -187,7 +193,10 @@ def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
             expected=f"one of a {known.tokenizer.__name__.removesuffix('Config')}",
             found=f"a {type(tokenizer.config).__name__.removesuffix('Config')}",
         )
-    return known.read(sources, tokenizer)
+    part = known.read(sources, tokenizer)
+    if part.config.classes < 1:
+        raise ArtifactError(f"the prior in {sources[0].path} has no classes", expected="1 or more and one for none")
+    return part
 
 
 def _labels(file: Path) -> tuple[str, ...]:

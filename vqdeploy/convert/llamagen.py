@@ -4,15 +4,15 @@ import re
 
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import NO_SIZE, read_conv
-from vqdeploy.convert.parts import Part, check, count, fit, learned, need, section, shape, submodel, take, whole
+from vqdeploy.convert.parts import Part, check, count, fit, learned, need, number, section, shape, submodel, take, whole
 from vqdeploy.errors import ArtifactError
-from vqdeploy.models.llamagen import LlamaGen, LlamaGenConfig
+from vqdeploy.models.llamagen import EPSILON, ROTATION_BASE, LlamaGen, LlamaGenConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
 
 TOKENIZER = r"(gen_vision_model\.)?encoder\.conv_blocks\.0\.res\.0\.norm1\.weight"
 PRIOR = r"layers\.0\.attention\.wqkv\.weight"
 
-_HEADS = {3200: 32, 4096: 32}  # of widths whose heads are not of 64
+_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 4096: 32}  # of the published widths
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
@@ -56,19 +56,33 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
     need(None if NO_SIZE in tokenizer.notes else conv.resolution, "image_size", source, "--tokenizer-config")
     size, width = shape(source, "tok_embeddings.weight")
     layers = count(source, lambda i: f"layers.{i}.attention.wqkv.weight")
-    declared = section(source.config, "n_head")
-    check(
-        source,
-        {"vocab_size": whole(declared, "vocab_size"), "dim": whole(declared, "dim")},
-        {"vocab_size": size, "dim": width},
-    )
     if size != codes:
         raise ArtifactError(f"the prior in {source.path} is for another tokenizer", expected=codes, found=size)
-    heads = whole(declared, "n_head") or _HEADS.get(width, width // 64)
+    if tokenizer.config.metric != "cosine":
+        found = "vectors of any length"
+        raise ArtifactError(
+            f"the prior in {source.path} is for another tokenizer", expected="VQ-16 or VQ-8", found=found
+        )
+    declared = section(source.config, "block_size") | section(source.config, "n_head")
+    heads = whole(declared, "n_head")
+    heads = need(_HEADS.get(width) if heads is None else heads, "n_head", source, "--prior-config")
     if shape(source, "layers.0.attention.wqkv.weight")[0] != 3 * width:
         raise ArtifactError(f"the prior in {source.path} shares keys among its heads, which is not supported")
     texts = "cls_embedding.uncond_embedding" in source.weights
     length, text_width = shape(source, "cls_embedding.uncond_embedding") if texts else (1, 0)
+    classes = 1 if texts else shape(source, "cls_embedding.embedding_table.weight")[0] - 1
+    found = {
+        "vocab_size": size,
+        "dim": width,
+        "n_layer": layers,
+        "n_kv_head": heads,
+        "block_size": conv.grid**2,
+        "rope_base": ROTATION_BASE,
+        "cls_token_num": length,
+        **({"caption_dim": text_width} if texts else {"num_classes": classes}),
+    }
+    check(source, {key: whole(declared, key) for key in found}, found)
+    check(source, {"norm_eps": number(declared, "norm_eps")}, {"norm_eps": EPSILON})
     config = LlamaGenConfig(
         (conv.grid, conv.grid, 1),
         size,
@@ -76,7 +90,7 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
         layers,
         heads,
         shape(source, "layers.0.feed_forward.w1.weight")[0],
-        classes=1 if texts else shape(source, "cls_embedding.embedding_table.weight")[0] - 1,
+        classes=classes,
         condition_length=length,
         text_width=text_width,
     )

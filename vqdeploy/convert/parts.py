@@ -13,6 +13,8 @@ from vqdeploy.convert.containers import Source, Weights
 from vqdeploy.errors import ArtifactError, VqdeployError
 
 _SHOWN = 3  # names listed in an error
+_WHOLE = "an integer"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ def _some(names: list[str]) -> str:
 def _shaped(source: Source, key: str, weight: Tensor, meta: Tensor) -> Tensor:
     if weight.layout != torch.strided or weight.is_quantized:
         raise ArtifactError(f"{key} in {source.path} is not a plain tensor")
+    if meta.is_floating_point() and weight.dtype not in _FLOATS:
+        raise ArtifactError(
+            f"{key} in {source.path} has the wrong type", expected="floats of 16 to 64 bits", found=weight.dtype
+        )
     if _squeezed(weight) != _squeezed(meta):
         raise ArtifactError(
             f"{key} in {source.path} has the wrong shape", expected=list(meta.shape), found=list(weight.shape)
@@ -127,18 +133,24 @@ def _entries(config: object) -> Iterator[tuple[Any, Any]]:
         left += node.values() if isinstance(node, dict) else node
 
 
-def whole(values: Mapping[str, Any], key: str) -> int | None:
-    """An integer of a configuration, which may be given as text; None if missing."""
+def number(values: Mapping[str, Any], key: str, expected: str = "a number") -> float | None:
+    """A number of a configuration, which may be given as text; None if missing."""
     value = values.get(key)
     if value is None:
         return None
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or number != int(number):
-        raise ArtifactError(f"{key} of the configuration is malformed", expected="an integer", found=repr(value))
-    return int(number)
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found) or (expected == _WHOLE and found % 1):
+        raise ArtifactError(f"{key} of the configuration is malformed", expected=expected, found=repr(value))
+    return found
+
+
+def whole(values: Mapping[str, Any], key: str) -> int | None:
+    """An integer of a configuration, likewise."""
+    found = number(values, key, _WHOLE)
+    return None if found is None else int(found)
 
 
 def need(value: int | None, key: str, source: Source, option: str) -> int:
@@ -171,10 +183,10 @@ def check(source: Source, declared: Mapping[str, Any], found: Mapping[str, Any])
 
 def count(source: Source, name: Callable[[int], str]) -> int:
     """Number of consecutively numbered names, from 0."""
-    number = 0
-    while name(number) in source.weights:
-        number += 1
-    return number
+    i = 0
+    while name(i) in source.weights:
+        i += 1
+    return i
 
 
 def learned(codebook: Tensor) -> Weights:

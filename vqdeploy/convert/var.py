@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vqdeploy.convert.containers import Source, Weights
 from vqdeploy.convert.conv import read_conv
-from vqdeploy.convert.parts import Part, count, fit, learned, section, shape, square, submodel, take
+from vqdeploy.convert.parts import Part, check, count, fit, learned, section, shape, square, submodel, take
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.models.quantizers import MultiScaleQuantizer
 from vqdeploy.models.var import VAR, VARConfig
@@ -19,6 +19,7 @@ PRIOR = r"(var_wo_ddp\.)?(pos_1LC|blocks\.0\.attn\.mat_qkv\.weight)$"
 
 _SAMPLING = {"top_p": 0.96, "guidance_scale": 2.5}  # 1 + the public `cfg`
 _TOP_K = 900
+_FIXED = {"quant_resi": 0.5, "share_quant_resi": 4, "using_znorm": False}  # of the published tokenizer
 _ASSUMED = "the sides of the code maps are those for 256 pixels; a prior brings its own"
 
 
@@ -26,7 +27,8 @@ def tokenizer(source: Source) -> Part:
     """A tokenizer. Its weights do not give the sides of its code maps, and fit all."""
     source = _part(source, "vae_local.")
     source = replace(source, weights=_separate_projections(source.weights))
-    declared = section(source.config, "v_patch_nums").get("v_patch_nums")
+    declared = _sides(source, "v_patch_nums")
+    check(source, {key: section(source.config, key).get(key) for key in _FIXED}, _FIXED)
     statistics = source.weights.get("quantize.ema_vocab_hit_SV")
     lacking = None
     if declared is None and statistics is not None and len(statistics) != len(SIDES):
@@ -34,10 +36,9 @@ def tokenizer(source: Source) -> Part:
             f"the sides of the {len(statistics)} code maps cannot be read off the weights in {source.path}",
             fix="add the prior, or --tokenizer-config FILE, a YAML that gives v_patch_nums",
         )
-    sides = _rising(source, SIDES if declared is None else declared)
     conv = read_conv(source, lambda name: name, None)
     config = MultiScaleConfig(conv, codebook_size=shape(source, "quantize.embedding.weight")[0])
-    config = sized(config, sides)
+    config = sized(config, SIDES if declared is None else declared)
     given = learned(take(source, "quantize.embedding.weight"))
     weights = fit(source, lambda: MultiScaleTokenizer(config), _name, given, r"^quantize\.ema_vocab_hit_SV$")
     return Part("var", config, weights, (_ASSUMED,) if declared is None else (), lacking=lacking)
@@ -58,11 +59,16 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
     source = _part(source, "var_wo_ddp.")
     if "blocks.0.attn.scale_mul_1H11" not in source.weights:
         raise ArtifactError(
-            f"{source.path} has no scale_mul_1H11: it was made before April 2024, and works with no code since",
-            fix="download the file that replaced it",
+            f"{source.path} has no scale_mul_1H11: its attention is not normalized, or it is from before April 2024",
+            fix="download the file that replaced it, if there is one",
         )
     scales = take(source, "lvl_1L").flatten().tolist()
+    if scales != sorted(scales):
+        raise ArtifactError(f"lvl_1L of {source.path} is malformed", expected="scales in rising order", found="others")
     sides = tuple(square(source, scales.count(scale)) for scale in range(int(max(scales)) + 1))
+    declared = None if _ASSUMED in tokenizer.notes else tokenizer.config.sides
+    check(source, {"patch_nums": _sides(source, "patch_nums")}, {"patch_nums": sides})
+    check(source, {"v_patch_nums": declared}, {"v_patch_nums": sides})
     classes, width = shape(source, "class_emb.weight")
     codes, dim = tokenizer.config.codebook_size, tokenizer.config.code_dim
     layers = count(source, lambda i: f"blocks.{i}.attn.mat_qkv.weight")
@@ -83,9 +89,14 @@ def _part(source: Source, prefix: str) -> Source:
     return submodel(source, prefix, "") if any(key.startswith(prefix) for key in source.weights) else source
 
 
-def _rising(source: Source, sides: object) -> tuple[int, ...]:
-    if not isinstance(sides, list | tuple) or not all(type(side) is int for side in sides):
-        raise ArtifactError(f"v_patch_nums of {source.path} is malformed", expected="a list of integers", found=sides)
+def _sides(source: Source, key: str) -> tuple[int, ...] | None:
+    """The sides of the code maps that a configuration gives."""
+    sides = section(source.config, key).get(key)
+    if sides is None:
+        return None
+    whole = isinstance(sides, list | tuple) and all(type(side) is int for side in sides)
+    if not whole or not sides or sides[0] < 1 or list(sides) != sorted(sides):
+        raise ArtifactError(f"{key} of {source.path} is malformed", expected="rising integers", found=sides)
     return tuple(sides)
 
 

@@ -19,7 +19,8 @@ from vqdeploy.models.prior import MapConfig
 from vqdeploy.models.transformer import Attend, causal
 
 EPSILON = 1e-5
-_BASE = 10_000.0  # of the frequencies of rotations
+_MOST_POSITIONS = 2**16  # of an image; VQ-8 has as many at 2,048 pixels
+ROTATION_BASE = 10_000.0  # of the frequencies of rotations
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class LlamaGen(nn.Module):
             raise ValueError(f"this prior takes one code per position, not {config.depth}")
         if config.width % config.heads or config.width // config.heads % 4:
             raise ValueError(f"a width of {config.width} cannot be split into {config.heads} heads of a multiple of 4")
+        if config.positions > _MOST_POSITIONS:
+            raise ValueError(f"maps of {config.positions} codes are too large")
         if not config.text_width and config.condition_length > 1:
             raise ValueError(f"a label is one entry, not {config.condition_length}")
         self.config = config
@@ -291,7 +294,7 @@ def rotations(config: LlamaGenConfig) -> Tensor:
     """
     height, width, _ = config.grid
     count = config.width // config.heads // 4
-    frequencies = _BASE ** -(torch.arange(count).float() / count)
+    frequencies = ROTATION_BASE ** -(torch.arange(count).float() / count)
     turns = torch.cat(
         [
             torch.arange(height).float()[:, None, None].expand(height, width, 1) * frequencies,
