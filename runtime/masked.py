@@ -33,6 +33,7 @@ class MaskedSampler(Sampler):
     """Runs the stage `step` of a masked prior, with two labels per image under guidance."""
 
     raster = False
+    needs = (*Sampler.needs, "steps", "schedule", "choice_temperature")
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         self._session = session = sessions["step"]

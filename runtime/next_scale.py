@@ -26,6 +26,7 @@ class NextScaleSampler(Sampler):
 
     joins = "when empty"
     raster = False
+    needs = (*Sampler.needs, "more_smooth")
 
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         self._session, self._sessions = sessions["step"], sessions

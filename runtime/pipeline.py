@@ -568,7 +568,13 @@ class Pipeline:
             raise VqdeployError("the mask does not fit", expected=list(square), found=list(mask.shape))
         if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
             raise VqdeployError("the mask is malformed", expected="bool, or numbers 0 and 1", found=f"{mask.dtype}")
-        return layout.masked(np.broadcast_to(mask.astype(bool), (count, *square)), raster)
+        mask = np.broadcast_to(mask.astype(bool), (count, *square))
+        unknown = layout.masked(mask, raster)
+        if (mask.any((1, 2)) & ~unknown.reshape(count, -1).any(1)).any():
+            raise VqdeployError(
+                "the mask is too small", expected="the centre of the place of a code in it", found="none"
+            )
+        return unknown
 
     def complete(
         self,
@@ -596,8 +602,9 @@ class Pipeline:
                 `top_p` keeps the most likely codes until their probability reaches p.
                 These three may be lists, with one value per depth or level.
                 `guidance_scale` s: logits are u + s * (c - u), conditional c and unconditional u; 1 is no guidance.
-                Only priors that were trained with label dropout have it: masked ones, GPTs and VAR, where it rises from
-                1 at the first scale to s at the last.
+                Only priors that were trained with label dropout have it: masked ones, GPTs, LlamaGen and VAR, where it
+                rises from 1 at the first scale to s at the last.
+                `guidance_interval` i guides the codes 0 to i + 1 alone; -1 guides all (LlamaGen).
                 `more_smooth` 1 blends code vectors instead of drawing codes (VAR); `codes` are drawn all the same.
                 Masked priors also have:
                 `steps`, the number of engine calls.
@@ -861,6 +868,12 @@ def _check_sampler(bundle: Bundle) -> None:
         inputs["features"] = {"codes": codes, **Condition.of(sampling).inputs}
         outputs["features"] = {"features": interface.floats("layers", "width")}
     interface.check(manifest, inputs, outputs)
+    names, guided = set(sampling.options), sampling.no_label is not None
+    if not names.issuperset(kind.needs) or guided != ("guidance_scale" in names):
+        expected = f"{', '.join(kind.needs)} and {'a' if guided else 'no'} guidance_scale"
+        raise ArtifactError(
+            "sampling.options of the manifest is wrong", expected=expected, found=", ".join(sorted(names))
+        )
     try:
         options.choose({}, sampling.options, Layout(tokenizer.maps).depth, tokenizer.codebook_size)
     except VqdeployError as error:

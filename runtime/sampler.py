@@ -65,12 +65,14 @@ class Sampler(ABC):
     Attributes:
         joins: `any step` if images may join before any step, `when empty` if only while no slot is in use.
         raster: Whether codes are drawn in raster order, each given those before it.
+        needs: Sampling options that a plan must have, besides those of guidance.
         seconds: Seconds in each stage so far, including waits for a GPU.
         last: The binding of the last engine call, to inspect its inputs and outputs.
     """
 
     joins: ClassVar[Literal["any step", "when empty"]] = "any step"
     raster: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "top_p")
     last: Binding
 
     def __init__(

@@ -40,12 +40,11 @@ def prepare(folder: Path, systems: tuple[str, ...]) -> Material:
     """Exports and builds what is not there yet, or of another version."""
     folder.mkdir(parents=True, exist_ok=True)
     for system in systems:
-        package = folder / f"{system}-onnx"
-        if _damage("export", package):
+        package, plans = folder / f"{system}-onnx", {"cpu": f"{system}.plan", "cuda": f"{system}-portable.plan"}
+        if _damage("export", package) or any(_damage("build", folder / plan) for plan in plans.values()):
             _command("export", "--model", system, "--no-verify", "-o", package)
-        for name, device in ((system, "cpu"), (f"{system}-portable", "cuda")):
-            if _damage("build", folder / f"{name}.plan"):
-                _command("build", package, "--device", device, "-o", folder / f"{name}.plan")
+            for device, plan in plans.items():
+                _command("build", package, "--device", device, "-o", folder / plan)
     return Material(folder, systems)
 
 

@@ -160,6 +160,16 @@ def test_painting_keeps_what_is_not_masked(var_pipeline):
     np.testing.assert_array_equal(outside.images[:, mask], images[:, mask])
 
 
+def test_a_mask_between_the_centres_of_codes_is_refused(var_pipeline):
+    """Instead of the image that was given, decoded."""
+    mask = np.zeros((16, 16), bool)
+    mask[4, 5] = True
+    for each in (mask, np.stack([mask, np.ones_like(mask)])):
+        with pytest.raises(VqdeployError, match="the mask is too small; expected the centre of the place of a code"):
+            var_pipeline.unknown(2, mask=each)
+    assert not var_pipeline.unknown(1, mask=np.zeros((16, 16), bool)).any()
+
+
 def test_finer_maps_are_drawn_anew(var_pipeline):
     images = var_pipeline.generate([0], seed=5).images
     output = var_pipeline.resample(images, [0], keep=2, completions=3, seed=1)

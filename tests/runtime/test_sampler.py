@@ -249,6 +249,24 @@ def test_what_every_sampler_writes_to_is_an_input_of_the_plan(any_pipeline):
         assert set(inputs) <= {info.name for info in any_pipeline.manifest.stage(stage).inputs}
 
 
+@pytest.mark.parametrize(
+    ("name_", "lost"), [("rqvae", "temperature"), ("vit", "guidance_scale"), ("movq", "steps"), ("var", "more_smooth")]
+)
+def test_a_plan_has_the_options_that_its_sampler_needs(name_, lost, artifacts, tmp_path):
+    edited(artifacts.plan(name_), tmp_path / "x.plan", lambda manifest: manifest["sampling"]["options"].pop(lost))
+    with pytest.raises(ArtifactError, match=rf"sampling\.options of the manifest is wrong; expected .*\b{lost}"):
+        load(tmp_path / "x.plan")
+
+
+def test_guidance_without_a_label_for_it_is_refused(artifacts, tmp_path):
+    def edit(manifest):
+        manifest["sampling"]["options"]["guidance_scale"] = 2.0
+
+    edited(artifacts.plan("rqvae"), tmp_path / "x.plan", edit)
+    with pytest.raises(ArtifactError, match=r"sampling\.options .* and no guidance_scale, found guidance_scale"):
+        load(tmp_path / "x.plan")
+
+
 @pytest.mark.parametrize(("name_", "output", "input_"), [("rqvae", "next_codes", "top_k"), ("movq", "drawn", "codes")])
 def test_what_a_sampler_reads_shares_no_buffer_with_an_input(name_, output, input_, artifacts, tmp_path):
     def edit(manifest):
