@@ -101,8 +101,12 @@ class Condition:
         fits = array.ndim == 3 and array.shape[2] == width and 1 <= array.shape[1] <= most
         if not fits or count not in (None, len(array)):
             raise self._misshapen(array, count)
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise VqdeployError("features of a text are malformed", expected="finite floats", found=array.dtype)
+        if array.dtype.kind != "f":
+            raise VqdeployError("features of a text are malformed", expected="floats", found=array.dtype)
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise VqdeployError("features of a text are malformed", expected="finite numbers of fp32", found="others")
         texts = np.zeros((len(array), most, width), np.float32)
         for text, rows in zip(texts, array, strict=True):
             tokens = rows[rows.any(-1)]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from vqdeploy.errors import VqdeployError
 
-_STRONGEST = 1e6  # far below the limits of fp32 and of the confidence of known codes
+_STRONGEST = 1000  # guidance: with it the outputs of a prior still fit fp16
+_HOTTEST = 1e6  # far below the limits of fp32 and of the confidence of known codes
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ SAMPLING_OPTIONS = (
     SamplingOption(
         "guidance_scale",
         float,
-        "Strength of classifier-free guidance; 1 is none.",
+        "Strength of classifier-free guidance; 1 is none (the public cfg of VAR + 1).",
         high=_STRONGEST,
         aliases=("--cfg-scale",),
     ),
@@ -104,7 +105,7 @@ SAMPLING_OPTIONS = (
         "more_smooth", int, "1 blends code vectors instead of drawing codes, for smoother images (VAR).", high=1
     ),
     SamplingOption(
-        "choice_temperature", float, "Scale of the noise on the confidence of a masked prior.", high=_STRONGEST
+        "choice_temperature", float, "Scale of the noise on the confidence of a masked prior.", high=_HOTTEST
     ),
 )
 

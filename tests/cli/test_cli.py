@@ -279,6 +279,14 @@ def test_a_film_shows_every_step_of_the_first_image(vqdeploy, movq_plan, movq_pi
             np.testing.assert_array_equal(np.asarray(film)[:, -16:], last)
 
 
+def test_a_film_of_blended_vectors_ends_with_the_image(vqdeploy, var_plan, var_pipeline, tmp_path):
+    """They are no codes, which a film shows before."""
+    arguments = ["--label", "dog", "--seed", 2, "--more-smooth", 1, "--film", "scales.png"]
+    assert vqdeploy("run", "--engine", var_plan, *arguments)[0] == 0
+    last = var_pipeline.generate([1], seed=2, more_smooth=1).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "scales.png"))[:, -16:], last)
+
+
 @pytest.mark.parametrize("film", ["a.png", ".", "f.jpg", "film"])
 def test_films_that_cannot_be_are_refused_before_the_work(vqdeploy, movq_plan, film, tmp_path):
     arguments = ["--label", "dog", "--film", film, "-o", "a.png"]

@@ -100,8 +100,10 @@ def test_zeros_on_either_side_of_a_text_are_padding(features_pipeline):
         (TEXTS[0], r"found \[7, 12\]"),
         (TEXTS[:, :, :5], r"found \[3, 7, 5\]"),
         (np.zeros((1, 8, WIDTH)), r"found \[1, 8, 12\]"),
-        (TEXTS.astype(int), "malformed; expected finite floats, found int64"),
-        (TEXTS + np.inf, "malformed; expected finite floats"),
+        (TEXTS.astype(int), "malformed; expected floats, found int64"),
+        (TEXTS + np.inf, "malformed; expected finite numbers of fp32"),
+        (TEXTS.astype(float) * 1e300, "malformed; expected finite numbers of fp32"),
+        (TEXTS.astype(float) * 1e-300, "a text has no tokens"),
         (TEXTS * 0, "a text has no tokens"),
     ],
 )

@@ -629,16 +629,16 @@ def test_one_number_in_a_list(movq_pipeline, name):
     np.testing.assert_array_equal(movq_pipeline.generate([0], **{name: [2.5]}).codes, expected)
 
 
-@pytest.mark.parametrize("scale", [1e5, 1e6])
+@pytest.mark.parametrize("scale", [100, 1000])
 def test_strong_guidance_leaves_no_room_for_the_noise(movq_pipeline, scale):
-    options = WHOLE | {"guidance_scale": scale, "steps": 1}
+    options = WHOLE | {"guidance_scale": scale, "steps": 1, "temperature": 1e-3}
     first, second = (movq_pipeline.generate([0], seed=seed, **options).codes for seed in (0, 1))
     np.testing.assert_array_equal(first, second)
     assert len(np.unique(first)) > 10
 
 
-@pytest.mark.parametrize("scale", [1e7, 1e40, 1e300])
-def test_guidance_beyond_fp32_is_refused(movq_pipeline, scale):
+@pytest.mark.parametrize("scale", [1001, 1e40, 1e300])
+def test_guidance_beyond_fp16_is_refused(movq_pipeline, scale):
     with pytest.raises(VqdeployError, match="guidance_scale is out of range"):
         movq_pipeline.generate([0], guidance_scale=scale)
 

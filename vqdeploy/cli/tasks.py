@@ -92,7 +92,9 @@ def _generate(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     written = _write(output, pipeline, result.images, columns, note)
     if job.film is None:
         return written
-    write_frames(job.film, _frames(pipeline, seen), {**_source(pipeline), "options": result.options})
+    frames = _frames(pipeline, seen)
+    frames[-1] = result.images[0]  # `more_smooth` decodes no codes
+    write_frames(job.film, frames, {**_source(pipeline), "options": result.options})
     return {**written, "film": str(job.film)}
 
 
@@ -148,7 +150,7 @@ def _conditions(pipeline: Pipeline, job: Job, count: int = 1) -> np.ndarray | No
         expected = f"{_option(pipeline)} FILE"
         raise VqdeployError("this prior takes texts and no labels", expected=expected, found="--label")
     if job.texts and not of_texts:
-        raise VqdeployError("this prior takes labels and no texts", expected="--label NAME", found="--text-ids")
+        raise VqdeployError("this prior takes labels and no texts", expected="--label NAME", found="texts")
     if job.texts:
         conditions = pipeline.condition.check(_read_texts(job.texts, pipeline.condition.argument))
     elif job.labels:
