@@ -102,12 +102,13 @@ class Step(nn.Module):
             self.shared = prior.shared_ada_lin(labels).detach()
             modulations = [block.ada_gss[0] for block in prior.blocks]
         self.maps = Maps(prior.quantizer)
-        self.word_embed = at_least(16, Projection(prior.word_embed))  # few weights, whose rounding reaches all layers
+        # The two products that cost divergence most and time least stay as they are in int8.
+        self.word_embed = at_least(16, Projection(prior.word_embed))
         self.blocks = Modules(
             InferenceBlock(block, _from_one(modulation, 2, 3).flatten(1).squeeze(0))
             for block, modulation in zip(prior.blocks, modulations, strict=True)
         )
-        self.head = at_least(8, Projection(prior.head))
+        self.head = at_least(16, Projection(prior.head))
         self.first = len(prior.pos_start[0])
         places = prior.places.detach().clone()
         places[: self.first] += prior.pos_start[0].detach()
@@ -141,7 +142,8 @@ class Step(nn.Module):
             values.append(value)
         scale, shift = F.embedding(label, self.last)[:, :, None].chunk(2, -1)
         hidden = normalized(x) * scale + shift
-        logits = widened(self.head((guidance.to(hidden.dtype)[:, :, None, None] * hidden).sum(1)))
+        guided = (guidance[:, :, None, None] * widened(hidden)).sum(1)
+        logits = widened(self.head(guided))
         drawn = torch.ops.vqdeploy.sample(
             logits.flatten(0, 1), noise.flatten(0, 1), *(_each(o, length) for o in (temperature, top_k, top_p))
         )
