@@ -84,7 +84,7 @@ VAR_COUNTS = {
 
 
 def test_every_published_preset_is_counted():
-    assert set(PRESETS["llamagen"]) == {*LLAMAGEN_COUNTS, "tiny", "bench"}
+    assert set(PRESETS["llamagen"]) == {*LLAMAGEN_COUNTS, "tiny", "emoji", "bench"}
     assert set(PRESETS["var"]) == {*VAR_COUNTS, "tiny", "emoji", "bench"}
     assert set(PRESETS["vqvae2"]) == {*VQVAE2_COUNTS, "tiny", "bench"}
     assert set(PRESETS["vitvqgan"]) == {*VITVQGAN_COUNTS, "tiny", "bench"}

@@ -10,7 +10,7 @@ from torch import nn
 from vqdeploy.models.conv import ConvConfig
 from vqdeploy.models.llamagen import LlamaGen, LlamaGenConfig
 from vqdeploy.models.movq import MoVQ, MoVQConfig
-from vqdeploy.systems import tiny
+from vqdeploy.systems import emoji, tiny
 from vqdeploy.systems.losses import next_code_loss
 from vqdeploy.systems.system import Definition, GuidedSampling, SystemConfig
 
@@ -26,6 +26,7 @@ class LlamaGenSampling(GuidedSampling):
 
 
 _preset = partial(SystemConfig, "llamagen")
+_small_tokenizer = partial(MoVQConfig, code_dim=8, groups=1, modulation=False, metric="cosine")
 
 
 def published_tokenizer(resolution: int, multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)) -> MoVQConfig:
@@ -48,10 +49,17 @@ _XL, _XXL, _3B = (1280, 36, 20, 3584), (1536, 48, 24, 4096), (3200, 24, 32, 8704
 _PRESETS = [
     _preset(
         "tiny",
-        MoVQConfig(tiny.CONV, codebook_size=256, code_dim=8, groups=1, modulation=False, metric="cosine"),
+        _small_tokenizer(tiny.CONV, codebook_size=256),
         LlamaGenConfig((8, 8, 1), 256, width=128, layers=6, heads=4, mlp_width=384, classes=10),
         tiny.LABELS,
         LlamaGenSampling(guidance_scale=3.0),
+    ),
+    _preset(
+        "emoji",
+        _small_tokenizer(dataclasses.replace(emoji.CONV, channel_multipliers=(1, 2, 4)), codebook_size=512),
+        LlamaGenConfig((16, 16, 1), 512, width=160, layers=4, heads=4, mlp_width=320, classes=10),
+        emoji.LABELS,
+        LlamaGenSampling(top_p=0.95, guidance_scale=2.0),
     ),
     _published("bench", 256, *_B, scale=2.0),
     _published("b-256", 256, *_B, scale=2.0),
@@ -89,5 +97,8 @@ SYSTEM = Definition(
     loss=next_code_loss,
     stages=_stages,
     presets={config.preset: config for config in _PRESETS},
-    recipes={"tiny": dataclasses.replace(tiny.RECIPE, prior_learning_rate=1e-3)},
+    recipes={
+        "tiny": dataclasses.replace(tiny.RECIPE, prior_learning_rate=1e-3),
+        "emoji": dataclasses.replace(emoji.RECIPE, steps=2000, prior_steps=4000, prior_learning_rate=1e-3),
+    },
 )

@@ -20,6 +20,7 @@ _512 = MultiScaleConfig(
 )
 _SAMPLING = NextScaleSampling(top_k=900, top_p=0.96, guidance_scale=2.5)  # of the public figures
 _EMOJI_SIDES = (1, 2, 3, 4, 6, 8)
+_EMOJI_CONV = dataclasses.replace(emoji.CONV, channel_multipliers=(1, 2, 3, 3))
 _TINY_CONV = dataclasses.replace(tiny.CONV, channel_multipliers=(1, 1, 1, 2))
 
 
@@ -44,8 +45,8 @@ _PRESETS = [
     SystemConfig(
         "var",
         "emoji",
-        MultiScaleConfig(emoji.CONV, _EMOJI_SIDES, codebook_size=512),
-        dataclasses.replace(_TINY_PRIOR, sides=_EMOJI_SIDES, codebook_size=512, width=160, layers=5),
+        MultiScaleConfig(_EMOJI_CONV, _EMOJI_SIDES, codebook_size=512),
+        dataclasses.replace(_TINY_PRIOR, sides=_EMOJI_SIDES, codebook_size=512, layers=5, shared_modulation=True),
         emoji.LABELS,
         NextScaleSampling(top_p=0.95, guidance_scale=2.0),
     ),
@@ -85,6 +86,6 @@ SYSTEM = Definition(
     presets={config.preset: config for config in _PRESETS},
     recipes={
         "tiny": dataclasses.replace(tiny.RECIPE, steps=600, prior_steps=800, prior_learning_rate=1e-3),
-        "emoji": emoji.RECIPE,
+        "emoji": dataclasses.replace(emoji.RECIPE, steps=2000, prior_steps=6000, prior_learning_rate=1e-3),
     },
 )
