@@ -39,7 +39,7 @@ def as_array(name: str, value: object) -> np.ndarray:
     """
     try:
         return np.asarray(value)
-    except ValueError as error:
+    except Exception as error:  # an object may raise anything when it is asked for an array
         found = one_line(value, 80)
         raise VqdeployError(f"{name} cannot be an array", expected="rows of one length", found=found) from error
 
@@ -56,7 +56,7 @@ def as_numbers(name: str, value: object, whole: bool = False) -> np.ndarray:
         array = np.asarray(value, object)
         if all(is_whole(item) if whole else _is_number(item) for item in array.flat):
             return array.astype(np.int64 if whole else float)
-    except (OverflowError, ValueError):
+    except Exception:  # noqa: S110 (likewise; the error follows)
         pass
     expected = "integers" if whole else "a number"
     raise VqdeployError(f"{name} is malformed", expected=expected, found=one_line(value, 80))

@@ -27,7 +27,7 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
 
     The subfolders are the classes; an image belongs to its class at any depth. Images in the folder itself have no
     class and come under the name "". Hidden files (names that begin with a dot) and files without an image extension
-    are skipped. Links are followed.
+    are skipped. Links are followed; within a class, each folder is walked once.
 
     Raises:
         VqdeployError: There are no images, images lie beside folders of images, or a folder cannot be read.
@@ -36,7 +36,7 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
     loose, others = _images(files)
     classes = {}
     for path in folders:
-        found, rest = _images(_below(path, (_identity(folder), _identity(path))))
+        found, rest = _images(_below(path, {_identity(folder), _identity(path)}))
         classes[path.name] = found
         others += rest
     if others:
@@ -85,17 +85,20 @@ def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _JUNK)
         return [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
-    except OSError as error:
-        raise VqdeployError(f"{folder} cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise VqdeployError(f"{folder} cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _below(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """All files below a folder. A link to one of the folders `above`, an endless loop, is skipped."""
-    files, folders = _listed(folder)
-    yield from files
-    for path in folders:
-        if (identity := _identity(path)) not in above:
-            yield from _below(path, (*above, identity))
+def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """All files below a folder. Links to folders in `seen`, to which those below are added, are skipped."""
+    left = [folder]
+    while left:
+        files, folders = _listed(left.pop())
+        yield from files
+        for path in reversed(folders):
+            if (identity := _identity(path)) not in seen:
+                seen.add(identity)
+                left.append(path)
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -23,7 +23,7 @@ MOST_PIXELS = 2**27
 """Most pixels of an input image: a small file may declare a size beyond the memory."""
 
 _FORMATS = (
-    "PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "DDS", "ICO", "PCX", "SGI",
+    "PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "DDS", "PCX", "SGI",
 )  # fmt: skip
 """Supported formats. Pillow has more, but runs an external program for EPS and cannot decode others, such as HDF5."""
 
@@ -105,7 +105,7 @@ def decode(file: Path | BinaryIO, name: object, most: int | None = None) -> Imag
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            warnings.simplefilter("ignore")  # of sizes, for which our limit is lower, and of what decoders mend
             with Image.open(file, formats=_formats()) as image:
                 _check_size(image, most or MOST_PIXELS)
                 bits, upright = _bits(image), ImageOps.exif_transpose(image)

@@ -115,7 +115,7 @@ def load(
     name = bundle.manifest.backend
     if name is None:
         raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
-    if device not in ("auto", "cpu", "cuda"):
+    if not isinstance(device, str) or device not in ("auto", "cpu", "cuda"):
         raise VqdeployError(f"device {device!r} is not supported", expected="auto, cpu or cuda", found=device)
     check_whole(most=MOST_THREADS, threads=threads)
     if name not in BACKENDS:
@@ -367,6 +367,7 @@ class Pipeline:
 
         These parts are greyed out or, where codes are summed over several maps, the maps are left out.
         """
+        codes = self._check_codes(codes, lowest=-self.codebook_size)
         if self.tokenizer.omits_depths and len(self.layout.maps) > 1:
             return self._decoded("decode", codes=codes)
         pixels = self.decode(np.where(codes < 0, -1 - codes, codes))
@@ -484,7 +485,7 @@ class Pipeline:
         Raises:
             VqdeployError: An argument is out of range or missing.
         """
-        check_whole(1, completions=completions)
+        check_whole(1, _MOST_IMAGES, completions=completions)
         check_whole(seed=seed, first_image=first_image)
         images = as_array("images", images)
         codes = self.encode(images)
@@ -518,7 +519,7 @@ class Pipeline:
         Raises:
             VqdeployError: The system's codes have one level, or an argument is out of range.
         """
-        check_whole(1, completions=completions)
+        check_whole(1, _MOST_IMAGES, completions=completions)
         codes = self.encode(images)
         maps = self.maps(codes)
         if len(maps) == 1:

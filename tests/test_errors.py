@@ -86,3 +86,13 @@ def test_an_error_of_another_process_reads_the_same(kind, fix):
     error = kind("it is wrong", expected=1, found=2, fix=fix)
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 (of our own)
     assert (type(copy), str(copy)) == (kind, str(error))
+
+
+def test_lists_that_share_their_parts_have_a_short_text():
+    """In full it would have 2^60 characters."""
+    nested = ["x"]
+    for _ in range(60):
+        nested = [nested, nested]
+    assert len(shown(nested)) <= 120
+    assert "([[[...]" in str(VqdeployError("it is odd", found={"a": (nested,)}))
+    assert shown([1, (2, "x")]) == "[1, (2, 'x')]"

@@ -7,6 +7,7 @@ escaped and shortened here.
 
 import copyreg
 import logging
+from reprlib import Repr
 
 LONGEST = 480
 """Most characters of an error message."""
@@ -35,6 +36,11 @@ _EXTRAS = {
     "tritonclient": "triton-server",
     "uvicorn": "serve",
 }
+
+_NESTED = Repr()
+_NESTED.maxlevel = 4
+_NESTED.maxtuple = _NESTED.maxlist = _NESTED.maxdict = _NESTED.maxset = _NESTED.maxfrozenset = 24
+_NESTED.maxstring = _NESTED.maxother = _NESTED.maxlong = 240
 
 
 class VqdeployError(Exception):
@@ -104,7 +110,8 @@ def escaped(text: str) -> str:
 
 def _text(value: object) -> str:
     try:
-        return str(value)
+        # A few hundred bytes of YAML or of a pickle may nest lists that share their parts, with text without end.
+        return _NESTED.repr(value) if type(value) in (dict, frozenset, list, set, tuple) else str(value)
     except Exception:  # str() of any object may fail, also of an int of more than 4300 digits
         return f"<{type(value).__name__}>"
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from vqdeploy.config import Config
 from vqdeploy.errors import ArtifactError, VqdeployError, one_line
-from vqdeploy.files import parse_json, read_json, replacing_file, to_json, write_json
+from vqdeploy.files import check_regular, parse_json, read_json, replacing_file, to_json, write_json
 
 SUFFIX, SUMMARY, ERRORS = ".parquet", "_summary.json", "_errors.jsonl"  # readers of Parquet skip names with _
 FILES = (f"*{SUFFIX}", SUMMARY, ERRORS)
@@ -25,6 +25,7 @@ FILES = (f"*{SUFFIX}", SUMMARY, ERRORS)
 
 _KEY = b"vqdeploy"
 _MOST_CLASSES = 2**20  # of labels without names
+_MOST_CODES = 2**24  # of an image
 _DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
@@ -114,12 +115,28 @@ def read_info(path: Path) -> tuple[ShardInfo, int]:
     Raises:
         ArtifactError: It is not a shard of codes.
     """
+    check_regular(path)
     try:
         metadata = pq.read_metadata(path)
         info = ShardInfo.from_dict(parse_json((metadata.metadata or {})[_KEY]))
+        _check(info)
         return info, int(metadata.num_rows)
     except (*_DAMAGE, ArtifactError) as error:
         raise ArtifactError(f"{path} is not a shard of codes ({one_line(error, 200)})") from error
+
+
+def _check(info: ShardInfo) -> None:
+    origin, classes = info.origin, info.classes
+    sizes = [size for each in (origin.image, *origin.maps) for size in each]
+    shaped = bool(origin.maps) and {len(each) for each in (origin.image, *origin.maps)} == {3} and min(sizes) > 0
+    if not shaped or origin.length > _MOST_CODES or not 0 < origin.codebook_size <= 2**31:
+        raise ValueError("its images or code maps have no such size")
+    if len(set(classes)) < len(classes) or not _are_valid(classes):
+        raise ValueError("its classes have no valid names")
+
+
+def _are_valid(classes: tuple[str, ...]) -> bool:
+    return all(name and name.isprintable() for name in classes)
 
 
 def names(folder: Path) -> list[str]:
@@ -213,6 +230,10 @@ def _labels(folder: Path, table: pa.Table, classes: tuple[str, ...]) -> tuple[tu
         raise VqdeployError(f"{column.null_count} of {len(table)} images in {folder} have no class")
     if named:
         classes = tuple(sorted(pc.unique(column).to_pylist()))
+        if not _are_valid(classes):
+            raise ArtifactError(
+                f"the classes in {folder} have no valid names", expected="characters that can be printed"
+            )
         column = pc.index_in(column, value_set=pa.array(classes))
     labels = column.to_numpy().astype(np.int64)
     classes = classes or tuple(str(label) for label in range(min(int(labels.max()), _MOST_CLASSES) + 1))

@@ -228,3 +228,13 @@ def test_wrong_usage_by_a_bug_is_a_traceback_that_acts_on_no_terminal(vqdeploy, 
     assert (code, out) == (1, "")
     assert "KeyError" in err
     assert "\x1b" not in err
+
+
+def test_a_closed_stderr(command, plan, tmp_path):
+    """Its descriptor is not given to a file that is written."""
+    line = f'"{command.script}" inspect "{plan}" 2>&-; "{command.script}" run --engine none 2>&-'
+    ended = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, check=False, timeout=600)  # noqa: S603
+    assert ended.returncode == 2
+    assert "rqvae" in ended.stdout
+    assert "Traceback" not in ended.stdout
+    assert "error" not in ended.stdout

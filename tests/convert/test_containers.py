@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import pickle
+import zipfile
 
 import msgpack
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -309,3 +312,69 @@ def test_the_configuration_beside_the_weights(weights, tmp_path):
     assert containers.read(tmp_path).config == {"a": 1}
     (tmp_path / "other.yaml").write_text("a: 2")
     assert containers.read(tmp_path, config=tmp_path / "other.yaml").config == {"a": 2}
+
+
+@pytest.mark.parametrize("text", ['a: !!int ""', 'a: !!bool "x"', 'a: !!timestamp "x"', "a: 1" + ":1" * 100_000 + ".0"])
+def test_scalars_that_are_none(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ArtifactError, match="is not a configuration"):
+        read_config(tmp_path / "c.yaml")
+
+
+def test_an_index_that_names_itself(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    with pytest.raises(ArtifactError, match="names an index among its shards"):
+        read(tmp_path)
+
+
+def _shared():
+    nested = ("x",)
+    for _ in range(60):
+        nested = nested, nested
+    return nested
+
+
+class _Made:
+    """A pickle of what a function would make of arguments."""
+
+    def __init__(self, function, *arguments):
+        self._made = function, arguments
+
+    def __reduce__(self):
+        return self._made
+
+
+@pytest.mark.parametrize("argument", [_shared(), "longdouble"])
+def test_types_that_are_none(tmp_path, argument):
+    file = tmp_path / "x.pkl"
+    file.write_bytes(pickle.dumps({"a": _Made(np.dtype, argument)}, protocol=2))
+    with pytest.raises(ArtifactError, match="the pickle is malformed"):
+        read(file)
+
+
+@pytest.mark.parametrize("damage", ["encrypted", "deflated", "order", "pickle"])
+def test_archives_that_cannot_be_unpacked(weights, tmp_path, damage, monkeypatch):
+    torch.save(weights, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    (folder,) = {name.partition("/")[0] for name in members}
+    if damage == "order":
+        members[f"{folder}/byteorder"] = bytes(2**27)
+    if damage == "pickle":
+        monkeypatch.setattr(containers, "_LARGEST_PICKLE", 10)
+    with zipfile.ZipFile(tmp_path / "bad.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    data = bytearray((tmp_path / "bad.pt").read_bytes())
+    at = data.index(b"PK\1\2")
+    if damage == "encrypted":
+        data[6] |= 1
+        data[at + 8] |= 1
+    if damage == "deflated":
+        start = 30 + data[26] + data[28]
+        data[start : start + 8] = b"\xff" * 8
+    (tmp_path / "bad.pt").write_bytes(data)
+    message = {"order": "big-endian", "pickle": "its pickle, without the weights, is too large"}
+    with pytest.raises(ArtifactError, match=message.get(damage, "is damaged")):
+        read(tmp_path / "bad.pt")

@@ -507,3 +507,37 @@ def test_the_session_of_an_unknown_stage(pipeline):
 def test_a_number_of_masks_is_a_number(pipeline, count):
     with pytest.raises(VqdeployError, match="count is out of range"):
         pipeline.unknown(count, mask=np.zeros(pipeline.image_shape[:2]))
+
+
+class _Failing:
+    def __init__(self, error):
+        self._error = error
+
+    def __array__(self, *_: object, **__: object):
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), TypeError("x"), MemoryError()])
+def test_objects_that_are_no_arrays(pipeline, error):
+    odd = _Failing(error)
+    for call in (pipeline.generate, pipeline.encode, pipeline.decode, pipeline.preview):
+        with pytest.raises(VqdeployError):
+            call(odd)
+    with pytest.raises(VqdeployError, match="temperature is malformed"):
+        pipeline.generate([0], temperature=odd)
+
+
+@pytest.mark.parametrize("codes", [[[1]], None, "x", np.zeros((1, 4, 4, 4), "M8[s]"), np.full((1, 4, 4, 4), 64)])
+def test_previews_of_what_are_no_codes(pipeline, codes):
+    with pytest.raises(VqdeployError, match="codes"):
+        pipeline.preview(codes)
+
+
+def test_more_completions_than_anybody_wants(pipeline):
+    with pytest.raises(VqdeployError, match="completions is out of range"):
+        pipeline.inpaint(np.zeros((1, 16, 16, 3), np.uint8), [0], mask_ratio=0.5, completions=2**40)
+
+
+def test_a_device_that_is_no_name(plan):
+    with pytest.raises(VqdeployError, match="is not supported"):
+        load(plan, device=np.zeros(2))

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 
@@ -12,6 +13,8 @@ import httpx
 import numpy as np
 import pytest
 from support.serving import application, listening, pixels, png, until
+
+from vqdeploy.serve import server
 
 GENERATE = "/v1/images/generations"
 
@@ -82,6 +85,8 @@ def test_an_interrupt_ends_it(serve, plan):
         (["{plan}", "--host", "256.0.0.1"], "cannot listen at 256.0.0.1:0"),
         (["nothing.plan"], "nothing.plan"),
         (["{plan}", "--slots", "0"], "--slots"),
+        (["{plan}", "--max-wait", "inf"], "--max-wait"),
+        (["{plan}", "--host", "a..b"], "cannot listen at a..b"),
     ],
 )
 def test_what_cannot_be_served(command, plan, arguments, told):
@@ -157,3 +162,15 @@ def test_openai_raises_its_errors(client):
         client.images.generate(model="cow", prompt="cat")
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+
+
+def test_a_connection_that_asks_nothing_is_closed(monkeypatch, artifacts):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
+    with application({"rqvae": artifacts.plan("rqvae")}) as app, listening(app, http=server._Protocol) as address:
+        host, _, port = address.removeprefix("http://").partition(":")
+        for start in (b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea"):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                connection.sendall(start)
+                received = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert received.startswith(b"HTTP/1.1 200") == (b"Host" in start)
+        assert httpx.get(f"{address}/health").status_code == 200

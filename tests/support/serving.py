@@ -33,9 +33,9 @@ def application(plans: dict[str, object], **limits: object) -> Iterator[object]:
 
 
 @contextlib.contextmanager
-def listening(app: object) -> Iterator[str]:
+def listening(app: object, **options: object) -> Iterator[str]:
     """Its address, while it listens on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from support.data import CLASSES, datasets_table, png, rows, write_tar
 
 from vqdeploy import shards
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import read_json
+from vqdeploy.files import read_json, to_json
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.images import read, read_bytes
 from vqdeploy.tokenize import tokenize
@@ -156,7 +157,25 @@ def test_links_in_tars_lead_nowhere(plan, tmp_path, inline):
     assert list(rows(tmp_path / "out")) == ["x.tar/0"]
 
 
-@pytest.mark.parametrize("damage", ["cut between members", "cut", "a bad header", "noise", "cut gzip", "empty"])
+def _header(kind, size):
+    info = tarfile.TarInfo("0.png")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut between members",
+        "cut",
+        "a bad header",
+        "noise",
+        "cut gzip",
+        "empty",
+        "a size beyond the end",
+        "a long name",
+    ],
+)
 def test_a_damaged_tar_stops_no_other_and_is_done_when_it_is_mended(plan, tmp_path, inline, damage):
     good = write_tar(tmp_path / "in" / "b.tar", [(f"{i}.png", png(i)) for i in range(9)])
     write_tar(tmp_path / "in" / "a.tar", [("0.png", png(0))])
@@ -170,6 +189,8 @@ def test_a_damaged_tar_stops_no_other_and_is_done_when_it_is_mended(plan, tmp_pa
             "noise": np.random.default_rng(0).bytes(4000),
             "cut gzip": gzip.compress(content)[:-3000],
             "empty": b"",
+            "a size beyond the end": _header(tarfile.REGTYPE, 2**60),
+            "a long name": gzip.compress(_header(tarfile.GNUTYPE_LONGNAME, 2**24) + b"x" * 2**24),
         }[damage]
     )
     with pytest.raises(ArtifactError, match=r"b\.tar is damaged \(.*\)\. Fix: mend or remove it, and run this again"):
@@ -448,3 +469,42 @@ def test_tokenizing_needs_no_torch_and_no_onnx(plan, many, tmp_path):
     line = [sys.executable, tmp_path / "script.py", plan, many]
     ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
     assert (ended.returncode, ended.stdout) == (0, "60\n"), ended.stderr
+
+
+def test_ranges_are_multiplied_before_they_are_listed(plan, tmp_path, inline):
+    for data in ("x-{0..999999}-{0..999999}.tar", "x-{2..1}.tar"):
+        with pytest.raises(VqdeployError, match="the range of files is empty or too large"):
+            tokenize(plan, data, tmp_path / "out")
+    for name in ("a08-1", "a08-2", "a09-1", "a09-2"):
+        write_tar(tmp_path / f"{name}.tar", [("0.png", png(0))])
+    assert tokenize(plan, f"{tmp_path}/a{{08..09}}-{{1..2}}.tar", tmp_path / "out").images == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"maps": ((2**20, 2**20, 4),)}, "no such size"),
+        ({"maps": ((-1, 2, 1),)}, "no such size"),
+        ({"maps": ()}, "no such size"),
+        ({"codebook_size": 0}, "no such size"),
+        ({"classes": ("a", "a")}, "no valid names"),
+        ({"classes": ("\x1b[31ma",)}, "no valid names"),
+    ],
+)
+def test_shards_that_say_what_cannot_be(tmp_path, changes, message):
+    origin = shards.Origin("", None, "", (4, 4, 3), ((1, 2, 1),), 16)
+    file = tmp_path / "0.parquet"
+    shards.write(file, shards.ShardInfo(origin, ""), shards.Rows(["a"], [0], ["a"], [np.array([0, 1])]))
+    table = pq.read_table(file)
+    classes = changes.pop("classes", ())
+    info = shards.ShardInfo(replace(origin, **changes), "", classes)
+    (key,) = (key for key in table.schema.metadata if b"vqdeploy" in key)
+    pq.write_table(table.replace_schema_metadata({key: to_json(info.to_dict())}), file)
+    with pytest.raises(ArtifactError, match=message):
+        shards.read_info(file)
+
+
+def test_a_pipe_among_shards_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "0.parquet")
+    with pytest.raises(VqdeployError, match="is not a regular file"):
+        shards.read_info(tmp_path / "0.parquet")

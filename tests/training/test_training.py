@@ -233,6 +233,27 @@ def test_a_damaged_state_is_named(tmp_path, folder, monkeypatch, name, content):
         train(**options, resume=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batches": -5},
+        {"batches": 10**12},
+        {"state_dict": {}},
+        {"loops": {}},
+        {"optimizer_states": []},
+    ],
+)
+def test_a_state_that_is_none_is_named(tmp_path, folder, monkeypatch, change):
+    options = {"data": str(folder), "output": tmp_path / "out"} | SHORT
+    _Cut(monkeypatch, TokenizerTraining, 1, "interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        train(**options)
+    state = tmp_path / "out.training" / "tokenizer.ckpt"
+    torch.save(torch.load(state, weights_only=True) | change, state)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.ckpt is damaged\. Fix: remove it"):
+        train(**options, resume=True)
+
+
 def test_the_learning_rate_climbs_and_falls_to_zero():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
     schedule_, rates = schedule(optimizer, 100, warm_up=0.1), []

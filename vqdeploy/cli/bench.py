@@ -19,7 +19,7 @@ def bench(
         list[str] | None, typer.Option(help="generate, encode or decode; repeatable; all by default.")
     ] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Images a call; repeatable; 1 by default.")
+        list[int] | None, typer.Option(min=1, max=1 << 16, help="Images a call; repeatable; 1 by default.")
     ] = None,
     warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Untimed calls.")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,

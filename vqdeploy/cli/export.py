@@ -15,7 +15,9 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
+    if len(parts) > 2 or not all(
+        part.isascii() and part.isdecimal() and len(part) < 6 and 0 < int(part) < 1 << 16 for part in parts
+    ):
         raise VqdeployError("--image-size is malformed", expected="512 or 384x640", found=text)
     return int(parts[0]), int(parts[-1])
 

@@ -92,7 +92,13 @@ class LineFormatter(logging.Formatter):
 
 
 def prepare_streams() -> None:
-    """Makes the standard streams escape characters that their encoding lacks, instead of raising."""
+    """Makes the standard streams escape characters that their encoding lacks, instead of raising.
+
+    Closed ones become the null device, in their order, so that no file that is opened later takes their descriptors.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

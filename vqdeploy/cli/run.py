@@ -7,6 +7,7 @@ import typer
 
 from vqdeploy.cli.options import Device, Engine, Json, Seed, Threads, with_sampling_options
 from vqdeploy.cli.output import finish
+from vqdeploy.errors import LONGEST, shown
 
 
 @with_sampling_options
@@ -98,4 +99,4 @@ def run(
         options={"seed": seed, **sampling},
     )
     result = run_job(job)
-    finish(result, as_json, f"{result['output']}  {task} in {result['seconds']:.2f} s")
+    finish(result, as_json, f"{shown(result['output'], LONGEST)}  {task} in {result['seconds']:.2f} s")

@@ -15,9 +15,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Images of a plan that are drawn at once.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests of a plan that may wait for a slot.")] = 64,
-    max_wait: Annotated[float, typer.Option(min=0.1, help="Seconds from a request to its reply.")] = 300,
+    max_wait: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds from a request to its reply.")] = 300,
     max_images: Annotated[int, typer.Option(min=1, max=4096, help="Images of one request.")] = 16,
-    max_body: Annotated[int, typer.Option(min=1, help="Megabytes of one request.")] = 16,
+    max_body: Annotated[int, typer.Option(min=1, max=100_000, help="Megabytes of one request.")] = 16,
     api_key: Annotated[
         str | None,
         typer.Option(

@@ -59,10 +59,7 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
     if size != codes:
         raise ArtifactError(f"the prior in {source.path} is for another tokenizer", expected=codes, found=size)
     if tokenizer.config.metric != "cosine":
-        found = "vectors of any length"
-        raise ArtifactError(
-            f"the prior in {source.path} is for another tokenizer", expected="VQ-16 or VQ-8", found=found
-        )
+        raise ArtifactError(f"the prior in {source.path} is for another tokenizer", expected="one of LlamaGen's")
     declared = section(source.config, "block_size") | section(source.config, "n_head")
     heads = whole(declared, "n_head")
     heads = need(_HEADS.get(width) if heads is None else heads, "n_head", source, "--prior-config")

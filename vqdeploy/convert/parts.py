@@ -143,7 +143,8 @@ def number(values: Mapping[str, Any], key: str, expected: str = "a number") -> f
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or (expected == _WHOLE and found % 1):
-        raise ArtifactError(f"{key} of the configuration is malformed", expected=expected, found=repr(value))
+        shown = repr(value) if isinstance(value, str) else value
+        raise ArtifactError(f"{key} of the configuration is malformed", expected=expected, found=shown)
     return found
 
 

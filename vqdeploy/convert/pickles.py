@@ -51,8 +51,10 @@ class _Dtype:
     """A numpy dtype before its byte order is set."""
 
     def __init__(self, name: Any, *_: Any):
-        self.value = np.dtype(str(name))
-        if self.value.kind not in "fiub":
+        if not isinstance(name, str):
+            raise TypeError("the name of a dtype is no string")
+        self.value = np.dtype(name)
+        if self.value.kind not in "fiub" or self.value.itemsize > 8:
             raise ValueError(f"{name} is not a numeric dtype")
 
 
@@ -324,7 +326,7 @@ def _fill(target: dict[Any, Any], keys: Iterable[Any], values: Iterable[Any]) ->
 def _storage_dtype(storage_type: Any) -> torch.dtype:
     name = storage_type.name.removeprefix("torch.").removeprefix("cuda.") if isinstance(storage_type, Global) else ""
     if name not in _STORAGES:
-        raise ValueError(f"{name or storage_type!r} is an unknown storage type")
+        raise ValueError(f"{name or type(storage_type).__name__} is an unknown storage type")
     return _STORAGES[name]
 
 
@@ -345,7 +347,7 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 
 def _subclass(rebuild: Any, _kind: Any, arguments: Any, _state: Any) -> Tensor:
     if rebuild not in (Global("torch._utils._rebuild_tensor_v2"), Global("torch._utils._rebuild_parameter")):
-        raise ValueError(f"a tensor is made by {rebuild!r}")
+        raise ValueError(f"a tensor is made by {rebuild.name if isinstance(rebuild, Global) else 'no function'}")
     made = _MAKERS[rebuild.name](*arguments)
     if not isinstance(made, Tensor):
         raise TypeError("it makes no tensor")

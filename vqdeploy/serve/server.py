@@ -1,5 +1,6 @@
 """Runs the application of plans until a signal ends it."""
 
+import asyncio
 import contextlib
 import math
 import signal
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.serve.app import create_app
@@ -16,6 +18,8 @@ from vqdeploy.serve.plans import ServedPlan
 from vqdeploy.serve.settings import Settings
 
 _CONNECTIONS = 1000  # at a time; each may hold a request of the largest size
+HEADER_SECONDS = 20.0
+"""Time for the headers of a request."""
 
 
 def run(
@@ -57,6 +61,8 @@ def run(
                 log_config=None,  # the handler of the command line escapes what it writes
                 log_level="warning",
                 lifespan="off",
+                http=_Protocol,
+                ws="none",
                 limit_concurrency=_CONNECTIONS,
                 timeout_graceful_shutdown=math.ceil(settings.max_wait),
                 server_header=False,
@@ -66,6 +72,26 @@ def run(
         # uvicorn raises the signal again at the end, which must not fail.
         signal.signal(signal.SIGTERM, server.handle_exit)
         server.run([listening])
+
+
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Closes a connection that sends no whole headers in time; else a few of them could hold all connections."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_headers()
+
+    def _expect_headers(self) -> None:
+        """The timer of the next request."""
+        self.loop.call_later(HEADER_SECONDS, self._close_if_idle, self.cycle)
+
+    def _close_if_idle(self, last: object) -> None:
+        if self.cycle is last:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -85,5 +111,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address, family=family, backlog=2048)
-    except OSError as error:
-        raise VqdeployError(f"cannot listen at {host}:{port} ({error.strerror or error})", fix="--port 0") from error
+    except (OSError, UnicodeError) as error:  # a name that is none
+        reason = getattr(error, "strerror", None) or error
+        raise VqdeployError(f"cannot listen at {host}:{port} ({reason})", fix="--port 0") from error

@@ -1,13 +1,15 @@
 """Data sets of images, in parts that each become one shard: image folders, WebDataset tars and Parquet files."""
 
 import hashlib
+import io
+import math
 import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -18,11 +20,15 @@ from vqdeploy.runtime.images import suffixes
 
 TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _EXPECTED = "an image folder, tars or Parquet files"
 _MOST_FILES = 1_000_000  # of a range in braces
 _MOST_BYTES = 2**28  # of an image file
 _LARGEST_LABEL = 2**31 - 1
+_METADATA = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
+_MOST_METADATA = 2**20  # bytes of one
 
 
 class DamagedDataError(ArtifactError):
@@ -102,15 +108,17 @@ def find(data: str, images: int) -> list[Part]:
 
 
 def _expanded(data: str) -> list[Path]:
-    """A file name, or those of a range of numbers in braces; leading zeros are kept, as in a shell."""
-    match = None if Path(data).exists() else _RANGE.search(data)
-    if match is None:
+    """A file name, or those of ranges of numbers in braces; leading zeros are kept, as in a shell."""
+    if Path(data).exists():
         return [Path(data)]
-    first, last = match.groups()
-    if not 0 <= int(last) - int(first) < _MOST_FILES:
-        raise VqdeployError("the range of files is empty or too large", expected="{FIRST..LAST}", found=match[0])
-    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-    return [file for number in numbers for file in _expanded(f"{data[: match.start()]}{number}{data[match.end() :]}")]
+    parts = _RANGE.split(data)  # text, first, last, text, ...
+    *texts, end = parts[::3]
+    ranges = [(first, range(int(first), int(last) + 1)) for first, last in zip(parts[1::3], parts[2::3], strict=True)]
+    if not 0 < math.prod(len(numbers) for _, numbers in ranges) <= _MOST_FILES:
+        raise VqdeployError("the range of files is empty or too large", expected="{FIRST..LAST}", found=data)
+    pairs = zip(texts, ranges, strict=True)
+    written = [[f"{text}{number:0{len(first)}}" for number in numbers] for text, (first, numbers) in pairs]
+    return [Path("".join(names) + end) for names in product(*written)]
 
 
 def _archives(files: list[Path]) -> list[Part]:
@@ -181,15 +189,44 @@ class TarPart:
     def samples(self) -> Iterator[Sample]:
         """The images, read from front to end."""
         try:
-            with tarfile.open(self.path, "r|*", tarinfo=_Header) as archive:
+            with (
+                _Whole(io.FileIO(self.path)) as file,
+                tarfile.open(None, "r|*", file, tarinfo=_Header) as archive,
+            ):
                 for key, members in groupby(_members(archive), lambda member: member.key):
                     yield _sample(escaped(f"{self.path.name}/{key}"), list(members))
         except Exception as error:  # parsers of archives raise anything
             raise DamagedDataError(f"{self.path} is damaged ({error})") from error
 
 
+class _Whole(io.BufferedReader):
+    """A file whose end is an error: `tarfile` skips what a header declares by reading on, if need be for ever."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes.
+
+        Raises:
+            ReadError: There are none.
+        """
+        if not (found := super().read(size)):
+            raise tarfile.ReadError("it is truncated")
+        return found
+
+
 class _Header(tarfile.TarInfo):
     """A header whose damage is an error wherever it is; `tarfile` takes it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """A header of 512 bytes.
+
+        Raises:
+            HeaderError: It is damaged, or announces a name or other metadata of more than a megabyte.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _METADATA and header.size > _MOST_METADATA:
+            raise tarfile.InvalidHeaderError("its metadata are too large")  # type: ignore[attr-defined]
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:

@@ -97,6 +97,8 @@ def open_data(name: str, resolution: int, held_out: Path | None = None, recipe: 
         VqdeployError: There is no such data, its classes are ambiguous, or it needs a package.
         ArtifactError: Images or codes are damaged.
     """
+    if not name:
+        raise VqdeployError("there is no such data", expected="digits, photos or a folder", found="no name")
     try:
         holds_codes = name not in NAMED and any(Path(name).glob("*.parquet"))
         if held_out is not None and (name in NAMED or holds_codes):

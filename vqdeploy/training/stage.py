@@ -107,6 +107,10 @@ def _restore(module: LightningModule, state: Path, steps: int) -> tuple[int, flo
     try:
         saved = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
         done, seconds = int(saved["batches"]), float(saved["seconds"])
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        same = {name: tensor.shape for name, tensor in saved["state_dict"].items()} == shapes
+        if not same or not 0 < done <= steps or not saved["loops"] or not saved["optimizer_states"]:
+            raise ValueError("it is of another module or run")
         if done == steps:
             module.load_state_dict(saved["state_dict"])
     except Exception as error:  # parsers of PyTorch raise anything
