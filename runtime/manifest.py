@@ -215,6 +215,8 @@ class Manifest(Config):
         Raises:
             ArtifactError: There is none.
         """
+        if not isinstance(name, str):
+            raise ArtifactError("a stage is named by text", expected="its name", found=type(name).__name__)
         for stage in self.stages:
             if stage.name == name:
                 return stage

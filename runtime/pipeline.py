@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, shown
 from vqdeploy.runtime import checked, interface, options
 from vqdeploy.runtime.arguments import MOST_THREADS, as_array, as_numbers, check_whole, is_whole
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
@@ -109,14 +109,16 @@ def load(
         VqdeployError: The file does not exist, its library is not installed, or the device is not available.
         ArtifactError: The file is damaged, tampered with or of another version.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise VqdeployError("the plan is not a path", expected="a file name", found=path)
+    try:
+        path = os.fsdecode(path)
+    except Exception as error:  # an object may raise anything when it is asked for its path
+        raise VqdeployError("the plan is not a path", expected="a file name", found=path) from error
     bundle = Bundle(path)
     name = bundle.manifest.backend
     if name is None:
         raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
     if not isinstance(device, str) or device not in ("auto", "cpu", "cuda"):
-        raise VqdeployError(f"device {device!r} is not supported", expected="auto, cpu or cuda", found=device)
+        raise VqdeployError(f"device {shown(device)!r} is not supported", expected="auto, cpu or cuda", found=device)
     check_whole(most=MOST_THREADS, threads=threads)
     if name not in BACKENDS:
         raise ArtifactError(f"{path} is for an unknown backend", found=name, fix="pip install -U vqdeploy")

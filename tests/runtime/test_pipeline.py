@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from itertools import pairwise
 
@@ -538,6 +539,21 @@ def test_more_completions_than_anybody_wants(pipeline):
         pipeline.inpaint(np.zeros((1, 16, 16, 3), np.uint8), [0], mask_ratio=0.5, completions=2**40)
 
 
-def test_a_device_that_is_no_name(plan):
+class _Mute:
+    def __repr__(self):
+        raise RuntimeError
+
+    __fspath__ = __str__ = __repr__
+
+
+def test_names_that_are_none(plan, pipeline):
     with pytest.raises(VqdeployError, match="is not supported"):
         load(plan, device=np.zeros(2))
+    for odd in (_Mute(), 10**5000, np.zeros(1, [("a", int)])[0]):
+        with pytest.raises(VqdeployError, match="a stage is named by text"):
+            pipeline.run(odd)
+        with pytest.raises(VqdeployError, match="is not supported"):
+            load(plan, device=odd)
+        with pytest.raises(VqdeployError, match="the plan is not a path"):
+            load(odd)
+    load(os.fsencode(plan)).close()
