@@ -136,7 +136,7 @@ def _check(info: ShardInfo) -> None:
 
 
 def _are_valid(classes: tuple[str, ...]) -> bool:
-    return all(name and name.isprintable() for name in classes)
+    return all(name.strip() and name.isprintable() for name in classes)
 
 
 def names(folder: Path) -> list[str]:
