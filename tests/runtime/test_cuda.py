@@ -104,7 +104,7 @@ def codes_of(file, device):
     pipeline.generate(labels[:2], seed=5)
     again = pipeline.generate(labels, seed=4)
     side = pipeline.image_shape[0]
-    masks = np.arange(side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * side
+    masks = np.arange(side)[:, None] >= np.array([0.3, 0.8, 0.6])[:, None, None] * side
     rest = pipeline.inpaint(first.images, labels, mask=np.broadcast_to(masks, first.images.shape[:-1]), seed=6)
     return [first.codes, again.codes, rest.codes]
 

@@ -89,7 +89,7 @@ def codes_of(pipeline):
     again = pipeline.generate(labels, seed=4)
     np.testing.assert_array_equal(first.codes, again.codes)
     side = pipeline.image_shape[0]
-    masks = np.arange(side)[:, None] >= np.array([0.3, 0.9, 0.6])[:, None, None] * side
+    masks = np.arange(side)[:, None] >= np.array([0.3, 0.8, 0.6])[:, None, None] * side
     masks = np.broadcast_to(masks, (3, side, side))
     rest = pipeline.inpaint(first.images, labels, mask=masks, seed=6)
     return [first.codes, first.images, rest.codes]

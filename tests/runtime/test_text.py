@@ -223,9 +223,7 @@ def test_files_that_are_no_texts(text_plan, files, name, options, message):
 
 
 def test_texts_for_a_plan_with_labels(plan, files):
-    with pytest.raises(
-        VqdeployError, match="this prior takes labels and no texts; expected --label NAME, found --text"
-    ):
+    with pytest.raises(VqdeployError, match="this prior takes labels and no texts; expected --label NAME, found texts"):
         job(plan, files, "a.npy")
 
 
