@@ -73,14 +73,14 @@ def compare_distributions(
     divergence = (wanted.exp() * (wanted - found)).sum(-1).mean()
     variation = (wanted.exp() - found.exp()).abs().sum(-1).mean() / 2
     count = max(len(differing), 1)
-    # What rounds, differs like chance, and four mean differences are 2 to 3 standard deviations: of a few codes one may.
+    # What rounds differs like chance, and four mean differences are 2 to 3 standard deviations: of a few codes one may.
     share = max(limits.clear, 1 / count) if limits.clear >= _ROUNDED else limits.clear
     values = {
-        "share of clear top-1 codes that differ": (int(differing.sum()) / count, share),
-        "Kullback-Leibler divergence": (divergence, scale**2 * limits.divergence),
-        "total variation distance": (variation, scale * limits.variation),
+        "share of clear top-1 codes that differ": (float(differing.sum()) / count, share),
+        "Kullback-Leibler divergence": (float(divergence), scale**2 * limits.divergence),
+        "total variation distance": (float(variation), scale * limits.variation),
     }
-    return [at_most("step", f"{name}: {metric}", float(value), limit) for metric, (value, limit) in values.items()]
+    return [at_most("step", f"{name}: {metric}", value, limit) for metric, (value, limit) in values.items()]
 
 
 def tolerance_of(checks: list[Check]) -> float:
