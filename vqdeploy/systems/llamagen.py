@@ -26,13 +26,13 @@ class LlamaGenSampling(GuidedSampling):
 
 
 _preset = partial(SystemConfig, "llamagen")
-_small_tokenizer = partial(MoVQConfig, code_dim=8, groups=1, modulation=False, metric="cosine")
+_tokenizer = partial(MoVQConfig, code_dim=8, groups=1, modulation=False, metric="cosine")
 
 
 def published_tokenizer(resolution: int, multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)) -> MoVQConfig:
     """VQ-16 of FoundationVision/LlamaGen, or VQ-8; attention follows the blocks of the last level at every size."""
     conv = ConvConfig(resolution, 128, multipliers, attention_resolutions=(resolution >> len(multipliers) - 1,))
-    return MoVQConfig(conv, 16384, 8, groups=1, modulation=False, metric="cosine")
+    return _tokenizer(conv, 16384)
 
 
 def _published(name: str, side: int, *shape: int, scale: float, top_k: int = 0, text: bool = False) -> SystemConfig:
@@ -49,14 +49,14 @@ _XL, _XXL, _3B = (1280, 36, 20, 3584), (1536, 48, 24, 4096), (3200, 24, 32, 8704
 _PRESETS = [
     _preset(
         "tiny",
-        _small_tokenizer(tiny.CONV, codebook_size=256),
+        _tokenizer(tiny.CONV, codebook_size=256),
         LlamaGenConfig((8, 8, 1), 256, width=128, layers=6, heads=4, mlp_width=384, classes=10),
         tiny.LABELS,
         LlamaGenSampling(guidance_scale=3.0),
     ),
     _preset(
         "emoji",
-        _small_tokenizer(dataclasses.replace(emoji.CONV, channel_multipliers=(1, 2, 4)), codebook_size=512),
+        _tokenizer(dataclasses.replace(emoji.CONV, channel_multipliers=(1, 2, 4)), codebook_size=512),
         LlamaGenConfig((16, 16, 1), 512, width=160, layers=4, heads=4, mlp_width=320, classes=10),
         emoji.LABELS,
         LlamaGenSampling(top_p=0.95, guidance_scale=2.0),
