@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import VqdeployError, can_be_shown
 from vqdeploy.runtime.images import suffixes
 
 log = logging.getLogger("vqdeploy")
@@ -63,7 +63,7 @@ def find_labelled(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]
     classes = find_classes(folder)
     if empty := [name for name, found in classes.items() if not found]:
         raise VqdeployError(f"{folder} holds folders without images: {shortened(empty)}", fix="remove them")
-    if odd := [name for name in classes if name and not (name.isprintable() and name.strip())]:
+    if odd := [name for name in classes if name and not can_be_shown(name)]:
         raise VqdeployError(
             f"{odd[0]!r} in {folder} is not a valid class name", expected="characters that can be printed"
         )

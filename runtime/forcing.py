@@ -13,7 +13,7 @@ _FORCE = 1e9  # noise that dominates all logits
 
 
 def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray) -> np.ndarray:
-    """Logits of each engine call, while noise forces the sampler to draw the given codes.
+    """Logits of each engine call, while noise forces the sampler to draw the given codes, batch by batch.
 
     Args:
         pipeline: A plan whose sampler draws in raster order.
@@ -24,6 +24,12 @@ def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, cond
     Returns:
         Float32 [B, drawn positions, Q, K].
     """
+    most = pipeline.manifest.batch.max
+    parts = [slice(first, first + most) for first in range(0, len(codes), most)]
+    return np.concatenate([_forced_batch(pipeline, codes[part], known[part], conditions[part]) for part in parts])
+
+
+def _forced_batch(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray) -> np.ndarray:
     with pipeline.sampler(len(codes)) as sampler:
         sampler.draw = _drawing(codes)
         options = untouched_options(pipeline)

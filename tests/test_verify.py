@@ -21,9 +21,10 @@ from support.mutations import (
     reseal,
 )
 
+from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.functions import parse
-from vqdeploy.runtime.manifest import FILE
+from vqdeploy.runtime.manifest import FILE, SizeRange
 from vqdeploy.verify import table, verify, verify_package
 from vqdeploy.verify.checks import at_most, tolerance_of
 
@@ -48,6 +49,12 @@ def test_a_good_plan_passes(request, kind, system):
 
 def test_a_good_package_passes(package, system):
     assert failures(verify_package(package, system)) == set()
+
+
+@pytest.mark.parametrize("name", ["rqvae", "vqvae2"])
+def test_a_plan_that_splits_requests_passes(artifacts, name, tmp_path):
+    build(artifacts.package(name), tmp_path / "a.plan", batch=SizeRange(1, 1, 1))
+    assert failures(verify(tmp_path / "a.plan", artifacts.system(name))) == set()
 
 
 def test_a_reference_that_overflows_fails(artifacts, system):

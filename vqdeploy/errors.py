@@ -101,6 +101,11 @@ def show_record(record: logging.LogRecord) -> bool:
     return True
 
 
+def can_be_shown(text: str) -> bool:
+    """Whether a name has something to see, and nothing that breaks a line or moves the cursor."""
+    return text.isprintable() and bool(text.strip())
+
+
 def escaped(text: str) -> str:
     """Escapes control characters, lone surrogates and all other characters that are not printable."""
     if text.isprintable():

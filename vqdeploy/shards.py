@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vqdeploy.config import Config
-from vqdeploy.errors import ArtifactError, VqdeployError, one_line
+from vqdeploy.errors import ArtifactError, VqdeployError, can_be_shown, one_line
 from vqdeploy.files import check_regular, parse_json, read_json, replacing_file, to_json, write_json
 
 SUFFIX, SUMMARY, ERRORS = ".parquet", "_summary.json", "_errors.jsonl"  # readers of Parquet skip names with _
@@ -131,12 +131,8 @@ def _check(info: ShardInfo) -> None:
     shaped = bool(origin.maps) and {len(each) for each in (origin.image, *origin.maps)} == {3} and min(sizes) > 0
     if not shaped or origin.length > _MOST_CODES or not 0 < origin.codebook_size <= 2**31:
         raise ValueError("its images or code maps have no such size")
-    if len(set(classes)) < len(classes) or not _are_valid(classes):
+    if len(set(classes)) < len(classes) or not all(map(can_be_shown, classes)):
         raise ValueError("its classes have no valid names")
-
-
-def _are_valid(classes: tuple[str, ...]) -> bool:
-    return all(name.strip() and name.isprintable() for name in classes)
 
 
 def names(folder: Path) -> list[str]:
@@ -230,7 +226,7 @@ def _labels(folder: Path, table: pa.Table, classes: tuple[str, ...]) -> tuple[tu
         raise VqdeployError(f"{column.null_count} of {len(table)} images in {folder} have no class")
     if named:
         classes = tuple(sorted(pc.unique(column).to_pylist()))
-        if not _are_valid(classes):
+        if not all(map(can_be_shown, classes)):
             raise ArtifactError(
                 f"the classes in {folder} have no valid names", expected="characters that can be printed"
             )

@@ -30,7 +30,7 @@ from vqdeploy.convert import (
 from vqdeploy.convert.containers import Source
 from vqdeploy.convert.conv import refuse_what_has_no_codes
 from vqdeploy.convert.parts import Part
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, can_be_shown
 from vqdeploy.files import check_outside, check_regular, read_json, replacing_folder, write_json
 from vqdeploy.models.maskgit_vqgan import MaskGITVQGANConfig
 from vqdeploy.models.movq import MoVQConfig
@@ -217,7 +217,7 @@ def _labels(file: Path) -> tuple[str, ...]:
     names = [name.strip() for name in names if name.strip() or file.suffix == ".json"]
     if not names:
         raise ArtifactError(f"{file} has no class names", expected="a list of strings")
-    if odd := [name for name in names if not name or not name.isprintable()]:
+    if odd := [name for name in names if not can_be_shown(name)]:
         raise ArtifactError(f"{file} has a name that is not valid", expected="printable characters", found=repr(odd[0]))
     count = Counter(names)  # of the classes of ImageNet, two are called crane, and two maillot
     names = [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(names)]

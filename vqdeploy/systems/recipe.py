@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from vqdeploy.config import Config
 from vqdeploy.errors import VqdeployError
 
+_MOST = 10**9  # steps, or images of a batch
+
 
 @dataclass(frozen=True)
 class Recipe(Config):
@@ -39,8 +41,8 @@ class Recipe(Config):
 
     def __post_init__(self) -> None:
         for name in ("steps", "prior_steps", "classifier_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise VqdeployError(f"{name} is too small", expected="1 or more", found=getattr(self, name))
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise VqdeployError(f"{name} is out of range", expected=f"1..{_MOST}", found=getattr(self, name))
         for name, value in self.to_dict().items():
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise VqdeployError(f"{name} is out of range", expected="a finite number, 0 or more", found=value)

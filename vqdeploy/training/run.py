@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _SAMPLES = 1000  # samples for the reported class accuracy
 _LARGEST_SEED = 2**32 - 1  # that numpy's global generator takes
-_COUNTS, _MOST = ("steps", "prior_steps", "batch_size"), 10**9
 
 
 def train(
@@ -79,9 +78,8 @@ def train(
         ArtifactError: An image or the state is damaged, or the weights are not finite.
         KeyboardInterrupt: The user interrupted it; `resume` continues from there.
     """
-    for name, value, most in (("seed", seed, _LARGEST_SEED), *((each, options.get(each), _MOST) for each in _COUNTS)):
-        if value is not None and not 0 <= value <= most:
-            raise VqdeployError(f"the {name.replace('_', ' ')} is out of range", expected=f"0..{most}", found=value)
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise VqdeployError("seed is out of range", expected=f"0..{_LARGEST_SEED}", found=seed)
     output = named(output)
     inputs = (tokenizer, None if data in NAMED else data, held_out)
     check_outside(output, [Path(path) for path in inputs if path is not None])

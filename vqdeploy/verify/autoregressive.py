@@ -17,6 +17,7 @@ from vqdeploy.verify.checks import (
     at_most,
     compare_distributions,
     compare_logits,
+    drawn_images,
     judge,
     limits,
     tolerance_of,
@@ -38,7 +39,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         forced = forced_logits(pipeline, codes, known.reshape(batch, *config.grid), labels)
         logits = torch.from_numpy(forced)
         checks += compare_logits(name, logits, reference[:, prefix:], limits(pipeline.manifest, "step"))
-    labels = pipeline.condition.examples(IMAGES)
+    labels = pipeline.condition.examples(drawn_images(pipeline))
     drawn = pipeline.generate(labels, seed=SEED).codes
     forced = forced_logits(pipeline, drawn.reshape(len(labels), config.positions, -1), np.full_like(drawn, -1), labels)
     expected = system.prior.logits(torch.from_numpy(drawn), torch.from_numpy(labels)).reshape(forced.shape)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from vqdeploy.models.ops import truncate
 from vqdeploy.precision import PRECISIONS, Limits
+from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.manifest import Manifest
 
 IMAGES = 4
 SEED = 1
-_ROUNDED = 5e-3  # the limit of clear codes in precisions below fp32
+_DRAWN = 1000  # codes to compare distributions at, so that one of them is less than the limits
 _LARGEST = "largest difference of logits"
 _MASS = 1e-5  # rounding of a prefix sum of 16,384 probabilities
 
@@ -23,6 +24,11 @@ def limits(manifest: Manifest, *stages: str) -> Limits:
     """The limits of stages that are judged together: of those in the manifest, the loosest."""
     found = {PRECISIONS[stage.precision].limits for stage in manifest.stages if stage.name in stages}
     return max(found, key=lambda each: each.logits)
+
+
+def drawn_images(pipeline: Pipeline) -> int:
+    """How many images to draw to compare distributions of codes: few codes are in an image of a small grid."""
+    return max(IMAGES, math.ceil(_DRAWN / math.prod(pipeline.grid)))
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,8 @@ def compare_distributions(
     found, wanted = logits.double().log_softmax(-1), expected.double().log_softmax(-1)
     divergence = (wanted.exp() * (wanted - found)).sum(-1).mean()
     variation = (wanted.exp() - found.exp()).abs().sum(-1).mean() / 2
-    count = max(len(differing), 1)
-    # What rounds differs like chance, and four mean differences are 2 to 3 standard deviations: of a few codes one may.
-    share = max(limits.clear, 1 / count) if limits.clear >= _ROUNDED else limits.clear
     values = {
-        "share of clear top-1 codes that differ": (float(differing.sum()) / count, share),
+        "share of clear top-1 codes that differ": (float(differing.sum()) / max(len(differing), 1), limits.clear),
         "Kullback-Leibler divergence": (float(divergence), scale**2 * limits.divergence),
         "total variation distance": (float(variation), scale * limits.variation),
     }

@@ -19,6 +19,7 @@ from vqdeploy.verify.checks import (
     at_most,
     compare_distributions,
     compare_logits,
+    drawn_images,
     judge,
     limits,
     tolerance_of,
@@ -41,9 +42,9 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))
         checks += compare_logits(name, logits, expected, limits(pipeline.manifest, "step"))
-    labels = pipeline.condition.examples(IMAGES)
+    labels = pipeline.condition.examples(drawn_images(pipeline))
     codes = pipeline.generate(labels, seed=SEED).codes
-    codes[rng.random(codes.shape) < np.linspace(0.2, 0.95, IMAGES)[:, None, None, None]] = config.codebook_size
+    codes[rng.random(codes.shape) < np.linspace(0.2, 0.95, len(codes))[:, None, None, None]] = config.codebook_size
     for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))

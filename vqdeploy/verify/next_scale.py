@@ -21,6 +21,7 @@ from vqdeploy.verify.checks import (
     at_most,
     compare_distributions,
     compare_logits,
+    drawn_images,
     judge,
     limits,
     tolerance_of,
@@ -38,14 +39,15 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     allowed = limits(pipeline.manifest, "step")
     labels = pipeline.condition.examples(IMAGES)
     codes = rng.integers(0, pipeline.codebook_size, (IMAGES, *pipeline.grid))
-    drawn = pipeline.generate(labels, seed=SEED, more_smooth=0).codes
+    many = pipeline.condition.examples(drawn_images(pipeline))
+    drawn = pipeline.generate(many, seed=SEED, more_smooth=0).codes
     checks = []
     for name, scale in ((_ONE_LABEL, 1.0), ("guidance", _SCALE)):
         expected = _logits(system.prior, codes, labels, scale)
         found = torch.from_numpy(scale_logits(pipeline, codes, labels, guidance_scale=scale))
         checks += compare_logits(name, found, expected, allowed)
-        expected = _logits(system.prior, drawn, labels, scale)
-        found = torch.from_numpy(scale_logits(pipeline, drawn, labels, guidance_scale=scale))
+        expected = _logits(system.prior, drawn, many, scale)
+        found = torch.from_numpy(scale_logits(pipeline, drawn, many, guidance_scale=scale))
         checks += compare_distributions(f"{name}, drawn codes", found, expected, allowed, scale)
     return checks
 
