@@ -100,5 +100,8 @@ def _with_batch(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeR
         return dims
     own = dims["batch"]  # of a module that takes no other
     smallest, largest = max(batch.min, own.min), min(batch.max, own.max)
+    if smallest > largest:
+        found = f"{batch.min}..{batch.max}"
+        raise VqdeployError("the package takes no such batch", expected=f"{own.min}..{own.max}", found=found)
     chosen = SizeRange(smallest, min(max(batch.usual, smallest), largest), largest)
     return dims | {"batch": chosen} | ({"images": SizeRange(1, chosen.usual, largest)} if "images" in dims else {})

@@ -42,7 +42,7 @@ class InferenceBlock(nn.Module):
         out = _filled(attention.wo.weight.T.unflatten(0, (self.heads, own)), width).flatten(0, 1)
         self.out = Product(out, _filled_moment(attention.wo, self.heads, width))
         self.mlp_in = _folded(torch.cat([mlp.w1.weight, mlp.w3.weight]), block.ffn_norm, mlp.w1)
-        self.mlp_out = Product(mlp.w2.weight.T, getattr(mlp.w2, "moment", None))
+        self.mlp_out = _product(mlp.w2)
 
     def forward(
         self, x: Tensor, cosine: Tensor, sine: Tensor, key: Tensor, value: Tensor, position: Tensor
@@ -59,6 +59,10 @@ class InferenceBlock(nn.Module):
         x = x + self.out(attention)
         gate, up = self.mlp_in(normalized(x)).chunk(2, -1)
         return x + self.mlp_out(F.silu(gate) * up), key, value
+
+
+def _product(layer: nn.Linear) -> Product:
+    return Product(layer.weight.T, getattr(layer, "moment", None))
 
 
 def _folded(weight: Tensor, norm: RMSNorm, layer: nn.Linear) -> Product:
@@ -101,7 +105,7 @@ class Texts(nn.Module):
     def __init__(self, embedding: TextEmbedding):
         super().__init__()
         self.register_buffer("none", embedding.uncond_embedding.detach())
-        self.first, self.second = (Product(embedding.cap_proj[name].weight.T) for name in ("fc1", "fc2"))
+        self.first, self.second = (_product(embedding.cap_proj[name]) for name in ("fc1", "fc2"))
 
     def forward(self, text: Tensor, length: Tensor, label: Tensor, entry: Tensor) -> Tensor:
         """Features [B, C, text_width], lengths [B], labels [B], 1 for none, and entries [B, S] -> [B, S, width]."""

@@ -12,12 +12,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vqdeploy.errors import VqdeployError
 from vqdeploy.models.prior import Prior
 
 BLOCK = 32
 """Inputs that share a scale."""
 
-_LARGEST_OF_COLUMNS = 63  # 7 bits: AVX2 adds two products with 8-bit activations in int16, where 8 bits overflow
+LARGEST_OF_COLUMNS = 63
+"""Of 7 bits: AVX2 adds two products with 8-bit activations in int16, where 8 bits overflow."""
+
 _LARGEST = 7
 _SMALLEST = -8
 _DAMPING = 0.01  # of the mean, added to all squares of inputs
@@ -85,6 +88,8 @@ def rounded(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _inverse(moment: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse: row i has what an error of input i asks of the inputs behind it."""
+    if not moment.isfinite().all():
+        raise VqdeployError("activations are too large to round weights to 4 bits by them", fix="--dtype int8")
     moment = moment.double()
     damped = moment + (_DAMPING * moment.diagonal().mean() + 1e-12) * torch.eye(len(moment))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -99,7 +104,7 @@ def rounded_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
         Integers -63..63 int8 [inputs, outputs], and what one is worth in each column [outputs]: the scale with the
         smallest squared error, since cutting off the largest weights may pay.
     """
-    most = _LARGEST_OF_COLUMNS
+    most = LARGEST_OF_COLUMNS
     largest = weight.abs().amax(0)
     widest = torch.where(largest > 0, largest / most, 1.0)
     best, least = widest, torch.full_like(widest, torch.inf)

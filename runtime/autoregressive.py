@@ -192,6 +192,7 @@ class AutoregressiveSampler(Sampler):
         used = self._used_slots(self._session)
         partners = self._used_slots(self._session, guided) if self.guided else 0
         rows = slice(first - partners, first + used)
+        self._used.update(range(rows.start, rows.stop))  # those of free slots and of unguided images are written too
         binding = self._part(self._session, self._binding, self._dims, batch=rows, images=slice(0, used))
         if "partner" in inputs:
             own = partners + np.arange(used)

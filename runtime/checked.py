@@ -1,8 +1,8 @@
 """Plans whose digests this user has checked before: those of a large plan take a second at each start.
 
 The cache folder of the user has an empty file for each, a mark, named after the device, the inode, the size and the
-times of the plan. Any change of a file sets the change time of its inode, which programs cannot choose. Marks count
-only if no other user can write to their folder.
+times of the plan. A write to a file sets the change time of its inode, which programs cannot choose; one through a map
+of its memory may set it late. Marks count only if no other user can write to their folder.
 """
 
 import contextlib

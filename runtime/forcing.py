@@ -1,5 +1,6 @@
 """Logits of priors at given codes, to compare plans: teacher forcing, through noise that selects these codes."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,21 @@ from vqdeploy.runtime.noise import Draw, Key
 from vqdeploy.runtime.pipeline import Pipeline
 from vqdeploy.runtime.sampler import Item
 
+_IMAGES, _CODES = 4, 1000
 _FORCE = 1e9  # noise that dominates all logits
+
+
+def images_to_compare(codes: int) -> int:
+    """How many images with this many codes each to compare distributions at, so that a single code counts little."""
+    return max(_IMAGES, math.ceil(_CODES / codes))
+
+
+def partly_masked(codes: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Codes [B, h, w, Q] with `size` at random places: at a fifth of the first image to nearly all of the last."""
+    shares = np.linspace(0.2, 0.95, len(codes))[:, None, None, None]
+    masked = rng.random(codes.shape) < shares
+    masked[:, 0, 0, 0] = True  # an image without any takes no step, and has no logits
+    return np.where(masked, size, codes)
 
 
 def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray) -> np.ndarray:
@@ -47,7 +62,7 @@ def masked_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **o
 
     Args:
         pipeline: A plan with a masked prior.
-        codes: Codes [B, h, w, Q]; the codebook size where they are masked.
+        codes: Codes [B, h, w, Q]; the codebook size where they are masked, at one place of each image or more.
         labels: Labels [B].
         **options: Sampling options, such as a guidance scale.
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,14 +86,20 @@ class HierarchicalSampler(Sampler):
 
     def _admit(self, slot: int, item: Item) -> None:
         self._maps = []
-        known = self._layout.split(np.stack([*(each.known for each in self._items.values()), item.known]))
-        self._left = sum(math.prod(part.shape[1:]) for part in known if (part < 0).any())
+        self._left = self._calls([*self._items.values(), item])
+
+    def _calls(self, items: Sequence[Item]) -> int:
+        """Calls for the images together: one per position of each level that one of them has to draw."""
+        known = self._layout.split(np.stack([item.known for item in items]))
+        return sum(math.prod(part.shape[1:]) for part in known if (part < 0).any())
 
     def release(self, slot: int) -> None:
         """Frees a slot; its image need not be done."""
         super().release(slot)
         if not self._items:
             self._maps, self._places, self._left = [], iter(()), 0
+        elif not self._maps:  # it left before the first call
+            self._left = self._calls(list(self._items.values()))
 
     def _call(self) -> None:
         if not self._maps:

@@ -110,6 +110,7 @@ class NextScaleSampler(Sampler):
             self._until[slot] = 0
         elif item.options["more_smooth"]:
             self._until[slot] = len(self._sizes)  # the sum of all scales is what is decoded
+            self._blend = self._sessions["blend"]  # opened now: a closed pipeline opens no more
         else:
             self._until[slot] = int(np.searchsorted(self._firsts, unknown[-1], "right"))
 
@@ -168,7 +169,7 @@ class NextScaleSampler(Sampler):
             held = {"logits": step.outputs["logits"]}
             if self._scale:
                 held["past_map"] = self._bindings[self._scale - 1].outputs["present_map"]
-            self._blends[self._scale] = self._sessions["blend"].bind(dims, held)
+            self._blends[self._scale] = self._blend.bind(dims, held)
         binding = self._blends[self._scale]
         for name in ("given", "noise", "temperature", "top_k", "top_p"):
             binding.inputs[name][:] = step.inputs[name]

@@ -212,7 +212,7 @@ class Pipeline:
         """
         self.tokenizer  # noqa: B018 (which refuses plans that are about arrays)
         if self.manifest.sampling is None:
-            raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train")
+            raise VqdeployError("this plan has a tokenizer and no prior", fix="vqdeploy train --tokenizer CHECKPOINT")
         return self.manifest.sampling
 
     @property
@@ -362,7 +362,7 @@ class Pipeline:
         self.check_depth(depth)
         if depth is not None:
             codes = self.layout.first(codes, depth)
-        return self._decoded("decode", codes=codes)
+        return self._decoded(codes)
 
     def preview(self, codes: np.ndarray) -> np.ndarray:
         """The images uint8 [B, H, W, 3] of codes [B, *grid] that are negative where not final; see `Step`.
@@ -371,19 +371,24 @@ class Pipeline:
         """
         codes = self._check_codes(codes, lowest=-self.codebook_size)
         if self.tokenizer.omits_depths and len(self.layout.maps) > 1:
-            return self._decoded("decode", codes=codes)
+            return self._decoded(codes)
         pixels = self.decode(np.where(codes < 0, -1 - codes, codes))
         return veil(pixels, self.layout.unsettled(codes), PREVIEW_VEIL) if (codes < 0).any() else pixels
 
     def decode_maps(self, whole_maps: np.ndarray) -> np.ndarray:
-        """Sums of code vectors of all scales float32 [B, h * w, D] -> images uint8 [B, H, W, 3]; see `Drawn`."""
-        return self._decoded("reconstruct", whole_map=whole_maps)
+        """Sums of code vectors of all scales float32 [B, h * w, D] -> images uint8 [B, H, W, 3]; see `Drawn`.
 
-    def _decoded(self, stage: str, **array: np.ndarray) -> np.ndarray:
-        """Images of codes or of other inputs of a decoder."""
-        ((name, values),) = array.items()
-        parts = self._image_batches(len(values))
-        return np.concatenate([self._run(stage, **{name: values[part]})["image"] for part in parts])
+        Raises:
+            VqdeployError: They have the wrong shape or dtype.
+            ArtifactError: The plan has no stage `reconstruct`.
+        """
+        whole_maps = as_array("whole_maps", whole_maps)
+        parts = self._image_batches(whole_maps.shape[0] if whole_maps.ndim else 0)
+        return np.concatenate([self.run("reconstruct", whole_map=whole_maps[part])["image"] for part in parts])
+
+    def _decoded(self, codes: np.ndarray) -> np.ndarray:
+        parts = self._image_batches(len(codes))
+        return np.concatenate([self._run("decode", codes=codes[part])["image"] for part in parts])
 
     def check_depth(self, depth: int | None) -> None:
         """Rejects a number of depths that `decode` does not take.
@@ -525,7 +530,7 @@ class Pipeline:
         codes = self.encode(images)
         maps = self.maps(codes)
         if len(maps) == 1:
-            raise VqdeployError("this plan's codes have one level", expected="two or more, as vqvae2's", found="one")
+            raise VqdeployError("this plan's codes have one level", expected="two or more")
         if not is_whole(keep) or not 0 <= keep < len(maps):
             raise VqdeployError("no such number of levels to keep", expected=f"0..{len(maps) - 1}", found=keep)
         count = sum(level[0].size for level in maps[:keep])
@@ -605,10 +610,10 @@ class Pipeline:
                 `top_p` keeps the most likely codes until their probability reaches p.
                 These three may be lists, with one value per depth or level.
                 `guidance_scale` s: logits are u + s * (c - u), conditional c and unconditional u; 1 is no guidance.
-                Only priors that were trained with label dropout have it: masked ones, GPTs, LlamaGen and VAR, where it
-                rises from 1 at the first scale to s at the last.
-                `guidance_interval` i guides the codes 0 to i + 1 alone; -1 guides all (LlamaGen).
-                `more_smooth` 1 blends code vectors instead of drawing codes (VAR); `codes` are drawn all the same.
+                Only priors that were trained with label dropout have it. Where codes are drawn scale by scale, it rises
+                from 1 at the first scale to s at the last.
+                `guidance_interval` i guides the codes 0 to i + 1 alone; -1 guides all.
+                `more_smooth` 1 blends code vectors instead of drawing codes; `codes` are drawn all the same.
                 Masked priors also have:
                 `steps`, the number of engine calls.
                 `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.

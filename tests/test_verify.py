@@ -51,7 +51,7 @@ def test_a_good_package_passes(package, system):
     assert failures(verify_package(package, system)) == set()
 
 
-@pytest.mark.parametrize("name", ["rqvae", "vqvae2"])
+@pytest.mark.parametrize("name", ["rqvae", "vqvae2", "features"])
 def test_a_plan_that_splits_requests_passes(artifacts, name, tmp_path):
     build(artifacts.package(name), tmp_path / "a.plan", batch=SizeRange(1, 1, 1))
     assert failures(verify(tmp_path / "a.plan", artifacts.system(name))) == set()

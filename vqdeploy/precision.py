@@ -124,18 +124,19 @@ class Choice:
         """Parses a precision, `STAGE=PRECISION`, or several of these with commas; without a precision alone it is fp32.
 
         Raises:
-            VqdeployError: There is no such precision.
+            VqdeployError: There is no such precision, or a stage is given two.
         """
-        rest, named = "fp32", {}
+        named: dict[str, str] = {}
         for part in text.split(","):
             stage, _, precision = part.strip().rpartition("=")
+            if precision == "bf16":
+                raise VqdeployError("ONNX Runtime has no bf16 on the CPU", expected=" or ".join(PRECISIONS))
             if precision not in PRECISIONS:
                 raise VqdeployError("unsupported precision", expected=" or ".join(PRECISIONS), found=repr(precision))
-            if stage:
-                named[stage] = precision
-            else:
-                rest = precision
-        return cls(rest, named)
+            if stage in named:
+                raise VqdeployError(f"{stage or 'the rest'} is given two precisions", found=text)
+            named[stage] = precision
+        return cls(named.pop("", "fp32"), named)
 
     def of_tokenizer(self, stage: str) -> str:
         """The precision of a stage of a tokenizer, fp32 if the chosen one is for products of a prior."""

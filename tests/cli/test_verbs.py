@@ -31,6 +31,38 @@ def test_bench_times_what_was_asked(vqdeploy, movq_plan, monkeypatch):
     assert out.count(" s, with a peak of") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ("--compare a.plan b.plan c.plan", "a b c"),
+        ("--engine a.plan --compare b.plan --compare c.plan", "a b c"),
+        ("--engine a.plan --compare b.plan c.plan", "a b c"),
+        ("--engine a.plan", "a"),
+    ],
+)
+def test_bench_compares_the_plans_that_are_named(vqdeploy, monkeypatch, arguments, asked):
+    seen = []
+    monkeypatch.setattr(bench, "bench", lambda engine, **given: seen.extend([engine, *given["compare"]]) or {})
+    monkeypatch.setattr(bench, "table", lambda report: "")
+    assert vqdeploy("bench", *arguments.split())[0] == 0
+    assert [path.stem for path in seen] == asked.split()
+
+
+@pytest.mark.parametrize("arguments", ["", "a.plan", "--engine a.plan b.plan"])
+def test_bench_without_the_name_of_a_plan(vqdeploy, arguments):
+    code, _, err = vqdeploy("bench", *arguments.split())
+    assert code == 2
+    assert "expected --engine A.plan, or --compare A.plan B.plan" in err
+
+
+def test_bench_draws_nothing_without_matplotlib(vqdeploy, monkeypatch):
+    """Before anything is timed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = vqdeploy("bench", "--engine", "none.plan", "--plot", "times.png")
+    assert code == 2
+    assert "matplotlib" in err
+
+
 def test_bench_refuses_options_that_the_plan_has_not(vqdeploy, plan):
     code, _, err = vqdeploy("bench", "--engine", plan, "--steps", 2)
     assert code == 2

@@ -7,7 +7,7 @@ import zipfile
 import onnx
 import pytest
 
-from vqdeploy.engines.build import BUILDERS, build
+from vqdeploy.engines.build import BUILDERS, _with_batch, build
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.bundle import Bundle
@@ -81,6 +81,13 @@ def test_batch_sizes_out_of_order(package, tmp_path, sizes):
     with pytest.raises(VqdeployError, match="1 <= min <= opt <= max"):
         build(package, tmp_path / "a.plan", batch=SizeRange(*sizes))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_the_package_does_not_take():
+    own = {"batch": SizeRange(2, 4, 8)}
+    with pytest.raises(VqdeployError, match=r"takes no such batch; expected 2\.\.8, found 1\.\.1"):
+        _with_batch(own, SizeRange(1, 1, 1))
+    assert _with_batch(own, SizeRange(1, 1, 4))["batch"] == SizeRange(2, 2, 4)
 
 
 def test_an_unknown_backend(package, tmp_path):

@@ -103,7 +103,20 @@ def test_a_map_of_zeros_and_a_kernel_of_zeros():
     low, high = layer.bias.detach().aminmax()
     quantized = QuantizedConvolution(layer, (0.0, 0.0), (float(low), float(high)))
     found = session(quantized, (1, 3, 4, 4)).run(None, {"x": np.zeros((1, 3, 4, 4), np.float32)})[0]
-    assert np.isfinite(found).all()
+    expected = layer.bias.detach().numpy()[:, None, None]
+    assert np.abs(found - expected).max() <= float(quantized.output_step) / 2 * 1.001
+
+
+@pytest.mark.parametrize("largest", [1e-2, 1e-5, 1e-7, 1e-20])
+def test_biases_fit_integers_however_small_the_weights_are(largest):
+    layer = torch.nn.Conv2d(3, 2, 3, padding=1)
+    torch.nn.init.uniform_(layer.weight, -largest, largest)
+    torch.nn.init.constant_(layer.bias, 0.5)
+    x = torch.randn(1, 3, 4, 4)
+    expected = layer(x).detach().numpy()
+    quantized = QuantizedConvolution(layer, (float(x.min()), float(x.max())), (-1.0, 1.0))
+    found = session(quantized, x.shape).run(None, {"x": x.numpy()})[0]
+    assert np.abs(found - expected).max() <= float(quantized.output_step)
 
 
 def test_the_first_and_the_last_convolution_stay():

@@ -561,3 +561,18 @@ def test_caches_that_are_not_updated_in_place(vqvae2_plan, vqvae2_pipeline, tmp_
 def test_maps_of_something_else(vqvae2_pipeline, codes):
     with pytest.raises(VqdeployError, match="codes"):
         vqvae2_pipeline.maps(codes)
+
+
+def test_an_image_that_leaves_before_the_first_call(vqvae2_pipeline):
+    """It was the only one that had to draw the top level."""
+    pipeline, options = vqvae2_pipeline, vqvae2_pipeline.options()
+    known = np.where(np.arange(GRID) < TOP, 1, -1)
+    with pipeline.sampler(2) as sampler:
+        sampler.admit(0, Item(np.full(GRID, -1), 0, 0, 0, options))
+        sampler.admit(1, Item(known, 1, 0, 1, options))
+        assert sampler.left(1) == GRID
+        sampler.release(0)
+        assert sampler.left(1) == GRID - TOP
+        while not sampler.step():
+            pass
+        assert (sampler.codes(1) >= 0).all()

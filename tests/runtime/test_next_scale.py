@@ -9,7 +9,7 @@ from support.golden import assert_close, read_golden
 from vqdeploy.convert import var as importer
 from vqdeploy.convert.containers import Source
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.runtime import interface
+from vqdeploy.runtime import interface, load
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import Manifest
 from vqdeploy.runtime.next_scale import NextScaleSampler
@@ -187,3 +187,25 @@ def test_a_plan_whose_caches_do_not_grow_is_refused(var_plan, var_pipeline):
     inputs, outputs = (of(tokenizer, sampling) for of in (NextScaleSampler.inputs, NextScaleSampler.outputs))
     with pytest.raises(ArtifactError, match="stage step does not fit its sampler"):
         interface.check(manifest, inputs, outputs)
+
+
+def test_a_sampler_in_use_blends_after_its_pipeline_is_closed(artifacts):
+    plan = artifacts.plan("var")
+    with load(plan, threads=1) as pipeline:
+        wanted = pipeline.generate([1], seed=3, more_smooth=1).codes[0]
+    pipeline = load(plan, threads=1)
+    options = pipeline.options(more_smooth=1)
+    with pipeline.sampler(1, guided=options["guidance_scale"] != 1) as sampler:
+        sampler.admit(0, Item(np.full(pipeline.grid, -1), 1, 3, 0, options))
+        pipeline.close()
+        while not sampler.step():
+            pass
+        np.testing.assert_array_equal(sampler.codes(0), wanted)
+
+
+@pytest.mark.parametrize("maps", [np.zeros((1, 16, 3), np.float32), np.zeros((1, 16, 16)), 1, np.zeros((0, 16, 16))])
+def test_maps_that_cannot_be_decoded(artifacts, maps):
+    with pytest.raises(VqdeployError):
+        artifacts.pipeline("var").decode_maps(maps)
+    with pytest.raises(ArtifactError, match="no stage 'reconstruct'"):
+        artifacts.pipeline("rqvae").decode_maps(np.zeros((1, 16, 16), np.float32))

@@ -62,6 +62,25 @@ def test_nan_in_the_caches_does_not_reach_the_next_request(name, portable, reque
         np.testing.assert_array_equal(again.codes, rest.codes)
 
 
+def test_nan_in_a_row_without_a_label_does_not_reach_the_next_request(artifacts):
+    """Calls of guided images write the row of an unguided one between them too."""
+    pipeline = artifacts.pipeline("vit", portable=True)
+    guided, plain = (item(pipeline, guidance_scale=scale) for scale in (2.0, 1.0))
+    with pipeline.sampler(4, guided=True) as sampler:
+        sampler.admit(3, guided)
+        sampler.admit(1, plain)
+        for _ in range(3):
+            sampler.step()
+        for name in sampler._past:
+            sampler._held[name][sampler._rows_of(1)[1]] = np.nan
+        sampler.release(1)
+        sampler.admit(1, guided)
+        while 1 not in sampler.step():
+            pass
+        codes = sampler.codes(1)
+    np.testing.assert_array_equal(codes, alone(pipeline, guided, 4, 1, True))
+
+
 def test_an_image_whose_codes_are_all_known_takes_no_call(any_pipeline):
     known = np.zeros(any_pipeline.grid, np.int64)
     with any_pipeline.sampler(2) as sampler:

@@ -27,6 +27,9 @@ def random_item(pipeline, rng, image):
     known[pipeline.layout.share(share, raster, [image], seed=int(rng.integers(9)))[0]] = -1
     if raster and len(pipeline.grid) == 3 and rng.random() < 0.3:
         known.reshape(-1, pipeline.grid[-1])[-1] = 0  # known behind what is drawn
+    if len(pipeline.layout.maps) > 1 and rng.random() < 0.3:
+        first = np.prod(pipeline.layout.maps[0])
+        known[:first] = rng.integers(0, pipeline.codebook_size, first)  # the coarsest map is known
     condition = pipeline.condition.random(rng, 1)[0]
     return Item(known, condition, int(rng.integers(100)), image, pipeline.options(**options))
 
@@ -53,6 +56,10 @@ def trial(pipeline, seed, requests=6):
                 if admits and waiting and slot not in running and rng.random() < 0.6:
                     running[slot] = waiting.pop()
                     sampler.admit(slot, running[slot])
+            for slot in list(running):
+                if rng.random() < 0.03:  # cancelled, perhaps before its first step
+                    sampler.release(slot)
+                    del running[slot]
             for slot in sampler.step():
                 item = running[slot]
                 found.append((slot, item, sampler.codes(slot)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from vqdeploy.runtime.manifest import level_names
 from vqdeploy.runtime.threads import cores
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
     from vqdeploy.bench.baselines import Reference
@@ -106,14 +108,14 @@ def bench(
         - `plans`, with `generate`, for each plan by name: `plan_mb`, the size of its file; `needed_mb`, that of the
           stages which generate images, with their weights; `peak_mb` and `first_image_s`, peak memory and seconds of a
           process that generates one image, with the options of the checkpoint, and writes it (all in 2^20 bytes). For
-          other plans also how far their distributions of codes are from those of the first plan, at codes that it
-          draws: `divergence`, the mean Kullback-Leibler divergence in nats, and `variation`, the mean total variation
-          distance (0..1).
+          other plans of the same checkpoint also how far their distributions of codes are from those of the first, at
+          a thousand codes or more that it draws: `divergence`, the mean Kullback-Leibler divergence in nats, and
+          `variation`, the mean total variation distance (0..1).
         - `environment`: `cpu`, `cpu_features` (AVX2 and the like), `cores` (that this process may use), `threads`,
           `load` (average of one minute, before the first call), `python`, `versions`, `load_s` (seconds to open
-          the plan), `peak_memory_mb` (2^20 bytes, of this process), `plan`; on a GPU `gpu` (compute capability) and
-          `gpu_memory_mb` (2^20 bytes in use); the roofline as far as it was measured: `read_bandwidth_gb_s`,
-          `matmul_gflop_s`.
+          the plan), `peak_memory_mb` (2^20 bytes, of this process), `plan`, `file` (its name); on a GPU `gpu` (compute
+          capability) and `gpu_memory_mb` (2^20 bytes in use); the roofline as far as it was measured:
+          `read_bandwidth_gb_s`, `matmul_gflop_s`.
         - `options`: the effective sampling options.
         - `profile`, with `profile`: a list of `op`, `ms`, `share` (0..1) and `calls` of one generation, descending.
 
@@ -123,6 +125,7 @@ def bench(
     facts = environment() | {"threads": threads or cores()}
     _check(tasks, TASKS, "task")
     _check(baselines, BASELINES, "baseline")
+    batch_sizes = list(dict.fromkeys(batch_sizes))
     names = ["vqdeploy", *baselines, *(path.stem for path in compare)]
     if len(set(names)) < len(names):
         raise VqdeployError("two of what is compared have one name", found=", ".join(names))
@@ -131,7 +134,7 @@ def bench(
         pipeline = opened.enter_context(load(engine, device, threads))
         load_seconds = time.perf_counter() - start
         tasks = tasks or [task for task in TASKS if task != "generate" or pipeline.manifest.sampling]
-        chosen = pipeline.options(**options or {}) if "generate" in tasks else {}
+        chosen = pipeline.options(**options or {}) if "generate" in tasks or profile else {}
         reference = _reference(pipeline, checkpoint, chosen, threads) if baselines else None
         others = {p.stem: _comparable(opened.enter_context(load(p, device, threads)), pipeline) for p in compare}
         # Measured just before the steps, because the speed of shared machines drifts.
@@ -149,6 +152,7 @@ def bench(
                 progress(f"{task}, batch {batch}")
                 results += _measure(runners, task, batch, warm_up, iterations)
         facts |= {"load_s": load_seconds, "peak_memory_mb": machine.peak_memory_mb(), "plan": _describe(pipeline)}
+        facts["file"] = pipeline.bundle.path.stem
         if pipeline.device == "cuda":
             facts |= _gpu_facts()
         for result in results:
@@ -158,7 +162,8 @@ def bench(
         if "generate" in tasks:
             progress("first image")
             plans = {name: describe(plan, threads) for name, plan in ({"vqdeploy": pipeline} | others).items()}
-            distances = divergences(pipeline, others)
+            same = {name: other for name, other in others.items() if _checkpoint(other) == _checkpoint(pipeline)}
+            distances = divergences(pipeline, same, **chosen)
             report["plans"] = {name: plan | distances.get(name, {}) for name, plan in plans.items()}
         return report | {"profile": step_profile(pipeline, batch_sizes[0], chosen, threads)} if profile else report
 
@@ -170,13 +175,22 @@ def _check(chosen: Sequence[str], known: Sequence[str], kind: str) -> None:
 
 def _comparable(other: Pipeline, pipeline: Pipeline) -> Pipeline:
     """The other plan, if it has the codes, the images and the sampler of the first."""
-    first, second = (
-        (p.tokenizer.to_dict(), p.manifest.sampling and (p.sampling.kind, p.sampling.classes, p.sampling.text))
-        for p in (pipeline, other)
-    )
-    if first != second:
-        raise VqdeployError(f"{other.bundle.path} cannot be compared", expected="images and codes of the same shapes")
+    if _kind(other) != _kind(pipeline):
+        expected = "images, codes and sampling options like those of the first plan"
+        raise VqdeployError(f"{other.bundle.path} cannot be compared", expected=expected)
     return other
+
+
+def _kind(pipeline: Pipeline) -> tuple[object, ...]:
+    """What plans must have in common to be compared."""
+    tokenizer, sampling = pipeline.tokenizer.to_dict(), pipeline.manifest.sampling
+    if sampling is None:
+        return (tokenizer,)
+    return tokenizer, sampling.kind, sampling.classes, sampling.text, sorted(sampling.options)
+
+
+def _checkpoint(pipeline: Pipeline) -> object:
+    return pipeline.manifest.provenance.checkpoint
 
 
 def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any], threads: int) -> "Reference":
@@ -326,8 +340,8 @@ def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, fl
             outputs = {info.name: info.shape for info in pipeline.manifest.stage(stage).outputs}
             tiles = outputs["spread_x"][1] if part == "row" else places
             weights = _matrices(pipeline, stage).values()
-            work = 2 * result["batch_size"] * sum(w.size * (int(tiles) if w.ndim == 4 else places) for w in weights)
-            size, time_ms = sum(weight.nbytes for weight in weights), result[f"{stage}_ms"] / calls
+            work = 2 * result["batch_size"] * sum(w.count * (int(tiles) if w.axes == 4 else places) for w in weights)
+            size, time_ms = sum(w.bytes for w in weights), result[f"{stage}_ms"] / calls
             parts[stage] = {
                 "calls": calls,
                 "call_ms": time_ms,
@@ -364,11 +378,26 @@ def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any], thread
     ]
 
 
-def _matrices(pipeline: Pipeline, stage: str) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class _Matrix:
+    """How many numbers the weight of a product or convolution has, in how many axes, and its bytes with its scales."""
+
+    count: int
+    axes: int
+    bytes: int
+
+
+def _matrices(pipeline: Pipeline, stage: str) -> dict[str, _Matrix]:
     """The weights of matrix products and convolutions of a stage, without embedding tables."""
-    weights = pipeline.bundle.tensors()
-    names = [name for name in pipeline.manifest.stage(stage).weights if name.endswith(".weight")]
-    return {name: weights[name] for name in names if weights[name].ndim > 1}
+    weights, found = pipeline.bundle.tensors(), {}
+    for name in pipeline.manifest.stage(stage).weights:
+        weight, scale = weights[name], weights.get(name.removesuffix("weight") + "scale")
+        if name.endswith(".weight") and weight.ndim > 1:
+            pairs = 2 if weight.dtype == np.uint8 else 1  # of 4 bits each
+            found[name] = _Matrix(
+                weight.size * pairs, weight.ndim, weight.nbytes + (0 if scale is None else scale.nbytes)
+            )
+    return found
 
 
 def step_weight_bytes(pipeline: Pipeline) -> int:
@@ -376,8 +405,8 @@ def step_weight_bytes(pipeline: Pipeline) -> int:
 
     The depth transformer and the classifier count once per depth, since they do not fit the cache of a core.
     """
-    sizes = {name: weight.nbytes for name, weight in _matrices(pipeline, "step").items()}
-    return sum(size * (1 if name.startswith("body.") else pipeline.grid[-1]) for name, size in sizes.items())
+    matrices = _matrices(pipeline, "step").items()
+    return sum(matrix.bytes * (1 if name.startswith("body.") else pipeline.grid[-1]) for name, matrix in matrices)
 
 
 def step_gflop(pipeline: Pipeline) -> float:
@@ -385,14 +414,15 @@ def step_gflop(pipeline: Pipeline) -> float:
     prior = pipeline.manifest.config["prior"]
     entries = 1 + pipeline.grid[0] * pipeline.grid[1]
     attention = 2 * entries**2 * prior["width"] * prior["layers"]
-    gflop: float = 2 * (entries * sum(weight.size for weight in _matrices(pipeline, "step").values()) + attention) / 1e9
+    weights = sum(matrix.count for matrix in _matrices(pipeline, "step").values())
+    gflop: float = 2 * (entries * weights + attention) / 1e9
     return gflop
 
 
 def scales_gflop(pipeline: Pipeline, conditions: int) -> float:
     """GFLOP of all steps of a next-scale prior for one image, with one label or with guidance."""
     prior, sizes = pipeline.manifest.config["prior"], [math.prod(each) for each in pipeline.layout.maps]
-    matrices = {name: weight.size for name, weight in _matrices(pipeline, "step").items() if weight.ndim == 2}
+    matrices = {name: matrix.count for name, matrix in _matrices(pipeline, "step").items() if matrix.axes < 4}
     head = matrices.pop("head.product.weight")  # after guidance
     pairs = sum(size * sum(sizes[: scale + 1]) for scale, size in enumerate(sizes))
     attention = 2 * pairs * prior["width"] * prior["layers"]
@@ -550,6 +580,16 @@ def _bound_line(result: dict[str, Any], facts: dict[str, Any]) -> str:
     )
 
 
+def check_plot() -> None:
+    """Checks that `plot` can draw.
+
+    Raises:
+        VqdeployError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise missing("matplotlib")
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bar chart of the median times by task and batch size, one colour per runner.
 
@@ -559,56 +599,69 @@ def plot(report: dict[str, Any], path: Path) -> None:
     Raises:
         VqdeployError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise missing("matplotlib") from error
+    check_plot()
+    import matplotlib
+
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     results, plans = report["results"], report.get("plans", {})
     groups = list(dict.fromkeys((r["task"], r["batch_size"]) for r in results))
-    names = list(dict.fromkeys(r["name"] for r in results))
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in results))}
     batches = [batch for task, batch in groups if task == "generate"] if len(plans) > 1 else []
-    figure = plt.figure(figsize=(max(2.2 * len(groups), 3.2 * len(batches)) + 1, 6.4 if batches else 3.2))
-    figure.set_layout_engine("constrained")
-    top, *bottom = figure.subfigures(2, 1, squeeze=False)[:, 0] if batches else [figure]
-    axes = top.subplots(1, len(groups), squeeze=False)[0]
-    for axis, (task, batch) in zip(axes, groups, strict=True):
-        bars = {r["name"]: r["median_ms"] for r in results if (r["task"], r["batch_size"]) == (task, batch)}
-        for i, name in enumerate(names):
-            drawn = axis.bar(i, bars[name], color=f"C{i}")
-            axis.bar_label(drawn, fmt=lambda ms: f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}")
-        axis.set_title(f"{task}, batch {batch}", fontsize=10)
-        axis.margins(y=0.12)  # room for the label of the tallest bar
-        axis.set_xticks(range(len(names)), names)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("median time, ms")
-    for below in bottom:
-        _plot_quality(report, batches, names, below)
-    figure.suptitle(report["environment"]["plan"], fontsize=11)
-    with replacing_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
+    with pyplot.rc_context({"text.parse_math": False}):  # a name may have dollar signs
+        figure = pyplot.figure(figsize=(max(2.2 * len(groups), 3.2 * len(batches)) + 1, 6.8 if batches else 3.6))
+        figure.set_layout_engine("constrained")
+        top, *bottom = figure.subfigures(2, 1, squeeze=False)[:, 0] if batches else [figure]
+        axes = top.subplots(1, len(groups), squeeze=False)[0]
+        for axis, group in zip(axes, groups, strict=True):
+            _plot_times([r for r in results if (r["task"], r["batch_size"]) == group], colors, axis)
+        axes[0].set_ylabel("median time, ms")
+        for below in bottom:
+            _plot_quality(report, batches, colors, below)
+        figure.suptitle(report["environment"]["plan"], fontsize=11)
+        handles, labels = [Patch(color=color) for color in colors.values()], [_label(report, name) for name in colors]
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+        with replacing_file(path) as file:
+            figure.savefig(file, format="png", dpi=120)
+        pyplot.close(figure)
 
 
-def _plot_quality(report: dict[str, Any], batches: Sequence[int], names: Sequence[str], figure: "FigureBase") -> None:
-    """Divergence over images per second. The first plan, which the others are compared with, is a line: it has none."""
+def _label(report: dict[str, Any], name: str) -> str:
+    """The name of what was timed in a legend, of a plan with its size."""
+    plans = report.get("plans", {})
+    shown = report["environment"]["file"] if name == "vqdeploy" and len(plans) > 1 else name
+    return f"{shown}, {plans[name]['plan_mb']:.0f} MB" if name in plans else shown
+
+
+def _plot_times(results: Sequence[dict[str, Any]], colors: Mapping[str, str], axis: "Axes") -> None:
+    """A bar for each result of one task and batch size."""
+    for i, result in enumerate(results):
+        drawn = axis.bar(i, result["median_ms"], color=colors[result["name"]])
+        axis.bar_label(drawn, fmt=lambda ms: f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}")
+    axis.set_title(f"{results[0]['task']}, batch {results[0]['batch_size']}", fontsize=10)
+    axis.margins(y=0.12)  # room for the label of the tallest bar
+    axis.set_xticks([])
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_quality(
+    report: dict[str, Any], batches: Sequence[int], colors: Mapping[str, str], figure: "FigureBase"
+) -> None:
+    """Divergence over images per second. A plan that has none, such as the first, is a line."""
     axes = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
     for axis, batch in zip(axes, batches, strict=True):
         for result in report["results"]:
             name, plan = result["name"], report["plans"].get(result["name"])
             if plan is None or (result["task"], result["batch_size"]) != ("generate", batch):
                 continue
-            speed, color = result["images_per_s"], f"C{names.index(name)}"
-            label = f"{name}, {plan['plan_mb']:.0f} MB"
             if "divergence" not in plan:
-                axis.axvline(speed, color=color, linestyle="--", label=label)
+                axis.axvline(result["images_per_s"], color=colors[name], linestyle="--")
             else:
-                axis.plot(speed, max(plan["divergence"], _SMALLEST), "o", color=color, label=label)
+                axis.plot(result["images_per_s"], max(plan["divergence"], _SMALLEST), "o", color=colors[name])
         axis.set(yscale="log", xlim=(0, None), xlabel="images/s")
         axis.set_title(f"generate, batch {batch}", fontsize=10)
         axis.margins(0.2)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel("KL divergence from vqdeploy, nats")
+    axes[0].set_ylabel(f"KL divergence from {report['environment']['file']}, nats")

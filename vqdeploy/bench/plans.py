@@ -1,22 +1,23 @@
 """How plans of one system differ, speed aside: size, start, memory, distributions of codes."""
 
 import logging
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vqdeploy.runtime import Pipeline
 from vqdeploy.runtime.bundle import tensors
-from vqdeploy.runtime.forcing import forced_logits, masked_logits, scale_logits
+from vqdeploy.runtime.forcing import forced_logits, images_to_compare, masked_logits, partly_masked, scale_logits
 from vqdeploy.runtime.manifest import WEIGHTS
 
 log = logging.getLogger("vqdeploy")
 
-_IMAGES = 2  # to compare distributions at
 _ONE_IMAGE = """
 import sys
 from pathlib import Path
@@ -54,16 +55,22 @@ def _needed_bytes(pipeline: Pipeline) -> int:
     return sum(weights[name].nbytes for name in names) + sum(sizes[stage.file] for stage in stages)
 
 
-def divergences(pipeline: Pipeline, others: dict[str, Pipeline]) -> dict[str, dict[str, float]]:
-    """How far the distributions of codes of other plans are from those of the first, at codes that the first draws.
+def divergences(pipeline: Pipeline, others: dict[str, Pipeline], **options: Any) -> dict[str, dict[str, float]]:
+    """How far the distributions of codes of other plans are from those of the first, at codes that it draws.
+
+    Args:
+        pipeline: The first plan.
+        others: Other plans of its checkpoint, by name.
+        **options: Sampling options to draw with. The distributions are those without guidance and truncation.
 
     Returns:
         For each name `divergence`, the mean Kullback-Leibler divergence in nats, and `variation`, the mean total
         variation distance (0..1).
     """
-    images = min(_IMAGES, pipeline.manifest.batch.max)
-    labels = pipeline.condition.examples(images)
-    codes = pipeline.sample(np.full((images, *pipeline.grid), -1), labels, seed=1)[0]
+    if not others:
+        return {}
+    labels = pipeline.condition.examples(images_to_compare(math.prod(pipeline.grid)))
+    codes = pipeline.generate(labels, seed=1, **options).codes
     reference = _log_probabilities(pipeline, codes, labels)
     found = {}
     for name, other in others.items():
@@ -79,9 +86,8 @@ def divergences(pipeline: Pipeline, others: dict[str, Pipeline]) -> dict[str, di
 def _log_probabilities(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Log probabilities float64 [..., K] of each code: given those before it, or those that are not masked."""
     if pipeline.sampling.kind == "masked":
-        shares = np.linspace(0.2, 0.95, len(codes)).reshape(-1, *(1 for _ in pipeline.grid))
-        masked = np.random.default_rng(0).random(codes.shape) < shares
-        logits = masked_logits(pipeline, np.where(masked, pipeline.codebook_size, codes), labels)
+        masked = partly_masked(codes, pipeline.codebook_size, np.random.default_rng(0))
+        logits = masked_logits(pipeline, masked, labels)
     elif pipeline.sampling.kind == "next-scale":
         logits = scale_logits(pipeline, codes, labels)
     else:

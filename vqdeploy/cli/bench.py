@@ -5,14 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vqdeploy.cli.options import Checkpoint, Device, Engine, Json, Threads, with_sampling_options
+from vqdeploy.cli.options import Checkpoint, Device, Json, Threads, with_sampling_options
 from vqdeploy.cli.output import finish, progress
 
 
 @with_sampling_options
 def bench(
     *,
-    engine: Engine,
+    plans: Annotated[list[Path] | None, typer.Argument(help="More plans to compare: --compare A.plan B.plan.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="The plan; the first one to compare by default.")] = None,
     device: Device = "auto",
     threads: Threads = 0,
     task: Annotated[
@@ -38,14 +39,18 @@ def bench(
     from vqdeploy.errors import VqdeployError
     from vqdeploy.files import check_other
 
+    first, *others = [*([engine] if engine else []), *(compare or ()), *(plans or ())] or [None]
+    if first is None or (plans and not compare):
+        raise VqdeployError("no plan is named", expected="--engine A.plan, or --compare A.plan B.plan")
     if plot:
         if plot.suffix.lower() != ".png":
             raise VqdeployError("the times are drawn as a PNG", expected="--plot FILE.png", found=plot)
-        check_other(plot, [engine, *(compare or ())])
+        check_other(plot, [first, *others])
+        benchmark.check_plot()
 
     with progress("timing") as tell:
         report = benchmark.bench(
-            engine,
+            first,
             tasks=task or (),
             batch_sizes=batch_size or (1,),
             warm_up=warm_up,
@@ -57,8 +62,8 @@ def bench(
             progress=tell,
             device=device,
             threads=threads,
-            compare=compare or (),
+            compare=others,
         )
+    finish(report, as_json, benchmark.table(report))
     if plot:
         benchmark.plot(report, plot)
-    finish(report, as_json, benchmark.table(report))

@@ -2,9 +2,11 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +17,6 @@ from vqdeploy.runtime.manifest import Manifest
 
 IMAGES = 4
 SEED = 1
-_DRAWN = 1000  # codes to compare distributions at, so that one of them is less than the limits
 _LARGEST = "largest difference of logits"
 _MASS = 1e-5  # rounding of a prefix sum of 16,384 probabilities
 
@@ -24,11 +25,6 @@ def limits(manifest: Manifest, *stages: str) -> Limits:
     """The limits of stages that are judged together: of those in the manifest, the loosest."""
     found = {PRECISIONS[stage.precision].limits for stage in manifest.stages if stage.name in stages}
     return max(found, key=lambda each: each.logits)
-
-
-def drawn_images(pipeline: Pipeline) -> int:
-    """How many images to draw to compare distributions of codes: few codes are in an image of a small grid."""
-    return max(IMAGES, math.ceil(_DRAWN / math.prod(pipeline.grid)))
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,27 @@ def compare_distributions(
         "total variation distance": (float(variation), scale * limits.variation),
     }
     return [at_most("step", f"{name}: {metric}", value, limit) for metric, (value, limit) in values.items()]
+
+
+Judge = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""As `judge`, for codes [B, ...] of labels from an image on; both results have the shape of the codes."""
+
+
+def check_repeats(
+    pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, options: dict[str, Any], judged: Judge
+) -> list[Check]:
+    """A second run against the codes of the first, and one image alone against itself in the batch."""
+    again = pipeline.generate(labels, seed=SEED, **options).codes
+    chosen = IMAGES - 2
+    label = labels[chosen : chosen + 1]
+    alone = pipeline.generate(label, seed=SEED, first_image=chosen, **options).codes
+    far, close = judged(alone, label, chosen)
+    different = np.flatnonzero((alone != codes[chosen : chosen + 1]).ravel())
+    excused = different.size == 0 or close.ravel()[different[0]]
+    return [
+        at_most("generate", "codes that differ in a second run", (again != codes).sum(), 0),
+        at_most("generate", "image alone: tokens outside the margin rule", far.sum() + (not excused), 0),
+    ]
 
 
 def tolerance_of(checks: list[Check]) -> float:

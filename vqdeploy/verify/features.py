@@ -22,7 +22,10 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
     labels = rng.integers(0, config.classes, IMAGES)
     if config.null_label:
         labels[1::2] = config.classes
-    found = torch.from_numpy(pipeline.session("features").run(codes=codes, label=labels)["features"])
+    most = pipeline.manifest.batch.max
+    parts = [slice(first, first + most) for first in range(0, IMAGES, most)]
+    states = [pipeline.run("features", codes=codes[part], label=labels[part])["features"] for part in parts]
+    found = torch.from_numpy(np.concatenate(states))
     inputs = torch.from_numpy(codes), torch.from_numpy(labels)
     expected = torch.stack([system.prior.features(*inputs, layer) for layer in range(config.layers + 1)], 1)
     difference, limit = (found - expected).abs(), limits(pipeline.manifest, "features").logits * expected.abs().max()

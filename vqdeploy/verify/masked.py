@@ -1,5 +1,6 @@
 """Checks of masked priors: the logits of a step, and every draw and every choice of whole generations."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from vqdeploy.reference import guided_logits
 from vqdeploy.reference.schedules import choice_weight, halton_ranks, masked_counts
 from vqdeploy.runtime import Pipeline, Step
-from vqdeploy.runtime.forcing import masked_logits
+from vqdeploy.runtime.forcing import images_to_compare, masked_logits, partly_masked
 from vqdeploy.runtime.noise import of_images as noise_of
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
@@ -19,7 +20,6 @@ from vqdeploy.verify.checks import (
     at_most,
     compare_distributions,
     compare_logits,
-    drawn_images,
     judge,
     limits,
     tolerance_of,
@@ -42,9 +42,9 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))
         checks += compare_logits(name, logits, expected, limits(pipeline.manifest, "step"))
-    labels = pipeline.condition.examples(drawn_images(pipeline))
+    labels = pipeline.condition.examples(images_to_compare(math.prod(pipeline.grid)))
     codes = pipeline.generate(labels, seed=SEED).codes
-    codes[rng.random(codes.shape) < np.linspace(0.2, 0.95, len(codes))[:, None, None, None]] = config.codebook_size
+    codes = partly_masked(codes, config.codebook_size, rng)
     for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
         expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
         logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))

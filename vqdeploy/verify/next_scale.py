@@ -1,5 +1,6 @@
 """Checks of priors that predict the next scale: each map of a generation, and the blended maps of `more_smooth`."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from vqdeploy.models.pixels import channels_last, to_uint8
 from vqdeploy.models.var import VAR, blended
 from vqdeploy.reference.next_scale import guided_at
 from vqdeploy.runtime import Pipeline
-from vqdeploy.runtime.forcing import scale_logits, scale_outputs
+from vqdeploy.runtime.forcing import images_to_compare, scale_logits, scale_outputs
 from vqdeploy.runtime.noise import of_images as noise_of
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import (
@@ -19,9 +20,9 @@ from vqdeploy.verify.checks import (
     SEED,
     Check,
     at_most,
+    check_repeats,
     compare_distributions,
     compare_logits,
-    drawn_images,
     judge,
     limits,
     tolerance_of,
@@ -39,7 +40,7 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     allowed = limits(pipeline.manifest, "step")
     labels = pipeline.condition.examples(IMAGES)
     codes = rng.integers(0, pipeline.codebook_size, (IMAGES, *pipeline.grid))
-    many = pipeline.condition.examples(drawn_images(pipeline))
+    many = pipeline.condition.examples(images_to_compare(math.prod(pipeline.grid)))
     drawn = pipeline.generate(many, seed=SEED, more_smooth=0).codes
     checks = []
     for name, scale in ((_ONE_LABEL, 1.0), ("guidance", _SCALE)):
@@ -59,26 +60,21 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     """
     tolerance = tolerance_of([check for check in logits if check.metric.startswith(_ONE_LABEL)])
     labels = pipeline.condition.examples(IMAGES)
-    cut = _CUT | {"top_k": pipeline.codebook_size // 4}
+    whole, cut = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}, _CUT | {"top_k": pipeline.codebook_size // 4}
     kinds: dict[str, dict[str, Any]] = {
-        "full distribution, guided": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": _SCALE},
-        "truncated": cut | {"guidance_scale": 1.0},
+        "full distribution, guided": whole | {"guidance_scale": _SCALE, "more_smooth": 0},
+        "truncated": cut | {"guidance_scale": 1.0, "more_smooth": 0},
     }
     checks = []
-    for name, options in kinds.items():
-        codes = pipeline.generate(labels, seed=SEED, **options, more_smooth=0).codes
-        far, _ = _judge(system.prior, codes, labels, 0, options, tolerance)
-        checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far.sum(), 0))
-    again = pipeline.generate(labels, seed=SEED, **options, more_smooth=0).codes
-    checks.append(at_most("generate", "codes that differ in a second run", (again != codes).sum(), 0))
 
-    chosen = IMAGES - 2
-    label = labels[chosen : chosen + 1]
-    alone = pipeline.generate(label, seed=SEED, first_image=chosen, **options, more_smooth=0).codes
-    far, close = _judge(system.prior, alone, label, chosen, options, tolerance)
-    different = np.flatnonzero((alone != codes[chosen : chosen + 1]).ravel())
-    excused = different.size == 0 or close.ravel()[different[0]]
-    checks.append(at_most("generate", "image alone: tokens outside the margin rule", far.sum() + (not excused), 0))
+    def judged(codes: np.ndarray, labels: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+        return _judge(system.prior, codes, labels, first, options, tolerance)
+
+    for name, options in kinds.items():
+        codes = pipeline.generate(labels, seed=SEED, **options).codes
+        far, _ = judged(codes, labels, 0)
+        checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far.sum(), 0))
+    checks += check_repeats(pipeline, codes, labels, options, judged)
     return [*checks, *_check_blended(pipeline, system, labels)]
 
 
