@@ -73,12 +73,14 @@ def export_module(
         stages: What to export, by name.
         folder: Output folder. An existing package is replaced.
         dynamic: Dynamic dimensions of inputs, by axis; an output of that name has them too.
-        sizes: Smallest, usual and largest size of dynamic dimensions. Where they are not told, a batch is what `build`
-            is told, and another dimension as small and up to four times as large as the example if the module takes
-            that.
+        sizes: Smallest, usual and largest size of dynamic dimensions. By default the batch follows `build`, and every
+            other dimension ranges from the smallest size that the module accepts to at most four times the example's.
         dtype: Precision of the weights, `fp32` or `fp16`; quantizers stay in fp32.
         verify: Compare each stage with the original module, at several sizes; see `vqdeploy.verify.modules`.
         progress: Called with the name of each stage before its export.
+
+    Returns:
+        The manifest of the package.
 
     Raises:
         VqdeployError: A name is duplicate or unknown, a quantizer is not supported, or a stage cannot be exported; the

@@ -473,16 +473,16 @@ class Pipeline:
     ) -> Output:
         """Keeps a part of the codes of each image and samples the rest.
 
-        A masked prior samples the masked codes alone, and with a mask, pixels outside it stay as they are. An
-        autoregressive prior draws in raster order: it samples all codes from the first row that the mask touches.
+        Masked and next-scale priors sample the masked codes alone, and with a mask, pixels outside it stay as they are.
+        Others draw in raster order: they sample all codes from the first row of a map that the mask touches.
 
         Args:
             images: uint8 [B, H, W, 3].
             labels: Classes, or texts as for `generate`; None for an unconditional prior, and for no label if the prior
                 takes guidance.
             mask: Bool [B, H, W] or [H, W], True for unknown pixels.
-            mask_ratio: Instead of a mask, the fraction of codes to sample: random positions, by the seed, for a masked
-                prior, the bottom rows for an autoregressive one.
+            mask_ratio: Instead of a mask, the fraction of codes to sample: random positions, by the seed, or the bottom
+                rows where codes are drawn in raster order.
             completions: Number of samples per image, N. The result has N * B images: the first sample of each image,
                 then the second of each, and so on.
             seed: See `complete`.

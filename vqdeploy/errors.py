@@ -19,6 +19,8 @@ _EXTRAS = {
     "grpc": "triton-server",
     "lightning": "train",
     "matplotlib": "bench",
+    "msgpack": "import",
+    "multipart": "serve",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxruntime": "onnxrt",
@@ -35,6 +37,7 @@ _EXTRAS = {
     "triton": "kernels",
     "tritonclient": "triton-server",
     "uvicorn": "serve",
+    "yaml": "import",
 }
 
 _NESTED = Repr()

@@ -44,6 +44,8 @@ class SamplingOption:
         """The valid values, as text."""
         if self.choices:
             return ", ".join(self.choices)
+        if (self.type, self.low, self.high) == (int, 0, 1):
+            return "0 or 1"
         if self.high is None:
             return f"{self.low:g}..codebook size"
         return f"{self.low:g}..{self.high:.0f}" if math.isfinite(self.high) else f"{self.low:g} or more"
@@ -82,7 +84,7 @@ SAMPLING_OPTIONS = (
     SamplingOption(
         "guidance_interval",
         int,
-        "Codes after this position + 1 are drawn without guidance; -1 guides all.",
+        "Guides only the codes 0 to this one + 1; -1 guides all.",
         low=-1,
         high=10_000_000,
         aliases=("--cfg-interval",),
@@ -98,7 +100,7 @@ SAMPLING_OPTIONS = (
     SamplingOption(
         "schedule",
         str,
-        "Number of codes that stay masked after each step.",
+        "How the number of masked codes falls from step to step.",
         choices=("cosine", "linear", "square", "cubic", "exp", "log", "arccos", "halton"),
     ),
     SamplingOption(

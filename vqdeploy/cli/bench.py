@@ -41,7 +41,7 @@ def bench(
 
     first, *others = [*([engine] if engine else []), *(compare or ()), *(plans or ())] or [None]
     if first is None or (plans and not compare):
-        raise VqdeployError("no plan is named", expected="--engine A.plan, or --compare A.plan B.plan")
+        raise VqdeployError("no option names the plan", expected="--engine A.plan, or --compare A.plan B.plan")
     if plot:
         if plot.suffix.lower() != ".png":
             raise VqdeployError("the times are drawn as a PNG", expected="--plot FILE.png", found=plot)

@@ -22,7 +22,7 @@ def build(
     plugin: Annotated[
         str, typer.Option(help="TensorRT: whether our kernels run the quantizers, auto, on or off.")
     ] = "auto",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Output file; NAME.plan by default.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Output file; SYSTEM.plan by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build an ONNX package into one plan."""

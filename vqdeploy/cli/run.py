@@ -23,7 +23,9 @@ def run(
     stage: Annotated[
         str | None, typer.Option(help="Run one stage on the arrays of an NPZ, for plans of your own modules.")
     ] = None,
-    label: Annotated[list[str] | None, typer.Option(help="Class, by name or number; repeatable.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Class, by name or number; repeatable; the first ten by default.")
+    ] = None,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -36,7 +38,9 @@ def run(
     num_images: Annotated[
         int | None,
         typer.Option(
-            min=1, max=10_000, help="Images per label or text, a row each; inpaint, resample: completions per image."
+            min=1,
+            max=10_000,
+            help="Images per label or text, a row each, 8 by default; inpaint, resample: completions per image.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -57,7 +61,8 @@ def run(
     ] = None,
     columns: Annotated[int | None, typer.Option(min=1, max=10_000, help="decode: images per row of the grid.")] = None,
     layer: Annotated[
-        int | None, typer.Option(help="features: number of layers of the prior to pass; all by default.")
+        int | None,
+        typer.Option(help="features: the states after this many layers; by default those of every layer, from 0."),
     ] = None,
     film: Annotated[
         Path | None, typer.Option(help="generate: write the steps of the first image, as a GIF or a PNG strip.")
@@ -65,7 +70,7 @@ def run(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Output file; NAME-TASK.png by default, .npz for encode, features and stages."
+            "-o", "--output", help="Output file; SYSTEM-TASK.png by default, .npz for encode, features and stages."
         ),
     ] = None,
     as_json: Json = False,

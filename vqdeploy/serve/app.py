@@ -105,7 +105,7 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
     async def edit(asked: Annotated[Edit, Form(media_type="multipart/form-data")], reply: _Reply) -> _Drawn:
         """Draw a part of an image anew.
 
-        A masked prior draws the mask; the others complete the image, from the first row of codes that the mask touches.
+        Masked and next-scale priors draw the mask; others complete the image, from the first row that the mask touches.
         """
         plan = find(asked.model)
         reply.enter_context(plan.request())
