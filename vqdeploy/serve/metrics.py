@@ -20,7 +20,11 @@ class Metrics:
         self.slots = Gauge("vqdeploy_slots", "Slots of the open samplers.", ("model",), registry=to)
         self.slots_in_use = Gauge("vqdeploy_slots_in_use", "Images being sampled.", ("model",), registry=to)
         self.step_seconds = Histogram(
-            "vqdeploy_step_seconds", "One engine call of the prior.", ("model",), buckets=_CALLS, registry=to
+            "vqdeploy_step_seconds",
+            "A step of the prior, with images that join and leave.",
+            ("model",),
+            buckets=_CALLS,
+            registry=to,
         )
         self.images = Counter("vqdeploy_images", "Images, by task.", ("model", "task"), registry=to)
         self.engine_failures = Counter("vqdeploy_engine_failures", "Engine calls that failed.", ("model",), registry=to)
