@@ -376,6 +376,19 @@ def test_a_hierarchy_completes_an_image(vqdeploy, vqvae2_plan, vqvae2_pipeline, 
     assert note["mask_ratio"] == 0.5
 
 
+def test_maps_that_are_summed_show_the_sum_of_what_is_known(vqdeploy, artifacts, picture, tmp_path):
+    """Half of the codes of all maps are known, though hardly a pixel has none to draw."""
+    arguments = ["--task", "inpaint", "--input", picture, "--label", "1", "--mask-ratio", 0.5, "--seed", 4]
+    assert vqdeploy("run", "--engine", artifacts.plan("var"), *arguments)[0] == 0
+    pipeline = artifacts.pipeline("var")
+    (masked, drawn, original), _ = sheet_of(tmp_path / "var-inpaint.png", pipeline.image_shape[0])
+    result = pipeline.inpaint(original[None], [1], mask_ratio=0.5, seed=4)
+    np.testing.assert_array_equal(drawn, result.images[0])
+    unknown = pipeline.unknown(1, mask_ratio=0.5, seed=4)
+    assert unknown.sum() == unknown.size // 2
+    np.testing.assert_array_equal(masked, pipeline.preview(np.where(unknown, -1, result.codes))[0])
+
+
 def test_the_codes_of_a_hierarchy_go_to_a_file_and_back(vqdeploy, vqvae2_plan, vqvae2_pipeline, picture, tmp_path):
     run = ("run", "--engine", vqvae2_plan, "--task")
     assert parsed(vqdeploy(*run, "encode", "--input", picture, "-o", "codes.npz", "--json"))["shape"] == [1, 45]
@@ -510,7 +523,7 @@ def test_wrong_requests_to_a_hierarchy(vqdeploy, vqvae2_plan, picture, tmp_path,
 
 def test_codes_of_one_level_are_not_resampled(vqdeploy, plan, picture):
     arguments = ["--task", "resample", "--input", picture, "--label", "cat"]
-    refused(vqdeploy("run", "--engine", plan, *arguments), 2, "one level", "vqvae2")
+    refused(vqdeploy("run", "--engine", plan, *arguments), 2, "one level", "expected two or more")
 
 
 @pytest.mark.parametrize(

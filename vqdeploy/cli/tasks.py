@@ -133,11 +133,12 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
     result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
     unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
-    masked = (
-        np.where(mask[..., None], GREY, images)
-        if mask is not None and pipeline.keeps_pixels
-        else veil(images, np.logical_or.reduce(pipeline.layout.enlarged(unknown)))
-    )
+    if mask is not None and pipeline.keeps_pixels:
+        masked = np.where(mask[..., None], GREY, images)
+    elif len(pipeline.layout.maps) > 1 and pipeline.tokenizer.omits_depths:  # the sum of what is known
+        masked = pipeline.preview(np.where(unknown, -1, result.codes[: len(images)]))
+    else:
+        masked = veil(images, np.logical_or.reduce(pipeline.layout.enlarged(unknown)))
     shown = np.concatenate([masked, result.images, images])
     note = {"options": result.options, "mask_ratio": ratio, "timings": result.timings}
     return _write(output, pipeline, shown, len(images), note)
