@@ -169,6 +169,8 @@ def test_every_extra_that_an_error_names_brings_its_package():
     names = {
         "google": "protobuf",
         "grpc": "grpcio",
+        "multipart": "python-multipart",
+        "yaml": "pyyaml",
         "cuda": "cuda-bindings",
         "onnx_ir": "onnx-ir",
         "skimage": "scikit-image",

@@ -56,10 +56,9 @@ def trial(pipeline, seed, requests=6):
                 if admits and waiting and slot not in running and rng.random() < 0.6:
                     running[slot] = waiting.pop()
                     sampler.admit(slot, running[slot])
-            for slot in list(running):
-                if rng.random() < 0.03:  # cancelled, perhaps before its first step
-                    sampler.release(slot)
-                    del running[slot]
+                    if rng.random() < 0.1:  # cancelled before its first step
+                        sampler.release(slot)
+                        waiting.append(running.pop(slot))
             for slot in sampler.step():
                 item = running[slot]
                 found.append((slot, item, sampler.codes(slot)))
