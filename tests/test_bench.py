@@ -212,7 +212,7 @@ def test_the_plot_names_what_was_timed(report, tmp_path, monkeypatch):
 
     def note(drawn, handles, labels, **options):
         legend = original(drawn, handles, labels, **options)
-        named.extend(text.get_text() for text in legend.get_texts())
+        named.extend(text.get_text().replace(r"\$", "$") for text in legend.get_texts())
         return legend
 
     monkeypatch.setattr(figure.Figure, "legend", note)

@@ -610,29 +610,33 @@ def plot(report: dict[str, Any], path: Path) -> None:
     groups = list(dict.fromkeys((r["task"], r["batch_size"]) for r in results))
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in results))}
     batches = [batch for task, batch in groups if task == "generate"] if len(plans) > 1 else []
-    with pyplot.rc_context({"text.parse_math": False}):  # a name may have dollar signs
-        figure = pyplot.figure(figsize=(max(2.2 * len(groups), 3.2 * len(batches)) + 1, 6.8 if batches else 3.6))
-        figure.set_layout_engine("constrained")
-        top, *bottom = figure.subfigures(2, 1, squeeze=False)[:, 0] if batches else [figure]
-        axes = top.subplots(1, len(groups), squeeze=False)[0]
-        for axis, group in zip(axes, groups, strict=True):
-            _plot_times([r for r in results if (r["task"], r["batch_size"]) == group], colors, axis)
-        axes[0].set_ylabel("median time, ms")
-        for below in bottom:
-            _plot_quality(report, batches, colors, below)
-        figure.suptitle(report["environment"]["plan"], fontsize=11)
-        handles, labels = [Patch(color=color) for color in colors.values()], [_label(report, name) for name in colors]
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
-        with replacing_file(path) as file:
-            figure.savefig(file, format="png", dpi=120)
-        pyplot.close(figure)
+    figure = pyplot.figure(figsize=(max(2.2 * len(groups), 3.2 * len(batches)) + 1, 6.8 if batches else 3.6))
+    figure.set_layout_engine("constrained")
+    top, *bottom = figure.subfigures(2, 1, squeeze=False)[:, 0] if batches else [figure]
+    axes = top.subplots(1, len(groups), squeeze=False)[0]
+    for axis, group in zip(axes, groups, strict=True):
+        _plot_times([r for r in results if (r["task"], r["batch_size"]) == group], colors, axis)
+    axes[0].set_ylabel("median time, ms")
+    for below in bottom:
+        _plot_quality(report, batches, colors, below)
+    figure.suptitle(report["environment"]["plan"], fontsize=11)
+    handles, labels = [Patch(color=color) for color in colors.values()], [_label(report, name) for name in colors]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    with replacing_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
 
 
 def _label(report: dict[str, Any], name: str) -> str:
     """The name of what was timed in a legend, of a plan with its size."""
     plans = report.get("plans", {})
-    shown = report["environment"]["file"] if name == "vqdeploy" and len(plans) > 1 else name
+    shown = _literal(report["environment"]["file"] if name == "vqdeploy" and len(plans) > 1 else name)
     return f"{shown}, {plans[name]['plan_mb']:.0f} MB" if name in plans else shown
+
+
+def _literal(name: str) -> str:
+    """A name for matplotlib, which would read what is between dollar signs as TeX."""
+    return name.replace("$", r"\$")
 
 
 def _plot_times(results: Sequence[dict[str, Any]], colors: Mapping[str, str], axis: "Axes") -> None:
@@ -660,8 +664,9 @@ def _plot_quality(
                 axis.axvline(result["images_per_s"], color=colors[name], linestyle="--")
             else:
                 axis.plot(result["images_per_s"], max(plan["divergence"], _SMALLEST), "o", color=colors[name])
-        axis.set(yscale="log", xlim=(0, None), xlabel="images/s")
+        axis.set(yscale="log", xlabel="images/s")
         axis.set_title(f"generate, batch {batch}", fontsize=10)
         axis.margins(0.2)
+        axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"KL divergence from {report['environment']['file']}, nats")
+    axes[0].set_ylabel(f"KL divergence from {_literal(report['environment']['file'])}, nats")
