@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export.rounding import LARGEST_OF_COLUMNS, rounded_columns
+from vqdeploy.export.rounding import rounded_columns
 from vqdeploy.models.vqvae2 import AnyTokenizer
 
 _PIXELS = 2**18  # of the images that activations are observed on
@@ -27,12 +27,10 @@ class QuantizedConvolution(nn.Module):
 
     def __init__(self, layer: nn.Conv2d, inputs: Extent, outputs: Extent):
         super().__init__()
-        weight = layer.weight.detach().flatten(1).T
         (step, zero), (output_step, output_zero) = map(_grid, (inputs, outputs))
         bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
         # The integer of a bias, with the products added, must fit 32 bits, however small the weights are.
-        scale = torch.maximum(rounded_columns(weight)[1], bias.abs() / (step * 2**30))
-        integers = (weight / scale).round().clamp(-LARGEST_OF_COLUMNS, LARGEST_OF_COLUMNS).to(torch.int8)
+        integers, scale = rounded_columns(layer.weight.detach().flatten(1).T, bias.abs() / (step * 2**30))
         self.register_buffer("weight", integers.T.reshape(layer.weight.shape).contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("bias", (bias.double() / (scale.double() * step)).round().to(torch.int32))

@@ -18,9 +18,7 @@ from vqdeploy.models.prior import Prior
 BLOCK = 32
 """Inputs that share a scale."""
 
-LARGEST_OF_COLUMNS = 63
-"""Of 7 bits: AVX2 adds two products with 8-bit activations in int16, where 8 bits overflow."""
-
+_LARGEST_OF_COLUMNS = 63  # 7 bits: AVX2 adds two products with 8-bit activations in int16, where 8 bits overflow
 _LARGEST = 7
 _SMALLEST = -8
 _DAMPING = 0.01  # of the mean, added to all squares of inputs
@@ -97,14 +95,14 @@ def _inverse(moment: Tensor) -> Tensor:
     return factor.float()
 
 
-def rounded_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+def rounded_columns(weight: Tensor, smallest: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """Rounds a matrix [inputs, outputs] to 7 bits.
 
     Returns:
         Integers -63..63 int8 [inputs, outputs], and what one is worth in each column [outputs]: the scale with the
-        smallest squared error, since cutting off the largest weights may pay.
+        smallest squared error, since cutting off the largest weights may pay, or `smallest` if it is below that.
     """
-    most = LARGEST_OF_COLUMNS
+    most = _LARGEST_OF_COLUMNS
     largest = weight.abs().amax(0)
     widest = torch.where(largest > 0, largest / most, 1.0)
     best, least = widest, torch.full_like(widest, torch.inf)
@@ -112,4 +110,5 @@ def rounded_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = widest * share
         error = ((weight / scale).round().clamp(-most, most) * scale - weight).square().sum(0)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    best = torch.maximum(best, torch.as_tensor(smallest))
     return (weight / best).round().clamp(-most, most).to(torch.int8), best

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.runtime.noise import Draw, Key
-from vqdeploy.runtime.pipeline import Pipeline
+from vqdeploy.runtime.pipeline import Pipeline, batches
 from vqdeploy.runtime.sampler import Item
 
 _IMAGES, _CODES = 4, 1000
@@ -39,8 +39,7 @@ def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, cond
     Returns:
         Float32 [B, drawn positions, Q, K].
     """
-    most = pipeline.manifest.batch.max
-    parts = [slice(first, first + most) for first in range(0, len(codes), most)]
+    parts = batches(len(codes), pipeline.call_images())
     return np.concatenate([_forced_batch(pipeline, codes[part], known[part], conditions[part]) for part in parts])
 
 

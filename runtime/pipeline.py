@@ -426,7 +426,7 @@ class Pipeline:
             )
         codes = self.encode(images)
         name, conditions = self.condition.name, self._check_conditions(labels, len(codes))
-        parts = self._batches(len(codes), min(self._batch.max, _FEATURE_IMAGES))
+        parts = batches(len(codes), min(self._batch.max, _FEATURE_IMAGES))
         return np.concatenate(
             [self._run("features", codes=codes[part], **{name: conditions[part]})["features"] for part in parts]
         )
@@ -688,7 +688,7 @@ class Pipeline:
         guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
         drawn: list[Drawn] = []
         seconds = dict.fromkeys(self.stages, 0.0)
-        for part in self._batches(len(known), self.call_images(guided)):
+        for part in batches(len(known), self.call_images(guided)):
             images = range(*part.indices(len(known)))
             items = [Item(known[i], conditions[i], seed, first_image + i, chosen) for i in images]
             with self.sampler(len(items), guided) as sampler:
@@ -787,15 +787,21 @@ class Pipeline:
 
     def _image_batches(self, count: int) -> list[slice]:
         """Batches for the tokenizer, small enough for CPU caches or GPU memory."""
-        return self._batches(
+        return batches(
             count,
             min(self._batch.max, max(1, _CALL_PIXELS[self.device] // (self.image_shape[0] * self.image_shape[1]))),
         )
 
-    def _batches(self, count: int, size: int) -> list[slice]:
-        if count == 0:
-            raise VqdeployError("the request has no images", expected="at least one image", found=0)
-        return [slice(start, start + size) for start in range(0, count, size)]
+
+def batches(count: int, size: int) -> list[slice]:
+    """The parts of a request of `count` images in calls of at most `size`.
+
+    Raises:
+        VqdeployError: It has no images.
+    """
+    if count == 0:
+        raise VqdeployError("the request has no images", expected="at least one image", found=0)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 class _Sessions(Mapping[str, Session]):

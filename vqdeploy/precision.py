@@ -129,10 +129,10 @@ class Choice:
         named: dict[str, str] = {}
         for part in text.split(","):
             stage, _, precision = part.strip().rpartition("=")
-            if precision == "bf16":
-                raise VqdeployError("ONNX Runtime has no bf16 on the CPU", expected=" or ".join(PRECISIONS))
             if precision not in PRECISIONS:
-                raise VqdeployError("unsupported precision", expected=" or ".join(PRECISIONS), found=repr(precision))
+                why = ", which ONNX Runtime has no kernels for on the CPU" if precision == "bf16" else ""
+                found = repr(precision) + why
+                raise VqdeployError("unsupported precision", expected=" or ".join(PRECISIONS), found=found)
             if stage in named:
                 raise VqdeployError(f"{stage or 'the rest'} is given two precisions", found=text)
             named[stage] = precision

@@ -124,7 +124,7 @@ def test_rows_take_few_products(vqvae2_package, vqvae2_half_package):
     assert [shape[2] // shapes[1][2] * 4 for shape in shapes] == [8, 4]  # kernel 3: products of two outputs
 
 
-@pytest.mark.parametrize("dtype", ["int3", "FP16", ""])
+@pytest.mark.parametrize("dtype", ["bf16", "int3", "FP16", ""])
 def test_another_precision_is_refused(system, tmp_path, dtype):
     with pytest.raises(VqdeployError, match="unsupported precision; expected fp32 or fp16 or int8") as caught:
         export(system, tmp_path / "onnx", dtype)

@@ -162,7 +162,8 @@ def bench(
         if "generate" in tasks:
             progress("first image")
             plans = {name: describe(plan, threads) for name, plan in ({"vqdeploy": pipeline} | others).items()}
-            same = {name: other for name, other in others.items() if _checkpoint(other) == _checkpoint(pipeline)}
+            weights = pipeline.manifest.provenance.checkpoint
+            same = {name: other for name, other in others.items() if other.manifest.provenance.checkpoint == weights}
             distances = divergences(pipeline, same, **chosen)
             report["plans"] = {name: plan | distances.get(name, {}) for name, plan in plans.items()}
         return report | {"profile": step_profile(pipeline, batch_sizes[0], chosen, threads)} if profile else report
@@ -187,10 +188,6 @@ def _kind(pipeline: Pipeline) -> tuple[object, ...]:
     if sampling is None:
         return (tokenizer,)
     return tokenizer, sampling.kind, sampling.classes, sampling.text, sorted(sampling.options)
-
-
-def _checkpoint(pipeline: Pipeline) -> object:
-    return pipeline.manifest.provenance.checkpoint
 
 
 def _reference(pipeline: Pipeline, checkpoint: Path | None, options: dict[str, Any], threads: int) -> "Reference":

@@ -70,7 +70,8 @@ def divergences(pipeline: Pipeline, others: dict[str, Pipeline], **options: Any)
     if not others:
         return {}
     labels = pipeline.condition.examples(images_to_compare(math.prod(pipeline.grid)))
-    codes = pipeline.generate(labels, seed=1, **options).codes
+    unknown = np.full((len(labels), *pipeline.grid), -1)
+    codes = pipeline.sample(unknown, labels, seed=1, chosen=pipeline.options(**options))[0]
     reference = _log_probabilities(pipeline, codes, labels)
     found = {}
     for name, other in others.items():

@@ -5,6 +5,7 @@ import torch
 
 from vqdeploy.errors import ArtifactError
 from vqdeploy.runtime import Pipeline
+from vqdeploy.runtime.pipeline import batches
 from vqdeploy.systems import System
 from vqdeploy.verify.checks import IMAGES, Check, at_most, limits
 
@@ -22,8 +23,7 @@ def check_features(pipeline: Pipeline, system: System, rng: np.random.Generator)
     labels = rng.integers(0, config.classes, IMAGES)
     if config.null_label:
         labels[1::2] = config.classes
-    most = pipeline.manifest.batch.max
-    parts = [slice(first, first + most) for first in range(0, IMAGES, most)]
+    parts = batches(IMAGES, pipeline.manifest.batch.max)
     states = [pipeline.run("features", codes=codes[part], label=labels[part])["features"] for part in parts]
     found = torch.from_numpy(np.concatenate(states))
     inputs = torch.from_numpy(codes), torch.from_numpy(labels)
