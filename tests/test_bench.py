@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from matplotlib import axes, figure
 from PIL import Image
+from support.systems import SMALL
 
 from vqdeploy import bench, checkpoint
 from vqdeploy.bench import baselines, plans
@@ -16,6 +18,7 @@ from vqdeploy.bench.plans import divergences
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load
+from vqdeploy.systems import create
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +200,12 @@ def test_the_profile_names_the_operators_of_the_step(plan):
     assert sum(shares.values()) == pytest.approx(1)
     assert {"MatMul", "GroupQueryAttention", "ArgMax"} <= set(shares)
     assert report["profile"][0]["op"] in bench.table(report)
+
+
+def test_a_tokenizer_has_no_steps_to_profile(artifacts, monkeypatch):
+    monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("timed before it is refused"))
+    with pytest.raises(VqdeployError, match="a tokenizer and no prior"):
+        bench.bench(artifacts.plan(create(replace(SMALL, prior=None))), profile=True)
 
 
 def test_the_plot_is_a_picture(report, tmp_path):

@@ -17,6 +17,7 @@ from vqdeploy.runtime.images import read
 from vqdeploy.systems import create, definition, preset
 from vqdeploy.training.classifier import ImageClassifier
 from vqdeploy.training.data import open_data
+from vqdeploy.verify import verify
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +59,28 @@ def test_accuracy_by_steps(movq, monkeypatch, capsys):
     script.main(str(movq), "1.5")
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows == ["steps", "---", "1", "8", "masked", "---", "50%"]
+
+
+def test_precisions(artifacts, system, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = load_script("precisions")
+    judged = []
+    judge = SimpleNamespace(accuracy=lambda images, labels: judged.append((images.shape, labels.tolist())) or 0.95)
+    replaced = {"SAMPLES": 40, "TURNS": 2, "train_judge": lambda _: judge, "verify": lambda plan: verify(plan, system)}
+    for name, value in replaced.items():
+        monkeypatch.setattr(script, name, value)
+    script.main(*(str(artifacts.plan("rqvae", *dtype)) for dtype in ([], ["int8"])))
+    assert judged == 2 * [((40, 3, 16, 16), [i % 3 for i in range(40)])]
+    lines = capsys.readouterr().out.splitlines()
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    exact, int8 = (dict(zip(names, row, strict=True)) for row in rows)
+    assert [row["plan"] for row in (exact, int8)] == ["rqvae-fp32", "rqvae-int8"]
+    assert float(exact["size"].split()[0]) > float(int8["size"].split()[0])
+    assert 1e-6 < float(int8["KL divergence, nats"]) < 5e-4
+    assert 1e-3 < float(int8["largest difference of logits, of the largest"]) < 0.1
+    assert exact["worst decoded image"] == int8["worst decoded image"]  # the decoder is in fp32 in both
+    assert int8["class accuracy"] == "95.0% (83.5% to 98.6%)"
+    assert exact["times as fast"] == "1.00"
 
 
 def test_compare_tokenizers(tmp_path, monkeypatch, capsys):
