@@ -420,13 +420,16 @@ def _use_block_products(graph: onnx.GraphProto) -> None:
             )
 
 
+_INT8_CACHES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+
+
 def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:
     """Replaces cached attention by GroupQueryAttention on packed projections, which reads only positions in use."""
     nodes: list[onnx.NodeProto] = []
     extents: dict[str, list[str]] = {}  # one for each tensor of positions, shared by all layers
     for node in graph.node:
-        if node.op_type == "CachedAttention":
-            qkv, key, value, position = node.input
+        if node.op_type in ("CachedAttention", "QuantizedCachedAttention"):
+            qkv, key, value, position, *scales = node.input
             if position not in extents:
                 extents[position] = [f"{position}_last_int32", f"{position}_total_int32"]
                 nodes.append(
@@ -434,13 +437,14 @@ def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:
                 )
             node = onnx.helper.make_node(
                 "GroupQueryAttention",
-                [qkv, "", "", key, value, *extents[position]],
+                [qkv, "", "", key, value, *extents[position], *([*[""] * 5, *scales] if scales else [])],
                 node.output,
                 node.name,
                 domain="com.microsoft",
                 num_heads=heads,
                 kv_num_heads=heads,
                 scale=1.0,
+                **(_INT8_CACHES if scales else {}),
             )
         nodes.append(node)
     del graph.node[:]

@@ -91,7 +91,7 @@ def _inlined(file: Path, folder: Path) -> Path:
     The parser names the layer of a DequantizeLinear after its node, and two calls of a function have the same nodes.
 
     Raises:
-        VqdeployError: The stage has convolutions in int8.
+        VqdeployError: The stage has convolutions or KV caches in int8.
     """
     weights = folder / WEIGHTS
     if not weights.exists():
@@ -101,6 +101,11 @@ def _inlined(file: Path, folder: Path) -> Path:
         raise VqdeployError(
             f"TensorRT builds no {file.stem} in int8: zero is not 0 among the integers of its maps",
             fix=f"vqdeploy export --dtype {file.stem}=fp16",
+        )
+    if any(node.op_type == "QuantizedCachedAttention" for node in model.graph.node):
+        raise VqdeployError(
+            f"TensorRT builds no {file.stem} with KV caches in int8: its TensorScatter takes only floats",
+            fix="vqdeploy export without caches=int8",
         )
     model = inliner.inline_selected_functions(model, [_QUANTIZED])
     _use_int4(model.graph, file.parent)

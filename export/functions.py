@@ -60,10 +60,12 @@ VQLookup (codes, codebook) => (vectors)
 }}"""
 
 
-# A mask of -30000 is finite in fp16 too: a fully masked row must not become NaN.
-_CACHED_ATTENTION = """
-CachedAttention (qkv, past_key, past_value, position) => (attention, present_key, present_value)
-{
+def _cached_attention(head: str, stored: str, keys: str, values: str) -> str:
+    """Causal attention to the `keys` and `values` of what `stored` writes into the caches."""
+    # A mask of -30000 is finite in fp16 too: a fully masked row must not become NaN.
+    return f"""
+{head} => (attention, present_key, present_value)
+{{
     zeros = Constant <value_ints = [0, 0]> ()
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
@@ -72,7 +74,7 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
     second = Constant <value_ints = [1]> ()
     trailing = Constant <value_ints = [1, 2, 3]> ()
     flat = Constant <value_ints = [0, 0, -1]> ()
-    floor = Constant <value = float {-30000.0}> ()
+    floor = Constant <value = float {{-30000.0}}> ()
 
     heads = Shape <start = 1, end = 2> (past_key)
     dim = Shape <start = 3, end = 4> (past_key)
@@ -82,9 +84,7 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
     query_1, key_1, value_1 = Split <axis = 0, num_outputs = 3> (by_head)
     query = Squeeze (query_1, first)
     key = Squeeze (key_1, first)
-    value = Squeeze (value_1, first)
-    present_key = TensorScatter <axis = -2, mode = "linear"> (past_key, key, position)
-    present_value = TensorScatter <axis = -2, mode = "linear"> (past_value, value, position)
+    value = Squeeze (value_1, first){stored}
 
     places_shape = Shape <start = 2, end = 3> (past_key)
     places_count = Squeeze (places_shape, first)
@@ -98,14 +98,42 @@ CachedAttention (qkv, past_key, past_value, position) => (attention, present_key
     hidden = Less (own_place, places)
     floor_like = CastLike (floor, qkv)
 
-    keys_transposed = Transpose <perm = [0, 1, 3, 2]> (present_key)
+    keys_transposed = Transpose <perm = [0, 1, 3, 2]> ({keys})
     scores = MatMul (query, keys_transposed)
     seen = Where (hidden, floor_like, scores)
     weights = Softmax <axis = -1> (seen)
-    heads_out = MatMul (weights, present_value)
+    heads_out = MatMul (weights, {values})
     merged = Transpose <perm = [0, 2, 1, 3]> (heads_out)
     attention = Reshape (merged, flat)
-}"""
+}}"""
+
+
+_CACHED_ATTENTION = _cached_attention(
+    "CachedAttention (qkv, past_key, past_value, position)",
+    """
+    present_key = TensorScatter <axis = -2, mode = "linear"> (past_key, key, position)
+    present_value = TensorScatter <axis = -2, mode = "linear"> (past_value, value, position)""",
+    "present_key",
+    "present_value",
+)
+
+_QUANTIZED_CACHED_ATTENTION = _cached_attention(
+    "QuantizedCachedAttention (qkv, past_key, past_value, position, key_scale, value_scale)",
+    """
+    unit = Constant <value = float {1.0}> ()
+    middle = Constant <value = int8 {0}> ()"""
+    + "".join(
+        f"""
+    {name}_units = Div ({name}, {name}_scale)
+    {name}_integers = QuantizeLinear ({name}_units, unit, middle)
+    present_{name} = TensorScatter <axis = -2, mode = "linear"> (past_{name}, {name}_integers, position)
+    {name}_floats = Cast <to = 1> (present_{name})
+    {name}s = Mul ({name}_floats, {name}_scale)"""
+        for name in ("key", "value")
+    ),
+    "keys",
+    "values",
+)
 
 
 _WRITE_CACHE = """
@@ -399,6 +427,7 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "PackedAttention": _packed_attention,
     "ScaledAttention": _scaled_attention,
     "CachedAttention": lambda: _CACHED_ATTENTION,
+    "QuantizedCachedAttention": lambda: _QUANTIZED_CACHED_ATTENTION,
     "WriteCache": lambda: _WRITE_CACHE,
     "QuantizedLinear": lambda: _QUANTIZED_LINEAR,
     "BlockQuantizedLinear": lambda: _BLOCK_QUANTIZED_LINEAR,
@@ -441,6 +470,8 @@ def translations() -> dict[Callable[..., Any], Translation]:
     ops = torch.ops.vqdeploy
     truncation = [("temperature", "tensor(float)"), ("top_k", _INT64), ("top_p", "tensor(float)")]
     caches = [("key", "T"), ("value", "T")]
+    int8_caches = [("key", "tensor(int8)"), ("value", "tensor(int8)")]
+    scales = [("key_scale", "tensor(float)"), ("value_scale", "tensor(float)")]
     return {
         ops.nearest.default: _node("VQNearest", [("z", "T"), ("codebook", "C")], [("codes", _INT64)], metric=str),
         ops.residual_quantize.default: _node(
@@ -457,6 +488,11 @@ def translations() -> dict[Callable[..., Any], Translation]:
         ),
         ops.cached_attention.default: _node(
             "CachedAttention", [("qkv", "T"), *caches, ("position", _INT64)], [("attention", "T"), *caches]
+        ),
+        ops.quantized_cached_attention.default: _node(
+            "QuantizedCachedAttention",
+            [("qkv", "T"), *int8_caches, ("position", _INT64), *scales],
+            [("attention", "T"), *int8_caches],
         ),
         ops.write_cache.default: _node(
             "WriteCache", [("past", "T"), ("entries", "T"), ("position", _INT64)], [("present", "T")]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vqdeploy.models import vitvqgan
 from vqdeploy.models.conv import SpatialNorm, Upsample
-from vqdeploy.models.transformer import Block
+from vqdeploy.models.transformer import Attention, Block
 
 
 def widened(x: Tensor) -> Tensor:
@@ -64,6 +64,21 @@ class Projection(nn.Module):
         return projected
 
 
+class CachedAttention(nn.Module):
+    """`cached_attention`, which `vqdeploy.export.precision` may give caches in int8.
+
+    `largest` has the largest key and the largest value of each head [2, H] for random codes, None if not observed.
+    """
+
+    def __init__(self, largest: Tensor | None = None):
+        super().__init__()
+        self.largest = largest
+
+    def forward(self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.vqdeploy.cached_attention(qkv, key, value, position)
+        return result
+
+
 def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`bidirectional` attention as MatMul and Softmax: TensorRT-RTX supports the Attention operator for few shapes."""
     scale: float = query.shape[-1] ** -0.5
@@ -84,6 +99,7 @@ class InferenceBlock(nn.Module):
         self.mlp_in, self.mlp_out = (Projection(layer) for layer in block.mlp if isinstance(layer, nn.Linear))
         self.activation = block.mlp[1]
         self.time_mix: Any = getattr(attention, "time_mix", None)
+        self.attend = CachedAttention(_largest(attention))
 
     def finish(self, x: Tensor, attention: Tensor) -> Tensor:
         """The part after the attention output [B, S, width]."""
@@ -93,7 +109,7 @@ class InferenceBlock(nn.Module):
 
     def cached(self, x: Tensor, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entries [B, S, width] at `position` [B], with KV caches [B, H, T, D] as inputs and outputs."""
-        attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(self.norm1(x)), key, value, position)
+        attention, key, value = self.attend(self.qkv(self.norm1(x)), key, value, position)
         return self.finish(x, attention), key, value
 
     def shifted(
@@ -105,7 +121,7 @@ class InferenceBlock(nn.Module):
         """
         entries = self.norm1(x)
         mixed = torch.lerp(torch.cat([before, entries[:, :-1]], 1), entries, self.time_mix)
-        attention, key, value = torch.ops.vqdeploy.cached_attention(self.qkv(mixed), key, value, position)
+        attention, key, value = self.attend(self.qkv(mixed), key, value, position)
         return self.finish(x, attention), key, value, entries[:, -1:]
 
     def in_order(self, x: Tensor) -> Tensor:
@@ -133,6 +149,14 @@ class InferenceBlock(nn.Module):
             scores = query @ torch.cat(keys, 2).transpose(-1, -2)
             attention = scores.softmax(-1) @ torch.cat(values, 2)
         return self.finish(x, attention.transpose(1, 2).flatten(2))
+
+
+def _largest(attention: Attention) -> Tensor | None:
+    """The largest key and value of each head [2, H], if `vqdeploy.export.rounding.observed` has seen them."""
+    seen = [getattr(layer, "largest", None) for layer in (attention.key, attention.value)]
+    if seen[0] is None:
+        return None
+    return torch.stack(seen).unflatten(1, (attention.heads, -1)).amax(-1)
 
 
 def embed_entries(

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqdeploy.export.gpt import draw, guided, step_stage
-from vqdeploy.export.layers import Product, at_least, widened
+from vqdeploy.export.layers import CachedAttention, Product, at_least, widened
 from vqdeploy.export.stage import Stage
-from vqdeploy.models.llamagen import EPSILON, Block, LlamaGen, LlamaGenConfig, RMSNorm, TextEmbedding
+from vqdeploy.models.llamagen import EPSILON, Attention, Block, LlamaGen, LlamaGenConfig, RMSNorm, TextEmbedding
 
 _MULTIPLE = 8  # of which ONNX Runtime's attention wants the width of a head to be one
 
@@ -43,6 +43,7 @@ class InferenceBlock(nn.Module):
         self.out = Product(out, _filled_moment(attention.wo, self.heads, width))
         self.mlp_in = _folded(torch.cat([mlp.w1.weight, mlp.w3.weight]), block.ffn_norm, mlp.w1)
         self.mlp_out = _product(mlp.w2)
+        self.attend = CachedAttention(_largest(attention))
 
     def forward(
         self, x: Tensor, cosine: Tensor, sine: Tensor, key: Tensor, value: Tensor, position: Tensor
@@ -55,7 +56,7 @@ class InferenceBlock(nn.Module):
         heads = turning.unflatten(-1, (2 * self.heads, self.width))
         turned = heads * cosine + torch.cat(heads.chunk(2, -1)[::-1], -1) * sine
         qkv = torch.cat([turned.flatten(-2), last], -1)
-        attention, key, value = torch.ops.vqdeploy.cached_attention(qkv, key, value, position)
+        attention, key, value = self.attend(qkv, key, value, position)
         x = x + self.out(attention)
         gate, up = self.mlp_in(normalized(x)).chunk(2, -1)
         return x + self.mlp_out(F.silu(gate) * up), key, value
@@ -73,6 +74,15 @@ def _folded(weight: Tensor, norm: RMSNorm, layer: nn.Linear) -> Product:
         divisor = torch.where(scale == 0, 1.0, scale)
         moment = moment / torch.outer(divisor, divisor)
     return Product((weight * scale).T, moment)
+
+
+def _largest(attention: Attention) -> Tensor | None:
+    """The largest key, however it is rotated, and the largest value of each head [2, H]; see `CachedAttention`."""
+    seen: Tensor | None = getattr(attention.wqkv, "largest", None)
+    if seen is None:
+        return None
+    _, key, value = seen.unflatten(0, (3, attention.heads, -1))
+    return torch.stack([key.unflatten(-1, (-1, 2)).norm(dim=-1).amax(-1), value.amax(-1)])
 
 
 def _filled(heads: Tensor, width: int) -> Tensor:

@@ -20,7 +20,7 @@ from vqdeploy.checkpoint import digest
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export import tokenizer
 from vqdeploy.export.functions import OPSET
-from vqdeploy.export.precision import has_products, in_precision
+from vqdeploy.export.precision import has_products, in_precision, with_int8_caches
 from vqdeploy.export.rounding import observed
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
@@ -108,6 +108,7 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
         VqdeployError: A precision is unknown, or does not suit its stage.
     """
     choice = Choice.parse(dtype)
+    _check_caches(system, choice)
     own = tokenizer.stages(system.tokenizer, image_size)
     names, of_prior = [stage.name for stage in own], list[Stage]()
     if system.prior is not None:
@@ -119,14 +120,27 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
                 f"int4 is slower than int8 for a {definition.kind} prior, whose products have many rows",
                 fix="--dtype int8",
             )
-        with observed(system.prior) if rounds and definition.kind == "autoregressive" else nullcontext():
+        known = choice.caches or (rounds and definition.kind == "autoregressive")
+        with observed(system.prior) if known else nullcontext():
             of_prior = definition.stages(system.prior, floats)
+    if choice.caches:
+        of_prior = [with_int8_caches(stage) if "past_key" in stage.inputs else stage for stage in of_prior]
     quantizable = {stage.name: has_products(stage) for stage in of_prior}
     choice.check(names, quantizable)
     return [
         *(in_precision(stage, choice.of_tokenizer(stage.name)) for stage in own),
         *(in_precision(stage, choice.of_prior(stage.name, quantizable[stage.name])) for stage in of_prior),
     ]
+
+
+def _check_caches(system: System, choice: Choice) -> None:
+    """Checks that the KV caches of a system may have a precision of their own, if one is chosen."""
+    autoregressive = system.prior is not None and SYSTEMS[system.config.model].kind == "autoregressive"
+    if choice.caches and not (autoregressive and PRECISIONS[choice.of_prior("step", has_products=True)].bits):
+        raise VqdeployError(
+            "only an autoregressive prior with products in int8 or int4 has KV caches in int8",
+            fix="--dtype int8,caches=int8" if autoregressive else "leave out caches=int8",
+        )
 
 
 def _describe_tokenizer(system: System, size: tuple[int, int]) -> TokenizerInfo:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.convolutions import has_convolutions, quantize_convolutions
-from vqdeploy.export.layers import Product, Projection
+from vqdeploy.export.layers import CachedAttention, Product, Projection
 from vqdeploy.export.quantizers import Replacement
 from vqdeploy.export.rounding import BLOCK, rounded, rounded_columns
 from vqdeploy.export.stage import Stage
@@ -19,6 +19,8 @@ from vqdeploy.precision import PRECISIONS
 
 KEPT = (AveragedCodebook, Replacement)
 """Modules that compute in fp32 in every precision, with all their submodules."""
+
+_LARGEST_OF_CACHES = 127
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 """`Precision.floats` -> type."""
@@ -114,6 +116,45 @@ class BlockQuantizedProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.vqdeploy.block_quantized_product(x, self.weight, self.scale)
         return product
+
+
+class QuantizedCachedAttention(nn.Module):
+    """`CachedAttention` with caches in int8, scaled by head."""
+
+    key_scale: Tensor  # [1, H, 1, D]
+    value_scale: Tensor  # [1, H, 1, D]
+
+    def __init__(self, attention: CachedAttention, width: int):
+        super().__init__()
+        largest = cast(Tensor, attention.largest)
+        if not largest.isfinite().all():
+            raise VqdeployError("keys and values are too large to store in int8", fix="leave out caches=int8")
+        scales = torch.where(largest > 0, largest / _LARGEST_OF_CACHES, 1.0)[:, None, :, None, None]
+        key, value = scales.repeat(1, 1, 1, 1, width)
+        self.register_buffer("key_scale", key)
+        self.register_buffer("value_scale", value)
+
+    def forward(self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.vqdeploy.quantized_cached_attention(
+            qkv, key, value, position, self.key_scale, self.value_scale
+        )
+        return result
+
+
+def with_int8_caches(stage: Stage) -> Stage:
+    """Stores the KV caches of a stage, made while its prior was `observed`, in int8.
+
+    Raises:
+        VqdeployError: Keys or values are not finite.
+    """
+    module, caches = copy.deepcopy(stage.module), ("past_key", "past_value")
+    width = stage.inputs["past_key"][0].shape[-1]
+    for owner in list(module.modules()):
+        for name, part in list(owner.named_children()):
+            if isinstance(part, CachedAttention):
+                owner.register_module(name, QuantizedCachedAttention(part, width))
+    inputs = {name: [each.to(torch.int8) for each in x] if name in caches else x for name, x in stage.inputs.items()}
+    return dataclasses.replace(stage, module=module, inputs=inputs)
 
 
 def _quantize(module: nn.Module, bits: int) -> None:

@@ -30,12 +30,14 @@ _PASSES = 4
 def observed(prior: Prior) -> Iterator[None]:
     """Within it each linear layer of a prior has `moment`, the sums of products of its inputs [inputs, inputs].
 
+    It also has `largest`, the absolute values of its largest outputs [outputs].
+
     The inputs are those for random codes: on the shipped priors they serve as well as those for codes of images.
     """
     config, generator = prior.config, torch.Generator().manual_seed(0)
     images = max(1, _POSITIONS * config.depth // math.prod(config.grid))
     layers = [layer for layer in cast(nn.Module, prior).modules() if isinstance(layer, nn.Linear)]
-    hooks = [layer.register_forward_pre_hook(_observe) for layer in layers]
+    hooks = [layer.register_forward_hook(_observe) for layer in layers]
     try:
         with torch.no_grad():
             for _ in range(_PASSES):
@@ -46,7 +48,8 @@ def observed(prior: Prior) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         for layer in layers:
-            vars(layer).pop("moment", None)
+            for name in ("moment", "largest"):
+                vars(layer).pop(name, None)
 
 
 def _conditions(prior: Prior, images: int, generator: torch.Generator) -> Tensor:
@@ -57,9 +60,10 @@ def _conditions(prior: Prior, images: int, generator: torch.Generator) -> Tensor
     return torch.randint(config.classes, (images, *([length] if length > 1 else [])), generator=generator)
 
 
-def _observe(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-    rows = inputs[0].flatten(0, -2)
+def _observe(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    rows, largest = inputs[0].flatten(0, -2), output.abs().flatten(0, -2).amax(0)
     layer.moment = getattr(layer, "moment", 0) + rows.T @ rows
+    layer.largest = torch.maximum(getattr(layer, "largest", largest), largest)
 
 
 def rounded(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -271,6 +271,8 @@ class _Checker:
                 repeated and not all(names[len(parts) - 1 :])
             ):
                 _refuse(f"{kind} leaves out one of {_shown(text)}")
+            if any(name and part == "-?" for name, part in zip(names, parts, strict=False)):
+                _refuse(f"{kind} has an input that is not supported")
             if names and not names[-1]:
                 _refuse(f"{kind} names one of {_shown(text)} that it leaves out")
         inner, results = 0, None

@@ -27,7 +27,13 @@ except ImportError as error:
 log = logging.getLogger("vqdeploy")
 
 _FOLDED_BYTES = str(1 << 28)
-_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
+_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "uint8": "tensor(uint8)",
+    "int8": "tensor(int8)",
+}
 
 
 def failure(what: str, error: Exception) -> ArtifactError:

@@ -341,12 +341,14 @@ ONNX = {
 
 MICROSOFT = {
     "GroupQueryAttention": Operator(
-        "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache? sin_cache?",
+        "query key? value? past_key? past_value? seqlens_k total_sequence_length -? -? -? -? -? k_scale? v_scale?",
         "output=query present_key? present_value? output_qk?=query",
         {
             "causal": Ints(-1, 1),
             "do_rotary": FLAG,
             "k_norm_epsilon": FLOAT,
+            "k_quant_type": Strings("NONE", "PER_CHANNEL"),
+            "kv_cache_bit_width": Ints(8, 8),
             "kv_num_heads": Ints(1, 4096),
             "local_window_size": Ints(-1, 1048576),
             "num_heads": Ints(0, 4096),
@@ -358,6 +360,7 @@ MICROSOFT = {
             "sliding_window_cache": FLAG,
             "smooth_softmax": Ints(-1, 1),
             "softcap": FLOAT,
+            "v_quant_type": Strings("NONE", "PER_CHANNEL"),
         },
         ("kv_num_heads", "num_heads"),
     ),

@@ -98,7 +98,7 @@ EQUATION = Matching(re.compile(rb"[A-Za-z., ]{1,64}(->[A-Za-z. ]{0,32})?"))
 
 @dataclass(frozen=True)
 class Operator:
-    """Inputs and outputs by name; `?` marks optional ones, `*` a variadic one."""
+    """Inputs and outputs by name; `?` marks optional ones, `*` a variadic one, `-?` is one that is never given."""
 
     inputs: str
     outputs: str

@@ -57,6 +57,7 @@ INTEGERS: dict[str, str] = {
     "N": "Ints(1, 16777216)",
     "kernel_shape": "Ints(1, 4096)",
     "kv_num_heads": "Ints(1, 4096)",
+    "kv_cache_bit_width": "Ints(8, 8)",
     "left_window_size": "Ints(-1, 1048576)",
     "right_window_size": "Ints(-1, 1048576)",
     "local_window_size": "Ints(-1, 1048576)",
@@ -92,6 +93,8 @@ STRINGS: dict[str, tuple[str, ...]] = {
         "pytorch_half_pixel",
     ),
     "keep_aspect_ratio_policy": ("stretch",),
+    "k_quant_type": ("NONE", "PER_CHANNEL"),
+    "v_quant_type": ("NONE", "PER_CHANNEL"),
     "nearest_mode": ("ceil", "floor", "round_prefer_ceil", "round_prefer_floor"),
     "padding_mode": ("border", "reflection", "zeros"),
     "reduction": ("add", "max", "min", "mul", "none"),
@@ -107,8 +110,10 @@ MODES = {
     "Resize": ("cubic", "linear", "nearest"),
     "TensorScatter": ("circular", "linear"),
 }
-INPUTS = {"GroupQueryAttention": 9, "MultiHeadAttention": 8}
+INPUTS = {"GroupQueryAttention": 14, "MultiHeadAttention": 8}
 """Number of inputs of an operator that are allowed; further ones are rejected."""
+NOT_GIVEN = {"GroupQueryAttention": range(7, 12)}
+"""Places of inputs before the last allowed one that are rejected."""
 LEFT_OUT = {
     "sparse_value",
     "value_string",
@@ -118,9 +123,6 @@ LEFT_OUT = {
     "activation_alpha",
     "activation_beta",
     "clip",
-    "k_quant_type",
-    "v_quant_type",
-    "kv_cache_bit_width",
 }
 """Attributes that our graphs never have."""
 
@@ -177,7 +179,8 @@ def entry(operator: str, schemas: list[Any]) -> str:
     attributes = {name: value for name, value in sorted(newest.attributes.items()) if name not in LEFT_OUT}
     rules = ", ".join(f"{name!r}: {rule(operator, name, value)}" for name, value in attributes.items())
     required = tuple(name for name, value in attributes.items() if value.required)
-    inputs = signature(newest.inputs[: INPUTS.get(operator)])
+    names = signature(newest.inputs[: INPUTS.get(operator)]).split()
+    inputs = " ".join("-?" if place in NOT_GIVEN.get(operator, ()) else name for place, name in enumerate(names))
     return f"{operator!r}: Operator({inputs!r}, {results(newest)!r}, {{{rules}}}, {required})"
 
 

@@ -114,14 +114,18 @@ class Choice:
     Attributes:
         rest: The precision of the stages that are not named.
         named: Stage -> precision.
+        caches: The precision of the KV caches, `int8`, or none of their own.
     """
 
     rest: str
     named: dict[str, str]
+    caches: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Parses a precision, `STAGE=PRECISION`, or several of these with commas; without a precision alone it is fp32.
+
+        `caches=int8` is about KV caches.
 
         Raises:
             VqdeployError: There is no such precision, or a stage is given two.
@@ -136,7 +140,10 @@ class Choice:
             if stage in named:
                 raise VqdeployError(f"{stage or 'the rest'} is given two precisions", found=text)
             named[stage] = precision
-        return cls(named.pop("", "fp32"), named)
+        caches = named.pop("caches", None)
+        if caches not in (None, "int8"):
+            raise VqdeployError("KV caches have the type of their stage, or int8", expected="caches=int8", found=text)
+        return cls(named.pop("", "fp32"), named, caches)
 
     def of_tokenizer(self, stage: str) -> str:
         """The precision of a stage of a tokenizer, fp32 if the chosen one is for products of a prior."""

@@ -18,7 +18,7 @@ from vqdeploy.models.quantizers import MultichannelQuantizer
 
 ops = torch.ops.vqdeploy
 BODIES = ("portable", "onnxrt")
-FLOAT, FLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
+FLOAT, FLOAT16, INT64, INT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT8
 SAMPLING = {
     "logits": (FLOAT, 2),
     "noise": (FLOAT, 2),
@@ -34,6 +34,17 @@ SIGNATURES = {
     "CachedAttention": (
         {"qkv": (FLOAT, 3), **CACHES, "position": (INT64, 1)},
         {"attention": (FLOAT, 3), "present_key": (FLOAT, 4), "present_value": (FLOAT, 4)},
+    ),
+    "QuantizedCachedAttention": (
+        {
+            "qkv": (FLOAT, 3),
+            "past_key": (INT8, 4),
+            "past_value": (INT8, 4),
+            "position": (INT64, 1),
+            "key_scale": (FLOAT, 4),
+            "value_scale": (FLOAT, 4),
+        },
+        {"attention": (FLOAT, 3), "present_key": (INT8, 4), "present_value": (INT8, 4)},
     ),
     "WriteCache": ({"past": (FLOAT, 4), "entries": (FLOAT, 4), "position": (INT64, 1)}, {"present": (FLOAT, 4)}),
     "GumbelSample": (SAMPLING, {"codes": (INT64, 1)}),
@@ -278,18 +289,19 @@ def attention_inputs(batch, length, heads, dim, places, positions, seed):
     return qkv, key, value, position
 
 
-def attend(body, heads, qkv, key, value, position):
+def attend(body, heads, qkv, key, value, position, *scales):
     """One call with caches that are updated in place, as the runtime makes it; returns the output and the caches."""
-    names, (batch, length, width) = SIGNATURES["CachedAttention"], qkv.shape
-    bound = session("CachedAttention", body, heads=heads).io_binding()
-    feed = zip(names[0], (qkv, key.clone(), value.clone(), position), strict=True)
+    kind = "QuantizedCachedAttention" if scales else "CachedAttention"
+    names, (batch, length, width) = SIGNATURES[kind], qkv.shape
+    bound = session(kind, body, heads=heads).io_binding()
+    feed = zip(names[0], (qkv, key.clone(), value.clone(), position, *scales), strict=True)
     feed = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feed}
     for name, x in feed.items():
         bound.bind_ortvalue_input(name, x)
     attention = ort.OrtValue.ortvalue_from_numpy(np.empty((batch, length, width // 3), np.float32))
     for name, x in zip(names[1], (attention, feed["past_key"], feed["past_value"]), strict=True):
         bound.bind_ortvalue_output(name, x)
-    session("CachedAttention", body, heads=heads).run_with_iobinding(bound)
+    session(kind, body, heads=heads).run_with_iobinding(bound)
     return [torch.from_numpy(x.numpy().copy()) for x in (attention, feed["past_key"], feed["past_value"])]
 
 
@@ -341,6 +353,70 @@ class TestCachedAttention:
     def test_large_scores_do_not_overflow(self, body):
         qkv, key, value, position = attention_inputs(2, 1, 2, 8, 6, [2, 4], 0)
         check_attention(body, 2, qkv * 30, key * 30, value, position)
+
+
+def by_numpy(qkv, key, value, position, key_scale, value_scale):
+    """What `QuantizedCachedAttention` computes, in fp64, row by row."""
+    (batch, length, _), (heads, _, dim) = qkv.shape, key.shape[1:]
+    outputs, caches = np.zeros((batch, length, heads * dim)), [key.numpy().copy(), value.numpy().copy()]
+    new = qkv.numpy().reshape(batch, length, 3, heads, dim)
+    scales = [scale.numpy()[0, :, 0] for scale in (key_scale, value_scale)]
+    for row in range(batch):
+        start = int(position[row])
+        for number, (cache_, scale) in enumerate(zip(caches, scales, strict=True), 1):
+            integers = np.clip(np.rint(new[row, :, number] / scale), -128, 127)
+            cache_[row, :, start : start + length] = integers.astype(np.int8).swapaxes(0, 1)
+        for place, head in np.ndindex(length, heads):
+            seen = slice(0, start + place + 1)
+            keys, values_ = (
+                c[row, head, seen] * s[head].astype(np.float64) for c, s in zip(caches, scales, strict=True)
+            )
+            scores = keys @ new[row, place, 0, head].astype(np.float64)
+            weights = np.exp(scores - scores.max())
+            outputs[row, place, head * dim : head * dim + dim] = weights / weights.sum() @ values_
+    return outputs, *caches
+
+
+def quantized_inputs(batch, length, heads, dim, places, positions, seed):
+    """Random inputs, some beyond what the caches hold, and garbage in every place that is still empty."""
+    qkv, *_, position = attention_inputs(batch, length, heads, dim, places, positions, seed)
+    generator = torch.Generator().manual_seed(seed)
+    caches = torch.randint(-128, 128, (2, batch, heads, places, dim), generator=generator).to(torch.int8)
+    scales = torch.rand(2, 1, heads, 1, dim, generator=generator) * 0.03 + 0.01
+    return qkv, *caches, position, *scales
+
+
+def check_quantized(body, heads, *inputs):
+    expected, found = by_numpy(*inputs), attend(body, heads, *inputs)
+    for caches in zip(expected[1:], found[1:], strict=True):  # halves may be rounded either way
+        assert np.abs(np.subtract(*(c.astype(int) for c in map(np.asarray, caches)))).max() <= 1
+        assert np.mean(np.not_equal(*map(np.asarray, caches))) < 1e-2
+    np.testing.assert_allclose(found[0], expected[0], atol=5e-3)
+
+
+@pytest.mark.parametrize("body", BODIES)
+class TestQuantizedCachedAttention:
+    @given(data=st.data())
+    def test_one_entry_at_a_position_of_each_sample(self, body, data):
+        batch, heads = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 4), "heads")
+        places, dim = data.draw(st.integers(1, 20), "places"), 8 * data.draw(st.integers(1, 4), "dim / 8")
+        positions = data.draw(st.lists(st.integers(0, places - 1), min_size=batch, max_size=batch), "positions")
+        inputs = quantized_inputs(batch, 1, heads, dim, places, positions, data.draw(st.integers(0, 2**31), "seed"))
+        check_quantized(body, heads, *inputs)
+        operator = ops.quantized_cached_attention(*inputs)
+        np.testing.assert_allclose(operator[0], by_numpy(*inputs)[0], atol=5e-3)
+
+    @given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 5), st.integers(0, 2**31))
+    def test_a_prefix_is_causal(self, body, batch, length, spare, seed):
+        check_quantized(body, 2, *quantized_inputs(batch, length, 2, 16, length + spare, [0] * batch, seed))
+
+    def test_a_row_does_not_depend_on_the_others(self, body):
+        qkv, key, value, position, *scales = quantized_inputs(3, 1, 2, 16, 40, [30, 2, 17], 0)
+        together = attend(body, 2, qkv, key, value, position, *scales)
+        for row in range(3):
+            own = [x[row : row + 1] for x in (qkv, key, value, position)]
+            for alone, whole in zip(attend(body, 2, *own, *scales), together, strict=True):
+                np.testing.assert_array_equal(alone[0], whole[row])
 
 
 def write(body, past, entries, position):
@@ -503,7 +579,7 @@ FUNCTIONS = [
     *(function("VQNearest", metric=metric) for metric in ("l2", "cosine", "dot")),
     function("PackedAttention", heads=4),
     *(function("VQLookup", shared=shared) for shared in (True, False)),
-    *(function(name) for name in ("CachedAttention", "WriteCache", "GumbelSample")),
+    *(function(name) for name in ("CachedAttention", "QuantizedCachedAttention", "WriteCache", "GumbelSample")),
 ]
 
 

@@ -336,6 +336,43 @@ def _(qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor) -> tu
     return qkv.new_empty((batch, length, width // 3)), torch.empty_like(past_key), torch.empty_like(past_value)
 
 
+@operator("quantized_cached_attention")
+def quantized_cached_attention(
+    qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor, key_scale: Tensor, value_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cached_attention` over caches in int8.
+
+    Args:
+        qkv: Queries (already scaled), keys and values, concatenated [B, S, 3 * H * D].
+        past_key: Keys int8 [B, H, T, D].
+        past_value: Values int8 [B, H, T, D].
+        position: Index of the first new entry in the cache [B] int64; position + S <= T.
+        key_scale: What 1 is worth in a key [1, H, 1, D] float32.
+        value_scale: What 1 is worth in a value, likewise.
+
+    Returns:
+        Attention output [B, S, H * D], and both caches with entries position..position+S-1 written. Keys and values
+        beyond 127 times their scale are cut off.
+    """
+    query, key, value = qkv.unflatten(-1, (3, past_key.shape[1], -1)).permute(2, 0, 3, 1, 4)
+    floats, caches = [], []
+    for new, past, scale in ((key, past_key, key_scale), (value, past_value, value_scale)):
+        integers = (new / scale).round().clamp(-128, 127).to(torch.int8)
+        caches.append(write_cache(past, integers, position))
+        floats += [integers * scale, caches[-1] * scale]
+    key, keys, value, values = floats
+    stored = torch.stack([query, key, value]).permute(1, 3, 0, 2, 4).flatten(2)
+    return cached_attention(stored, keys, values, position)[0], *caches
+
+
+@quantized_cached_attention.register_fake
+def _(
+    qkv: Tensor, past_key: Tensor, past_value: Tensor, position: Tensor, key_scale: Tensor, value_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = qkv.shape
+    return qkv.new_empty((batch, length, width // 3)), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
 @operator("sample")
 def sample(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Draws one code per row by the Gumbel-max trick, after temperature, top-k and top-p, in that order.
