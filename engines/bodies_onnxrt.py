@@ -3,6 +3,8 @@
 A package has portable bodies. The builder for ONNX Runtime replaces them by these, and tests compare the two.
 """
 
+from typing import Any
+
 import onnx
 
 # What each layer's attention wants to know of the positions, once for all layers: a node each takes longer than it is
@@ -420,7 +422,7 @@ def _use_block_products(graph: onnx.GraphProto) -> None:
             )
 
 
-_INT8_CACHES = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+_INT8_CACHES: dict[str, Any] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 
 def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:

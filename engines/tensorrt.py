@@ -100,7 +100,7 @@ def _inlined(file: Path, folder: Path) -> Path:
     if any(node.op_type.startswith("QuantizedConvolution") for node in model.graph.node):
         raise VqdeployError(
             f"TensorRT builds no {file.stem} in int8: zero is not 0 among the integers of its maps",
-            fix=f"vqdeploy export --dtype {file.stem}=fp16",
+            fix=f"vqdeploy export without {file.stem}=int8",
         )
     if any(node.op_type == "QuantizedCachedAttention" for node in model.graph.node):
         raise VqdeployError(

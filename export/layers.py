@@ -1,6 +1,6 @@
 """Layers for inference, made from trained ones: the same function in a form that exports and runs better."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -153,10 +153,10 @@ class InferenceBlock(nn.Module):
 
 def _largest(attention: Attention) -> Tensor | None:
     """The largest key and value of each head [2, H], if `vqdeploy.export.rounding.observed` has seen them."""
-    seen = [getattr(layer, "largest", None) for layer in (attention.key, attention.value)]
-    if seen[0] is None:
+    layers = (attention.key, attention.value)
+    if not hasattr(attention.key, "largest"):
         return None
-    return torch.stack(seen).unflatten(1, (attention.heads, -1)).amax(-1)
+    return torch.stack([cast(Tensor, layer.largest).unflatten(0, (attention.heads, -1)).amax(-1) for layer in layers])
 
 
 def embed_entries(

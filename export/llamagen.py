@@ -24,8 +24,11 @@ def head_width(config: LlamaGenConfig) -> int:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """An `RMSNorm` without a weight."""
-    return F.rms_norm(widened(x), x.shape[-1:], eps=EPSILON).to(x.dtype)
+    """An `RMSNorm` without a weight.
+
+    Without one of ones ONNX Runtime adds up a single row in another order than several.
+    """
+    return F.rms_norm(widened(x), x.shape[-1:], torch.ones(x.shape[-1]), EPSILON).to(x.dtype)
 
 
 class InferenceBlock(nn.Module):

@@ -42,7 +42,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
             raise VqdeployError(
                 f"stage {stage.name} has nothing to store in {precision}",
                 expected="products" if chosen.bits < 8 else "products or a decoder",
-                fix=f"--dtype {precision},{stage.name}=fp32",
+                fix=f"leave out {stage.name}={precision}",
             )
         if calibration is not None:
             quantize_convolutions(module, calibration())

@@ -27,7 +27,9 @@ def partly_masked(codes: np.ndarray, size: int, rng: np.random.Generator) -> np.
     return np.where(masked, size, codes)
 
 
-def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray) -> np.ndarray:
+def forced_logits(
+    pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray, **options: object
+) -> np.ndarray:
     """Logits of each engine call, while noise forces the sampler to draw the given codes, batch by batch.
 
     Args:
@@ -35,18 +37,27 @@ def forced_logits(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, cond
         codes: Codes to draw [B, positions, Q].
         known: Codes known in advance [B, *grid], -1 elsewhere; at the same positions for all images.
         conditions: Labels [B], or texts [B, length].
+        **options: Sampling options, such as a guidance scale.
 
     Returns:
         Float32 [B, drawn positions, Q, K].
     """
-    parts = batches(len(codes), pipeline.call_images())
-    return np.concatenate([_forced_batch(pipeline, codes[part], known[part], conditions[part]) for part in parts])
+    chosen = untouched_options(pipeline) | options
+    parts = batches(len(codes), pipeline.call_images(_guided(chosen)))
+    return np.concatenate(
+        [_forced_batch(pipeline, codes[part], known[part], conditions[part], chosen) for part in parts]
+    )
 
 
-def _forced_batch(pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray) -> np.ndarray:
-    with pipeline.sampler(len(codes)) as sampler:
+def _guided(options: dict[str, Any]) -> bool:
+    return bool(options.get("guidance_scale", 1.0) != 1)
+
+
+def _forced_batch(
+    pipeline: Pipeline, codes: np.ndarray, known: np.ndarray, conditions: np.ndarray, options: dict[str, Any]
+) -> np.ndarray:
+    with pipeline.sampler(len(codes), _guided(options)) as sampler:
         sampler.draw = _drawing(codes)
-        options = untouched_options(pipeline)
         for slot, condition in enumerate(conditions):
             sampler.admit(slot, Item(known[slot], condition, 0, slot, options))
         collected = []
@@ -70,7 +81,7 @@ def masked_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **o
     """
     chosen = untouched_options(pipeline) | {"steps": 1, "schedule": "linear"} | options
     found = []
-    with pipeline.sampler(1, guided=chosen.get("guidance_scale", 1) != 1) as sampler:
+    with pipeline.sampler(1, _guided(chosen)) as sampler:
         for image, (known, label) in enumerate(zip(codes, labels, strict=True)):
             open_codes = np.where(known < pipeline.codebook_size, known, -1)
             sampler.admit(0, Item(open_codes, int(label), 0, image, chosen))
@@ -114,7 +125,7 @@ def scale_outputs(
         For each scale, arrays of all images [B, ...] by name.
     """
     names, images = ("logits", "present_map"), []
-    with pipeline.sampler(1, guided=options["guidance_scale"] != 1) as sampler:
+    with pipeline.sampler(1, _guided(options)) as sampler:
         for image, (codes, label) in enumerate(zip(known, labels, strict=True)):
             sampler.admit(0, Item(codes, int(label), seed, image, options))
             calls = []
@@ -128,7 +139,7 @@ def scale_outputs(
     ]
 
 
-def untouched_options(pipeline: Pipeline) -> dict[str, object]:
+def untouched_options(pipeline: Pipeline) -> dict[str, Any]:
     """Sampling options that change no logit."""
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0, "more_smooth": 0}
     return pipeline.options(**{name: value for name, value in neutral.items() if name in pipeline.sampling.options})

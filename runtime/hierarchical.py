@@ -1,7 +1,6 @@
 """Sampling of a hierarchy of code maps, top level first: one engine call per row and one per position."""
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from vqdeploy.runtime.interface import Expected, Tensors, floats, sampling_options, whole
 from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo, level_names
 from vqdeploy.runtime.options import for_graph
-from vqdeploy.runtime.sampler import Item, Sampler, carried
+from vqdeploy.runtime.sampler import Item, Sampler, Spent, carried
 from vqdeploy.runtime.session import Array, Binding, Session
 
 _FROM_ROW = ("entry", "inner", "gates")
@@ -28,7 +27,7 @@ class HierarchicalSampler(Sampler):
     def _prepare(self, sessions: Mapping[str, Session], tokenizer: TokenizerInfo) -> None:
         names = level_names(len(tokenizer.maps))
         grids = [each[:2] for each in tokenizer.maps]
-        self._levels = [_Level(n, sessions, grid, self.seconds) for n, grid in zip(names, grids, strict=True)]
+        self._levels = [_Level(n, sessions, grid, self.spent) for n, grid in zip(names, grids, strict=True)]
         self._maps: list[Array] = []
         self._places: Iterator[None] = iter(())
         self._left = 0
@@ -157,8 +156,8 @@ class _Buffers(NamedTuple):
 class _Level:
     """The stages of one level; `greedy` tells for each slot whether it takes the most likely code."""
 
-    def __init__(self, name: str, sessions: Mapping[str, Session], grid: tuple[int, ...], seconds: dict[str, float]):
-        self.name, self.grid, self._seconds = name, grid, seconds
+    def __init__(self, name: str, sessions: Mapping[str, Session], grid: tuple[int, ...], spent: dict[str, Spent]):
+        self.name, self.grid, self._spent = name, grid, spent
         self.pixel, self._row = sessions[f"{name}_pixel"], sessions[f"{name}_row"]
         self._condition = sessions.get(f"{name}_condition")
         self._buffers: _Buffers | None = None
@@ -214,9 +213,7 @@ class _Level:
             self.greedy[slot] = np.array([values["top_k"] == 1])
 
     def _run(self, part: str, binding: Binding) -> None:
-        start = time.perf_counter()
-        binding.run()
-        self._seconds[f"{self.name}_{part}"] += time.perf_counter() - start
+        self._spent[f"{self.name}_{part}"].run(binding)
 
     def _bound(self, slots: int) -> _Buffers:
         dims = {"batch": slots}

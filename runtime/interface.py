@@ -63,7 +63,8 @@ def check(manifest: Manifest, inputs: Mapping[str, Tensors], outputs: Mapping[st
 
 def _fits(expected: Expected, info: TensorInfo, known: dict[str, object]) -> bool:
     if isinstance(expected, str):
-        held = info.shape[0] in _ROWS and all(isinstance(size, int) or size in _OPEN for size in info.shape[1:])
+        rows, *others = info.shape or (None,)
+        held = rows in _ROWS and all(isinstance(size, int) or size in _OPEN for size in others)
         return held and known.setdefault(expected, (info.dtype, info.shape)) == (info.dtype, info.shape)
     dtype, shape = expected
     return (info.dtype, len(info.shape)) == (dtype, len(shape)) and all(

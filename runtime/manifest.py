@@ -193,8 +193,9 @@ class Manifest(Config):
                 "the manifest has an unknown format", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
         manifest = super().from_dict(data)
-        for precision in (manifest.precision, *(stage.precision for stage in manifest.stages)):
-            if precision not in (*PRECISIONS, MIXED):
+        own = () if manifest.precision == MIXED else (manifest.precision,)
+        for precision in (*own, *(stage.precision for stage in manifest.stages)):
+            if precision not in PRECISIONS:
                 raise ArtifactError(
                     "the manifest has an unknown precision",
                     expected=" or ".join(PRECISIONS),

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.runtime.memory import return_freed
 from vqdeploy.runtime.next_scale import NextScaleSampler
 from vqdeploy.runtime.noise import ThreadedNoise
-from vqdeploy.runtime.sampler import Drawn, Item, Sampler, needs_guidance
+from vqdeploy.runtime.sampler import Drawn, Item, Sampler, Spent, needs_guidance
 from vqdeploy.runtime.session import Opener, Session
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -624,9 +625,9 @@ class Pipeline:
         """
         start = time.perf_counter()
         chosen = self.options(**given)
-        drawn, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
+        drawn, spent = self._sample(known, labels, seed, first_image, chosen, callback)
         self._done()
-        engine = sum(seconds.values())
+        engine = sum(each.seconds for each in spent.values())
         sampled = time.perf_counter()
         images, codes = self._images(drawn), np.stack([each.codes for each in drawn])
         end = time.perf_counter()
@@ -655,10 +656,10 @@ class Pipeline:
         first_image: int = 0,
         chosen: dict[str, Any] | None = None,
         callback: Callback | None = None,
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """The codes of `complete`, and the seconds of each stage; `chosen` comes from `options`."""
-        drawn, seconds = self._sample(known, labels, seed, first_image, chosen, callback)
-        return np.stack([each.codes for each in drawn]), seconds
+    ) -> tuple[np.ndarray, dict[str, Spent]]:
+        """The codes of `complete`, and what each stage took; `chosen` comes from `options`."""
+        drawn, spent = self._sample(known, labels, seed, first_image, chosen, callback)
+        return np.stack([each.codes for each in drawn]), spent
 
     def _images(self, drawn: Sequence[Drawn]) -> np.ndarray:
         images = np.empty((len(drawn), *self.image_shape), np.uint8)
@@ -677,8 +678,8 @@ class Pipeline:
         first_image: int,
         chosen: dict[str, Any] | None,
         callback: Callback | None,
-    ) -> tuple[list[Drawn], dict[str, float]]:
-        """What was drawn for each image, and the seconds of each stage."""
+    ) -> tuple[list[Drawn], dict[str, Spent]]:
+        """What was drawn for each image, and what each stage that ran took."""
         known = self._check_codes(known, lowest=-1)
         conditions = self._check_conditions(labels, len(known))
         check_whole(seed=seed, first_image=first_image)
@@ -687,16 +688,16 @@ class Pipeline:
         chosen = chosen or self.options()
         guided = any(needs_guidance(chosen, condition, self.sampling.no_label) for condition in conditions)
         drawn: list[Drawn] = []
-        seconds = dict.fromkeys(self.stages, 0.0)
+        spent: dict[str, Spent] = defaultdict(Spent)
         for part in batches(len(known), self.call_images(guided)):
             images = range(*part.indices(len(known)))
             items = [Item(known[i], conditions[i], seed, first_image + i, chosen) for i in images]
             with self.sampler(len(items), guided) as sampler:
-                sampler.seconds.clear()
+                sampler.spent.clear()
                 drawn += self._draw_all(sampler, items, images, callback)
-                for stage, spent in sampler.seconds.items():
-                    seconds[stage] += spent
-        return drawn, {stage: spent for stage, spent in seconds.items() if spent}
+                for stage, each in sampler.spent.items():
+                    spent[stage] += each
+        return drawn, spent
 
     def _draw_all(
         self, sampler: Sampler, items: Sequence[Item], images: range, callback: Callback | None

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -55,6 +55,26 @@ class Drawn:
     whole_map: np.ndarray | None = None
 
 
+@dataclass
+class Spent:
+    """Engine calls of a stage: how many, and their seconds, including waits for a GPU."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+    def run(self, binding: Binding) -> None:
+        """One call."""
+        start = time.perf_counter()
+        binding.run()
+        self.calls += 1
+        self.seconds += time.perf_counter() - start
+
+    def __iadd__(self, other: Self) -> Self:
+        self.calls += other.calls
+        self.seconds += other.seconds
+        return self
+
+
 class Sampler(ABC):
     """The batch of an engine as slots, each of which holds one image.
 
@@ -66,7 +86,7 @@ class Sampler(ABC):
         joins: `any step` if images may join before any step, `when empty` if only while no slot is in use.
         raster: Whether codes are drawn in raster order, each given those before it.
         needs: Sampling options that a plan must have, besides those of guidance.
-        seconds: Seconds in each stage so far, including waits for a GPU.
+        spent: What the engine calls of each stage took so far.
         last: The binding of the last engine call, to inspect its inputs and outputs.
     """
 
@@ -97,7 +117,7 @@ class Sampler(ABC):
             lock: Held during engine calls, reentrantly; by default one of its own.
         """
         self.slots, self.guided, self.no_label, self.condition = slots, guided, info.no_label, Condition.of(info)
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.spent: dict[str, Spent] = defaultdict(Spent)
         self.draw, self._lock = draw, lock or threading.RLock()
         self._layout, self._options, self._size = Layout(tokenizer.maps), info.options, tokenizer.codebook_size
         self._items: dict[int, Item] = {}
@@ -238,10 +258,8 @@ class Sampler(ABC):
         return self._parts[key]
 
     def _run(self, stage: str, binding: Binding) -> None:
-        """One engine call; adds its time to that of the stage."""
-        start = time.perf_counter()
-        binding.run()
-        self.seconds[stage] += time.perf_counter() - start
+        """One engine call, counted among those of the stage."""
+        self.spent[stage].run(binding)
         self.last = binding
 
     def _read(self, stage: str, values: Array) -> np.ndarray:
@@ -253,7 +271,7 @@ class Sampler(ABC):
             start = time.perf_counter()
             with self._lock:
                 self._copies[id(values)] = values, np.array(values)
-            self.seconds[stage] += time.perf_counter() - start
+            self.spent[stage].seconds += time.perf_counter() - start
         return self._copies[id(values)][1]
 
     def _fill_noise(self, noise: Array, draws: Mapping[int, int], greedy: Mapping[int, np.ndarray]) -> None:

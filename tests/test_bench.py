@@ -18,6 +18,7 @@ from vqdeploy.bench.plans import divergences
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load
+from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.systems import create
 
 
@@ -50,6 +51,28 @@ def test_steps_and_host_make_up_a_generation(report):
             assert 0 < result["host_ms"] < result["median_ms"]
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "options", "calls"),
+    [
+        ("rqvae", 3, {}, 2 * 16),  # in two calls of the sampler
+        ("movq", 3, {"guidance_scale": 1.0}, 2 * 5),
+        ("movq", 3, {"guidance_scale": 2.0}, 2 * 5),
+        ("text", 1, {}, 16),  # the prefill of the text draws the first codes
+    ],
+)
+def test_engine_calls_are_counted(artifacts, name, batch, options, calls, monkeypatch):
+    monkeypatch.setattr(bench, "_bound", lambda *_: {"matmul_gflop_s": 1.0} if name == "movq" else {})
+    plan = artifacts.plan(name, batch=SizeRange(1, 1, 2))
+    report = bench.bench(plan, ("generate",), (batch,), iterations=1, options=options)
+    (result,) = report["results"]
+    assert result["calls"] == calls
+    assert result["step_ms"] == pytest.approx(result["steps_ms"] / calls)
+    if name == "movq":
+        conditions = 1 if options["guidance_scale"] == 1 else 2
+        whole = 5 * batch * conditions * bench.step_gflop(load(plan))
+        assert result["gflop_per_step"] == pytest.approx(whole / calls)
+
+
 def test_weight_traffic_counts_the_matrices_of_the_step(plan):
     # Width 64: two layers of the body, and at each of four depths one layer and the classifier of 64 codes.
     assert bench.step_weight_bytes(load(plan)) == 4 * (2 * 12 * 64**2 + 4 * (12 * 64**2 + 64 * 64))
@@ -78,7 +101,13 @@ def test_plans_are_compared(artifacts):
     report = bench.bench(first, warm_up=0, iterations=1, compare=[second])
     assert {r["name"] for r in report["results"]} == {"vqdeploy", second.stem}
     assert set(report["ratios"]) == {f"{task}/b1/{second.stem}" for task in bench.TASKS}
-    assert second.stem in bench.table(report)
+    one, other = (next(r for r in report["results"] if r["name"] == n) for n in ("vqdeploy", second.stem))
+    # How many times as fast the other plan is, while a baseline has how many times as fast the plan is.
+    assert report["ratios"][f"{one['task']}/b1/{second.stem}"] == pytest.approx(one["median_ms"] / other["median_ms"])
+    table = bench.table(report)
+    assert second.stem in table
+    assert first.stem in table
+    assert "vqdeploy" not in table
     assert 3 * bench.step_weight_bytes(load(first)) < bench.step_weight_bytes(load(second))
     described = report["plans"]
     assert described["vqdeploy"]["plan_mb"] < described[second.stem]["plan_mb"]

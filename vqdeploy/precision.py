@@ -157,12 +157,17 @@ class Choice:
         """Checks the choice against the names of the stages, those of the prior with whether they have products.
 
         Raises:
-            VqdeployError: There is no such stage, or stages that exchange states differ in the type of these.
+            VqdeployError: There is no such stage, or none for the precision without a name, or stages that exchange
+                states differ in the type of these.
         """
         stages = [*tokenizer, *prior]
         for name in self.named:
             if name not in stages:
                 raise VqdeployError(f"there is no stage {name!r} to export", expected=" or ".join(stages))
+        if not prior and PRECISIONS[self.rest].bits:
+            raise VqdeployError(
+                f"{self.rest} is for the products of a prior, and there is none", fix=f"--dtype decode={self.rest}"
+            )
         floats = {PRECISIONS[self.of_prior(name, has)].floats for name, has in prior.items()}
         if len(floats) > 1:
             raise VqdeployError(

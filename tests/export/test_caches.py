@@ -60,7 +60,7 @@ def test_caches_hold_keys_and_values_of_random_codes(artifacts, name):
         if i in (0, len(parts)):  # the entries of the first layer are the same
             off = (cache * scale - floats).abs() / scale
             assert off[~outside.expand_as(off)].max() <= 0.501
-        assert cache.abs().amax((0, 2, 3)).float().mean() > 70  # the range is used, by every head
+        assert cache.abs().amax((0, 2, 3)).float().min() > 40  # each head uses its range
 
 
 def test_what_is_observed_is_forgotten(artifacts):
@@ -87,7 +87,7 @@ def test_heads_that_are_zero_and_heads_that_overflow():
         (
             "vit",
             "caches=int8",
-            "only an autoregressive prior with products in int8 or int4 .* Fix: --dtype int8,caches",
+            "only an autoregressive prior with products in int8 .* Fix: --dtype int8,caches",
         ),
         ("vit", "fp16,caches=int8", "only an autoregressive prior with products in int8 or int4"),
         ("vit", "int8,step=fp32,caches=int8", "only an autoregressive prior with products in int8 or int4"),
@@ -147,9 +147,8 @@ def test_scales_that_cut_off_keys_are_found(artifacts, tmp_path):
     save_file(weights, package / WEIGHTS)
     reseal(package)
     build(package, tmp_path / "a.plan")
-    failed(
-        failures(verify(tmp_path / "a.plan", artifacts.system("vit"))), "step: drawn codes: Kullback-Leibler divergence"
-    )
+    report = verify(tmp_path / "a.plan", artifacts.system("vit"))
+    failed(failures(report), "step: drawn codes: Kullback-Leibler divergence")
 
 
 @pytest.mark.parametrize("portable", [True, False], ids=["portable", "own"])

@@ -226,7 +226,7 @@ def test_activations_that_overflow_have_no_moments(artifacts, tmp_path):
 
 
 def test_stages_without_products_have_none(system, tmp_path):
-    message = "stage decode has nothing to store in int4; expected products. Fix: --dtype int4,decode=fp32"
+    message = "stage decode has nothing to store in int4; expected products. Fix: leave out decode=int4"
     with pytest.raises(VqdeployError, match=re.escape(message)):
         export(system, tmp_path / "onnx", "decode=int4")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
-from support.mutations import change_weight, failed, failures
+from support.mutations import change_function, change_weight, failed, failures, replace_with
 
 from vqdeploy.engines.bodies_onnxrt import swap_in
 from vqdeploy.engines.build import build
@@ -25,7 +25,8 @@ from vqdeploy.export.package import export
 from vqdeploy.export.precision import QuantizedProduct
 from vqdeploy.precision import MIXED, Choice
 from vqdeploy.runtime import load
-from vqdeploy.verify import verify
+from vqdeploy.runtime.autoregressive import AutoregressiveSampler
+from vqdeploy.verify import verify, verify_package
 
 
 def graph_of(weight, scale, own):
@@ -171,7 +172,7 @@ def test_a_choice_that_cannot_be(text, message):
         ("dcode=fp16", "there is no stage 'dcode' to export; expected encode or decode or step"),
         (
             "encode=int8",
-            "stage encode has nothing to store in int8; expected products or a decoder. Fix: --dtype int8,encode=fp32",
+            "stage encode has nothing to store in int8; expected products or a decoder. Fix: leave out encode=int8",
         ),
     ],
 )
@@ -210,12 +211,14 @@ def test_what_a_package_holds(artifacts):
     assert "MatMul" in nodes  # attention within the head is between activations
 
 
-def test_precisions_that_differ(movq_system, tmp_path):
-    manifest = export(movq_system, tmp_path / "onnx", "decode=fp16,step=int8")
+MOVQ = "decode=fp16,step=int8"
+
+
+def test_precisions_that_differ(artifacts, movq_system):
+    manifest = read(artifacts.package("movq", MOVQ))
     assert manifest.precision == MIXED
     assert [stage.precision for stage in manifest.stages] == ["fp32", "fp16", "int8"]
-    build(tmp_path / "onnx", tmp_path / "plan")
-    report = verify(tmp_path / "plan", movq_system)
+    report = verify(artifacts.plan("movq", MOVQ), movq_system)
     assert failures(report) == set()
     assert report["precision"] == MIXED
 
@@ -248,6 +251,34 @@ def test_weights_that_are_off_are_found(int8, system, tmp_path, tensor, change):
     change_weight(int8, torch.from_numpy(load_file(int8 / "weights.safetensors")[tensor]), change)
     build(int8, tmp_path / "plan")
     failed(failures(verify(tmp_path / "plan", system)), "step: drawn codes: Kullback-Leibler")
+
+
+@pytest.mark.parametrize(
+    ("output", "source"),
+    [("perturbed", "kept"), ("scaled", "logits_fp32"), ("survivors", "scaled"), ("threshold_p", "k_low_3")],
+    ids=["noise", "temperature", "top_k", "top_p"],
+)
+@pytest.mark.parametrize(("name", "dtype"), [("rqvae", "int8"), ("rqvae", "int4"), ("movq", MOVQ)])
+def test_sampling_that_ignores_an_option(artifacts, name, dtype, output, source, tmp_path):
+    """Draws are judged as strictly as in fp32: by the logits of the plan itself."""
+    package = shutil.copytree(artifacts.package(name, dtype), tmp_path / "package")
+    change_function(package, "step", "GumbelSample", replace_with(output, "Identity", source))
+    failed(failures(verify_package(package, artifacts.system(name))), "generate: truncated")
+
+
+@pytest.mark.parametrize("share", [2 / 3, 1.5])
+def test_another_guidance_scale_is_found(artifacts, share, monkeypatch):
+    run = AutoregressiveSampler._run
+
+    def changed(sampler, stage, binding):
+        guided = binding.inputs["guidance"] != 1
+        binding.inputs["guidance"][guided] *= share
+        run(sampler, stage, binding)
+        binding.inputs["guidance"][guided] /= share
+
+    monkeypatch.setattr(AutoregressiveSampler, "_run", changed)
+    found = failures(verify(artifacts.plan("vit", "int8"), artifacts.system("vit")))
+    failed(found, "step: guidance, drawn codes: Kullback-Leibler")
 
 
 def test_it_runs_without_the_exporter(artifacts):

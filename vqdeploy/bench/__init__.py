@@ -24,6 +24,7 @@ from vqdeploy import machine
 from vqdeploy.bench.plans import describe, divergences
 from vqdeploy.errors import VqdeployError, missing
 from vqdeploy.files import replacing_file
+from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.manifest import level_names
@@ -45,7 +46,7 @@ _RATES = {"read_bandwidth_gb_s": "read_bandwidth({threads})", "matmul_gflop_s": 
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 Phases = dict[str, float]
-"""Seconds of the phases of one call; `total` is the whole call."""
+"""Seconds of the phases of one call; `total` is the whole call, `calls` the number of engine calls of the prior."""
 
 
 @dataclass
@@ -96,12 +97,14 @@ def bench(
         - `results`: a list with a dictionary for each task, batch size and runner. `name` is `vqdeploy`, the
           baseline or the name of the other plan;
           `task`; `batch_size` in images; `median_ms`, `p90_ms` and `p99_ms`, times of a call in milliseconds;
-          `images_per_s` by the median; `iterations`, the number of timed calls. `generate` of the plan has medians of
+          `images_per_s` by the median; `iterations`, the number of timed calls. `generate` of plans has `calls`, the
+          number of engine calls of the prior, and medians of
           `steps_ms` (engine calls of the prior; for a hierarchy `STAGE_ms` of each stage) and `host_ms` (noise and
           schedules between them), and figures per step, set against the roofline of this machine on a CPU: `step_ms`
           (of an engine call: the prefill of a text counts as a step);
           autoregressive: `weight_mb_per_step` (1e6 bytes), `weight_gb_s`, `share_of_read_bandwidth` (0..1); masked and
-          next-scale, whose steps differ, in the mean: `gflop_per_step`, `gflop_s`, `share_of_matmul_rate` (0..1);
+          next-scale, whose steps differ, in the mean: `gflop_per_step`, `gflop_s`, and without integers
+          `share_of_matmul_rate` (0..1);
           hierarchical: `parts`, for each stage its `calls`, `call_ms`, `share` of the median (0..1), `weight_mb`,
           `weight_gb_s`, `gflop` and `gflop_s` of a call.
         - `ratios`: speedups, see `ratios`.
@@ -209,9 +212,11 @@ def _plan_call(pipeline: Pipeline, task: str, batch: int, options: dict[str, Any
 
     def generate() -> Phases:
         start = time.perf_counter()
-        stages = pipeline.sample(known, labels, seed=0, chosen=options)[1]
-        total, engine = time.perf_counter() - start, sum(stages.values())
-        return {"total": total, "steps": engine, "host": total - engine, **(stages if len(stages) > 1 else {})}
+        spent = pipeline.sample(known, labels, seed=0, chosen=options)[1]
+        total, stages = time.perf_counter() - start, {stage: each.seconds for stage, each in spent.items()}
+        engine = sum(stages.values())
+        phases = {"total": total, "steps": engine, "host": total - engine, **(stages if len(stages) > 1 else {})}
+        return phases | {"calls": float(sum(each.calls for each in spent.values()))}
 
     return generate
 
@@ -241,7 +246,9 @@ def _measure(runners: list[Runner], task: str, batch: int, warm_up: int, iterati
 def _summary(name: str, task: str, batch: int, phases: list[Phases]) -> dict[str, Any]:
     totals = np.array([phase["total"] for phase in phases]) * 1e3
     median = float(np.median(totals))
-    parts = {f"{key}_ms": float(np.median([p[key] for p in phases]) * 1e3) for key in phases[0] if key != "total"}
+    timed = [key for key in phases[0] if key not in ("total", "calls")]
+    parts = {f"{key}_ms": float(np.median([p[key] for p in phases]) * 1e3) for key in timed}
+    counted = {"calls": round(phases[-1]["calls"])} if "calls" in phases[-1] else {}
     return {
         "name": name,
         "task": task,
@@ -251,18 +258,19 @@ def _summary(name: str, task: str, batch: int, phases: list[Phases]) -> dict[str
         "p99_ms": float(np.percentile(totals, 99)),
         "images_per_s": batch / median * 1e3,
         "iterations": len(phases),
+        **counted,
         **parts,
     }
 
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Speedup over each baseline, median / median, keyed `TASK/bBATCH/BASELINE`."""
-    plan = {(r["task"], r["batch_size"]): r["median_ms"] for r in results if r["name"] == "vqdeploy"}
-    return {
-        f"{r['task']}/b{r['batch_size']}/{r['name']}": r["median_ms"] / plan[r["task"], r["batch_size"]]
-        for r in results
-        if r["name"] != "vqdeploy"
-    }
+    """Speedups, median / median, keyed `TASK/bBATCH/NAME`: of the plan over baselines, of other plans over the plan."""
+    found, plan = {}, {(r["task"], r["batch_size"]): r["median_ms"] for r in results if r["name"] == "vqdeploy"}
+    for r in results:
+        if r["name"] != "vqdeploy":
+            ratio = r["median_ms"] / plan[r["task"], r["batch_size"]]
+            found[f"{r['task']}/b{r['batch_size']}/{r['name']}"] = ratio if r["name"] in BASELINES else 1 / ratio
+    return found
 
 
 def _bound(pipeline: Pipeline, threads: int) -> dict[str, float]:
@@ -290,22 +298,21 @@ def _step_figures(
     """Time of a step, and its share of the roofline."""
     if pipeline.sampling.kind == "hierarchical":
         return {"parts": _parts(pipeline, result)} if bound else {}
-    sizes = [math.prod(each) for each in pipeline.layout.maps]
-    steps = (
-        len(sizes) if pipeline.sampling.kind == "next-scale" else options.get("steps", sizes[0] // pipeline.grid[-1])
-    )
-    if pipeline.condition.length > 1:
-        steps += result["batch_size"]  # a text is prefilled by a call of its own
-    time_ms = result["steps_ms"] / steps
+    time_ms = result["steps_ms"] / result["calls"]
     if not bound:
         return {"step_ms": time_ms}
     if "matmul_gflop_s" in bound:
         conditions = 1 if options["guidance_scale"] == 1 else 2
-        one = scales_gflop(pipeline, conditions) / steps if len(sizes) > 1 else step_gflop(pipeline) * conditions
-        work = one * result["batch_size"]
+        if pipeline.sampling.kind == "next-scale":
+            image = scales_gflop(pipeline, conditions)
+        else:
+            image = step_gflop(pipeline) * conditions * options["steps"]
+        work = image * result["batch_size"] / result["calls"]
         rate = work / time_ms * 1e3
-        share = rate / bound["matmul_gflop_s"]
-        return {"step_ms": time_ms, "gflop_per_step": work, "gflop_s": rate, "share_of_matmul_rate": share}
+        figures = {"step_ms": time_ms, "gflop_per_step": work, "gflop_s": rate}
+        if not _quantized(pipeline):  # the rate of this machine is that of fp32
+            figures["share_of_matmul_rate"] = rate / bound["matmul_gflop_s"]
+        return figures
     size = step_weight_bytes(pipeline)
     rate = size / time_ms / 1e6
     share = rate / bound["read_bandwidth_gb_s"]
@@ -315,6 +322,12 @@ def _step_figures(
         "weight_gb_s": rate,
         "share_of_read_bandwidth": share,
     }
+
+
+def _quantized(pipeline: Pipeline) -> bool:
+    """Whether products of the prior are of integers."""
+    stages = (stage for stage in pipeline.manifest.stages if stage.name not in _NOT_OF_THE_PRIOR)
+    return any(PRECISIONS[stage.precision].bits for stage in stages)
 
 
 def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -501,8 +514,10 @@ def _describe(pipeline: Pipeline) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text."""
-    width = max(10, *(len(r["name"]) for r in report["results"]))
+    """The report as text; where plans are compared, the first has the name of its file, too."""
+    plan = report["environment"]["file"] if len(report.get("plans", {})) > 1 else "vqdeploy"
+    names = {r["name"]: plan if r["name"] == "vqdeploy" else r["name"] for r in report["results"]}
+    width = max(10, *map(len, names.values()))
     head = " ".join(f"{name:>10}" for name in ("median", "p90", "p99"))
     lines = [f"{'task':9} {'batch':>5} {'':{width}} {head} {'images/s':>9} {'ratio':>6}"]
     for r in report["results"]:
@@ -510,7 +525,7 @@ def table(report: dict[str, Any]) -> str:
         times = " ".join(f"{r[key]:7.1f} ms" for key in ("median_ms", "p90_ms", "p99_ms"))
         shown = f"{ratio:5.2f}x" if ratio else ""
         lines.append(
-            f"{r['task']:9} {r['batch_size']:5} {r['name']:{width}} {times} {r['images_per_s']:9.2f} {shown:>6}"
+            f"{r['task']:9} {r['batch_size']:5} {names[r['name']]:{width}} {times} {r['images_per_s']:9.2f} {shown:>6}"
         )
     for r in report["results"]:
         for name, part in r.get("parts", {}).items():
@@ -520,7 +535,7 @@ def table(report: dict[str, Any]) -> str:
         if "step_ms" in r:
             host = f"batch {r['batch_size']}: {r['step_ms']:.2f} ms a step, host {r['host_ms'] / r['median_ms']:.1%}"
             lines.append(host + _bound_line(r, report["environment"]))
-    lines += _plan_lines(report.get("plans", {}), width)
+    lines += _plan_lines({names[name]: facts for name, facts in report.get("plans", {}).items()}, width)
     lines += [
         f"  {row['op']:24} {row['ms']:8.1f} ms {row['share']:6.1%} {row['calls']:7} calls"
         for row in report.get("profile", [])[:12]
@@ -565,10 +580,11 @@ def _rates_line(report: dict[str, Any]) -> str:
 
 def _bound_line(result: dict[str, Any], facts: dict[str, Any]) -> str:
     if "gflop_s" in result:
-        return (
-            f"; {result['gflop_per_step']:.3g} GFLOP a step, {result['gflop_s']:.0f} GFLOP/s, "
-            f"{result['share_of_matmul_rate']:.0%} of {facts['matmul_gflop_s']:.0f} GFLOP/s in a large matrix product"
-        )
+        line = f"; {result['gflop_per_step']:.3g} GFLOP a step, {result['gflop_s']:.0f} GFLOP/s"
+        if "share_of_matmul_rate" not in result:
+            return line
+        share = f"{result['share_of_matmul_rate']:.0%} of {facts['matmul_gflop_s']:.0f} GFLOP/s"
+        return f"{line}, {share} in a large matrix product"
     if "weight_gb_s" not in result:
         return ""
     return (

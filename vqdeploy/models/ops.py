@@ -355,14 +355,12 @@ def quantized_cached_attention(
         beyond 127 times their scale are cut off.
     """
     query, key, value = qkv.unflatten(-1, (3, past_key.shape[1], -1)).permute(2, 0, 3, 1, 4)
-    floats, caches = [], []
-    for new, past, scale in ((key, past_key, key_scale), (value, past_value, value_scale)):
-        integers = (new / scale).round().clamp(-128, 127).to(torch.int8)
-        caches.append(write_cache(past, integers, position))
-        floats += [integers * scale, caches[-1] * scale]
-    key, keys, value, values = floats
-    stored = torch.stack([query, key, value]).permute(1, 3, 0, 2, 4).flatten(2)
-    return cached_attention(stored, keys, values, position)[0], *caches
+    key, value = (
+        (new / scale).round().clamp(-128, 127).to(torch.int8) for new, scale in ((key, key_scale), (value, value_scale))
+    )
+    keys, values = write_cache(past_key, key, position), write_cache(past_value, value, position)
+    stored = torch.stack([query, key * key_scale, value * value_scale]).permute(1, 3, 0, 2, 4).flatten(2)
+    return cached_attention(stored, keys * key_scale, values * value_scale, position)[0], keys, values
 
 
 @quantized_cached_attention.register_fake

@@ -18,6 +18,8 @@ from vqdeploy.runtime.manifest import Manifest
 IMAGES = 4
 SEED = 1
 _LARGEST = "largest difference of logits"
+_OWN = 1e-3  # of the largest logit: between two calls of one plan, whose sums may be in another order
+_NOT_DRAWN = ("encode", "decode", "reconstruct", "features")
 _MASS = 1e-5  # rounding of a prefix sum of 16,384 probabilities
 
 
@@ -106,6 +108,19 @@ def check_repeats(
 def tolerance_of(checks: list[Check]) -> float:
     """Tolerance of the margin rule: twice the measured deviation of logits, capped by the limits."""
     return 2 * max(min(check.value, check.limit) for check in checks if check.metric.endswith(_LARGEST))
+
+
+def draws_are_its_own(manifest: Manifest) -> bool:
+    """Whether draws are judged by the logits of the plan: those of a quantized prior are too far from the reference's.
+
+    That its logits are right is checked apart.
+    """
+    return any(PRECISIONS[s.precision].bits for s in manifest.stages if s.name not in _NOT_DRAWN)
+
+
+def own_tolerance(logits: Tensor) -> float:
+    """Tolerance of the margin rule for logits of the plan itself."""
+    return 2 * _OWN * float(logits.abs().max())
 
 
 def judge(

@@ -20,8 +20,10 @@ from vqdeploy.verify.checks import (
     at_most,
     compare_distributions,
     compare_logits,
+    draws_are_its_own,
     judge,
     limits,
+    own_tolerance,
     tolerance_of,
 )
 
@@ -70,10 +72,10 @@ class _Step(NamedTuple):
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule; an image alone against the same image in a batch.
 
-    `logits` are the checks of `check_logits`, which determine the margin.
+    `logits` are the checks of `check_logits`, which determine the margin; see `draws_are_its_own`.
     """
     one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]  # without guidance
-    tolerance = tolerance_of(one_label)
+    tolerance = None if draws_are_its_own(pipeline.manifest) else tolerance_of(one_label)
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "steps": _STEPS, "choice_temperature": 4.5}
     cut = {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}
     kinds: dict[str, dict[str, Any]] = {
@@ -85,7 +87,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     checks = []
     for name, options in kinds.items():
         steps = _trace(pipeline, labels, 0, options)
-        far, misplaced, _ = _judge(system, steps, labels, 0, options, tolerance)
+        far, misplaced, _ = _judge(pipeline, system, steps, labels, 0, options, tolerance)
         checks.append(at_most("generate", f"{name}: tokens outside the margin rule", far, 0))
         checks.append(at_most("generate", f"{name}: codes masked against the rule", misplaced, 0))
     again = _trace(pipeline, labels, 0, options)
@@ -94,7 +96,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
 
     chosen = IMAGES - 2
     alone = _trace(pipeline, [labels[chosen]], chosen, options)
-    far, misplaced, close = _judge(system, alone, [labels[chosen]], chosen, options, tolerance)
+    far, misplaced, close = _judge(pipeline, system, alone, [labels[chosen]], chosen, options, tolerance)
     unexcused = _first_difference(steps, alone, chosen, close)
     checks.append(at_most("generate", "image alone: codes outside the margin rule", far + misplaced + unexcused, 0))
     return checks
@@ -118,25 +120,36 @@ def _trace(pipeline: Pipeline, labels: list[int], first: int, options: dict[str,
 
 
 def _judge(
-    system: System, steps: list[_Step], labels: list[int], first: int, options: dict[str, Any], tolerance: float
+    pipeline: Pipeline,
+    system: System,
+    steps: list[_Step],
+    labels: list[int],
+    first: int,
+    options: dict[str, Any],
+    tolerance: float | None,
 ) -> tuple[int, int, list[Tensor]]:
-    """Judges each step by the margin rule, given its input codes.
+    """Judges each step by the margin rule, given its input codes; without a tolerance by the logits of the plan itself.
 
     Returns:
         The number of codes that the reference would clearly not have drawn, the number of codes whose mask is clearly
         wrong, and for each step the close calls of either kind, bool [B, h, w, Q].
     """
     scale = options.get("guidance_scale", 1.0)
-    tolerance *= 2 * scale  # guidance amplifies errors of logits
-    heat_slack = 2 * tolerance / options["temperature"] + 1e-5
     shape = steps[0].codes.shape
     counts = masked_counts(options["schedule"], steps[0].codes[0].numel(), len(steps))
     far, misplaced, close = 0, 0, []
     for i, step in enumerate(steps):
-        logits = guided_logits(system.prior, step.codes, torch.tensor(labels), scale).flatten(0, -2)
+        if tolerance is None:
+            own = masked_logits(pipeline, step.codes.numpy(), np.array(labels), **_guidance(pipeline, scale))
+            logits = torch.from_numpy(own).flatten(0, -2)
+            slack = own_tolerance(logits)
+        else:
+            logits = guided_logits(system.prior, step.codes, torch.tensor(labels), scale).flatten(0, -2)
+            slack = tolerance * 2 * scale  # guidance amplifies errors of logits
+        heat_slack = 2 * slack / options["temperature"] + 1e-5
         known = step.given < logits.shape[1]
         noise = _noise((*shape, logits.shape[1]), first, 2 * i).flatten(0, -2)
-        wrong, near = judge(logits, noise, step.drawn.flatten(), options, tolerance)
+        wrong, near = judge(logits, noise, step.drawn.flatten(), options, slack)
         far += int((wrong.view(shape) & ~known).sum() + (step.drawn != step.given)[known].sum())
         close.append(near.view(shape) & ~known)
         if i + 1 < len(steps):

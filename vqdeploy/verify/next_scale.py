@@ -23,8 +23,10 @@ from vqdeploy.verify.checks import (
     check_repeats,
     compare_distributions,
     compare_logits,
+    draws_are_its_own,
     judge,
     limits,
+    own_tolerance,
     tolerance_of,
 )
 from vqdeploy.verify.tokenizer import compare_images
@@ -56,9 +58,10 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule; an image alone against itself in a batch; blended maps.
 
-    `logits` are the checks of `check_logits`, which determine the margin.
+    `logits` are the checks of `check_logits`, which determine the margin; see `draws_are_its_own`.
     """
-    tolerance = tolerance_of([check for check in logits if check.metric.startswith(_ONE_LABEL)])
+    one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]
+    tolerance = None if draws_are_its_own(pipeline.manifest) else tolerance_of(one_label)
     labels = pipeline.condition.examples(IMAGES)
     whole, cut = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}, _CUT | {"top_k": pipeline.codebook_size // 4}
     kinds: dict[str, dict[str, Any]] = {
@@ -68,7 +71,7 @@ def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) ->
     checks = []
 
     def judged(codes: np.ndarray, labels: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-        return _judge(system.prior, codes, labels, first, options, tolerance)
+        return _judge(pipeline, system.prior, codes, labels, first, options, tolerance)
 
     for name, options in kinds.items():
         codes = pipeline.generate(labels, seed=SEED, **options).codes
@@ -87,7 +90,7 @@ def _check_blended(pipeline: Pipeline, system: System, labels: np.ndarray) -> li
     maps = [torch.from_numpy(outputs["present_map"]) for outputs in scales]
     inputs = torch.cat([prior.quantizer.reduced(m, scale) for scale, m in enumerate(maps[:-1], 1)], 1)
     expected = _guided(prior, inputs, labels, _SCALE)
-    checks = compare_logits("blended maps", logits, expected, limits(pipeline.manifest, "step"))
+    checks = compare_logits("blended maps, guided", logits, expected, limits(pipeline.manifest, "step"))
 
     differences, whole = [], torch.zeros_like(maps[0])
     for scale, (own, found) in enumerate(zip(logits.split(prior.quantizer.sizes, 1), maps, strict=True)):
@@ -123,12 +126,25 @@ def _guided(prior: VAR, inputs: Tensor, labels: np.ndarray, scale: float) -> Ten
 
 
 def _judge(
-    prior: VAR, codes: np.ndarray, labels: np.ndarray, first: int, options: dict[str, Any], tolerance: float
+    pipeline: Pipeline,
+    prior: VAR,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    first: int,
+    options: dict[str, Any],
+    tolerance: float | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`judge` for generated codes, given those of coarser scales; both results have the shape of the codes."""
+    """`judge` for generated codes, given those of coarser scales; both results have the shape of the codes.
+
+    Without a tolerance the logits are those of the plan itself.
+    """
     scale = options["guidance_scale"]
-    logits = _logits(prior, codes, labels, scale).flatten(0, 1)
-    tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
+    if tolerance is None:
+        logits = torch.from_numpy(scale_logits(pipeline, codes, labels, guidance_scale=scale)).flatten(0, 1)
+        tolerance = own_tolerance(logits)
+    else:
+        logits = _logits(prior, codes, labels, scale).flatten(0, 1)
+        tolerance *= 2 * scale if scale != 1 else 1  # guidance amplifies errors of logits
     images = range(first, first + len(codes))
     drawn = np.concatenate(
         [noise_of(SEED, images, s, (n, logits.shape[1])) for s, n in enumerate(prior.quantizer.sizes)], 1
