@@ -7,6 +7,7 @@ trained here on scikit-learn's digits, so the plans must have been trained on th
 Memory is the peak of a process that generates one image. An image is a generation and its decoding, timed in turns.
 """
 
+import re
 import statistics
 import sys
 import time
@@ -58,14 +59,15 @@ def accuracy(pipe: Pipeline, judge: ImageClassifier) -> str:
 def errors(pipe: Pipeline) -> list[str]:
     """What `verify` finds, the worst of all levels, with guidance apart."""
     checks = verify(pipe.bundle.path)["checks"]
-    allowed = limits(pipe.manifest, *(stage.name for stage in pipe.manifest.stages if stage.name != "decode")).logits
 
     def worst(ending: str, shown: str, relative: bool = False) -> str:
         found: dict[str, float] = {}
         for check in checks:
             if check["metric"].endswith(ending):
                 kind = "guided " if "guid" in check["metric"] else ""
-                value = check["value"] / check["limit"] * allowed if relative else check["value"]
+                value = (
+                    check["value"] / check["limit"] * limit_of(pipe, check["metric"]) if relative else check["value"]
+                )
                 found[kind] = max(value, found.get(kind, 0.0))
         return ", ".join(f"{kind}{value:{shown}}" for kind, value in found.items()) or "-"
 
@@ -76,6 +78,13 @@ def errors(pipe: Pipeline) -> list[str]:
         worst("largest difference of logits", ".2g", relative=True),
         decoded([check for check in checks if check["stage"] == "decode"]),
     ]
+
+
+def limit_of(pipe: Pipeline, metric: str) -> float:
+    """The limit of a difference of logits, of the largest, for the stages that a metric is about: of a level, or all."""
+    level = re.match(r"\w*", metric)[0]
+    names = [stage.name for stage in pipe.manifest.stages]
+    return limits(pipe.manifest, *(name for name in names if name == "step" or name.startswith(f"{level}_"))).logits
 
 
 def decoded(checks: list[dict[str, Any]]) -> str:

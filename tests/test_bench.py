@@ -243,6 +243,27 @@ def test_the_plot_is_a_picture(report, tmp_path):
         assert image.width > image.height > 100
 
 
+NOTEBOOK = "module://matplotlib_inline.backend_inline"
+PLOT = """
+import json, sys
+from pathlib import Path
+from vqdeploy import bench
+report, picture = map(Path, sys.argv[1:])
+bench.plot(json.loads(report.read_text()), picture)
+"""
+
+
+@pytest.mark.parametrize(("backend", "settings"), [(NOTEBOOK, ""), ("", "text.usetex: True")])
+def test_settings_of_the_user_do_not_matter(report, tmp_path, python, monkeypatch, backend, settings):
+    """A notebook hands its backend to the processes that it starts."""
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "matplotlibrc").write_text(settings)
+    monkeypatch.setenv("MPLBACKEND", backend)
+    python(PLOT, tmp_path / "report.json", tmp_path / "plot.png", cwd=tmp_path)
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.format == "PNG"
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_plot_names_what_was_timed(report, tmp_path, monkeypatch):
     named = []

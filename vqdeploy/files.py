@@ -217,6 +217,16 @@ def check_outside(folder: Path, inputs: Iterable[Path]) -> None:
         raise VqdeployError(f"{folder} cannot be replaced (it holds the input {inside[0]})", fix=_ELSEWHERE)
 
 
+def check_apart(folder: Path, inputs: Iterable[Path]) -> None:
+    """Rejects an output folder within a folder of inputs, which it would become part of.
+
+    Raises:
+        VqdeployError: It names the input.
+    """
+    if around := [path for path in inputs if real(path) in real(folder).parents]:
+        raise VqdeployError(f"{folder} lies in {around[0]}, which is an input", fix=_ELSEWHERE)
+
+
 def check_regular(path: Path) -> None:
     """Rejects anything but a regular file: reading a pipe or a device may never end.
 

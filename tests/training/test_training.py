@@ -65,6 +65,28 @@ def folder(tmp_path):
 # Runs from end to end
 
 
+@pytest.mark.parametrize("place", ["", "dark"])
+def test_an_output_within_the_data_is_refused(folder, place):
+    """Its state would become a class of the images, and could not be resumed."""
+    with pytest.raises(VqdeployError, match=r"out lies in .*images, which is an input. Fix: name another place"):
+        train(data=str(folder), output=folder / place / "out", **SHORT)
+    with pytest.raises(VqdeployError, match="out lies in"):
+        train(data="digits", held_out=folder, output=folder / "out", **SHORT)
+    assert sorted(path.name for path in folder.iterdir()) == ["dark", "light"]
+
+
+def test_images_where_the_state_would_be_are_not_called_a_state(folder):
+    own = folder.rename(folder.with_name("out.training"))
+    with pytest.raises(VqdeployError, match=r"out.training cannot be replaced \(it holds the input"):
+        train(data=str(own), output=own.with_name("out"), **SHORT)
+    assert (own / "dark" / "0.png").exists()
+
+
+def test_images_that_are_trained_on_are_not_held_out(folder):
+    with pytest.raises(VqdeployError, match="the images to train on are those that are held out"):
+        train(data=str(folder), held_out=folder, output=folder.with_name("out"), **SHORT)
+
+
 @pytest.mark.parametrize("model", SYSTEMS)
 def test_digits(tmp_path, small, model):
     report = train(model, data="digits", output=tmp_path / "out", **SHORT)

@@ -613,17 +613,23 @@ def plot(report: dict[str, Any], path: Path) -> None:
         VqdeployError: matplotlib is not installed, or the file cannot be written.
     """
     check_plot()
-    import matplotlib
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "Agg"  # that of a notebook may not be installed here
+    from matplotlib import style
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    with style.context("default"):  # a plot for everybody, whatever the settings of this user
+        _plot(report, path)
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     results, plans = report["results"], report.get("plans", {})
     groups = list(dict.fromkeys((r["task"], r["batch_size"]) for r in results))
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in results))}
     batches = [batch for task, batch in groups if task == "generate"] if len(plans) > 1 else []
-    figure = pyplot.figure(figsize=(max(2.2 * len(groups), 3.2 * len(batches)) + 1, 6.8 if batches else 3.6))
+    figure = Figure(figsize=(max(2.2 * len(groups), 3.2 * len(batches)) + 1, 6.8 if batches else 3.6))
     figure.set_layout_engine("constrained")
     top, *bottom = figure.subfigures(2, 1, squeeze=False)[:, 0] if batches else [figure]
     axes = top.subplots(1, len(groups), squeeze=False)[0]
@@ -637,7 +643,6 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     with replacing_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def _label(report: dict[str, Any], name: str) -> str:

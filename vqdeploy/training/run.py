@@ -13,10 +13,12 @@ from torch import nn
 from vqdeploy.checkpoint import FILES, check_digest, check_finite, digest, load, save
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import (
+    check_apart,
     check_outside,
     check_replaceable,
     named,
     read_json,
+    real,
     replacing_folder,
     temporary_folder,
     write_json,
@@ -81,8 +83,12 @@ def train(
     if not 0 <= seed <= _LARGEST_SEED:
         raise VqdeployError("seed is out of range", expected=f"0..{_LARGEST_SEED}", found=seed)
     output = named(output)
-    inputs = (tokenizer, None if data in NAMED else data, held_out)
-    check_outside(output, [Path(path) for path in inputs if path is not None])
+    images = [Path(path) for path in (None if data in NAMED else data, held_out) if path is not None]
+    for folder in (output, _state_of(output)):
+        check_outside(folder, [*images, *([] if tokenizer is None else [tokenizer])])
+        check_apart(folder, images)
+    if len(images) == 2 and real(images[0]) == real(images[1]):
+        raise VqdeployError("the images to train on are those that are held out", found=str(held_out))
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
     kept = None if tokenizer is None else load(tokenizer)
@@ -168,7 +174,7 @@ def _adapt(config: SystemConfig, data: Data) -> SystemConfig:
 def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
     """The folder of the state, after all checks that are possible before training."""
     check_replaceable(output, FILES)
-    state = output.with_name(output.name + ".training")
+    state = _state_of(output)
     if state.exists() and not resume:
         raise VqdeployError(f"{state} holds an interrupted training run", fix="add --resume, or remove that folder")
     if not state.exists():
@@ -184,6 +190,11 @@ def _prepare(output: Path, asked: dict[str, Any], resume: bool) -> Path:
         raise VqdeployError(f"the images of {asked['data']} have changed since the training was interrupted", fix=fix)
     _compare(_flat(before), _flat(asked))
     return state
+
+
+def _state_of(output: Path) -> Path:
+    """The folder of the state of an unfinished run."""
+    return output.with_name(output.name + ".training")
 
 
 def _flat(asked: dict[str, Any]) -> dict[str, Any]:
