@@ -65,10 +65,8 @@ def errors(pipe: Pipeline) -> list[str]:
         for check in checks:
             if check["metric"].endswith(ending):
                 kind = "guided " if "guid" in check["metric"] else ""
-                value = (
-                    check["value"] / check["limit"] * limit_of(pipe, check["metric"]) if relative else check["value"]
-                )
-                found[kind] = max(value, found.get(kind, 0.0))
+                unit = check["limit"] / limit_of(pipe, check["metric"]) if relative else 1.0
+                found[kind] = max(check["value"] / unit, found.get(kind, 0.0))
         return ", ".join(f"{kind}{value:{shown}}" for kind, value in found.items()) or "-"
 
     return [
@@ -81,7 +79,7 @@ def errors(pipe: Pipeline) -> list[str]:
 
 
 def limit_of(pipe: Pipeline, metric: str) -> float:
-    """The limit of a difference of logits, of the largest, for the stages that a metric is about: of a level, or all."""
+    """The limit of a difference of logits, of the largest, for the stages of the level that a metric is about."""
     level = re.match(r"\w*", metric)[0]
     names = [stage.name for stage in pipe.manifest.stages]
     return limits(pipe.manifest, *(name for name in names if name == "step" or name.startswith(f"{level}_"))).logits
