@@ -1,6 +1,7 @@
 """Samplers that step: images join, leave and are cancelled, and get the codes that they get alone."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from support.trials import alone, random_item, trial
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
-from vqdeploy.runtime.pipeline import SAMPLERS
+from vqdeploy.runtime.manifest import Manifest
+from vqdeploy.runtime.pipeline import SAMPLERS, _check_sampler
 from vqdeploy.runtime.sampler import Item
 
 SYSTEMS = ("", "text", "movq", "adaptive", "vit", "vqgan", "llamagen", "features", "vqvae2", "three", "var", "shared")
@@ -284,6 +286,20 @@ def test_guidance_without_a_label_for_it_is_refused(artifacts, tmp_path):
     edited(artifacts.plan("rqvae"), tmp_path / "x.plan", edit)
     with pytest.raises(ArtifactError, match=r"sampling\.options .* and no guidance_scale, found guidance_scale"):
         load(tmp_path / "x.plan")
+
+
+@pytest.mark.parametrize("name_", ["rqvae", "movq", "vqvae2", "var"])
+def test_tensors_without_dimensions_are_refused(name_, artifacts, tmp_path):
+    """One after the other, each tensor of the stages of the prior has the shape []."""
+    manifest = artifacts.pipeline(name_).manifest
+    for stage in manifest.stages:
+        for side in ("inputs", "outputs"):
+            for number in range(len(getattr(stage, side))):
+                data = manifest.to_dict()
+                (changed,) = (each for each in data["stages"] if each["name"] == stage.name)
+                changed[side][number]["shape"] = []
+                with pytest.raises(ArtifactError):
+                    _check_sampler(SimpleNamespace(manifest=Manifest.from_dict(data)))
 
 
 @pytest.mark.parametrize(("name_", "output", "input_"), [("rqvae", "next_codes", "top_k"), ("movq", "drawn", "codes")])

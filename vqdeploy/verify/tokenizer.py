@@ -24,10 +24,14 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
         decoded[-1:] = pipeline.decode(drawn[-1:], depth=1)
         drawn[-1:] = pipeline.layout.first(drawn[-1:], 1)
     pixel_range = tokenizer.config.pixel_range
-    expected = channels_last(to_uint8(tokenizer.decode(torch.from_numpy(drawn)), pixel_range)).numpy()
+    expected = _decoded(system, drawn)
 
-    images = np.concatenate([expected, _smooth_images(pipeline.image_shape[:2], rng)])
+    smooth = _smooth_images(pipeline.image_shape[:2], rng)
+    images = np.concatenate([expected, smooth])
     codes = torch.from_numpy(pipeline.encode(images))
+    of_images = pipeline.encode(np.concatenate([smooth, _flat_images(pipeline)]))  # unlike random codes
+    decoded = np.concatenate([decoded, pipeline.decode(of_images)])
+    expected = np.concatenate([expected, _decoded(system, of_images)])
     x = to_range(channels_first(torch.from_numpy(images)), pixel_range)
     agreement = (codes == tokenizer.encode(x)).float().mean()
     far = _far_codes(tokenizer.distances(x, codes), codes, allowed)
@@ -36,6 +40,11 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
         at_most("encode", "codes outside the margin rule", far, 0),
         *compare_images("decode", decoded, expected, limits(pipeline.manifest, "decode")),
     ]
+
+
+def _decoded(system: System, codes: np.ndarray) -> np.ndarray:
+    pixels = system.tokenizer.decode(torch.from_numpy(codes))
+    return channels_last(to_uint8(pixels, system.tokenizer.config.pixel_range)).numpy()
 
 
 def compare_images(stage: str, images: np.ndarray, expected: np.ndarray, allowed: Limits) -> list[Check]:
@@ -53,6 +62,11 @@ def _smooth_images(size: tuple[int, ...], rng: np.random.Generator) -> np.ndarra
     coarse = torch.from_numpy(rng.random((IMAGES, 3, 8, 8), dtype=np.float32))
     smooth = F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _flat_images(pipeline: Pipeline) -> np.ndarray:
+    """Black, grey and white."""
+    return np.stack([np.full(pipeline.image_shape, level, np.uint8) for level in (0, 128, 255)])
 
 
 def _far_codes(distances: Tensor, codes: Tensor, allowed: Limits) -> int:
