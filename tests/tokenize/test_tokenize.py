@@ -456,6 +456,18 @@ def test_an_interrupt_ends_the_workers_at_once(command, plan, many, tmp_path):
     assert (process.returncode, err) == (130, "")
 
 
+def test_processes_run_no_file_of_the_current_folder(command, plan, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    (tmp_path / "here").mkdir()
+    for name in ("multiprocessing", "pickle", "struct", "signal", "numpy"):
+        (tmp_path / "here" / f"{name}.py").write_text("open(__file__ + '.ran', 'w')")
+    before = os.listdir(tmp_path / "here")
+    arguments = ["tokenize", "--engine", plan, "--input", folder, "--workers", 1, "-o", tmp_path / "out"]
+    done = command(*arguments, cwd=tmp_path / "here")
+    assert (done.returncode, os.listdir(tmp_path / "here")) == (0, before)
+    assert len(rows(tmp_path / "out")) == 10
+
+
 def test_tokenizing_needs_no_torch_and_no_onnx(plan, many, tmp_path):
     script = (
         "import sys\n"
