@@ -71,6 +71,15 @@ def find_labelled(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]
     return tuple(name for name in classes if name), files
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder at any depth, without hidden ones; links are followed, and each folder is walked once.
+
+    Raises:
+        VqdeployError: A folder cannot be read.
+    """
+    return _below(folder, {_identity(folder)})
+
+
 def shortened(names: list[Path] | list[str]) -> str:
     """The first few names of a list, and the number of the others."""
     shown = ", ".join(name.name if isinstance(name, Path) else name for name in names[:_NAMED])

@@ -368,6 +368,24 @@ def test_what_is_not_ours_is_not_touched(plan, folder, tmp_path, inline):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("other", ["cat/0.png", "0.PNG", "deep/er/more.tar", "sub/x.parquet"])
+def test_archives_beside_other_data_are_refused(plan, tmp_path, inline, other):
+    write_tar(tmp_path / "in" / "backup.tar", [("0.png", png(0))])
+    for name in (".hidden/0.png", "notes/readme.txt", "@eaDir/0.png", other):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(1))
+    with pytest.raises(VqdeployError, match=rf"in holds tars .*: backup\.tar beside {other}; expected"):
+        tokenize(plan, str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / other).unlink()
+    assert tokenize(plan, str(tmp_path / "in"), tmp_path / "out").images == 1
+
+
+def test_a_hidden_archive_is_no_data(plan, folder, tmp_path, inline):
+    (folder / "._a.tar").write_bytes(b"x")
+    assert tokenize(plan, str(folder), tmp_path / "out").images == 10
+
+
 # Processes
 
 

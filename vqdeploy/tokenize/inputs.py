@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, Self
 
 from vqdeploy.errors import ArtifactError, VqdeployError, escaped
 from vqdeploy.files import parse_json
-from vqdeploy.runtime.folder import find_labelled
+from vqdeploy.runtime.folder import files_below, find_labelled, shortened
 from vqdeploy.runtime.images import suffixes
 
 TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
@@ -98,13 +98,30 @@ def find(data: str, images: int) -> list[Part]:
         images: Images of a part of an image folder. Each tar and each Parquet file is a part.
 
     Raises:
-        VqdeployError: There is no such data.
+        VqdeployError: There is no such data, or a folder holds images beside tars or Parquet files.
     """
     path = Path(data)
     if not path.is_dir():
         return _archives(_expanded(data))
-    found = sorted(file for file in path.iterdir() if file.name.lower().endswith((*TARS, PARQUET)))
-    return _archives([file for file in found if not file.name.startswith(".")]) if found else _of_folder(path, images)
+    found = sorted(file for file in path.iterdir() if _is_archive(file) and not file.name.startswith("."))
+    if not found:
+        return _of_folder(path, images)
+    others = set(filter(_is_data, files_below(path))).difference(found)
+    if others:
+        names = sorted(str(file.relative_to(path)) for file in others)
+        raise VqdeployError(
+            f"{path} holds tars or Parquet files beside other data: {shortened(found)} beside {shortened(names)}",
+            expected="one kind of data, and tars and Parquet files in one folder",
+        )
+    return _archives(found)
+
+
+def _is_archive(file: Path) -> bool:
+    return file.name.lower().endswith((*TARS, PARQUET))
+
+
+def _is_data(file: Path) -> bool:
+    return _is_archive(file) or file.suffix.lower() in suffixes()
 
 
 def _expanded(data: str) -> list[Path]:
