@@ -26,6 +26,8 @@ from vqdeploy.files import read_json, to_json
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.images import read, read_bytes
 from vqdeploy.tokenize import tokenize
+from vqdeploy.tokenize.inputs import Sample
+from vqdeploy.tokenize.part import _batches
 
 
 def errors(codes):
@@ -155,6 +157,39 @@ def test_links_in_tars_lead_nowhere(plan, tmp_path, inline):
             archive.addfile(info)
     tokenize(plan, str(path), tmp_path / "out")
     assert list(rows(tmp_path / "out")) == ["x.tar/0"]
+
+
+@pytest.mark.parametrize("form", ["GNU", "pax"])
+def test_sparse_members_are_not_read(plan, tmp_path, expected, inline, form):
+    """A few kilobytes could be gigabytes."""
+    path = write_tar(tmp_path / "x.tar", [("0.png", png(0))])
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("1.png")
+        if form == "pax":
+            info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**28)}
+            archive.addfile(info)
+        else:
+            info.type, info.size = tarfile.GNUTYPE_SPARSE, 0
+            header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+            header[386:410], header[483:495] = b"%011o\0%011o\0" % (0, 0), b"%011o\0" % 2**28
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            archive.fileobj.write(header)
+            archive.offset += 512
+    assert tokenize(plan, str(path), tmp_path / "out").errors == 1
+    assert rows(tmp_path / "out") == {"x.tar/0": (None, None, expected(0))}
+    assert "a member is sparse" in errors(tmp_path / "out")["x.tar/1"]
+
+
+def test_images_that_are_large_together_are_refused_and_those_of_a_batch_are_few(plan, tmp_path, monkeypatch, inline):
+    samples = [Sample(str(i), png(0)) for i in range(10)]
+    monkeypatch.setattr("vqdeploy.tokenize.part._BYTES", 2 * len(png(0)) + 1)
+    assert [len(batch) for batch in _batches(iter(samples))] == [3, 3, 3, 1]
+    monkeypatch.setattr("vqdeploy.tokenize.inputs._MOST_BYTES", len(png(0)) + 9)
+    members = [("0.png", png(0)), ("0.mask.png", b"x" * 10), ("1.png", png(0)), ("1.cls", b"7")]
+    tokenize(plan, str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
+    assert list(rows(tmp_path / "out")) == ["x.tar/1"]
+    assert "its members have more than" in errors(tmp_path / "out")["x.tar/0"]
 
 
 def _header(kind, size):

@@ -23,7 +23,7 @@ TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _EXPECTED = "an image folder, tars or Parquet files"
 _MOST_FILES = 1_000_000  # of a range in braces
-_MOST_BYTES = 2**28  # of an image file
+_MOST_BYTES = 2**28  # of an image and its labels in a tar
 _LARGEST_LABEL = 2**31 - 1
 _METADATA = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
@@ -211,7 +211,7 @@ class TarPart:
                 tarfile.open(None, "r|*", file, tarinfo=_Header) as archive,
             ):
                 for key, members in groupby(_members(archive), lambda member: member.key):
-                    yield _sample(escaped(f"{self.path.name}/{key}"), list(members))
+                    yield _sample(escaped(f"{self.path.name}/{key}"), members)
         except Exception as error:  # parsers of archives raise anything
             raise DamagedDataError(f"{self.path} is damaged ({error})") from error
 
@@ -264,7 +264,7 @@ class _Header(tarfile.TarInfo):
 class _Member(NamedTuple):
     key: str
     extension: str
-    content: bytes | None  # None where it is too large
+    content: bytes | None  # None where it is too large or sparse
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
@@ -274,31 +274,44 @@ def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
         stem, _, extension = name.partition(".")
         extension = extension.lower()
         if info.isfile() and stem and (extension in ("cls", "json") or f".{extension.split('.')[-1]}" in suffixes()):
-            stream = archive.extractfile(info) if info.size <= _MOST_BYTES else None
+            # A sparse file holds less than its size, so a small tar could fill the memory.
+            fits = info.size <= _MOST_BYTES and not info.issparse()
+            stream = archive.extractfile(info) if fits else None
             yield _Member(f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None)
 
 
-def _sample(key: str, members: list[_Member]) -> Sample:
-    contents = {member.extension: member.content for member in members}
-    images = [name for name in contents if name not in ("cls", "json")]
-    images = [name for name in images if "." not in name] or images  # a mask beside it may be `mask.png`
+def _sample(key: str, members: Iterable[_Member]) -> Sample:
     try:
-        if len(contents) < len(members):
-            raise ValueError("two members have one name")
+        contents = _contents(members)
+        images = [name for name in contents if name not in ("cls", "json")]
+        images = [name for name in images if "." not in name] or images  # a mask beside it may be `mask.png`
         if len(images) != 1:
             raise ValueError(f"it has {len(images)} images")
-        if None in contents.values():
-            raise ValueError(f"a member has more than {_MOST_BYTES:,} bytes")
-        content = contents[images[0]] or b""
-        return Sample(key, content, *label_of(_label(contents)))
+        return Sample(key, contents[images[0]], *label_of(_label(contents)))
     except ValueError as error:
         return Sample(key, ArtifactError(f"{key} is not an image with a label ({error})"))
 
 
-def _label(contents: dict[str, bytes | None]) -> object:
-    if contents.get("cls") is not None:
-        return (contents["cls"] or b"").decode().strip()
-    described = parse_json(contents["json"] or b"") if "json" in contents else {}
+def _contents(members: Iterable[_Member]) -> dict[str, bytes]:
+    """The members of an image by their extensions."""
+    contents: dict[str, bytes] = {}
+    left = _MOST_BYTES
+    for member in members:
+        if member.extension in contents:
+            raise ValueError("two members have one name")
+        if member.content is None:
+            raise ValueError(f"a member is sparse or has more than {_MOST_BYTES:,} bytes")
+        contents[member.extension] = member.content
+        left -= len(member.content)
+        if left < 0:
+            raise ValueError(f"its members have more than {_MOST_BYTES:,} bytes")
+    return contents
+
+
+def _label(contents: dict[str, bytes]) -> object:
+    if "cls" in contents:
+        return contents["cls"].decode().strip()
+    described = parse_json(contents["json"]) if "json" in contents else {}
     return described.get("label", described.get("cls")) if isinstance(described, dict) else None
 
 
