@@ -3,6 +3,8 @@
 A shard has one row for each image: `key` (string), `label` (int32 or null), `class` (string or null) and `codes`, all
 maps of the image flattened, coarse to fine, as a fixed-size list of int16, or of int32 if the codebook has more than
 32,768 codes. The metadata of its schema has a `ShardInfo` as JSON under `vqdeploy`.
+
+pyarrow is given open files, as it takes no path that is not UTF-8.
 """
 
 import hashlib
@@ -105,8 +107,8 @@ def write(path: Path, info: ShardInfo, rows: Rows) -> None:
     codes = np.concatenate([np.empty(0, np.int64), *(row.reshape(-1) for row in rows.codes)])
     lists = pa.FixedSizeListArray.from_arrays(pa.array(codes, kind), info.origin.length)
     table = pa.table([pa.array(rows.keys, pa.string()), rows.labels, rows.classes, lists], schema)
-    with replacing_file(path) as file:
-        pq.write_table(table, file, compression="zstd", use_dictionary=["class"], write_page_checksum=True)
+    with replacing_file(path) as file, file.open("wb") as stream:
+        pq.write_table(table, stream, compression="zstd", use_dictionary=["class"], write_page_checksum=True)
 
 
 def read_info(path: Path) -> tuple[ShardInfo, int]:
@@ -117,7 +119,8 @@ def read_info(path: Path) -> tuple[ShardInfo, int]:
     """
     check_regular(path)
     try:
-        metadata = pq.read_metadata(path)
+        with path.open("rb") as stream:
+            metadata = pq.read_metadata(stream)
         info = ShardInfo.from_dict(parse_json((metadata.metadata or {})[_KEY]))
         _check(info)
         return info, int(metadata.num_rows)
@@ -202,7 +205,8 @@ def _table(path: Path, origin: Origin) -> pa.Table:
     columns = {"label": [pa.int32()], "class": [pa.string()]}
     columns["codes"] = [pa.list_(kind, origin.length) for kind in (pa.int16(), pa.int32())]
     try:
-        table = pq.read_table(path, columns=list(columns), partitioning=None, page_checksum_verification=True)
+        with path.open("rb") as stream:
+            table = pq.read_table(stream, columns=list(columns), page_checksum_verification=True)
         if bad := [name for name, kinds in columns.items() if table.schema.field(name).type not in kinds]:
             raise ValueError(f"its column {bad[0]} has another type")
         values = table["codes"].combine_chunks().flatten()

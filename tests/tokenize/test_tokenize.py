@@ -319,6 +319,18 @@ def test_names_that_cannot_be_printed(plan, tmp_path, inline):
     assert list(rows(tmp_path / "of-tar")) == ["in.tar/a\\udcff", "in.tar/b\\n"]
 
 
+@pytest.mark.parametrize("data", ["x\udcff.tar", "x\udcff.parquet", "x\udcff"])
+def test_paths_that_are_not_utf_8(vqdeploy, plan, tmp_path, inline, data):
+    write_tar(tmp_path / "x\udcff.tar", [("0.png", png(0)), ("0.cls", b"0")])
+    pq.write_table(datasets_table([0]), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(tmp_path / "x\udcff.parquet")
+    (tmp_path / "x\udcff").mkdir()
+    (tmp_path / "x\udcff" / "0.png").write_bytes(png(0))
+    code, out, err = vqdeploy("tokenize", "--engine", plan, "--input", data, "-o", "codes\udcfe", "--json")
+    assert code == 0, err
+    assert json.loads(out)["images"] == len(shards.read(tmp_path / "codes\udcfe").codes) == 1
+
+
 def test_the_limit_of_pixels_holds(plan, tmp_path, inline, monkeypatch):
     monkeypatch.setattr("vqdeploy.runtime.images.MOST_PIXELS", 24 * 18)
     write_tar(tmp_path / "in" / "x.tar", [("0.png", png(0)), ("1.png", png(1, (25, 18)))])

@@ -38,7 +38,8 @@ class ParquetPart:
             ArtifactError: It is not a Parquet file, or has no images.
         """
         try:
-            schema = pq.read_schema(path)
+            with path.open("rb") as stream:  # pyarrow takes no path that is not UTF-8
+                schema = pq.read_schema(stream)
             names = schema.names
             images = [name for name in _IMAGES if name in names and _holds_bytes(schema.field(name).type)]
         except Exception as error:  # parsers raise anything
@@ -56,7 +57,7 @@ class ParquetPart:
         """The images; the key of each is the number of its row."""
         columns = [self.image, *([_LABEL] if self.labelled else [])]
         try:
-            with pq.ParquetFile(self.path) as file:
+            with self.path.open("rb") as stream, pq.ParquetFile(stream) as file:
                 rows = (row for batch in file.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
                 for number, row in enumerate(rows):
                     yield self._sample(escaped(f"{self.path.name}/{number}"), row[self.image], row.get(_LABEL))
