@@ -9,6 +9,7 @@ pyarrow is given open files, as it takes no path that is not UTF-8.
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,13 +130,18 @@ def read_info(path: Path) -> tuple[ShardInfo, int]:
 
 
 def _check(info: ShardInfo) -> None:
-    origin, classes = info.origin, info.classes
+    origin = info.origin
     sizes = [size for each in (origin.image, *origin.maps) for size in each]
     shaped = bool(origin.maps) and {len(each) for each in (origin.image, *origin.maps)} == {3} and min(sizes) > 0
     if not shaped or origin.length > _MOST_CODES or not 0 < origin.codebook_size <= 2**31:
         raise ValueError("its images or code maps have no such size")
-    if len(set(classes)) < len(classes) or not all(map(can_be_shown, classes)):
+    if not are_classes(info.classes):
         raise ValueError("its classes have no valid names")
+
+
+def are_classes(names: Collection[str]) -> bool:
+    """Whether classes may have these names: each its own, of characters that can be printed."""
+    return len(set(names)) == len(names) and all(map(can_be_shown, names))
 
 
 def names(folder: Path) -> list[str]:
@@ -230,7 +236,7 @@ def _labels(folder: Path, table: pa.Table, classes: tuple[str, ...]) -> tuple[tu
         raise VqdeployError(f"{column.null_count} of {len(table)} images in {folder} have no class")
     if named:
         classes = tuple(sorted(pc.unique(column).to_pylist()))
-        if not all(map(can_be_shown, classes)):
+        if not are_classes(classes):
             raise ArtifactError(
                 f"the classes in {folder} have no valid names", expected="characters that can be printed"
             )

@@ -133,7 +133,7 @@ def test_images_of_tars_that_cannot_be_used_are_listed(plan, tmp_path, expected,
             ("6.png", png(7)),
         ),
         *(("7.png", png(7)), ("7.cls", b"99999999999"), ("8.png", png(8)), ("8.json", b'{"label": true}')),
-        ("9.png", png(9)),
+        *(("9.png", png(9)), ("a.png", png(10)), ("a.json", b'{"label": "  "}')),
     ]
     write_tar(tmp_path / "in" / "x.tar", members)
     summary = tokenize(plan, str(tmp_path / "in" / "x.tar"), tmp_path / "out")
@@ -142,8 +142,8 @@ def test_images_of_tars_that_cannot_be_used_are_listed(plan, tmp_path, expected,
         "x.tar/7": (None, "99999999999", expected(7)),
         "x.tar/9": (None, None, expected(9)),
     }
-    assert sorted(errors(tmp_path / "out")) == [f"x.tar/{i}" for i in (0, 1, 2, 3, 5, 6, 8)]
-    assert summary.errors == 7
+    assert sorted(errors(tmp_path / "out")) == [f"x.tar/{i}" for i in (0, 1, 2, 3, 5, 6, 8, "a")]
+    assert summary.errors == 8
 
 
 def test_links_in_tars_lead_nowhere(plan, tmp_path, inline):
@@ -273,15 +273,32 @@ def test_parquet_of_plain_bytes(plan, tmp_path, expected, inline, kind):
         (pa.table({"picture": [b"x"]}), "has no images; expected a column `image` of bytes, found picture"),
         (pa.table({"image": ["a path"]}), "has no images"),
         (pa.table({"image": [{"path": "x.png"}]}), "has no images"),
+        (datasets_table([0], names=("a", "a")), "x.parquet have no valid names; expected different .*, found a, a"),
+        (datasets_table([0], names=("a", "b\xa0b")), "have no valid names"),
+        (datasets_table([0], names=("a", " ")), "have no valid names"),
     ],
 )
-def test_parquet_without_images(plan, tmp_path, inline, content, message):
+def test_parquet_that_cannot_be_used(plan, tmp_path, inline, content, message):
     if isinstance(content, bytes):
         (tmp_path / "x.parquet").write_bytes(content)
     else:
         pq.write_table(content, tmp_path / "x.parquet")
     with pytest.raises(ArtifactError, match=message):
         tokenize(plan, str(tmp_path / "x.parquet"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [(("dog", "cat"), "dog, cat"), (("cat", "dog", "eel"), "cat, dog, eel"), ((), "none with names")],
+)
+def test_files_with_different_classes_are_refused(plan, tmp_path, inline, names, found):
+    (tmp_path / "in").mkdir()
+    pq.write_table(datasets_table([0, 1]), tmp_path / "in" / "a.parquet")
+    pq.write_table(datasets_table([2, 3], names=names), tmp_path / "in" / "b.parquet")
+    with pytest.raises(VqdeployError, match=f"a and b have different classes.*; expected cat, dog, found {found}"):
+        tokenize(plan, str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # What cannot be read

@@ -13,7 +13,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
-from vqdeploy.errors import ArtifactError, VqdeployError, escaped
+from vqdeploy.errors import ArtifactError, VqdeployError, can_be_shown, escaped
 from vqdeploy.files import parse_json
 from vqdeploy.runtime.folder import files_below, find_labelled, shortened
 from vqdeploy.runtime.images import suffixes
@@ -147,6 +147,11 @@ def _archives(files: list[Path]) -> list[Part]:
     (name, count), *_ = Counter(part.name for part in parts).most_common(1)
     if count > 1:
         raise VqdeployError(f"{count} files of the data would become the shard {name}", expected="different names")
+    for part in parts:
+        if part.classes != parts[0].classes:
+            expected, found = (", ".join(each.classes) or "none with names" for each in (parts[0], part))
+            what = f"{parts[0].name} and {part.name} have different classes, or in another order"
+            raise VqdeployError(what, expected=expected, found=found)
     return parts
 
 
@@ -327,6 +332,6 @@ def label_of(value: object) -> tuple[int | None, str | None]:
         return None, None
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_LABEL:
         return value, None
-    if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200:
+    if isinstance(value, str) and can_be_shown(value) and len(value) <= 200:
         return None, value
     raise ValueError("its class is neither a number nor a name")
