@@ -9,7 +9,9 @@ from vqdeploy.runtime.images import suffixes
 
 log = logging.getLogger("vqdeploy")
 
-_JUNK = ("__MACOSX", "@eaDir")  # folders that macOS and Synology leave among images
+JUNK = ("__MACOSX", "@eaDir")
+"""Folders that macOS and Synology leave among images."""
+
 _NAMED = 3  # names listed in a message
 
 
@@ -92,7 +94,7 @@ _USUAL = (".png", ".jpg", ".webp", ".tif")
 def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files and the folders in a folder, sorted by name, without hidden ones."""
     try:
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _JUNK)
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in JUNK)
         return [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
     except (OSError, ValueError) as error:
         raise VqdeployError(f"{folder} cannot be read ({getattr(error, 'strerror', None) or error})") from error

@@ -100,6 +100,36 @@ def test_tars(plan, tmp_path, expected, inline, suffix, mode):
     }
 
 
+def test_labels_of_tars_are_not_lost(plan, tmp_path, expected, inline):
+    members = [
+        *(("a.1.5x.png", png(0)), ("a.1.5x.cls", b"3"), ("b.1.png", png(1)), ("b.cls", b"4")),
+        *(("c.1.png", png(2)), ("c.1.json", b'{"label": null, "cls": 5}'), ("d.png", png(3)), ("d.mask.cls", b"6")),
+        *(("e.png", png(4)), ("e.json", b'{"label": 0, "cls": 1}'), ("e.mask.json", b"{"), ("e.mask.png", b"")),
+        *(("__MACOSX/f.png", b""), ("__MACOSX/g/._f.cls", b""), ("._f.png", b"")),
+    ]
+    tokenize(plan, str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
+    assert rows(tmp_path / "out") == {
+        "x.tar/a": (3, None, expected(0)),
+        "x.tar/b": (4, None, expected(1)),
+        "x.tar/c": (5, None, expected(2)),
+        "x.tar/e": (0, None, expected(4)),
+    }
+    assert list(errors(tmp_path / "out")) == ["x.tar/d"]
+    assert "its class has another name, mask.cls" in errors(tmp_path / "out")["x.tar/d"]
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tgz", "w:gz")])
+def test_tars_that_were_concatenated(plan, tmp_path, expected, inline, suffix, mode):
+    paths = [write_tar(tmp_path / f"{i}{suffix}", [("0.png", png(i))], mode) for i in range(3)]
+    contents = [path.read_bytes() for path in paths]
+    whole = tmp_path / f"x{suffix}"
+    whole.write_bytes(b"".join(contents))
+    assert tokenize(plan, str(whole), tmp_path / "out").images == 3  # of one name, yet of three tars
+    whole.write_bytes(contents[0] + contents[1] + contents[2][:700])
+    with pytest.raises(ArtifactError, match="is damaged"):
+        tokenize(plan, str(whole), tmp_path / "cut")
+
+
 def test_a_range_of_tars(plan, tmp_path, inline):
     for i in (8, 9, 10, 11):
         write_tar(tmp_path / "in" / f"shard-{i:04}.tar", [("0.png", png(i))])
