@@ -9,7 +9,9 @@ from vqdeploy.runtime.images import suffixes
 
 log = logging.getLogger("vqdeploy")
 
-_JUNK = ("__MACOSX", "@eaDir")  # folders that macOS and Synology leave among images
+JUNK = ("__MACOSX", "@eaDir")
+"""Folders that macOS and Synology leave among images."""
+
 _NAMED = 3  # names listed in a message
 
 
@@ -71,6 +73,15 @@ def find_labelled(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]
     return tuple(name for name in classes if name), files
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder at any depth, without hidden ones; links are followed, and each folder is walked once.
+
+    Raises:
+        VqdeployError: A folder cannot be read.
+    """
+    return _below(folder, {_identity(folder)})
+
+
 def shortened(names: list[Path] | list[str]) -> str:
     """The first few names of a list, and the number of the others."""
     shown = ", ".join(name.name if isinstance(name, Path) else name for name in names[:_NAMED])
@@ -83,7 +94,7 @@ _USUAL = (".png", ".jpg", ".webp", ".tif")
 def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files and the folders in a folder, sorted by name, without hidden ones."""
     try:
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _JUNK)
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in JUNK)
         return [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
     except (OSError, ValueError) as error:
         raise VqdeployError(f"{folder} cannot be read ({getattr(error, 'strerror', None) or error})") from error

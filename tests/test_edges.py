@@ -3,7 +3,7 @@
 import pytest
 from support.imports import Import, imports, modules
 
-BASE = {"errors", "files", "config", "precision", "options", "machine", "threads"}
+BASE = {"errors", "files", "config", "precision", "options", "machine", "processes", "threads"}
 """Standard library only: everyone may import them."""
 
 EVERYTHING_BUT_TRAINING = {

@@ -3,10 +3,13 @@
 A shard has one row for each image: `key` (string), `label` (int32 or null), `class` (string or null) and `codes`, all
 maps of the image flattened, coarse to fine, as a fixed-size list of int16, or of int32 if the codebook has more than
 32,768 codes. The metadata of its schema has a `ShardInfo` as JSON under `vqdeploy`.
+
+pyarrow is given open files, as it takes no path that is not UTF-8.
 """
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,8 +108,8 @@ def write(path: Path, info: ShardInfo, rows: Rows) -> None:
     codes = np.concatenate([np.empty(0, np.int64), *(row.reshape(-1) for row in rows.codes)])
     lists = pa.FixedSizeListArray.from_arrays(pa.array(codes, kind), info.origin.length)
     table = pa.table([pa.array(rows.keys, pa.string()), rows.labels, rows.classes, lists], schema)
-    with replacing_file(path) as file:
-        pq.write_table(table, file, compression="zstd", use_dictionary=["class"], write_page_checksum=True)
+    with replacing_file(path) as file, file.open("wb") as stream:
+        pq.write_table(table, stream, compression="zstd", use_dictionary=["class"], write_page_checksum=True)
 
 
 def read_info(path: Path) -> tuple[ShardInfo, int]:
@@ -117,7 +120,8 @@ def read_info(path: Path) -> tuple[ShardInfo, int]:
     """
     check_regular(path)
     try:
-        metadata = pq.read_metadata(path)
+        with path.open("rb") as stream:
+            metadata = pq.read_metadata(stream)
         info = ShardInfo.from_dict(parse_json((metadata.metadata or {})[_KEY]))
         _check(info)
         return info, int(metadata.num_rows)
@@ -126,13 +130,18 @@ def read_info(path: Path) -> tuple[ShardInfo, int]:
 
 
 def _check(info: ShardInfo) -> None:
-    origin, classes = info.origin, info.classes
+    origin = info.origin
     sizes = [size for each in (origin.image, *origin.maps) for size in each]
     shaped = bool(origin.maps) and {len(each) for each in (origin.image, *origin.maps)} == {3} and min(sizes) > 0
     if not shaped or origin.length > _MOST_CODES or not 0 < origin.codebook_size <= 2**31:
         raise ValueError("its images or code maps have no such size")
-    if len(set(classes)) < len(classes) or not all(map(can_be_shown, classes)):
+    if not are_classes(info.classes):
         raise ValueError("its classes have no valid names")
+
+
+def are_classes(names: Collection[str]) -> bool:
+    """Whether classes may have these names: each its own, of characters that can be printed."""
+    return len(set(names)) == len(names) and all(map(can_be_shown, names))
 
 
 def names(folder: Path) -> list[str]:
@@ -202,7 +211,8 @@ def _table(path: Path, origin: Origin) -> pa.Table:
     columns = {"label": [pa.int32()], "class": [pa.string()]}
     columns["codes"] = [pa.list_(kind, origin.length) for kind in (pa.int16(), pa.int32())]
     try:
-        table = pq.read_table(path, columns=list(columns), partitioning=None, page_checksum_verification=True)
+        with path.open("rb") as stream:
+            table = pq.read_table(stream, columns=list(columns), page_checksum_verification=True)
         if bad := [name for name, kinds in columns.items() if table.schema.field(name).type not in kinds]:
             raise ValueError(f"its column {bad[0]} has another type")
         values = table["codes"].combine_chunks().flatten()
@@ -226,7 +236,7 @@ def _labels(folder: Path, table: pa.Table, classes: tuple[str, ...]) -> tuple[tu
         raise VqdeployError(f"{column.null_count} of {len(table)} images in {folder} have no class")
     if named:
         classes = tuple(sorted(pc.unique(column).to_pylist()))
-        if not all(map(can_be_shown, classes)):
+        if not are_classes(classes):
             raise ArtifactError(
                 f"the classes in {folder} have no valid names", expected="characters that can be printed"
             )

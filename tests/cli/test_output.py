@@ -10,6 +10,7 @@ import sys
 import zipfile
 
 import pytest
+from PIL import Image
 
 from vqdeploy.cli import output
 from vqdeploy.errors import LONGEST
@@ -202,6 +203,26 @@ def test_output_to_a_full_disk(command, plan):
         )
     assert done.returncode == 2
     assert done.stderr == "error: the output cannot be written (No space left on device).\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+def test_a_verb_ends_its_work_when_its_progress_cannot_be_printed(command, package, tmp_path):
+    with open("/dev/full", "w") as full:
+        line = [command.script, "build", package, "-o", "a.plan"]
+        done = subprocess.run(line, cwd=tmp_path, stderr=full, check=False)  # noqa: S603
+    assert done.returncode == 0
+    assert (tmp_path / "a.plan").exists()
+
+
+def test_the_current_folder_is_named_if_it_is_gone(command, plan, tmp_path):
+    for name in ("in", "gone"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "0.png")
+    script = 'cd gone && rmdir ../gone && exec "$0" tokenize --engine "$1" --input "$2/in" -o "$2/out" --workers 1'
+    line = ["/bin/sh", "-c", script, command.script, plan, tmp_path]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)  # noqa: S603
+    said = "error: the current folder cannot be read or written (No such file or directory).\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_json_has_no_nan(capsys):

@@ -26,6 +26,8 @@ from vqdeploy.files import read_json, to_json
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.images import read, read_bytes
 from vqdeploy.tokenize import tokenize
+from vqdeploy.tokenize.inputs import Sample
+from vqdeploy.tokenize.part import _batches
 
 
 def errors(codes):
@@ -98,6 +100,36 @@ def test_tars(plan, tmp_path, expected, inline, suffix, mode):
     }
 
 
+def test_labels_of_tars_are_not_lost(plan, tmp_path, expected, inline):
+    members = [
+        *(("a.1.5x.png", png(0)), ("a.1.5x.cls", b"3"), ("b.1.png", png(1)), ("b.cls", b"4")),
+        *(("c.1.png", png(2)), ("c.1.json", b'{"label": null, "cls": 5}'), ("d.png", png(3)), ("d.mask.cls", b"6")),
+        *(("e.png", png(4)), ("e.json", b'{"label": 0, "cls": 1}'), ("e.mask.json", b"{"), ("e.mask.png", b"")),
+        *(("__MACOSX/f.png", b""), ("__MACOSX/g/._f.cls", b""), ("._f.png", b"")),
+    ]
+    tokenize(plan, str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
+    assert rows(tmp_path / "out") == {
+        "x.tar/a": (3, None, expected(0)),
+        "x.tar/b": (4, None, expected(1)),
+        "x.tar/c": (5, None, expected(2)),
+        "x.tar/e": (0, None, expected(4)),
+    }
+    assert list(errors(tmp_path / "out")) == ["x.tar/d"]
+    assert "its class has another name, mask.cls" in errors(tmp_path / "out")["x.tar/d"]
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tgz", "w:gz")])
+def test_tars_that_were_concatenated(plan, tmp_path, expected, inline, suffix, mode):
+    paths = [write_tar(tmp_path / f"{i}{suffix}", [("0.png", png(i))], mode) for i in range(3)]
+    contents = [path.read_bytes() for path in paths]
+    whole = tmp_path / f"x{suffix}"
+    whole.write_bytes(b"".join(contents))
+    assert tokenize(plan, str(whole), tmp_path / "out").images == 3  # of one name, yet of three tars
+    whole.write_bytes(contents[0] + contents[1] + contents[2][:700])
+    with pytest.raises(ArtifactError, match="is damaged"):
+        tokenize(plan, str(whole), tmp_path / "cut")
+
+
 def test_a_range_of_tars(plan, tmp_path, inline):
     for i in (8, 9, 10, 11):
         write_tar(tmp_path / "in" / f"shard-{i:04}.tar", [("0.png", png(i))])
@@ -131,7 +163,7 @@ def test_images_of_tars_that_cannot_be_used_are_listed(plan, tmp_path, expected,
             ("6.png", png(7)),
         ),
         *(("7.png", png(7)), ("7.cls", b"99999999999"), ("8.png", png(8)), ("8.json", b'{"label": true}')),
-        ("9.png", png(9)),
+        *(("9.png", png(9)), ("a.png", png(10)), ("a.json", b'{"label": "  "}')),
     ]
     write_tar(tmp_path / "in" / "x.tar", members)
     summary = tokenize(plan, str(tmp_path / "in" / "x.tar"), tmp_path / "out")
@@ -140,8 +172,8 @@ def test_images_of_tars_that_cannot_be_used_are_listed(plan, tmp_path, expected,
         "x.tar/7": (None, "99999999999", expected(7)),
         "x.tar/9": (None, None, expected(9)),
     }
-    assert sorted(errors(tmp_path / "out")) == [f"x.tar/{i}" for i in (0, 1, 2, 3, 5, 6, 8)]
-    assert summary.errors == 7
+    assert sorted(errors(tmp_path / "out")) == [f"x.tar/{i}" for i in (0, 1, 2, 3, 5, 6, 8, "a")]
+    assert summary.errors == 8
 
 
 def test_links_in_tars_lead_nowhere(plan, tmp_path, inline):
@@ -155,6 +187,39 @@ def test_links_in_tars_lead_nowhere(plan, tmp_path, inline):
             archive.addfile(info)
     tokenize(plan, str(path), tmp_path / "out")
     assert list(rows(tmp_path / "out")) == ["x.tar/0"]
+
+
+@pytest.mark.parametrize("form", ["GNU", "pax"])
+def test_sparse_members_are_not_read(plan, tmp_path, expected, inline, form):
+    """A few kilobytes could be gigabytes."""
+    path = write_tar(tmp_path / "x.tar", [("0.png", png(0))])
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("1.png")
+        if form == "pax":
+            info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**28)}
+            archive.addfile(info)
+        else:
+            info.type, info.size = tarfile.GNUTYPE_SPARSE, 0
+            header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+            header[386:410], header[483:495] = b"%011o\0%011o\0" % (0, 0), b"%011o\0" % 2**28
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            archive.fileobj.write(header)
+            archive.offset += 512
+    assert tokenize(plan, str(path), tmp_path / "out").errors == 1
+    assert rows(tmp_path / "out") == {"x.tar/0": (None, None, expected(0))}
+    assert "a member is sparse" in errors(tmp_path / "out")["x.tar/1"]
+
+
+def test_images_that_are_large_together_are_refused_and_those_of_a_batch_are_few(plan, tmp_path, monkeypatch, inline):
+    samples = [Sample(str(i), png(0)) for i in range(10)]
+    monkeypatch.setattr("vqdeploy.tokenize.part._BYTES", 2 * len(png(0)) + 1)
+    assert [len(batch) for batch in _batches(iter(samples))] == [3, 3, 3, 1]
+    monkeypatch.setattr("vqdeploy.tokenize.inputs._MOST_BYTES", len(png(0)) + 9)
+    members = [("0.png", png(0)), ("0.mask.png", b"x" * 10), ("1.png", png(0)), ("1.cls", b"7")]
+    tokenize(plan, str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
+    assert list(rows(tmp_path / "out")) == ["x.tar/1"]
+    assert "its members have more than" in errors(tmp_path / "out")["x.tar/0"]
 
 
 def _header(kind, size):
@@ -238,15 +303,32 @@ def test_parquet_of_plain_bytes(plan, tmp_path, expected, inline, kind):
         (pa.table({"picture": [b"x"]}), "has no images; expected a column `image` of bytes, found picture"),
         (pa.table({"image": ["a path"]}), "has no images"),
         (pa.table({"image": [{"path": "x.png"}]}), "has no images"),
+        (datasets_table([0], names=("a", "a")), "x.parquet have no valid names; expected different .*, found a, a"),
+        (datasets_table([0], names=("a", "b\xa0b")), "have no valid names"),
+        (datasets_table([0], names=("a", " ")), "have no valid names"),
     ],
 )
-def test_parquet_without_images(plan, tmp_path, inline, content, message):
+def test_parquet_that_cannot_be_used(plan, tmp_path, inline, content, message):
     if isinstance(content, bytes):
         (tmp_path / "x.parquet").write_bytes(content)
     else:
         pq.write_table(content, tmp_path / "x.parquet")
     with pytest.raises(ArtifactError, match=message):
         tokenize(plan, str(tmp_path / "x.parquet"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [(("dog", "cat"), "dog, cat"), (("cat", "dog", "eel"), "cat, dog, eel"), ((), "none with names")],
+)
+def test_files_with_different_classes_are_refused(plan, tmp_path, inline, names, found):
+    (tmp_path / "in").mkdir()
+    pq.write_table(datasets_table([0, 1]), tmp_path / "in" / "a.parquet")
+    pq.write_table(datasets_table([2, 3], names=names), tmp_path / "in" / "b.parquet")
+    with pytest.raises(VqdeployError, match=f"a and b have different classes.*; expected cat, dog, found {found}"):
+        tokenize(plan, str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # What cannot be read
@@ -282,6 +364,18 @@ def test_names_that_cannot_be_printed(plan, tmp_path, inline):
     write_tar(tmp_path / "in.tar", [("a\udcff.png", png(0)), ("b\n.png", png(1))])
     tokenize(plan, str(tmp_path / "in.tar"), tmp_path / "of-tar")
     assert list(rows(tmp_path / "of-tar")) == ["in.tar/a\\udcff", "in.tar/b\\n"]
+
+
+@pytest.mark.parametrize("data", ["x\udcff.tar", "x\udcff.parquet", "x\udcff"])
+def test_paths_that_are_not_utf_8(vqdeploy, plan, tmp_path, inline, data):
+    write_tar(tmp_path / "x\udcff.tar", [("0.png", png(0)), ("0.cls", b"0")])
+    pq.write_table(datasets_table([0]), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(tmp_path / "x\udcff.parquet")
+    (tmp_path / "x\udcff").mkdir()
+    (tmp_path / "x\udcff" / "0.png").write_bytes(png(0))
+    code, out, err = vqdeploy("tokenize", "--engine", plan, "--input", data, "-o", "codes\udcfe", "--json")
+    assert code == 0, err
+    assert json.loads(out)["images"] == len(shards.read(tmp_path / "codes\udcfe").codes) == 1
 
 
 def test_the_limit_of_pixels_holds(plan, tmp_path, inline, monkeypatch):
@@ -366,6 +460,24 @@ def test_what_is_not_ours_is_not_touched(plan, folder, tmp_path, inline):
     with pytest.raises(VqdeployError, match="there is no such data"):
         tokenize(plan, str(plan), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("other", ["cat/0.png", "0.PNG", "deep/er/more.tar", "sub/x.parquet"])
+def test_archives_beside_other_data_are_refused(plan, tmp_path, inline, other):
+    write_tar(tmp_path / "in" / "backup.tar", [("0.png", png(0))])
+    for name in (".hidden/0.png", "notes/readme.txt", "@eaDir/0.png", other):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(1))
+    with pytest.raises(VqdeployError, match=rf"in holds tars .*: backup\.tar beside {other}; expected"):
+        tokenize(plan, str(tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / other).unlink()
+    assert tokenize(plan, str(tmp_path / "in"), tmp_path / "out").images == 1
+
+
+def test_a_hidden_archive_is_no_data(plan, folder, tmp_path, inline):
+    (folder / "._a.tar").write_bytes(b"x")
+    assert tokenize(plan, str(folder), tmp_path / "out").images == 10
 
 
 # Processes
@@ -454,6 +566,18 @@ def test_an_interrupt_ends_the_workers_at_once(command, plan, many, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
+
+
+def test_processes_run_no_file_of_the_current_folder(command, plan, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    (tmp_path / "here").mkdir()
+    for name in ("multiprocessing", "pickle", "struct", "signal", "numpy"):
+        (tmp_path / "here" / f"{name}.py").write_text("open(__file__ + '.ran', 'w')")
+    before = os.listdir(tmp_path / "here")
+    arguments = ["tokenize", "--engine", plan, "--input", folder, "--workers", 1, "-o", tmp_path / "out"]
+    done = command(*arguments, cwd=tmp_path / "here")
+    assert (done.returncode, os.listdir(tmp_path / "here")) == (0, before)
+    assert len(rows(tmp_path / "out")) == 10
 
 
 def test_tokenizing_needs_no_torch_and_no_onnx(plan, many, tmp_path):

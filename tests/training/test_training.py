@@ -1,6 +1,7 @@
 """Training end to end, resume, the terms of the loss, the codebook's rules, the shipped weights."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -565,6 +566,17 @@ def test_an_image_that_is_damaged_later_is_named_without_a_traceback(folder, tmp
         train(data=str(folder), output=tmp_path / "out", **SHORT)
     assert "\n" not in str(caught.value)
     assert not str(caught.value).endswith("..")
+
+
+def test_loader_processes_import_nothing_from_the_current_folder(folder, tmp_path, monkeypatch):
+    """Where they are not forked."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setattr("vqdeploy.training.run.open_data", lambda *args: open_data(*args)._replace(workers=1))
+    said = lambda told, index: f"safe path: {os.environ.get('PYTHONSAFEPATH')}"  # noqa: E731
+    monkeypatch.setattr("vqdeploy.training.stage._Told.__getitem__", said)
+    with pytest.raises(ArtifactError, match="safe path: 1"):
+        train(data=str(folder), output=tmp_path / "out", **SHORT)
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def test_the_number_of_loader_processes_does_not_matter(folder):

@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,7 +64,7 @@ def _exit_code() -> int:
         return fail(VqdeployError("the request does not fit into memory"), 2)
     except OSError as error:
         reason = error.strerror or error
-        return fail(VqdeployError(f"{error.filename or 'a file'} cannot be read or written ({reason})"), 2)
+        return fail(VqdeployError(f"{error.filename or _unnamed()} cannot be read or written ({reason})"), 2)
     except KeyboardInterrupt:
         say("interrupted")
         return 130
@@ -74,6 +75,15 @@ def _exit_code() -> int:
     except Exception:
         say(traceback.format_exc())
         return 1
+
+
+def _unnamed() -> str:
+    """What an error without a file name is about: `Path.cwd` gives none when somebody removed the folder."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return "the current folder"
+    return "a file"
 
 
 def _refuse(error: Exception) -> int:

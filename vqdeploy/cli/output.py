@@ -36,8 +36,9 @@ def _mute(stream: TextIO) -> None:
 
 
 def say(message: str) -> None:
-    """Prints progress, notes and errors to stderr."""
-    write(message, sys.stderr)
+    """Prints progress, notes and errors to stderr; where that cannot be, the work goes on."""
+    with contextlib.suppress(VqdeployError):
+        write(message, sys.stderr)
 
 
 def finish(result: dict[str, Any], as_json: bool, message: str) -> None:

@@ -1,5 +1,6 @@
 """Data sets of images, in parts that each become one shard: image folders, WebDataset tars and Parquet files."""
 
+import gzip
 import hashlib
 import io
 import math
@@ -11,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, cast
 
-from vqdeploy.errors import ArtifactError, VqdeployError, escaped
+from vqdeploy.errors import ArtifactError, VqdeployError, can_be_shown, escaped
 from vqdeploy.files import parse_json
-from vqdeploy.runtime.folder import find_labelled
+from vqdeploy.runtime.folder import JUNK, files_below, find_labelled, shortened
 from vqdeploy.runtime.images import suffixes
 
 TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
@@ -23,8 +24,9 @@ TARS, PARQUET = (".tar", ".tar.gz", ".tgz"), ".parquet"
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _EXPECTED = "an image folder, tars or Parquet files"
 _MOST_FILES = 1_000_000  # of a range in braces
-_MOST_BYTES = 2**28  # of an image file
+_MOST_BYTES = 2**28  # of an image and its labels in a tar
 _LARGEST_LABEL = 2**31 - 1
+_LABELS = ("cls", "json")
 _METADATA = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 )  # fmt: skip
@@ -98,13 +100,30 @@ def find(data: str, images: int) -> list[Part]:
         images: Images of a part of an image folder. Each tar and each Parquet file is a part.
 
     Raises:
-        VqdeployError: There is no such data.
+        VqdeployError: There is no such data, or a folder holds images beside tars or Parquet files.
     """
     path = Path(data)
     if not path.is_dir():
         return _archives(_expanded(data))
-    found = sorted(file for file in path.iterdir() if file.name.lower().endswith((*TARS, PARQUET)))
-    return _archives([file for file in found if not file.name.startswith(".")]) if found else _of_folder(path, images)
+    found = sorted(file for file in path.iterdir() if _is_archive(file) and not file.name.startswith("."))
+    if not found:
+        return _of_folder(path, images)
+    others = set(filter(_is_data, files_below(path))).difference(found)
+    if others:
+        names = sorted(str(file.relative_to(path)) for file in others)
+        raise VqdeployError(
+            f"{path} holds tars or Parquet files beside other data: {shortened(found)} beside {shortened(names)}",
+            expected="one kind of data, and tars and Parquet files in one folder",
+        )
+    return _archives(found)
+
+
+def _is_archive(file: Path) -> bool:
+    return file.name.lower().endswith((*TARS, PARQUET))
+
+
+def _is_data(file: Path) -> bool:
+    return _is_archive(file) or file.suffix.lower() in suffixes()
 
 
 def _expanded(data: str) -> list[Path]:
@@ -130,6 +149,11 @@ def _archives(files: list[Path]) -> list[Part]:
     (name, count), *_ = Counter(part.name for part in parts).most_common(1)
     if count > 1:
         raise VqdeployError(f"{count} files of the data would become the shard {name}", expected="different names")
+    for part in parts:
+        if part.classes != parts[0].classes:
+            expected, found = (", ".join(each.classes) or "none with names" for each in (parts[0], part))
+            what = f"{parts[0].name} and {part.name} have different classes, or in another order"
+            raise VqdeployError(what, expected=expected, found=found)
     return parts
 
 
@@ -175,7 +199,8 @@ def _of_folder(folder: Path, images: int) -> list[Part]:
 class TarPart:
     """A tar of WebDataset: consecutive members whose names agree up to the first dot are one image and its labels.
 
-    `cls` holds the number or the name of a class, `json` an object with `label` or `cls`.
+    `cls` holds the number or the name of a class, `json` an object with `label` or `cls`. `a.5x.cls` is a label of
+    `a.5x.png`, too.
     """
 
     name: str
@@ -190,13 +215,20 @@ class TarPart:
         """The images, read from front to end."""
         try:
             with (
-                _Whole(io.FileIO(self.path)) as file,
-                tarfile.open(None, "r|*", file, tarinfo=_Header) as archive,
+                _Whole(_decompressed(self.path)) as file,
+                _Archive.open(None, "r|*", file) as archive,
             ):
-                for key, members in groupby(_members(archive), lambda member: member.key):
-                    yield _sample(escaped(f"{self.path.name}/{key}"), list(members))
+                for (_, key), members in groupby(_members(archive), lambda member: (member.start, member.key)):
+                    yield _sample(escaped(f"{self.path.name}/{key}"), members)
         except Exception as error:  # parsers of archives raise anything
             raise DamagedDataError(f"{self.path} is damaged ({error})") from error
+
+
+def _decompressed(path: Path) -> io.RawIOBase:
+    """The content of a file; that of gzip in full, while `tarfile` reads the first of concatenated ones."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return cast(io.RawIOBase, gzip.open(path)) if zipped else io.FileIO(path)
 
 
 class _Whole(io.BufferedReader):
@@ -229,60 +261,105 @@ class _Header(tarfile.TarInfo):
         return header
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        """The next header; the end of an archive is a block of zeros, not that of the file.
+    def fromtarfile(cls, archive: "_Archive") -> Self:  # type: ignore[override]
+        """The next header; an archive ends with a block of zeros, and so does what the file has before its end.
 
         Raises:
-            EOFHeaderError: The archive ends here.
+            EOFHeaderError: This is a block of zeros.
+            EmptyHeaderError: The file ends here.
             ReadError: It is damaged.
         """
+        start = archive.fileobj.tell()
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            archive.end = archive.fileobj.tell()
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error) or "it is truncated") from error
+        except tarfile.ReadError:
+            if (start, start) != (archive.end, archive.fileobj.tell()):
+                raise
+            raise tarfile.EmptyHeaderError from None  # type: ignore[attr-defined]
+
+
+class _Archive(tarfile.TarFile):
+    """A tar, or several in one file: `tarfile` ends at the first block of zeros, and `cat` and `tar -A` write more."""
+
+    tarinfo = _Header
+    ignore_zeros = True
+    end = -1  # of the last block of zeros
 
 
 class _Member(NamedTuple):
+    start: int  # of its archive, as the end of the one before
     key: str
     extension: str
-    content: bytes | None  # None where it is too large
+    content: bytes | None  # None where it is too large or sparse
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
+def _members(archive: _Archive) -> Iterator[_Member]:
     """The images and labels in a tar."""
     for info in archive:
+        archive.members.clear()  # type: ignore[attr-defined]  # `tarfile` keeps all
         folder, _, name = info.name.removeprefix("./").rpartition("/")
         stem, _, extension = name.partition(".")
         extension = extension.lower()
-        if info.isfile() and stem and (extension in ("cls", "json") or f".{extension.split('.')[-1]}" in suffixes()):
-            stream = archive.extractfile(info) if info.size <= _MOST_BYTES else None
-            yield _Member(f"{folder}/{stem}" if folder else stem, extension, stream.read() if stream else None)
+        known = _is_label(extension) or f".{_kind(extension)}" in suffixes()
+        if info.isfile() and stem and known and not set(JUNK).intersection(folder.split("/")):
+            # A sparse file holds less than its size, so a small tar could fill the memory.
+            fits = info.size <= _MOST_BYTES and not info.issparse()
+            stream = archive.extractfile(info) if fits else None
+            key = f"{folder}/{stem}" if folder else stem
+            yield _Member(archive.end, key, extension, stream.read() if stream else None)
 
 
-def _sample(key: str, members: list[_Member]) -> Sample:
-    contents = {member.extension: member.content for member in members}
-    images = [name for name in contents if name not in ("cls", "json")]
-    images = [name for name in images if "." not in name] or images  # a mask beside it may be `mask.png`
+def _sample(key: str, members: Iterable[_Member]) -> Sample:
     try:
-        if len(contents) < len(members):
-            raise ValueError("two members have one name")
+        contents = _contents(members)
+        images = [name for name in contents if not _is_label(name)]
+        images = [name for name in images if "." not in name] or images  # a mask beside it may be `mask.png`
         if len(images) != 1:
             raise ValueError(f"it has {len(images)} images")
-        if None in contents.values():
-            raise ValueError(f"a member has more than {_MOST_BYTES:,} bytes")
-        content = contents[images[0]] or b""
-        return Sample(key, content, *label_of(_label(contents)))
+        return Sample(key, contents[images[0]], *label_of(_label(contents, images[0])))
     except ValueError as error:
         return Sample(key, ArtifactError(f"{key} is not an image with a label ({error})"))
 
 
-def _label(contents: dict[str, bytes | None]) -> object:
-    if contents.get("cls") is not None:
-        return (contents["cls"] or b"").decode().strip()
-    described = parse_json(contents["json"] or b"") if "json" in contents else {}
-    return described.get("label", described.get("cls")) if isinstance(described, dict) else None
+def _contents(members: Iterable[_Member]) -> dict[str, bytes]:
+    """The members of an image by their extensions."""
+    contents: dict[str, bytes] = {}
+    left = _MOST_BYTES
+    for member in members:
+        if member.extension in contents:
+            raise ValueError("two members have one name")
+        if member.content is None:
+            raise ValueError(f"a member is sparse or has more than {_MOST_BYTES:,} bytes")
+        contents[member.extension] = member.content
+        left -= len(member.content)
+        if left < 0:
+            raise ValueError(f"its members have more than {_MOST_BYTES:,} bytes")
+    return contents
+
+
+def _kind(extension: str) -> str:
+    return extension.rpartition(".")[2]
+
+
+def _is_label(extension: str) -> bool:
+    return _kind(extension) in _LABELS
+
+
+def _label(contents: dict[str, bytes], image: str) -> object:
+    own = image.removesuffix(_kind(image))  # `5x.` of `5x.png`
+    labels = {kind: contents[name] for kind in _LABELS for name in (kind, own + kind) if name in contents}
+    if "cls" in labels:
+        return labels["cls"].decode().strip()
+    if others := [name for name in contents if _kind(name) == "cls"]:
+        raise ValueError(f"its class has another name, {others[0]}")
+    described = parse_json(labels["json"]) if "json" in labels else None
+    values = [described.get(name) for name in ("label", "cls")] if isinstance(described, dict) else []
+    return next((value for value in values if value is not None), None)
 
 
 def label_of(value: object) -> tuple[int | None, str | None]:
@@ -297,6 +374,6 @@ def label_of(value: object) -> tuple[int | None, str | None]:
         return None, None
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_LABEL:
         return value, None
-    if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200:
+    if isinstance(value, str) and can_be_shown(value) and len(value) <= 200:
         return None, value
     raise ValueError("its class is neither a number nor a name")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from vqdeploy.errors import ArtifactError, escaped
 from vqdeploy.files import parse_json
+from vqdeploy.shards import are_classes
 from vqdeploy.tokenize.inputs import DamagedDataError, Sample, label_of
 
 _IMAGES, _LABEL = ("image", "img"), "label"
@@ -35,10 +36,11 @@ class ParquetPart:
         """Reads the columns and the names of the classes.
 
         Raises:
-            ArtifactError: It is not a Parquet file, or has no images.
+            ArtifactError: It is not a Parquet file, has no images, or its classes have no valid names.
         """
         try:
-            schema = pq.read_schema(path)
+            with path.open("rb") as stream:  # pyarrow takes no path that is not UTF-8
+                schema = pq.read_schema(stream)
             names = schema.names
             images = [name for name in _IMAGES if name in names and _holds_bytes(schema.field(name).type)]
         except Exception as error:  # parsers raise anything
@@ -46,7 +48,11 @@ class ParquetPart:
         if not images:
             expected, found = "a column `image` of bytes", ", ".join(names[:8])
             raise ArtifactError(f"{path} has no images", expected=expected, found=found)
-        return cls(path.stem, path, images[0], _LABEL in names, _class_names(schema))
+        classes = _class_names(schema)
+        if not are_classes(classes):
+            expected, found = "different names of characters that can be printed", ", ".join(classes)
+            raise ArtifactError(f"the classes in {path} have no valid names", expected=expected, found=found)
+        return cls(path.stem, path, images[0], _LABEL in names, classes)
 
     def files(self) -> Iterable[tuple[str, Path]]:
         """The file."""
@@ -56,7 +62,7 @@ class ParquetPart:
         """The images; the key of each is the number of its row."""
         columns = [self.image, *([_LABEL] if self.labelled else [])]
         try:
-            with pq.ParquetFile(self.path) as file:
+            with self.path.open("rb") as stream, pq.ParquetFile(stream) as file:
                 rows = (row for batch in file.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
                 for number, row in enumerate(rows):
                     yield self._sample(escaped(f"{self.path.name}/{number}"), row[self.image], row.get(_LABEL))

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from vqdeploy.shards import Origin, Rows, ShardInfo
 from vqdeploy.tokenize.inputs import DamagedDataError, Part, Sample, digest
 
 _BATCH = 64  # images that are read while as many are encoded
+_BYTES = 2**26  # of files in memory that end a batch sooner
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,25 @@ def _encoded(
     """Each image with its codes, or with why it could not be read. Images are read while those before are encoded."""
     waiting: deque[tuple[list[Sample], list[Future[np.ndarray | VqdeployError]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        while batch := list(islice(samples, _BATCH)):
+        for batch in _batches(samples):
             waiting.append((batch, [pool.submit(_pixels, sample, pipeline.image_shape) for sample in batch]))
             if len(waiting) > 1:
                 yield from _codes(pipeline, *waiting.popleft())
         for last in waiting:
             yield from _codes(pipeline, *last)
+
+
+def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    held = 0
+    for sample in samples:
+        batch.append(sample)
+        held += len(sample.content) if isinstance(sample.content, bytes) else 0
+        if len(batch) == _BATCH or held >= _BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _pixels(sample: Sample, shape: tuple[int, ...]) -> np.ndarray | VqdeployError:

@@ -16,6 +16,7 @@ from pathlib import Path
 from vqdeploy import shards
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import check_outside, check_replaceable, named, real
+from vqdeploy.processes import safe_path
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.threads import cores
@@ -123,7 +124,12 @@ def _locally(job: Job, parts: Sequence[Part], workers: int) -> Iterator[Done]:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     threads = max(cores() // workers, 1)
-    with receiver, sender, ProcessPoolExecutor(min(workers, len(parts) or 1), context, _follow, (receiver,)) as pool:
+    with (
+        safe_path(),
+        receiver,
+        sender,
+        ProcessPoolExecutor(min(workers, len(parts) or 1), context, _follow, (receiver,)) as pool,
+    ):
         try:
             for future in as_completed([pool.submit(tokenize_part, job, part, threads) for part in parts]):
                 yield future.result()

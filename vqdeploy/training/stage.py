@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import replacing_file
+from vqdeploy.processes import safe_path
 from vqdeploy.training.data import Data, Draws, Images, Item
 
 _CHECKS = 10  # validations, and saved states, per stage
@@ -95,7 +96,7 @@ def run_stage(
         draws = Draws(data.train, seed, steps * batch_size)
         batches = _loader(draws, batch_size, data.workers, sampler=_Rest(done * batch_size, len(draws)))
         held_out = _loader(data.held_out, batch_size, data.workers)
-        with _interrupt_kept():
+        with _interrupt_kept(), safe_path():  # of loader processes, where they are not forked
             trainer.fit(module, batches, held_out, ckpt_path=state if done else None, weights_only=True)
     return keeper.seconds()
 
