@@ -93,17 +93,15 @@ def export_module(
     _check_names(stages, dynamic or {}, sizes or {})
     for sentence in look_alikes(model):
         log.warning("%s", sentence)
-    reference, (served, _) = copied(model), replace_quantizers(model)
-    parts = [
-        in_precision(_part(name, stage, reference, served, dynamic or {}, sizes or {}), dtype)
-        for name, stage in stages.items()
-    ]
+    _check_finite(model)
+    digest = weights_digest(copied(model))
+    parts = [in_precision(part, dtype) for part in _parts(model, stages, dynamic or {}, sizes or {})]
     described = Manifest(
         format=FORMAT,
         name=re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name),
         precision=dtype,
         opset=OPSET,
-        provenance=Provenance(producer=f"vqdeploy {version('vqdeploy')}", checkpoint=weights_digest(reference)),
+        provenance=Provenance(producer=f"vqdeploy {version('vqdeploy')}", checkpoint=digest),
         stages=(),
         members={},
     )
@@ -170,7 +168,8 @@ class Call(nn.Module):
         self.outputs = list(stage.outputs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        given = [x.to(dtype) for x, dtype in zip(inputs, self.types, strict=True)]
+        # Copies, since a stage may work in place.
+        given = [x.to(dtype, copy=True) for x, dtype in zip(inputs, self.types, strict=True)]
         result = self.function(self.model, *given)
         found = (result,) if isinstance(result, Tensor) else tuple(result)
         if len(found) != len(self.outputs) or not all(isinstance(tensor, Tensor) for tensor in found):
@@ -321,6 +320,15 @@ def _dim(value: onnx_ir.Value, axis: int) -> int | str | None:
     return dim if isinstance(dim, int) else dim.value
 
 
+def _check_finite(model: nn.Module) -> None:
+    """Refuses NaN, and infinities in parameters; a buffer may be a mask."""
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if bool(tensor.isnan().any() if kind == "buffer" else not tensor.isfinite().all()):
+                expected = "finite numbers" if kind == "parameter" else "no NaN"
+                raise VqdeployError(f"the {kind} {name} is not finite", expected=expected)
+
+
 def _check_names(stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str, Any]) -> None:
     if not stages:
         raise VqdeployError("there is no stage to export")
@@ -342,6 +350,11 @@ def _check_names(stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str,
             raise VqdeployError(
                 f"the sizes of {name} are not ascending", expected="smallest, usual, largest", found=found
             )
+
+
+def _parts(model: nn.Module, stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str, Any]) -> list[_Part]:
+    reference, (served, _) = copied(model), replace_quantizers(model)
+    return [_part(name, stage, reference, served, dynamic, sizes) for name, stage in stages.items()]
 
 
 def _part(
@@ -415,7 +428,8 @@ def resized(
         for axis, dim in own.items():
             x = x.index_select(axis, torch.arange(sizes[dim]) % example.shape[axis])
         if noise is not None and x.is_floating_point():
-            spread = float(x.float().std()) if x.numel() > 1 else 0.0
+            finite = x[x.isfinite()].float()  # a mask has infinities
+            spread = float(finite.std()) if finite.numel() > 1 else 0.0
             x = x + 0.5 * (spread or 1.0) * torch.randn(x.shape, generator=noise).to(x.dtype)
         result[name] = x
     return result

@@ -408,6 +408,50 @@ def test_a_quantizer_alone(tmp_path):
     np.testing.assert_allclose(pipe.run("decode", codes=codes)["vectors"], quantizer(x)[0], atol=1e-6)
 
 
+class Masked(nn.Module):
+    """Gives -inf where it is masked, counts its calls and works in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, -torch.inf]))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x.add_(1))[:, :3] + self.mask
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    model, x = Masked(), torch.randn(2, 4)
+    stages = {"forward": Stage(lambda m, x: m(x), inputs={"x": x}, outputs=["y"])}
+    before = x.clone()
+    exported(model, stages, folder := tmp_path_factory.mktemp("masked"), dynamic={"x": {0: "batch"}})
+    return model, stages, folder / "own.plan", before
+
+
+def test_the_module_and_its_examples_stay_as_they_are(masked):
+    model, stages, plan, before = masked
+    assert verify(plan, model, stages)["passed"]
+    assert model.calls == 0
+    assert torch.equal(stages["forward"].inputs["x"], before)
+
+
+@pytest.mark.parametrize(("column", "value"), [(0, 100), (0, -np.inf), (2, np.inf), (2, np.nan)])
+def test_infinities_hide_no_difference(masked, monkeypatch, column, value):
+    model, stages, plan, _ = masked
+    right = Pipeline.run
+
+    def wrong(self, stage, **arrays):
+        outputs = right(self, stage, **arrays)
+        outputs["y"][0, column] = value
+        return outputs
+
+    monkeypatch.setattr(Pipeline, "run", wrong)
+    assert not verify(plan, model, stages)["passed"]
+
+
 class Gate(nn.Module):
     """Decides by what it sees."""
 
@@ -491,6 +535,12 @@ class TestRefusals:
     )
     def test_wrong_arguments(self, tmp_path, options, match):
         self.refused(nn.Identity(), tmp_path, match, **options)
+
+    @pytest.mark.parametrize(("name", "value"), [("layer.bias", np.nan), ("layer.bias", np.inf), ("mask", np.nan)])
+    def test_weights_that_are_not_finite(self, tmp_path, name, value):
+        model = Masked()
+        model.state_dict()[name][0] = value
+        self.refused(model, tmp_path, f"the (parameter|buffer) {name} is not finite")
 
     def test_graphs_that_do_something_else_are_not_kept(self, tmp_path, monkeypatch):
         """A stand-in that somebody registered is held to the module."""
