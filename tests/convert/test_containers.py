@@ -191,6 +191,7 @@ def test_flax_in_chunks_and_half(tmp_path):
         msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([[2], "object", b"abc"]))}),
         msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([[2**40], "float32", b"abcd"]))}),
         msgpack.packb({"a": msgpack.ExtType(1, b"\xc1")}),
+        msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([[1], "float32", 6 * 10**9]))}),
         msgpack.packb({"a": {"__msgpack_chunked_array__": True, "shape": 3}}),
         b"\xdf\xff\xff\xff\xff" + b"\xa1a\xc0",
         b"\x81\xa1a" * 3000 + b"\xc0",

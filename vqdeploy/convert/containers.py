@@ -43,6 +43,7 @@ _WRAPPERS = ("module.", "_forward_module.", "model.")
 _INNER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # within names too
 _LARGEST_CONFIG = 1 << 20  # bytes
 _LARGEST_PICKLE = 1 << 29  # bytes, weights aside
+_DENSEST = 20  # bytes unpacked per byte of an archive; weights hardly compress
 _LITTLE = b"little"
 _DEEPEST = 64  # nesting depth of dictionaries
 
@@ -143,7 +144,7 @@ def _safetensors(file: Path) -> Weights:
         with safe_open(file, "pt") as stream:
             return {name: stream.get_tensor(name) for name in list(stream.keys())}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _shards(index: Path) -> Weights:
@@ -178,13 +179,16 @@ def _zipped(file: Path) -> object:
         with zipfile.ZipFile(file) as archive:
             member = _pickle_of(file, archive.namelist())
             with archive.open(member) as stream, _Archive(file, archive, member.removesuffix("data.pkl")) as storages:
-                if archive.getinfo(member).file_size > _LARGEST_PICKLE:
+                info = archive.getinfo(member)
+                if info.file_size > _LARGEST_PICKLE:
                     raise ArtifactError("its pickle, without the weights, is too large")
+                if info.compress_type != zipfile.ZIP_STORED:
+                    storages.count(info.file_size)
                 return _without_modules(file, pickles.load(stream, storages))
     except ArtifactError as error:
         raise _of(file, error) from error
     except Exception as error:  # archives and their compressions raise anything
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _pickle_of(file: Path, names: list[str]) -> str:
@@ -207,7 +211,7 @@ def _pickled(file: Path) -> object:
     except ArtifactError as error:
         raise _of(file, error) from error
     except Exception as error:
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _of(file: Path, error: ArtifactError) -> ArtifactError:
@@ -221,6 +225,7 @@ class _Archive:
     def __init__(self, file: Path, archive: zipfile.ZipFile, folder: str):
         self.file, self.archive, self.folder = file, archive, folder
         self.read: dict[str, Tensor] = {}
+        self.unpacked = 0  # bytes
 
     def __enter__(self) -> Self:
         order = f"{self.folder}byteorder"
@@ -240,6 +245,12 @@ class _Archive:
             self.read[key] = self._tensor(key, dtype, size)
         return self.read[key].view(dtype)
 
+    def count(self, unpacked: int) -> None:
+        """Counts bytes that are about to be unpacked; refuses more than weights can be packed into."""
+        self.unpacked += unpacked
+        if self.unpacked > _DENSEST * self.file.stat().st_size:
+            raise ArtifactError(f"unpacked, it is more than {_DENSEST} times as large")
+
     def _tensor(self, key: str, dtype: torch.dtype, size: int) -> Tensor:
         info = self.archive.getinfo(f"{self.folder}data/{key}")
         bytes_ = size * dtype.itemsize
@@ -252,6 +263,7 @@ class _Archive:
             name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
             start = info.header_offset + 30 + name + extra
             return torch.frombuffer(self.mapped, dtype=dtype, count=size, offset=start)
+        self.count(bytes_)
         with self.archive.open(info) as stream:
             return torch.frombuffer(bytearray(stream.read(bytes_)), dtype=dtype, count=size)
 
@@ -259,12 +271,15 @@ class _Archive:
 def _legacy(stream: BinaryIO, file_size: int) -> object:
     """A checkpoint of PyTorch before 1.6: pickles one after the other, then the elements of all storages."""
     storages: dict[str, Tensor] = {}
+    room = file_size
 
     def storage(key: str, dtype: torch.dtype, size: int) -> Tensor:
+        nonlocal room
         if key not in storages:
-            if not 0 <= size * dtype.itemsize <= file_size:
-                raise ValueError("a tensor is larger than the file")
+            if not 0 <= size * dtype.itemsize <= room:
+                raise ValueError("its tensors are larger than the file")
             storages[key] = torch.zeros(size, dtype=dtype)
+            room -= storages[key].nbytes
         return storages[key].view(dtype)
 
     first = pickles.load(stream, storage)
@@ -305,7 +320,7 @@ def _msgpack(file: Path) -> Weights:
         data = file.read_bytes()
         tree = msgpack.unpackb(data, ext_hook=_flax_array, raw=False, strict_map_key=False)
     except Exception as error:  # the parser raises what its hooks raise, and its own
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
     weights: Weights = {}
 
     def walk(node: object, name: str) -> None:
@@ -321,7 +336,7 @@ def _msgpack(file: Path) -> Weights:
     try:
         walk(tree, "")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
     return weights
 
 
@@ -348,6 +363,8 @@ def _flax_array(code: int, data: bytes) -> object:
         dtype = dtype.decode()
     if dtype not in _FLAX_DTYPES:
         raise ValueError(f"{dtype} is not a dtype of weights")
+    if not isinstance(buffer, bytes):  # bytearray takes a number as a size
+        raise TypeError("an array does not hold bytes")
     flat = torch.frombuffer(bytearray(buffer), dtype=_FLAX_DTYPES[dtype]) if buffer else torch.empty(0)
     return flat.reshape(list(shape))
 
