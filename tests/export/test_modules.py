@@ -452,6 +452,18 @@ def test_infinities_hide_no_difference(masked, monkeypatch, column, value):
     assert not verify(plan, model, stages)["passed"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "folder", "name"),
+    [(torch.float16, "模型-onnx", "onnx"), (torch.bfloat16, ".hid", "hid"), (torch.float64, "模型", "module")],
+)
+def test_modules_and_examples_of_every_type_in_folders_of_every_name(tmp_path, dtype, folder, name):
+    model = nn.Linear(4, 2).to(dtype)
+    stage = Stage(lambda m, x: m(x).sum(), inputs={"x": torch.randn(2, 4).to(dtype)}, outputs=["y"])
+    manifest = export_module(model, {"forward": stage}, tmp_path / folder)
+    assert manifest.name == name
+    assert [tensor.dtype for tensor in (*manifest.stages[0].inputs, *manifest.stages[0].outputs)] == ["float32"] * 2
+
+
 class Gate(nn.Module):
     """Decides by what it sees."""
 
@@ -527,8 +539,27 @@ class TestRefusals:
             ({"dynamic": {"q": {0: "batch"}}}, "dynamic names a tensor that no stage has"),
             ({"dynamic": {"x": {7: "batch"}}}, "lacks the axis batch"),
             ({"sizes": {"length": (1, 2, 3)}}, "sizes names a dimension that is not dynamic"),
-            ({"sizes": {"batch": (3, 2, 4)}}, "not ascending"),
+            ({"dynamic": ["x"]}, "dynamic cannot be of this type.*found list"),
+            ({"dynamic": {"x": ["batch"]}}, "dynamic of x cannot be of this type.*found list"),
+            ({"dynamic": {"x": {"0": "batch"}}}, "an axis that is none; expected integers, found '0'"),
+            ({"dynamic": {"x": {0: None}}}, "a name is invalid.*found None"),
+            ({"dynamic": {"x": {0: "a b+1"}}}, "a name is invalid.*found 'a b.1'"),
+            ({"dynamic": {"x": {0: "\ud800"}}}, r"a name is invalid.*found '\\ud800'"),
+            *(
+                ({"sizes": {"batch": own}}, "the sizes of batch are malformed; expected three integers")
+                for own in ((3, 2, 4), (1, 2), 5, ("a", "b", "c"), (1, 2.5, 3.5))
+            ),
             ({"dtype": "int3"}, "precision"),
+            ({"dtype": ["fp16"]}, "precision"),
+            ({"stage": 3}, "stage forward cannot be of this type.*found int"),
+            ({"stage": Stage(3, inputs=X, outputs=["y"])}, "the function of stage forward cannot be called"),
+            ({"stage": Stage(lambda m, x: m(x), inputs={"x": 3}, outputs=["y"])}, "the example x.*a tensor, found int"),
+            ({"stage": Stage(lambda m, x: m(x), inputs={"x": X["x"] / 0 * 0}, outputs=["y"])}, "example x.*found NaN"),
+            ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs="y")}, "a list of names, found str"),
+            ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=[])}, "stage forward has no outputs"),
+            ({"stage": Stage(lambda m, x: None, inputs=X, outputs=["y"])}, "returns something else.*NoneType"),
+            ({"stage": Stage(lambda m, x: m(x) * 1j, inputs=X, outputs=["y"])}, "no complex numbers"),
+            ({"stage": Stage(lambda m, x: m(x).half() @ x.T, inputs=X, outputs=["y"])}, "from a copy in fp32"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["../y"])}, "a name is invalid"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["x"])}, "have one name"),
         ],
@@ -541,6 +572,14 @@ class TestRefusals:
         model = Masked()
         model.state_dict()[name][0] = value
         self.refused(model, tmp_path, f"the (parameter|buffer) {name} is not finite")
+
+    def test_what_is_no_stage_and_no_module(self, tmp_path):
+        stage = Stage(lambda m, x: m(x), inputs=X, outputs=["y"])
+        with pytest.raises(VqdeployError, match=r"a name is invalid.*found 3"):
+            export_module(nn.Identity(), {3: stage}, tmp_path / "own-onnx")
+        with pytest.raises(VqdeployError, match=r"stages cannot be of this type.*found list"):
+            export_module(nn.Identity(), [stage], tmp_path / "own-onnx")
+        self.refused(3, tmp_path, "the model cannot be of this type.*found int")
 
     def test_graphs_that_do_something_else_are_not_kept(self, tmp_path, monkeypatch):
         """A stand-in that somebody registered is held to the module."""
