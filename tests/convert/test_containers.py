@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import zipfile
 
@@ -229,6 +230,16 @@ def test_files_of_other_kinds_are_described(tmp_path, data, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(VqdeployError, match="does not exist"):
         read(tmp_path / "none")
+
+
+def test_pipes_are_not_waited_for(weights, tmp_path):
+    pipe = tmp_path / "x.safetensors"
+    os.mkfifo(pipe)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, pipe.name)}))
+    for reader, file in ((read, pipe), (read_config, pipe), (read, index)):
+        with pytest.raises(ArtifactError, match=r"x\.safetensors cannot be read \(it is not a regular file\)"):
+            reader(file)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vqdeploy.convert import pickles
 from vqdeploy.errors import ArtifactError, VqdeployError, one_line
+from vqdeploy.files import check_regular
 
 Weights = dict[str, Tensor]
 
@@ -96,9 +97,7 @@ def read(path: Path, raw: bool = False, config: Path | None = None) -> Source:
 
 
 def _file(path: Path) -> Path:
-    if not path.exists():
-        raise VqdeployError(f"{path} does not exist")
-    if path.is_file():
+    if not path.is_dir():
         return path
     for folder in (path, *(path / name for name in _SUBFOLDERS)):
         if file := next((folder / name for name in _NAMES if (folder / name).is_file()), None):
@@ -111,6 +110,7 @@ def _file(path: Path) -> Path:
 
 
 def _tree(file: Path) -> object:
+    check_regular(file)
     with file.open("rb") as stream:
         start = stream.read(512)
     if file.name.endswith(".index.json"):
@@ -156,11 +156,11 @@ def _shards(index: Path) -> Weights:
         raise ArtifactError(f"{index} is not an index of shards") from error
     weights: Weights = {}
     for shard in sorted(set(names.values())):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard == "..":
             raise ArtifactError(f"{index} names a file outside its folder", found=shard)
         if shard.endswith(".json"):
             raise ArtifactError(f"{index} names an index among its shards", found=shard)
-        if not (index.parent / shard).is_file():
+        if not (index.parent / shard).exists():
             raise VqdeployError(f"{index.parent / shard} does not exist, but {index.name} names it")
         tree = _tree(index.parent / shard)
         found = tree if isinstance(tree, dict) else {}
@@ -438,8 +438,7 @@ def read_config(file: Path) -> object:
         VqdeployError: The file does not exist, or PyYAML is missing.
         ArtifactError: It is malformed, or has a tag that creates an object.
     """
-    if not file.is_file():
-        raise VqdeployError(f"{file} does not exist")
+    check_regular(file)
     if file.stat().st_size > _LARGEST_CONFIG:
         raise ArtifactError(f"{file} is too large for a configuration")
     try:
