@@ -13,10 +13,12 @@ import itertools
 import logging
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import onnx_ir
@@ -30,8 +32,8 @@ from vqdeploy.export.package import write_package
 from vqdeploy.export.precision import DTYPES, in_precision
 from vqdeploy.export.quantizers import copied, look_alikes, replace_quantizers
 from vqdeploy.export.stage import Dimension
-from vqdeploy.files import replacing_folder
-from vqdeploy.runtime.manifest import FILE, FORMAT, WEIGHTS, Manifest, Provenance
+from vqdeploy.files import real, replacing_folder
+from vqdeploy.runtime.manifest import FILE, FORMAT, NAME, WEIGHTS, Manifest, Provenance
 from vqdeploy.runtime.operators import OPERATORS
 
 log = logging.getLogger("vqdeploy")
@@ -88,22 +90,18 @@ def export_module(
         ArtifactError: The graphs do not match the module.
     """
     folder = Path(folder)
-    if dtype not in DTYPES:
-        raise VqdeployError("unsupported precision", expected=" or ".join(DTYPES), found=repr(dtype))
-    _check_names(stages, dynamic or {}, sizes or {})
+    _check_arguments(model, stages, dynamic or {}, sizes or {}, dtype)
     for sentence in look_alikes(model):
         log.warning("%s", sentence)
-    reference, (served, _) = copied(model), replace_quantizers(model)
-    parts = [
-        in_precision(_part(name, stage, reference, served, dynamic or {}, sizes or {}), dtype)
-        for name, stage in stages.items()
-    ]
+    _check_finite(model)
+    digest = weights_digest(copied(model))
+    parts = [in_precision(part, dtype) for part in _parts(model, stages, dynamic or {}, sizes or {})]
     described = Manifest(
         format=FORMAT,
-        name=re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name),
+        name=re.sub(r"[^A-Za-z0-9_-]", "-", real(folder).name).lstrip("-") or "module",
         precision=dtype,
         opset=OPSET,
-        provenance=Provenance(producer=f"vqdeploy {version('vqdeploy')}", checkpoint=weights_digest(reference)),
+        provenance=Provenance(producer=f"vqdeploy {version('vqdeploy')}", checkpoint=digest),
         stages=(),
         members={},
     )
@@ -161,18 +159,23 @@ def quantizer_stages(quantizer: nn.Module, vectors: Tensor) -> dict[str, Stage]:
 
 
 class Call(nn.Module):
-    """A stage as a module: `forward` takes the inputs and returns all outputs as float32, int64 or uint8."""
+    """A stage as a module: `forward` takes the inputs and returns all outputs as float32, int64 or uint8.
+
+    The function gets floats in fp32, which the copies of the module are in, and other inputs in the example's type.
+    """
 
     def __init__(self, name: str, model: nn.Module, stage: Stage):
         super().__init__()
         self.name, self.model, self.function = name, model, stage.function
-        self.types = [example.dtype for example in stage.inputs.values()]
+        examples = stage.inputs.values()
+        self.types = [torch.float32 if x.is_floating_point() else x.dtype for x in examples]
         self.outputs = list(stage.outputs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        given = [x.to(dtype) for x, dtype in zip(inputs, self.types, strict=True)]
+        # Copies, since a stage may work in place.
+        given = [x.to(dtype, copy=True) for x, dtype in zip(inputs, self.types, strict=True)]
         result = self.function(self.model, *given)
-        found = (result,) if isinstance(result, Tensor) else tuple(result)
+        found = tuple(result) if isinstance(result, tuple | list) else (result,)
         if len(found) != len(self.outputs) or not all(isinstance(tensor, Tensor) for tensor in found):
             names = [type(each).__name__ for each in found]
             raise VqdeployError(f"stage {self.name} returns something else", expected=self.outputs, found=names)
@@ -180,7 +183,13 @@ class Call(nn.Module):
 
 
 def at_border(x: Tensor) -> Tensor:
-    """A tensor in its type outside of a graph: float32, int64 or uint8."""
+    """A tensor in its type outside of a graph: float32, int64 or uint8.
+
+    Raises:
+        VqdeployError: Its numbers are complex.
+    """
+    if x.is_complex():
+        raise VqdeployError("plans have no complex numbers", fix="return torch.view_as_real of them")
     if x.is_floating_point():
         return x.float()
     return x if x.dtype == torch.uint8 else x.to(torch.uint8 if x.dtype == torch.bool else torch.int64)
@@ -321,27 +330,83 @@ def _dim(value: onnx_ir.Value, axis: int) -> int | str | None:
     return dim if isinstance(dim, int) else dim.value
 
 
-def _check_names(stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str, Any]) -> None:
+def _check_finite(model: nn.Module) -> None:
+    """Refuses NaN, and infinities in parameters; a buffer may be a mask."""
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if bool(tensor.isnan().any() if kind == "buffer" else not tensor.isfinite().all()):
+                expected = "finite numbers" if kind == "parameter" else "no NaN"
+                raise VqdeployError(f"the {kind} {name} is not finite", expected=expected)
+
+
+def _check_arguments(
+    model: nn.Module, stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str, Sequence[int]], dtype: str
+) -> None:
+    _check_type("the model", model, nn.Module, "a torch.nn.Module")
+    _check_type("stages", stages, Mapping, "a dictionary of Stages by name")
+    _check_type("dynamic", dynamic, Mapping, "a dictionary of axes by tensor")
+    _check_type("sizes", sizes, Mapping, "a dictionary of sizes by dimension")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise VqdeployError("unsupported precision", expected=" or ".join(DTYPES), found=repr(dtype))
     if not stages:
         raise VqdeployError("there is no stage to export")
     for name, stage in stages.items():
-        tensors = [*stage.inputs, *stage.outputs]
-        if bad := [n for n in (name, *tensors) if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", n)]:
-            raise VqdeployError("a name is invalid", expected="letters, digits, - and _", found=repr(bad[0]))
-        if len(set(tensors)) < len(tensors):
-            raise VqdeployError(f"two tensors of stage {name} have one name", found=", ".join(tensors))
+        _check_stage(name, stage)
     known = {tensor for stage in stages.values() for tensor in (*stage.inputs, *stage.outputs)}
     if unknown := [name for name in dynamic if name not in known]:
         raise VqdeployError("dynamic names a tensor that no stage has", expected=sorted(known), found=unknown[0])
+    for tensor, axes in dynamic.items():
+        _check_type(f"dynamic of {tensor}", axes, Mapping, "a dictionary of names by axis")
+        if bad := [axis for axis in axes if not isinstance(axis, Integral)]:
+            raise VqdeployError(
+                f"dynamic of {tensor} has an axis that is none", expected="integers", found=repr(bad[0])
+            )
+        _check_names(axes.values())
     dims = {dim for axes in dynamic.values() for dim in axes.values()}
     if unknown := [name for name in sizes if name not in dims]:
         raise VqdeployError("sizes names a dimension that is not dynamic", expected=sorted(dims), found=unknown[0])
-    for name, (smallest, usual, largest) in sizes.items():
-        if not 1 <= smallest <= usual <= largest:
-            found = f"{smallest}, {usual}, {largest}"
+    for name, own in sizes.items():
+        three = isinstance(own, tuple | list) and len(own) == 3 and all(isinstance(size, Integral) for size in own)
+        if not three or not 1 <= own[0] <= own[1] <= own[2]:
+            expected = "three integers from 1 on that ascend: smallest, usual, largest"
+            raise VqdeployError(f"the sizes of {name} are malformed", expected=expected, found=repr(own))
+
+
+def _check_stage(name: str, stage: Stage) -> None:
+    _check_names([name])
+    _check_type(f"stage {name}", stage, Stage, "a vqdeploy.export.Stage")
+    if not callable(stage.function):
+        raise VqdeployError(f"the function of stage {name} cannot be called")
+    _check_type(f"inputs of stage {name}", stage.inputs, Mapping, "a dictionary of tensors by name")
+    _check_type(f"outputs of stage {name}", stage.outputs, tuple | list, "a list of names")
+    tensors = [*stage.inputs, *stage.outputs]
+    _check_names(tensors)
+    if not stage.inputs or not stage.outputs:
+        raise VqdeployError(f"stage {name} has no {'outputs' if stage.inputs else 'inputs'}")
+    if len(set(tensors)) < len(tensors):
+        raise VqdeployError(f"two tensors of stage {name} have one name", found=", ".join(tensors))
+    for key, example in stage.inputs.items():
+        _check_type(f"the example {key} of stage {name}", example, Tensor, "a tensor")
+        if example.is_complex() or not example.numel() or example.isnan().any():
+            found = "complex numbers" if example.is_complex() else "NaN" if example.numel() else "none"
             raise VqdeployError(
-                f"the sizes of {name} are not ascending", expected="smallest, usual, largest", found=found
+                f"the example {key} of stage {name} cannot be used", expected="real numbers", found=found
             )
+
+
+def _check_type(what: str, value: object, kind: type | UnionType, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise VqdeployError(f"{what} cannot be of this type", expected=expected, found=type(value).__name__)
+
+
+def _check_names(names: Iterable[object]) -> None:
+    if bad := [name for name in names if not isinstance(name, str) or not NAME.fullmatch(name)]:
+        raise VqdeployError("a name is invalid", expected="letters, digits, - and _", found=repr(bad[0]))
+
+
+def _parts(model: nn.Module, stages: Mapping[str, Stage], dynamic: Axes, sizes: Mapping[str, Any]) -> list[_Part]:
+    reference, (served, _) = copied(model), replace_quantizers(model)
+    return [_part(name, stage, reference, served, dynamic, sizes) for name, stage in stages.items()]
 
 
 def _part(
@@ -361,7 +426,10 @@ def _part(
     except VqdeployError:
         raise
     except Exception as error:  # modules raise anything
-        raise VqdeployError(f"stage {name} fails in PyTorch: {_first_line(error)}{_place(error, call)}") from error
+        fix = _CASTS if re.search("Half|BFloat16|Double", str(error)) else None
+        raise VqdeployError(
+            f"stage {name} fails in PyTorch: {_first_line(error)}{_place(error, call)}", fix=fix
+        ) from error
     dims = _open_dimensions(usual, sizes, lambda **changed: _accepts(shapes, **changed))
     axes = {tensor: {i: d for i, d in own.items() if d in dims} for tensor, own in axes.items()}
     outputs, derived = _output_dimensions(stage, dims, shapes, dynamic)
@@ -374,6 +442,9 @@ def _part(
         axes=axes | outputs,
         dims=(*dims.values(), *derived.values()),
     )
+
+
+_CASTS = "let what casts take the type of the weights, since the module is exported from a copy in fp32"
 
 
 def example_sizes(name: str, inputs: Mapping[str, Tensor], axes: Axes) -> dict[str, int]:
@@ -415,7 +486,8 @@ def resized(
         for axis, dim in own.items():
             x = x.index_select(axis, torch.arange(sizes[dim]) % example.shape[axis])
         if noise is not None and x.is_floating_point():
-            spread = float(x.float().std()) if x.numel() > 1 else 0.0
+            finite = x[x.isfinite()].float()  # a mask has infinities
+            spread = float(finite.std()) if finite.numel() > 1 else 0.0
             x = x + 0.5 * (spread or 1.0) * torch.randn(x.shape, generator=noise).to(x.dtype)
         result[name] = x
     return result
@@ -445,7 +517,7 @@ def _open_dimensions(
     dims = {}
     for name, size in usual.items():
         if name in sizes:
-            smallest, middle, largest = sizes[name]
+            smallest, middle, largest = map(int, sizes[name])
         elif name == BATCH:
             smallest, middle, largest = 1, size, max(size, _LARGEST_BATCH)
         else:

@@ -671,7 +671,7 @@ def look_alikes(model: nn.Module) -> list[str]:
 
 
 def replace_quantizers(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """A copy of a model with its quantizers replaced; it shares weights with the model, which is not modified.
+    """A copy of a model with its quantizers replaced; it shares no tensor with the model.
 
     Args:
         model: Any module, or a quantizer itself.
@@ -682,35 +682,43 @@ def replace_quantizers(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module
     Raises:
         VqdeployError: A quantizer is not supported; the message names it.
     """
-    reference, served = copied(model), {}
-    found = quantizers(reference)
-    for name, module in found.items():
+    reference = copied(model)
+    served = replacements(reference)
+    stand_ins = {id(module): served[name] for name, module in quantizers(reference).items()}
+    return _copied(reference, lambda tensor: tensor, stand_ins), served
+
+
+def replacements(model: nn.Module) -> dict[str, nn.Module]:
+    """The replacement of each quantizer of a model by name; they share its weights.
+
+    Raises:
+        VqdeployError: A quantizer is not supported; the message names it.
+    """
+    served = {}
+    for name, module in quantizers(model).items():
         try:
             served[name] = _serve(module)
         except VqdeployError as error:
             raise VqdeployError(f"{name or 'the model'}: {error}") from error
-    return copied(reference, {id(module): served[name] for name, module in found.items()}), served
+    return served
 
 
-def copied(model: nn.Module, stand_ins: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A copy of a model on the CPU, in fp32 and evaluation mode; tensors that need no conversion are shared.
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model on the CPU, in fp32 and evaluation mode. It shares no tensor: a module may write to its own."""
+    return _copied(model, _plain, {})
 
-    Args:
-        model: The model.
-        stand_ins: Replacements, by the `id` of the replaced module.
-    """
-    memo: dict[int, Any] = {}  # entries of the memo of deepcopy
+
+def _copied(model: nn.Module, convert: Callable[[Tensor], Tensor], stand_ins: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a model with its tensors converted, and some modules replaced, by `id`."""
+    memo: dict[int, Any] = dict(stand_ins)  # of deepcopy
     for module in model.modules():
         # Weight norm leaves non-leaf tensors in attributes, which deepcopy rejects.
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor):
-                memo[id(tensor)] = _plain(tensor)
-    return copy.deepcopy(model, memo | (stand_ins or {})).eval()
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = convert(tensor)
+    return copy.deepcopy(model, memo).eval()
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    if tensor.device.type == "cpu" and tensor.dtype == dtype:
-        return tensor
-    plain = tensor.detach().to("cpu", dtype)
+    plain = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
     return nn.Parameter(plain, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain

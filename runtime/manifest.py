@@ -15,7 +15,9 @@ from vqdeploy.precision import MIXED, PRECISIONS
 FORMAT = 1
 """Format version of the manifest. Other versions are rejected."""
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+"""What names of plans, stages and tensors are made of: they become parts of paths and commands."""
+
 _MOST_LEVELS, _LARGEST = 64, 2**31  # beyond what any graph has
 
 FILE = "manifest.json"
@@ -244,7 +246,7 @@ def _check_names(manifest: Manifest) -> None:
     # Names become parts of paths and commands.
     names = [manifest.name, *(stage.name for stage in manifest.stages)]
     names += [name for name in (origin.system, origin.preset) if name is not None]
-    if bad := [name for name in names if not _NAME.fullmatch(name)]:
+    if bad := [name for name in names if not NAME.fullmatch(name)]:
         raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])
 
 

@@ -70,6 +70,9 @@ def test_nan_and_infinity_fail_and_are_valid_json():
         check = at_most("step", "logits", value, 1.0)
         assert not check.passed
         assert json.loads(json.dumps(asdict(check), allow_nan=False))["value"] > 1e300
+        check = at_most("step", "logits", 1.0, value)
+        assert not check.passed
+        assert json.loads(json.dumps(asdict(check), allow_nan=False))["limit"] > 1e300
     assert tolerance_of([at_most("step", "largest difference of logits", float("nan"), 0.5)]) == 1.0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import zipfile
 
@@ -191,6 +192,7 @@ def test_flax_in_chunks_and_half(tmp_path):
         msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([[2], "object", b"abc"]))}),
         msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([[2**40], "float32", b"abcd"]))}),
         msgpack.packb({"a": msgpack.ExtType(1, b"\xc1")}),
+        msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([[1], "float32", 6 * 10**9]))}),
         msgpack.packb({"a": {"__msgpack_chunked_array__": True, "shape": 3}}),
         b"\xdf\xff\xff\xff\xff" + b"\xa1a\xc0",
         b"\x81\xa1a" * 3000 + b"\xc0",
@@ -228,6 +230,16 @@ def test_files_of_other_kinds_are_described(tmp_path, data, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(VqdeployError, match="does not exist"):
         read(tmp_path / "none")
+
+
+def test_pipes_are_not_waited_for(weights, tmp_path):
+    pipe = tmp_path / "x.safetensors"
+    os.mkfifo(pipe)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, pipe.name)}))
+    for reader, file in ((read, pipe), (read_config, pipe), (read, index)):
+        with pytest.raises(ArtifactError, match=r"x\.safetensors cannot be read \(it is not a regular file\)"):
+            reader(file)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

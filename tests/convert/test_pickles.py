@@ -252,12 +252,19 @@ def test_a_tensor_cannot_reach_beyond_its_storage():
     def numbers(*values):
         return b"(" + b"".join(b"J" + value.to_bytes(4, "little", signed=True) for value in values) + b"t"
 
-    wrong = [(1, (4,), (1,)), (0, (5,), (1,)), (0, (2, 2), (4, 1)), (-1, (1,), (1,)), (0, (2,), (-1,))]
+    wrong = [
+        (0, (10**9,), (0,)),
+        (1, (4,), (1,)),
+        (0, (5,), (1,)),
+        (0, (2, 2), (4, 1)),
+        (-1, (1,), (1,)),
+        (0, (2,), (-1,)),
+    ]
     for offset, size, stride in wrong:
         key = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ"
         place = b"J" + offset.to_bytes(4, "little", signed=True)
         tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + key + place + numbers(*size) + numbers(*stride) + b"\x89}tR."
-        with pytest.raises(ArtifactError, match=r"beyond its storage|shape of a tensor"):
+        with pytest.raises(ArtifactError, match=r"beyond its storage|larger than its storage|shape of a tensor"):
             pickles.load(io.BytesIO(b"\x80\x02" + tensor), lambda key, dtype, count: torch.zeros(count, dtype=dtype))
 
 
@@ -314,3 +321,64 @@ def test_an_archive_that_inflates_is_read_no_further_than_its_tensors(tmp_path):
             data = old.read(name) + b"\0" * 10_000_000 if "/data/" in name else old.read(name)
             new.writestr(name, data, zipfile.ZIP_DEFLATED)
     assert torch.equal(containers.read(tmp_path / "b.pt").weights["weight"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_an_archive_holds_no_more_than_weights_can_be_packed_into(tmp_path, method):
+    torch.save({"state_dict": {"weight": torch.zeros(10**5)}}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ArtifactError, match="unpacked, it is more than 20 times as large"):
+        containers.read(tmp_path / "b.pt")
+
+
+def test_old_files_hold_all_storages_that_they_name(tmp_path):
+    """Each of these is as large as the file, which has room for one."""
+    tree = {f"w{i}": torch.zeros(1000) for i in range(3)}
+    torch.save(tree, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "old.pt").write_bytes(data[:-9000])
+    with pytest.raises(ArtifactError, match="its tensors are larger than the file"):
+        containers.read(tmp_path / "old.pt")
+
+
+U1 = b"cnumpy\ndtype\nU\x02u1\x85R"
+COPIES = {  # a value of 10,000 elements in the memo, and a few bytes that ask for a copy
+    "list": (b"(" + b"N" * 10_000 + b"lq\x010c__builtin__\nlist\nq\x020", b"h\x02h\x01\x85R"),
+    "dictionary": (b"))\x86q\x030(" + b"h\x03" * 10_000 + b"lq\x010cbuiltins\ndict\nq\x020", b"h\x02h\x01\x85R"),
+    "bytes": (b"X\x10'\0\0" + b"a" * 10_000 + b"q\x010c_codecs\nencode\nq\x020", b"h\x02h\x01\x85R"),
+    "array": (
+        b"B\x10'\0\0" + b"a" * 10_000 + b"q\x010cnumpy.core.numeric\n_frombuffer\nq\x020" + U1 + b"q\x030",
+        b"h\x02(h\x01h\x03M\x10'\x85tR",
+    ),
+    "state of an array": (
+        b"B\x10'\0\0" + b"a" * 10_000 + b"q\x010cnumpy.core.multiarray\n_reconstruct\nq\x020" + U1 + b"q\x030",
+        b"h\x02)R(K\x01M\x10'\x85h\x03\x89h\x01tb",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_of_shared_values_are_bounded(kind):
+    value, copy = COPIES[kind]
+
+    def program(copies):
+        return io.BytesIO(b"\x80\x02(" + value + copies * copy + b"l.")
+
+    assert len(pickles.load(program(2))) == 2
+    with pytest.raises(ArtifactError, match="it copies its values again and again"):
+        pickles.load(program(100))
+
+
+def test_a_buffer_is_bytes(tmp_path):
+    data = b"\x80\x02cnumpy.core.numeric\n_frombuffer\n(I6000000000\n" + U1 + b"I1\n\x85U\x01CtR."
+    with pytest.raises(ArtifactError, match="an array does not hold numbers"):
+        pickles.load(io.BytesIO(data))
+
+
+def test_arrays_of_any_order_are_read_as_they_were(tmp_path):
+    array = np.arange(6, dtype=">i4").reshape(2, 3)
+    (tmp_path / "file").write_bytes(pickle.dumps({"a": array, "b": np.asfortranarray(array)}, 2))
+    for found in containers.read(tmp_path / "file").weights.values():
+        assert np.array_equal(found.numpy(), array)

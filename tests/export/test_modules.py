@@ -408,6 +408,62 @@ def test_a_quantizer_alone(tmp_path):
     np.testing.assert_allclose(pipe.run("decode", codes=codes)["vectors"], quantizer(x)[0], atol=1e-6)
 
 
+class Masked(nn.Module):
+    """Gives -inf where it is masked, counts its calls and works in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, -torch.inf]))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x.add_(1))[:, :3] + self.mask
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    model, x = Masked(), torch.randn(2, 4)
+    stages = {"forward": Stage(lambda m, x: m(x), inputs={"x": x}, outputs=["y"])}
+    before = x.clone()
+    exported(model, stages, folder := tmp_path_factory.mktemp("masked"), dynamic={"x": {0: "batch"}})
+    return model, stages, folder / "own.plan", before
+
+
+def test_the_module_and_its_examples_stay_as_they_are(masked):
+    model, stages, plan, before = masked
+    assert verify(plan, model, stages)["passed"]
+    assert model.calls == 0
+    assert torch.equal(stages["forward"].inputs["x"], before)
+
+
+@pytest.mark.parametrize(("column", "value"), [(0, 100), (0, -np.inf), (2, np.inf), (2, np.nan)])
+def test_infinities_hide_no_difference(masked, monkeypatch, column, value):
+    model, stages, plan, _ = masked
+    right = Pipeline.run
+
+    def wrong(self, stage, **arrays):
+        outputs = right(self, stage, **arrays)
+        outputs["y"][0, column] = value
+        return outputs
+
+    monkeypatch.setattr(Pipeline, "run", wrong)
+    assert not verify(plan, model, stages)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "folder", "name"),
+    [(torch.float16, "模型-onnx", "onnx"), (torch.bfloat16, ".hid", "hid"), (torch.float64, "模型", "module")],
+)
+def test_modules_and_examples_of_every_type_in_folders_of_every_name(tmp_path, dtype, folder, name):
+    model = nn.Linear(4, 2).to(dtype)
+    stage = Stage(lambda m, x: m(x).sum(), inputs={"x": torch.randn(2, 4).to(dtype)}, outputs=["y"])
+    manifest = export_module(model, {"forward": stage}, tmp_path / folder)
+    assert manifest.name == name
+    assert [tensor.dtype for tensor in (*manifest.stages[0].inputs, *manifest.stages[0].outputs)] == ["float32"] * 2
+
+
 class Gate(nn.Module):
     """Decides by what it sees."""
 
@@ -483,14 +539,47 @@ class TestRefusals:
             ({"dynamic": {"q": {0: "batch"}}}, "dynamic names a tensor that no stage has"),
             ({"dynamic": {"x": {7: "batch"}}}, "lacks the axis batch"),
             ({"sizes": {"length": (1, 2, 3)}}, "sizes names a dimension that is not dynamic"),
-            ({"sizes": {"batch": (3, 2, 4)}}, "not ascending"),
+            ({"dynamic": ["x"]}, "dynamic cannot be of this type.*found list"),
+            ({"dynamic": {"x": ["batch"]}}, "dynamic of x cannot be of this type.*found list"),
+            ({"dynamic": {"x": {"0": "batch"}}}, "an axis that is none; expected integers, found '0'"),
+            ({"dynamic": {"x": {0: None}}}, "a name is invalid.*found None"),
+            ({"dynamic": {"x": {0: "a b+1"}}}, "a name is invalid.*found 'a b.1'"),
+            ({"dynamic": {"x": {0: "\ud800"}}}, r"a name is invalid.*found '\\ud800'"),
+            *(
+                ({"sizes": {"batch": own}}, "the sizes of batch are malformed; expected three integers")
+                for own in ((3, 2, 4), (1, 2), 5, ("a", "b", "c"), (1, 2.5, 3.5))
+            ),
             ({"dtype": "int3"}, "precision"),
+            ({"dtype": ["fp16"]}, "precision"),
+            ({"stage": 3}, "stage forward cannot be of this type.*found int"),
+            ({"stage": Stage(3, inputs=X, outputs=["y"])}, "the function of stage forward cannot be called"),
+            ({"stage": Stage(lambda m, x: m(x), inputs={"x": 3}, outputs=["y"])}, "the example x.*a tensor, found int"),
+            ({"stage": Stage(lambda m, x: m(x), inputs={"x": X["x"] / 0 * 0}, outputs=["y"])}, "example x.*found NaN"),
+            ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs="y")}, "a list of names, found str"),
+            ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=[])}, "stage forward has no outputs"),
+            ({"stage": Stage(lambda m, x: None, inputs=X, outputs=["y"])}, "returns something else.*NoneType"),
+            ({"stage": Stage(lambda m, x: m(x) * 1j, inputs=X, outputs=["y"])}, "no complex numbers"),
+            ({"stage": Stage(lambda m, x: m(x).half() @ x.T, inputs=X, outputs=["y"])}, "from a copy in fp32"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["../y"])}, "a name is invalid"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["x"])}, "have one name"),
         ],
     )
     def test_wrong_arguments(self, tmp_path, options, match):
         self.refused(nn.Identity(), tmp_path, match, **options)
+
+    @pytest.mark.parametrize(("name", "value"), [("layer.bias", np.nan), ("layer.bias", np.inf), ("mask", np.nan)])
+    def test_weights_that_are_not_finite(self, tmp_path, name, value):
+        model = Masked()
+        model.state_dict()[name][0] = value
+        self.refused(model, tmp_path, f"the (parameter|buffer) {name} is not finite")
+
+    def test_what_is_no_stage_and_no_module(self, tmp_path):
+        stage = Stage(lambda m, x: m(x), inputs=X, outputs=["y"])
+        with pytest.raises(VqdeployError, match=r"a name is invalid.*found 3"):
+            export_module(nn.Identity(), {3: stage}, tmp_path / "own-onnx")
+        with pytest.raises(VqdeployError, match=r"stages cannot be of this type.*found list"):
+            export_module(nn.Identity(), [stage], tmp_path / "own-onnx")
+        self.refused(3, tmp_path, "the model cannot be of this type.*found int")
 
     def test_graphs_that_do_something_else_are_not_kept(self, tmp_path, monkeypatch):
         """A stand-in that somebody registered is held to the module."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vqdeploy.convert import pickles
 from vqdeploy.errors import ArtifactError, VqdeployError, one_line
+from vqdeploy.files import check_regular
 
 Weights = dict[str, Tensor]
 
@@ -43,6 +44,7 @@ _WRAPPERS = ("module.", "_forward_module.", "model.")
 _INNER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # within names too
 _LARGEST_CONFIG = 1 << 20  # bytes
 _LARGEST_PICKLE = 1 << 29  # bytes, weights aside
+_DENSEST = 20  # bytes unpacked per byte of an archive; weights hardly compress
 _LITTLE = b"little"
 _DEEPEST = 64  # nesting depth of dictionaries
 
@@ -95,9 +97,7 @@ def read(path: Path, raw: bool = False, config: Path | None = None) -> Source:
 
 
 def _file(path: Path) -> Path:
-    if not path.exists():
-        raise VqdeployError(f"{path} does not exist")
-    if path.is_file():
+    if not path.is_dir():
         return path
     for folder in (path, *(path / name for name in _SUBFOLDERS)):
         if file := next((folder / name for name in _NAMES if (folder / name).is_file()), None):
@@ -110,6 +110,7 @@ def _file(path: Path) -> Path:
 
 
 def _tree(file: Path) -> object:
+    check_regular(file)
     with file.open("rb") as stream:
         start = stream.read(512)
     if file.name.endswith(".index.json"):
@@ -143,7 +144,7 @@ def _safetensors(file: Path) -> Weights:
         with safe_open(file, "pt") as stream:
             return {name: stream.get_tensor(name) for name in list(stream.keys())}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _shards(index: Path) -> Weights:
@@ -155,11 +156,11 @@ def _shards(index: Path) -> Weights:
         raise ArtifactError(f"{index} is not an index of shards") from error
     weights: Weights = {}
     for shard in sorted(set(names.values())):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard == "..":
             raise ArtifactError(f"{index} names a file outside its folder", found=shard)
         if shard.endswith(".json"):
             raise ArtifactError(f"{index} names an index among its shards", found=shard)
-        if not (index.parent / shard).is_file():
+        if not (index.parent / shard).exists():
             raise VqdeployError(f"{index.parent / shard} does not exist, but {index.name} names it")
         tree = _tree(index.parent / shard)
         found = tree if isinstance(tree, dict) else {}
@@ -178,13 +179,16 @@ def _zipped(file: Path) -> object:
         with zipfile.ZipFile(file) as archive:
             member = _pickle_of(file, archive.namelist())
             with archive.open(member) as stream, _Archive(file, archive, member.removesuffix("data.pkl")) as storages:
-                if archive.getinfo(member).file_size > _LARGEST_PICKLE:
+                info = archive.getinfo(member)
+                if info.file_size > _LARGEST_PICKLE:
                     raise ArtifactError("its pickle, without the weights, is too large")
+                if info.compress_type != zipfile.ZIP_STORED:
+                    storages.count(info.file_size)
                 return _without_modules(file, pickles.load(stream, storages))
     except ArtifactError as error:
         raise _of(file, error) from error
     except Exception as error:  # archives and their compressions raise anything
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _pickle_of(file: Path, names: list[str]) -> str:
@@ -207,7 +211,7 @@ def _pickled(file: Path) -> object:
     except ArtifactError as error:
         raise _of(file, error) from error
     except Exception as error:
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _of(file: Path, error: ArtifactError) -> ArtifactError:
@@ -221,6 +225,7 @@ class _Archive:
     def __init__(self, file: Path, archive: zipfile.ZipFile, folder: str):
         self.file, self.archive, self.folder = file, archive, folder
         self.read: dict[str, Tensor] = {}
+        self.unpacked = 0  # bytes
 
     def __enter__(self) -> Self:
         order = f"{self.folder}byteorder"
@@ -240,6 +245,12 @@ class _Archive:
             self.read[key] = self._tensor(key, dtype, size)
         return self.read[key].view(dtype)
 
+    def count(self, unpacked: int) -> None:
+        """Counts bytes that are about to be unpacked; refuses more than weights can be packed into."""
+        self.unpacked += unpacked
+        if self.unpacked > _DENSEST * self.file.stat().st_size:
+            raise ArtifactError(f"unpacked, it is more than {_DENSEST} times as large")
+
     def _tensor(self, key: str, dtype: torch.dtype, size: int) -> Tensor:
         info = self.archive.getinfo(f"{self.folder}data/{key}")
         bytes_ = size * dtype.itemsize
@@ -252,6 +263,7 @@ class _Archive:
             name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
             start = info.header_offset + 30 + name + extra
             return torch.frombuffer(self.mapped, dtype=dtype, count=size, offset=start)
+        self.count(bytes_)
         with self.archive.open(info) as stream:
             return torch.frombuffer(bytearray(stream.read(bytes_)), dtype=dtype, count=size)
 
@@ -259,12 +271,15 @@ class _Archive:
 def _legacy(stream: BinaryIO, file_size: int) -> object:
     """A checkpoint of PyTorch before 1.6: pickles one after the other, then the elements of all storages."""
     storages: dict[str, Tensor] = {}
+    room = file_size
 
     def storage(key: str, dtype: torch.dtype, size: int) -> Tensor:
+        nonlocal room
         if key not in storages:
-            if not 0 <= size * dtype.itemsize <= file_size:
-                raise ValueError("a tensor is larger than the file")
+            if not 0 <= size * dtype.itemsize <= room:
+                raise ValueError("its tensors are larger than the file")
             storages[key] = torch.zeros(size, dtype=dtype)
+            room -= storages[key].nbytes
         return storages[key].view(dtype)
 
     first = pickles.load(stream, storage)
@@ -305,7 +320,7 @@ def _msgpack(file: Path) -> Weights:
         data = file.read_bytes()
         tree = msgpack.unpackb(data, ext_hook=_flax_array, raw=False, strict_map_key=False)
     except Exception as error:  # the parser raises what its hooks raise, and its own
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
     weights: Weights = {}
 
     def walk(node: object, name: str) -> None:
@@ -321,7 +336,7 @@ def _msgpack(file: Path) -> Weights:
     try:
         walk(tree, "")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ArtifactError(f"{file} is damaged ({error})") from error
+        raise ArtifactError(f"{file} is damaged ({str(error) or type(error).__name__})") from error
     return weights
 
 
@@ -348,6 +363,8 @@ def _flax_array(code: int, data: bytes) -> object:
         dtype = dtype.decode()
     if dtype not in _FLAX_DTYPES:
         raise ValueError(f"{dtype} is not a dtype of weights")
+    if not isinstance(buffer, bytes):  # bytearray takes a number as a size
+        raise TypeError("an array does not hold bytes")
     flat = torch.frombuffer(bytearray(buffer), dtype=_FLAX_DTYPES[dtype]) if buffer else torch.empty(0)
     return flat.reshape(list(shape))
 
@@ -421,8 +438,7 @@ def read_config(file: Path) -> object:
         VqdeployError: The file does not exist, or PyYAML is missing.
         ArtifactError: It is malformed, or has a tag that creates an object.
     """
-    if not file.is_file():
-        raise VqdeployError(f"{file} does not exist")
+    check_regular(file)
     if file.stat().st_size > _LARGEST_CONFIG:
         raise ArtifactError(f"{file} is too large for a configuration")
     try:

@@ -6,6 +6,7 @@ accepts all that `weights_only=True` accepts. It interprets the opcodes on a sta
 plain containers are rebuilt; objects of any other class become a `StandIn`.
 """
 
+import math
 import pickletools
 from collections.abc import Callable, Iterable
 from typing import IO, Any, NamedTuple
@@ -75,6 +76,7 @@ _LISTS = ("builtins.list", "builtins.set", "builtins.tuple", "builtins.frozenset
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _IGNORED = ("PROTO", "FRAME")
 _DEEPEST = 64  # nesting depth of dictionaries
+_COPIES = 4  # of each byte of a pickle; one from Python 2 or with big-endian numbers has two
 
 
 def load(stream: IO[bytes], storage: Storage | None = None) -> Any:
@@ -108,17 +110,22 @@ def load(stream: IO[bytes], storage: Storage | None = None) -> Any:
 
 
 class _Machine:
-    """The virtual machine of a pickle: stack, marks (indices into the stack) and memo."""
+    """The virtual machine of a pickle: stack, marks (indices into the stack) and memo.
+
+    A few bytes can ask for one more copy of a value in the memo, so copies are bounded by what was read.
+    """
 
     def __init__(self, storage: Storage | None):
         self.storage = storage
+        self.read = self.copied = 0  # bytes; items of containers count as one
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: IO[bytes]) -> Any:
-        for opcode, argument, _ in pickletools.genops(stream):
-            name = opcode.name
+        start = stream.tell()
+        for opcode, argument, place in pickletools.genops(stream):
+            name, self.read = opcode.name, (place or 0) - start
             if name == "STOP":
                 return self.pop()
             if name in _CONSTANTS:
@@ -276,7 +283,7 @@ class _Machine:
         if isinstance(target, StandIn):
             target.state = state
         elif isinstance(target, _Array):
-            target.value = _array(state)
+            target.value = _array(self.once_more(state))
         elif isinstance(target, _Dtype):
             target.value = target.value.newbyteorder(">" if state[1] == ">" else "<")
         elif not isinstance(target, dict | list | tuple | Tensor):
@@ -300,6 +307,8 @@ class _Machine:
         if not isinstance(made, Global):
             return StandIn(type(made).__name__, arguments)
         name = made.name.replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
+        if name in _COPYING:
+            self.once_more(arguments)
         if name in _DICTS:
             filled = _Dict()
             pairs = arguments[0] if arguments and isinstance(arguments[0], list | tuple) else []
@@ -309,6 +318,13 @@ class _Machine:
             return list(arguments[0]) if arguments and isinstance(arguments[0], list | tuple) else []
         maker = _MAKERS.get(name)
         return StandIn(made.name, arguments) if maker is None else maker(*arguments)
+
+    def once_more(self, values: Any) -> Any:
+        """Counts the elements of values that are about to be copied."""
+        self.copied += sum(len(value) for value in values if isinstance(value, str | bytes | bytearray | list | tuple))
+        if self.copied > _COPIES * self.read:
+            raise ValueError("it copies its values again and again")
+        return values
 
 
 def _named(module: Any, name: Any) -> Global:
@@ -338,6 +354,8 @@ def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Te
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if 0 not in size and last >= len(storage):
         raise ValueError("a tensor reaches beyond its storage")
+    if math.prod(size) > len(storage):  # repeated by strides of 0
+        raise ValueError("a tensor is larger than its storage")
     return torch.as_strided(storage, size, stride, offset) if 0 not in size else storage.new_empty(size)
 
 
@@ -356,15 +374,15 @@ def _subclass(rebuild: Any, _kind: Any, arguments: Any, _state: Any) -> Tensor:
 
 def _array(state: Any) -> np.ndarray:
     _, shape, dtype, columns_first, data = state
-    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
         raise TypeError("an array does not hold numbers")
-    flat = np.frombuffer(data, dtype.value).astype(dtype.value.newbyteorder("="))
-    return flat.reshape(shape, order="F" if columns_first else "C")
+    array = np.frombuffer(data, dtype.value).reshape(shape, order="F" if columns_first else "C")
+    return np.array(array, dtype.value.newbyteorder("="), order="C")
 
 
 def _buffer(data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
     array = _Array()
-    array.value = _array((1, shape, dtype, order == "F", bytes(data)))
+    array.value = _array((1, shape, dtype, order == "F", data))
     return array
 
 
@@ -388,6 +406,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "numpy.core.numeric._frombuffer": _buffer,
     "_codecs.encode": _bytes,
 }
+_COPYING = {*_DICTS, *_LISTS, "numpy.core.numeric._frombuffer", "_codecs.encode"}
 
 
 def plain(tree: Any) -> Any:
@@ -396,7 +415,7 @@ def plain(tree: Any) -> Any:
 
     def convert(value: Any, depth: int) -> Any:
         if isinstance(value, _Array):
-            return torch.from_numpy(np.ascontiguousarray(value.value))
+            return torch.from_numpy(value.value)
         if not isinstance(value, dict) or depth > _DEEPEST:
             return value
         if id(value) not in seen:

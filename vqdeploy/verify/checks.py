@@ -41,10 +41,10 @@ class Check:
 
 
 def at_most(stage: str, metric: str, value: float, limit: float) -> Check:
-    """A check that passes if value <= limit; NaN fails."""
+    """A check that passes if value <= limit; NaN fails, and so does a limit that is not finite."""
     # JSON has no infinity and no NaN.
-    shown = float(value) if math.isfinite(value) else sys.float_info.max
-    return Check(stage, metric, shown, float(limit), bool(value <= limit))
+    shown, bound = (float(x) if math.isfinite(x) else sys.float_info.max for x in (value, limit))
+    return Check(stage, metric, shown, bound, bool(value <= limit < math.inf))
 
 
 def at_least(stage: str, metric: str, value: float, limit: float) -> Check:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.modules import BATCH, Call, Stage, at_border, resized, weights_digest
-from vqdeploy.export.quantizers import Replacement, copied, quantizers, replace_quantizers
+from vqdeploy.export.quantizers import Replacement, copied, quantizers, replacements
 from vqdeploy.precision import Limits
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.manifest import SizeRange, StageInfo, TensorInfo
 from vqdeploy.verify.checks import Check, at_most, limits
 
-_Index = slice | tuple[slice | Tensor, ...]
+_Index = EllipsisType | tuple[slice | Tensor, ...]
 _Result = Tensor | tuple[Tensor, ...]
 
 
@@ -56,7 +57,7 @@ def verify(
         reference = copied(model)
         if weights_digest(reference) != pipeline.manifest.provenance.checkpoint:
             raise VqdeployError(f"{plan} was made from other weights", fix="export the module again")
-        _, served = replace_quantizers(reference)
+        served = replacements(reference)
         checks: list[Check] = []
         for name, stage in stages.items():
             progress(f"verifying {name}")
@@ -172,20 +173,27 @@ def _compare(
         same = _rows_alike(shapes, name, differs)
         own, theirs = torch.from_numpy(array)[same], expected[name][same]
         if own.numel():
-            worst[name].add(difference=float((own - theirs).abs().max()), largest=float(theirs.abs().max()))
+            largest = theirs.abs().masked_fill(~theirs.isfinite(), 0).max()
+            worst[name].add(difference=float(_differences(own, theirs).max()), largest=float(largest))
+
+
+def _differences(own: Tensor, theirs: Tensor) -> Tensor:
+    """Magnitudes of the differences: none between equal infinities or two NaN, which masks leave in both."""
+    equal = (own == theirs) | (own.isnan() & theirs.isnan())
+    return (own - theirs).abs().masked_fill(equal, 0)
 
 
 def _rows_alike(shapes: dict[str, tuple[int | str, ...]], name: str, differs: dict[str, Tensor]) -> _Index:
     """Index of the batch items whose codes equal those of the module; floats of others may legitimately differ."""
     if BATCH not in shapes[name]:
-        return slice(None)
+        return ...
     alike: Tensor | None = None
     for other, different in differs.items():
         if BATCH in shapes[other]:
             items = ~different.movedim(shapes[other].index(BATCH), 0).flatten(1).any(1)
             alike = items if alike is None else alike & items
     if alike is None:
-        return slice(None)
+        return ...
     return (slice(None),) * shapes[name].index(BATCH) + (alike,)
 
 
