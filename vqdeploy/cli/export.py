@@ -29,7 +29,9 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", "--precision", help="Precision: fp32, fp16, int8, int4, or of each stage, decode=fp16,step=int8."
+            "--dtype",
+            "--precision",
+            help="Precision: fp32, fp16, int8, int4, or of each stage, decode=fp16,step=int8; caches=int8 for KV caches.",
         ),
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
