@@ -31,7 +31,7 @@ def export(
         typer.Option(
             "--dtype",
             "--precision",
-            help="Precision: fp32, fp16, int8, int4, or of each stage, decode=fp16,step=int8; caches=int8 for KV caches.",
+            help="Precision: fp32, fp16, int8, int4, or of each stage, decode=fp16,step=int8; also caches=int8.",
         ),
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
