@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -225,7 +226,7 @@ def test_an_engine_of_rtx_has_no_stage_models(artifacts, tmp_path, monkeypatch):
     manifest = replace(Bundle(plan).manifest, backend="tensorrt-rtx", targets=("cuda",))
     monkeypatch.setattr("vqdeploy.triton.repository.Bundle", _bundle_with(manifest))
     assert write(plan, tmp_path / "out") == ["rqvae"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rqvae"]
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["rqvae"]
     monkeypatch.setattr("vqdeploy.triton.repository.Bundle", _bundle_with(replace(manifest, sampling=None)))
     with pytest.raises(VqdeployError, match="the server runs no part of this plan"):
         write(plan, tmp_path / "other")
@@ -244,9 +245,76 @@ def test_a_repository_is_replaced_and_nothing_else_is(vqdeploy, plan, tmp_path):
     for _ in range(2):
         code, out, _ = vqdeploy("triton", plan, "-o", "out", "--json")
         assert (code, json.loads(out)["models"]) == (0, ["rqvae-encode", "rqvae-decode", "rqvae-step", "rqvae"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(json.loads(out)["models"])
-    assert all(path.stat().st_mode & 0o111 for path in (tmp_path / "out").iterdir())  # folders that can be entered
+    folders = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert sorted(path.name for path in folders) == sorted(json.loads(out)["models"])
+    assert all(path.stat().st_mode & 0o111 for path in folders)  # that can be entered
     (tmp_path / "out" / "another").mkdir()
     code, _, err = vqdeploy("triton", plan, "-o", "out")
     assert code == 2
-    assert "holds something else" in err
+    assert "out holds something else and is not replaced; found another. Fix:" in err
+
+
+def _checkpoint(folder, plan):
+    (folder / "rqvae").mkdir()
+    (folder / "rqvae" / "model.safetensors").write_text("weights")
+
+
+def _bare_file(folder, plan):
+    (folder / "rqvae").write_text("mine")
+
+
+def _edited_configuration(folder, plan):
+    write(plan, folder)
+    with (folder / "rqvae-step" / "config.pbtxt").open("a") as file:
+        file.write("# two instances\n")
+
+
+def _another_version(folder, plan):
+    write(plan, folder)
+    (folder / "rqvae" / "2").mkdir()
+    shutil.copy(plan, folder / "rqvae" / "2" / "model.plan")
+
+
+def _another_graph(folder, plan):
+    write(plan, folder)
+    (folder / "rqvae-step" / "1" / "model.onnx").unlink()
+    (folder / "rqvae-step" / "1" / "model.onnx").write_text("mine")
+
+
+def _damaged_record(folder, plan):
+    write(plan, folder)
+    (folder / "vqdeploy.json").write_text('["rqvae"]')
+
+
+@pytest.mark.parametrize(
+    ("fill", "found"),
+    [
+        (_checkpoint, "rqvae"),
+        (_bare_file, "rqvae"),
+        (_edited_configuration, "rqvae-step/config.pbtxt"),
+        (_another_version, "rqvae/2"),
+        (_another_graph, "rqvae-step/1/model.onnx"),
+        (_damaged_record, "rqvae"),
+    ],
+)
+def test_nothing_of_the_user_is_replaced(plan, tmp_path, fill, found):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    fill(folder, plan)
+    before = contents(tmp_path)
+    with pytest.raises(VqdeployError, match=f"out holds something else and is not replaced; found {found}. Fix"):
+        write(plan, folder)
+    assert contents(tmp_path) == before
+
+
+def test_the_plan_itself_is_not_replaced(plan, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(plan, tmp_path / "out" / "rqvae")
+    before = contents(tmp_path)
+    with pytest.raises(VqdeployError, match="holds the input"):
+        write(tmp_path / "out" / "rqvae", tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
