@@ -96,6 +96,19 @@ def test_what_cannot_be_served(command, plan, arguments, told):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("key", ["", " ", "two words", "säcret", "\udcff", "a\n"])
+@pytest.mark.parametrize("place", ["option", "variable"])
+def test_a_key_that_keeps_nobody_out_or_everybody(vqdeploy, monkeypatch, key, place):
+    """An empty variable is a mistake in a configuration, and must not open the server."""
+    monkeypatch.setattr(server, "run", lambda *_: pytest.fail("it must not start"))
+    if place == "variable":
+        monkeypatch.setenv("VQDEPLOY_API_KEY", key)
+    code, _, err = vqdeploy("serve", "a.plan", *(["--api-key", key] if place == "option" else []))
+    assert code == 2
+    assert err.startswith("error: the API key is not valid; expected ASCII without spaces, found ")
+    assert key.strip() == "" or key not in err
+
+
 def test_a_port_that_is_taken(command, plan, serve):
     _, address = serve(plan)
     ended = command("serve", plan, "--port", address.rpartition(":")[2])
