@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from vqdeploy.config import Config
-from vqdeploy.errors import ArtifactError
+from vqdeploy.errors import ArtifactError, are_class_names
 from vqdeploy.precision import MIXED, PRECISIONS
 
 FORMAT = 1
@@ -246,6 +246,7 @@ def _check_names(manifest: Manifest) -> None:
     names += [name for name in (origin.system, origin.preset) if name is not None]
     if bad := [name for name in names if not _NAME.fullmatch(name)]:
         raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])
+    _require(are_class_names(manifest.labels), "labels", "names that can be shown, each another", manifest.labels)
 
 
 def _check_stages(manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ escaped and shortened here.
 
 import copyreg
 import logging
+from collections.abc import Collection
 from reprlib import Repr
 
 LONGEST = 480
@@ -107,6 +108,11 @@ def show_record(record: logging.LogRecord) -> bool:
 def can_be_shown(text: str) -> bool:
     """Whether a name has something to see, and nothing that breaks a line or moves the cursor."""
     return text.isprintable() and bool(text.strip())
+
+
+def are_class_names(names: Collection[str]) -> bool:
+    """Whether these can be the names of classes: each can be shown, and no two are the same."""
+    return len(set(names)) == len(names) and all(map(can_be_shown, names))
 
 
 def escaped(text: str) -> str:

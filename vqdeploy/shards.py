@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vqdeploy.config import Config
-from vqdeploy.errors import ArtifactError, VqdeployError, can_be_shown, one_line
+from vqdeploy.errors import ArtifactError, VqdeployError, are_class_names, can_be_shown, one_line
 from vqdeploy.files import check_regular, parse_json, read_json, replacing_file, to_json, write_json
 
 SUFFIX, SUMMARY, ERRORS = ".parquet", "_summary.json", "_errors.jsonl"  # readers of Parquet skip names with _
@@ -131,7 +131,7 @@ def _check(info: ShardInfo) -> None:
     shaped = bool(origin.maps) and {len(each) for each in (origin.image, *origin.maps)} == {3} and min(sizes) > 0
     if not shaped or origin.length > _MOST_CODES or not 0 < origin.codebook_size <= 2**31:
         raise ValueError("its images or code maps have no such size")
-    if len(set(classes)) < len(classes) or not all(map(can_be_shown, classes)):
+    if not are_class_names(classes):
         raise ValueError("its classes have no valid names")
 
 
