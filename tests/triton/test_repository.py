@@ -11,9 +11,10 @@ import numpy as np
 import onnxruntime
 import pytest
 from google.protobuf import json_format, text_format
+from support.damage import edited
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.triton.repository import stage_config, write
@@ -220,25 +221,41 @@ def test_engines_are_named_by_the_compute_capability(artifacts):
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
 
 
-def test_an_engine_of_rtx_has_no_stage_models(artifacts, tmp_path, monkeypatch):
+def test_an_engine_of_rtx_has_no_stage_models(plan, tmp_path):
     """The server has no backend for it; the sampler runs on our own."""
-    plan = artifacts.plan("rqvae")
-    manifest = replace(Bundle(plan).manifest, backend="tensorrt-rtx", targets=("cuda",))
-    monkeypatch.setattr("vqdeploy.triton.repository.Bundle", _bundle_with(manifest))
+    rtx = {"backend": "tensorrt-rtx", "targets": ["8.9"]}
+    plan = edited(plan, tmp_path / "a.plan", lambda data: data.update(rtx))
     assert write(plan, tmp_path / "out") == ["rqvae"]
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["rqvae"]
-    monkeypatch.setattr("vqdeploy.triton.repository.Bundle", _bundle_with(replace(manifest, sampling=None)))
+    plan = edited(plan, tmp_path / "b.plan", lambda data: data.update(sampling=None))
     with pytest.raises(VqdeployError, match="the server runs no part of this plan"):
         write(plan, tmp_path / "other")
 
 
-def _bundle_with(manifest):
-    def bundle(path):
-        opened = Bundle(path)
-        opened.manifest = manifest
-        return opened
+def _of_all_batches(data):
+    for stage in data["stages"]:
+        stage["dims"]["batch"]["max"] = 2**31
 
-    return bundle
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (_of_all_batches, "dims.batch of the manifest is wrong"),
+        (lambda data: data["sampling"]["options"].update(bogus=1), "bogus"),
+        (lambda data: data["sampling"].update(kind="nonsense"), "unknown kind of sampling"),
+        (lambda data: data["sampling"].update(kind="masked"), "does not fit its sampler"),
+        (lambda data: data.update(backend="nonsense"), "is for an unknown backend"),
+        (lambda data: data["stages"][2]["inputs"][0].update(name="\ud800x"), "expected a name that can be shown"),
+        (lambda data: data["stages"][2]["inputs"][0].update(name="\x1b[31m"), "expected a name that can be shown"),
+        (lambda data: data.update(backend="tensorrt", targets=["../../x", "8.9"]), "has a forbidden name"),
+    ],
+)
+def test_a_manifest_that_no_server_could_take(plan, tmp_path, edit, told):
+    plan = edited(plan, tmp_path / "a.plan", edit)
+    with pytest.raises(ArtifactError, match=told) as caught:
+        write(plan, tmp_path / "out")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_repository_is_replaced_and_nothing_else_is(vqdeploy, plan, tmp_path):

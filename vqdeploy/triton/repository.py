@@ -16,10 +16,11 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelIns
 from vqdeploy.errors import VqdeployError
 from vqdeploy.files import check_outside, read_json, replacing_folder, write_json
 from vqdeploy.options import OPTIONS
-from vqdeploy.runtime.bundle import Bundle, sha256
+from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import WEIGHTS, Manifest, StageInfo, TensorInfo
+from vqdeploy.runtime.pipeline import open_plan
 from vqdeploy.triton import PLAN
 
 _TYPES = {
@@ -55,9 +56,9 @@ def write(plan: Path, folder: Path) -> list[str]:
     Raises:
         VqdeployError: The folder holds something else, a file that was changed, or the plan; or the server could run
             no part of the plan.
-        ArtifactError: The plan is damaged.
+        ArtifactError: The plan is damaged, or its backend or sampler does not fit.
     """
-    bundle = Bundle(plan)
+    bundle = open_plan(plan)
     manifest = bundle.manifest
     stages = () if manifest.backend == "tensorrt-rtx" else manifest.stages
     models = [f"{manifest.name}-{stage.name}" for stage in stages]
