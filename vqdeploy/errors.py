@@ -51,7 +51,7 @@ class VqdeployError(Exception):
     """Wrong usage or set-up: an invalid option, a missing file or package, no GPU.
 
     Args:
-        what: What went wrong, without a full stop.
+        what: What went wrong; a full stop at its end, as of another error, is left out.
         expected: The valid values.
         found: The actual value.
         fix: A command that fixes it.
@@ -60,7 +60,11 @@ class VqdeployError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, expected: object = None, found: object = None, fix: str | None = None):
-        parts = {"": what, "; expected ": expected, "; found " if expected is None else ", found ": found}
+        parts = {
+            "": what.removesuffix("."),
+            "; expected ": expected,
+            "; found " if expected is None else ", found ": found,
+        }
         super().__init__(_sentence(parts | {". Fix: ": fix}) + ("" if fix else "."))
 
     def __reduce__(self) -> tuple[object, ...]:

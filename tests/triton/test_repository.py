@@ -1,7 +1,9 @@
 """Model repositories: configurations in Triton's own message, stages that stand alone, the model that samples."""
 
+import errno
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -331,6 +333,16 @@ def test_the_plan_itself_is_not_replaced(plan, tmp_path):
     with pytest.raises(VqdeployError, match="holds the input"):
         write(tmp_path / "out" / "rqvae", tmp_path / "out")
     assert contents(tmp_path) == before
+
+
+def test_a_full_disk_names_the_repository(plan, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Bundle, "copy", full)
+    with pytest.raises(VqdeployError, match=f"{tmp_path}/out cannot be written \\(No space left on device\\)"):
+        write(plan, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def contents(folder):
