@@ -75,11 +75,11 @@ class AutoregressiveSampler(Sampler):
         """Batch rows per slot."""
         return 2 if guided else 1
 
-    def left(self, slot: int) -> int:
+    def _left_of(self, slot: int) -> int:
         """Engine calls until the image of a slot is done."""
         return int(self._positions - self._next[slot])
 
-    def codes(self, slot: int) -> np.ndarray:
+    def _codes_of(self, slot: int) -> np.ndarray:
         """Codes int64 [h, w, Q] so far, -1 where nothing is drawn yet."""
         if slot in self._finished:
             return self._finished[slot].copy()
@@ -214,5 +214,5 @@ class AutoregressiveSampler(Sampler):
             self._next[slot] += 1
         self._calls += 1
         for slot in running:
-            if not self.left(slot):
-                self._finished[slot] = self.codes(slot)
+            if not self._left_of(slot):
+                self._finished[slot] = self._codes_of(slot)

@@ -222,14 +222,23 @@ class Bundle:
         """Size of each member in bytes."""
         return {name: stop - start for name, (start, stop) in self._spans.items()}
 
+    def copy(self, name: str, file: Path) -> None:
+        """Writes the bytes of a member to a file.
+
+        Raises:
+            ArtifactError: The plan was truncated after it was opened.
+        """
+        with file.open("wb") as target:
+            target.writelines(self._chunks(name))
+
     def extract(self, folder: Path) -> list[Path]:
         """Checks the digests, then writes every member into a folder and returns the paths."""
         self.verify()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in self.manifest.members:
-                with replacing_file(folder / name) as file, file.open("wb") as target:
-                    target.writelines(self._chunks(name))
+                with replacing_file(folder / name) as file:
+                    self.copy(name, file)
         except OSError as error:
             raise VqdeployError(f"{folder} cannot be written ({error.strerror})") from error
         return [folder / name for name in self.manifest.members]

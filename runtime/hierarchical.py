@@ -67,11 +67,11 @@ class HierarchicalSampler(Sampler):
         """Most slots of a sampler: each has KV caches of about 100 MB at published sizes."""
         return 16
 
-    def left(self, slot: int) -> int:
+    def _left_of(self, slot: int) -> int:
         """Engine calls per position until the images are done; calls per row are not counted."""
         return self._left
 
-    def codes(self, slot: int) -> np.ndarray:
+    def _codes_of(self, slot: int) -> np.ndarray:
         """Codes int64 [N] so far, -1 where nothing is drawn yet."""
         maps = self._layout.split(self._items[slot].known[None])
         for index, (level, codes) in enumerate(self._running_levels() if self._maps else ()):

@@ -112,7 +112,9 @@ def decode(file: Path | BinaryIO, name: object, most: int | None = None) -> Imag
                 upright = upright if bits == 8 else _eight_bits(upright, bits)
                 return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     except Exception as error:  # decoders of Pillow raise anything
-        raise ArtifactError(f"{name} is not an image that can be read ({_reason(error)})") from error
+        raise ArtifactError(
+            f"{name} is not an image that can be read ({_reason(error, most or MOST_PIXELS)})"
+        ) from error
 
 
 def on_background(image: Image.Image, grey: int = 255) -> Image.Image:
@@ -173,12 +175,12 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
     return grey
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, most: int) -> str:
     """Why an image cannot be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "its format is unknown, or its header is damaged"
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has too many pixels, more than {MOST_PIXELS:,}"
+        return f"it has too many pixels, more than {most:,}"
     return shown(str(error) or type(error).__name__)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from vqdeploy.config import Config
-from vqdeploy.errors import ArtifactError
+from vqdeploy.errors import ArtifactError, are_class_names, can_be_shown
 from vqdeploy.precision import MIXED, PRECISIONS
 
 FORMAT = 1
@@ -18,7 +18,7 @@ FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 """What names of plans, stages and tensors are made of: they become parts of paths and commands."""
 
-_MOST_LEVELS, _LARGEST = 64, 2**31  # beyond what any graph has
+_MOST_LEVELS, _LARGEST = 64, 2**31 - 1  # beyond what any graph has
 
 FILE = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -245,9 +245,11 @@ def _check_names(manifest: Manifest) -> None:
         raise ArtifactError("the manifest has text that cannot be shown", found=repr(bad[0]))
     # Names become parts of paths and commands.
     names = [manifest.name, *(stage.name for stage in manifest.stages)]
+    names += [target.replace(".", "") for target in manifest.targets]
     names += [name for name in (origin.system, origin.preset) if name is not None]
     if bad := [name for name in names if not NAME.fullmatch(name)]:
         raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])
+    _require(are_class_names(manifest.labels), "labels", "names that can be shown, each another", manifest.labels)
 
 
 def _check_stages(manifest: Manifest) -> None:
@@ -278,6 +280,7 @@ def _alike(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _check_tensor(info: TensorInfo, where: str) -> None:
+    _require(can_be_shown(info.name), f"{where}.name", "a name that can be shown", info.name)
     known = ("float32", "float16", "float64", "int64", "int32", "uint8", "int8", "bool")
     _require(info.dtype in known, f"{where}.dtype", " or ".join(known), info.dtype)
     sizes = [size for size in info.shape if not isinstance(size, str)]

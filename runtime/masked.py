@@ -65,16 +65,16 @@ class MaskedSampler(Sampler):
         logits = next(info for info in stages["step"].inputs if info.name == "noise")
         return max(1, _CALL_LOGITS[device] // math.prod(size for size in logits.shape if isinstance(size, int)))
 
-    def left(self, slot: int) -> int:
+    def _left_of(self, slot: int) -> int:
         """Engine calls until the image of a slot is done."""
         progress = self._progress[slot]
         return len(progress.counts) - progress.done
 
-    def codes(self, slot: int) -> np.ndarray:
+    def _codes_of(self, slot: int) -> np.ndarray:
         """Codes int64 [h, w, Q] so far: -1 - c for a tentative code c, -1 before the first step."""
         if self._progress[slot].done == 0:
             return self._items[slot].known.copy()
-        if self.left(slot) == 0:
+        if self._left_of(slot) == 0:
             settled: np.ndarray = self._read("step", self._result)[slot].copy()
             return settled
         outputs = self._binding.outputs

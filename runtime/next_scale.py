@@ -74,11 +74,11 @@ class NextScaleSampler(Sampler):
         logits = next(info for info in stages["step"].inputs if info.name == "noise")
         return max(1, _CALL_LOGITS[device] // (stages["step"].dims["length"].max * int(logits.shape[2])))
 
-    def left(self, slot: int) -> int:
+    def _left_of(self, slot: int) -> int:
         """Engine calls until the image of a slot is done."""
         return max(self._until[slot] - self._scale, 0)
 
-    def codes(self, slot: int) -> np.ndarray:
+    def _codes_of(self, slot: int) -> np.ndarray:
         """Codes int64 [N] so far, -1 where nothing is drawn yet."""
         codes = self._items[slot].known.copy()
         for scale in range(min(self._scale, self._until[slot])):
@@ -87,10 +87,10 @@ class NextScaleSampler(Sampler):
             own[own < 0] = drawn[own < 0]
         return codes
 
-    def drawn(self, slot: int) -> Drawn:
+    def _drawn_of(self, slot: int) -> Drawn:
         """What was drawn; with `more_smooth` also the sum of all scales float32 [h * w, D] of a finished image."""
-        codes = self.codes(slot)
-        if self.left(slot) or not self._until[slot] or not self._items[slot].options["more_smooth"]:
+        codes = self._codes_of(slot)
+        if self._left_of(slot) or not self._until[slot] or not self._items[slot].options["more_smooth"]:
             return Drawn(codes)
         return Drawn(codes, self._read("step", self._bindings[-1].outputs["present_map"])[slot].copy())
 

@@ -24,7 +24,7 @@ from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.hierarchical import HierarchicalSampler
 from vqdeploy.runtime.images import PREVIEW_VEIL, veil
 from vqdeploy.runtime.layout import Layout
-from vqdeploy.runtime.manifest import SamplingInfo, StageInfo, TokenizerInfo
+from vqdeploy.runtime.manifest import Manifest, SamplingInfo, StageInfo, TokenizerInfo
 from vqdeploy.runtime.masked import MaskedSampler
 from vqdeploy.runtime.memory import return_freed
 from vqdeploy.runtime.next_scale import NextScaleSampler
@@ -91,6 +91,28 @@ class Output:
     timings: dict[str, float] = field(default_factory=dict)
 
 
+def open_plan(path: str | Path) -> Bundle:
+    """Opens the file of a plan. Its backend is known and its stages fit its sampler; digests are not compared.
+
+    Raises:
+        VqdeployError: The file does not exist, or is not a plan.
+        ArtifactError: The file is damaged or of another version, or its backend or sampler does not fit.
+    """
+    try:
+        path = os.fsdecode(path)
+    except Exception as error:  # an object may raise anything when it is asked for its path
+        raise VqdeployError("the plan is not a path", expected="a file name", found=path) from error
+    bundle = Bundle(path)
+    name = bundle.manifest.backend
+    if name is None:
+        raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
+    if name not in BACKENDS:
+        raise ArtifactError(f"{path} is for an unknown backend", found=name, fix="pip install -U vqdeploy")
+    if bundle.manifest.sampling:
+        _check_sampler(bundle.manifest)
+    return bundle
+
+
 def load(
     path: str | Path, device: str = "auto", threads: int = 0, *, verify: bool = True, keep: bool = True
 ) -> "Pipeline":
@@ -110,20 +132,11 @@ def load(
         VqdeployError: The file does not exist, its library is not installed, or the device is not available.
         ArtifactError: The file is damaged, tampered with or of another version.
     """
-    try:
-        path = os.fsdecode(path)
-    except Exception as error:  # an object may raise anything when it is asked for its path
-        raise VqdeployError("the plan is not a path", expected="a file name", found=path) from error
-    bundle = Bundle(path)
-    name = bundle.manifest.backend
-    if name is None:
-        raise VqdeployError(f"{path} is not a plan", fix="vqdeploy build PACKAGE")
+    bundle = open_plan(path)
     if not isinstance(device, str) or device not in ("auto", "cpu", "cuda"):
         raise VqdeployError(f"device {shown(device)!r} is not supported", expected="auto, cpu or cuda", found=device)
     check_whole(most=MOST_THREADS, threads=threads)
-    if name not in BACKENDS:
-        raise ArtifactError(f"{path} is for an unknown backend", found=name, fix="pip install -U vqdeploy")
-    backend = BACKENDS[name]()
+    backend = BACKENDS[str(bundle.manifest.backend)]()
     device = backend.place(bundle.manifest, device)
     if verify:
         checked.check(bundle)
@@ -144,14 +157,11 @@ class Pipeline:
         """Makes a pipeline that opens stages on first use.
 
         Args:
-            bundle: The plan.
+            bundle: The plan, from `open_plan`.
             device: Device of its stages, `cpu` or `cuda`.
             open_stages: Returns an opener of stages; see `vqdeploy.runtime.session.Backend`.
             threads: As for `load`.
             keep: As for `load`.
-
-        Raises:
-            ArtifactError: The manifest does not fit its sampler.
         """
         self.bundle, self.manifest, self.device = bundle, bundle.manifest, device
         self._sessions = _Sessions(bundle, device, open_stages)
@@ -160,8 +170,6 @@ class Pipeline:
         self._lock = threading.RLock()  # serializes engine calls
         self._samplers: dict[tuple[int, bool], Sampler] = {}
         self._closed = False
-        if self.manifest.sampling:
-            _check_sampler(bundle)
         _PIPELINES.add(self)
 
     def __enter__(self) -> Self:
@@ -868,9 +876,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_again_after_a_fork)
 
 
-def _check_sampler(bundle: Bundle) -> None:
+def _check_sampler(manifest: Manifest) -> None:
     """Rejects a plan whose stages do not fit its sampler."""
-    manifest = bundle.manifest
     tokenizer, sampling = manifest.tokenizer, manifest.sampling
     if sampling is None or tokenizer is None or sampling.kind not in SAMPLERS:
         found = sampling and sampling.kind

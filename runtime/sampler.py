@@ -212,20 +212,47 @@ class Sampler(ABC):
         self._running.discard(slot)
         self._begun = self._begun and bool(self._items)
 
-    @abstractmethod
     def left(self, slot: int) -> int:
-        """Engine calls until the image of a slot is done."""
+        """Engine calls until the image of a slot is done.
 
-    @abstractmethod
+        Raises:
+            VqdeployError: The slot holds no image.
+        """
+        self._check_used(slot)
+        return self._left_of(slot)
+
     def codes(self, slot: int) -> np.ndarray:
         """Codes int64 [*grid] of a slot so far; on a GPU this synchronizes.
 
         Negative where not final: -1 - c for a tentative code c of a masked prior, -1 where nothing has been drawn.
+
+        Raises:
+            VqdeployError: The slot holds no image.
         """
+        self._check_used(slot)
+        return self._codes_of(slot)
 
     def drawn(self, slot: int) -> Drawn:
-        """What was drawn for the image of a slot; on a GPU this synchronizes."""
-        return Drawn(self.codes(slot))
+        """What was drawn for the image of a slot; on a GPU this synchronizes.
+
+        Raises:
+            VqdeployError: The slot holds no image.
+        """
+        self._check_used(slot)
+        return self._drawn_of(slot)
+
+    def _check_used(self, slot: object) -> None:
+        if not is_whole(slot) or slot not in self._items:
+            raise VqdeployError("the slot holds no image", expected="a slot in use", found=slot)
+
+    @abstractmethod
+    def _left_of(self, slot: int) -> int: ...
+
+    @abstractmethod
+    def _codes_of(self, slot: int) -> np.ndarray: ...
+
+    def _drawn_of(self, slot: int) -> Drawn:
+        return Drawn(self._codes_of(slot))
 
     @abstractmethod
     def _admit(self, slot: int, item: Item) -> None: ...

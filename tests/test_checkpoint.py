@@ -420,6 +420,8 @@ def test_no_size_is_below_1_and_no_share_outside_its_range(tmp_path, model):
         (["tokenizer", "conv", "channel_multipliers"], [], "does not describe a model"),
         (["tokenizer", "decay"], 2.0, r"decay .* is out of range; expected 0\.\.1, found 2.0"),
         (["labels"], ["cat"], "labels"),
+        (["labels"], ["cat", "\ud800", "eel"], "labels that are not valid"),
+        (["labels"], ["cat", "cat", "eel"], "labels that are not valid"),
         (["sampling", "steps"], 0, "steps is out of range"),
         (["sampling", "schedule"], "foo", "no such schedule"),
         (["sampling", "top_k"], 65, "top_k is out of range"),

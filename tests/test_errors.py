@@ -19,6 +19,8 @@ def test_a_sentence_has_its_parts():
     assert str(VqdeployError("a is wrong", found=0)) == "a is wrong; found 0."
     assert str(VqdeployError("a is wrong", expected="b")) == "a is wrong; expected b."
     assert str(VqdeployError("a is\n  wrong")) == "a is wrong."
+    assert str(VqdeployError(f"b is wrong: {error}")) == f"b is wrong: {error}."
+    assert str(VqdeployError(f"b: {VqdeployError('a', found=1)}", fix="c")) == "b: a; found 1. Fix: c"
 
 
 @given(ANY, st.none() | ANY, st.none() | ANY, st.none() | ANY, st.integers(1, 2000))

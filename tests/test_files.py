@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -82,6 +83,36 @@ def test_a_folder_with_a_file_of_the_user_is_left_alone(tmp_path):
     with pytest.raises(VqdeployError, match="holds something else"), replacing_folder(tmp_path / "a", OURS):
         pytest.fail("the block must not run")
     assert content(tmp_path) == {"a/marker": "precious", "a/thesis.txt": "precious"}
+
+
+@pytest.mark.parametrize("name", ["marker", "marker/notes", "x/deep/er", "sub/other", "sub/deep/marker", "link"])
+def test_a_folder_with_a_folder_of_the_user_is_left_alone(tmp_path, name):
+    """Even if the folder has the name of a file of ours, or lies where our files are."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "a" / "sub" / "marker").write_text("ours")
+    if name == "link":
+        (tmp_path / "a" / "new").symlink_to(tmp_path / "mine")
+    elif name == "sub/deep/marker":
+        (tmp_path / "a" / "sub" / "deep").symlink_to(tmp_path / "mine")
+    else:
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(tmp_path / "mine", tmp_path / "a" / name)
+    before = content(tmp_path)
+    ours = (*OURS, "sub/marker", "sub/deep/marker")
+    refused = pytest.raises(VqdeployError, match=r"found (marker|x|sub/other|sub/deep|new)\. Fix")
+    with refused, replacing_folder(tmp_path / "a", ours):
+        pytest.fail("the block must not run")
+    assert content(tmp_path) == before
+
+
+def test_a_folder_of_folders_is_replaced(tmp_path):
+    for text in ("old", "new"):
+        with replacing_folder(tmp_path / "a", ("sub/*.txt",)) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / f"{text}.txt").write_text(text)
+    assert content(tmp_path) == {"a/sub/new.txt": "new"}
 
 
 def test_an_interrupt_between_the_renames_brings_the_old_folder_back(tmp_path, monkeypatch):

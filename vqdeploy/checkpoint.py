@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules import module as torch_module
 
 from vqdeploy.config import Config
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError, are_class_names
 from vqdeploy.files import check_regular, read_json, replacing_folder, write_json
 from vqdeploy.options import OPTIONS, check_names
 from vqdeploy.systems import System, SystemConfig, create, definition, preset
@@ -99,6 +99,9 @@ def _check_config(file: Path, config: SystemConfig) -> None:
     sides = [side for side, *_ in getattr(tokenizer, "level_grids", (tokenizer.grid,))]
     if min(sides) < 1 or tokenizer.resolution % sides[-1]:
         raise ArtifactError(f"the resolution in {file} does not fit its levels", found=tokenizer.resolution)
+    if not are_class_names(config.labels):
+        expected = "names that can be shown, each another"
+        raise ArtifactError(f"{file} has labels that are not valid", expected=expected, found=config.labels)
     if prior is None:
         return
     for name in ("grid", "level_grids", "codebook_size"):

@@ -7,6 +7,7 @@ escaped and shortened here.
 
 import copyreg
 import logging
+from collections.abc import Collection
 from reprlib import Repr
 
 LONGEST = 480
@@ -50,7 +51,7 @@ class VqdeployError(Exception):
     """Wrong usage or set-up: an invalid option, a missing file or package, no GPU.
 
     Args:
-        what: What went wrong, without a full stop.
+        what: What went wrong; a full stop at its end, as of another error, is left out.
         expected: The valid values.
         found: The actual value.
         fix: A command that fixes it.
@@ -59,7 +60,11 @@ class VqdeployError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, expected: object = None, found: object = None, fix: str | None = None):
-        parts = {"": what, "; expected ": expected, "; found " if expected is None else ", found ": found}
+        parts = {
+            "": what.removesuffix("."),
+            "; expected ": expected,
+            "; found " if expected is None else ", found ": found,
+        }
         super().__init__(_sentence(parts | {". Fix: ": fix}) + ("" if fix else "."))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -107,6 +112,11 @@ def show_record(record: logging.LogRecord) -> bool:
 def can_be_shown(text: str) -> bool:
     """Whether a name has something to see, and nothing that breaks a line or moves the cursor."""
     return text.isprintable() and bool(text.strip())
+
+
+def are_class_names(names: Collection[str]) -> bool:
+    """Whether these can be the names of classes: each can be shown, and no two are the same."""
+    return len(set(names)) == len(names) and all(map(can_be_shown, names))
 
 
 def escaped(text: str) -> str:

@@ -49,23 +49,39 @@ def named(path: Path) -> Path:
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
-    """Rejects a folder that contains files other than ours.
+    """Rejects a folder that contains anything but our files.
 
     Args:
         path: A folder, which may be missing.
-        ours: Name patterns of our files.
+        ours: Patterns of the paths of our files in it, such as `*.onnx` or `model/1/*`.
 
     Raises:
-        VqdeployError: It is not a folder, contains other files, or the name is invalid.
+        VqdeployError: It is not a folder, contains something else, which is named, or the name is invalid.
     """
     try:
-        names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-        names = [name for name in names if not name.startswith(_TEMPORARY)]
-        taken = path.exists() and not path.is_dir()
+        taken, other = path.exists() and not path.is_dir(), None
+        if path.is_dir():
+            other = next(_others(path, [pattern.split("/") for pattern in ours]), None)
     except OSError as error:
         raise VqdeployError(f"{path} cannot be written ({error.strerror})", fix=_ELSEWHERE) from error
-    if taken or not all(any(fnmatch.fnmatchcase(name, pattern) for pattern in ours) for name in names):
-        raise VqdeployError(f"{path} holds something else and is not replaced", fix="name another folder with -o")
+    if taken or other:
+        found = other and other.relative_to(path)
+        raise VqdeployError(
+            f"{path} holds something else and is not replaced", found=found, fix="name another folder with -o"
+        )
+
+
+def _others(folder: Path, ours: Collection[list[str]]) -> Iterator[Path]:
+    """What a folder contains besides files of these paths and the folders on the way to them."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(_TEMPORARY):
+            continue
+        rests = [rest for first, *rest in ours if fnmatch.fnmatchcase(entry.name, first)]
+        below = [rest for rest in rests if rest]
+        if below and entry.is_dir() and not entry.is_symlink():
+            yield from _others(entry, below)
+        elif [] not in rests or not entry.is_file():
+            yield entry
 
 
 @contextlib.contextmanager

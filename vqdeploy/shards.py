@@ -9,7 +9,6 @@ pyarrow is given open files, as it takes no path that is not UTF-8.
 
 import hashlib
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vqdeploy.config import Config
-from vqdeploy.errors import ArtifactError, VqdeployError, can_be_shown, one_line
+from vqdeploy.errors import ArtifactError, VqdeployError, are_class_names, one_line
 from vqdeploy.files import check_regular, parse_json, read_json, replacing_file, to_json, write_json
 
 SUFFIX, SUMMARY, ERRORS = ".parquet", "_summary.json", "_errors.jsonl"  # readers of Parquet skip names with _
@@ -135,13 +134,8 @@ def _check(info: ShardInfo) -> None:
     shaped = bool(origin.maps) and {len(each) for each in (origin.image, *origin.maps)} == {3} and min(sizes) > 0
     if not shaped or origin.length > _MOST_CODES or not 0 < origin.codebook_size <= 2**31:
         raise ValueError("its images or code maps have no such size")
-    if not are_classes(info.classes):
+    if not are_class_names(info.classes):
         raise ValueError("its classes have no valid names")
-
-
-def are_classes(names: Collection[str]) -> bool:
-    """Whether classes may have these names: each its own, of characters that can be printed."""
-    return len(set(names)) == len(names) and all(map(can_be_shown, names))
 
 
 def names(folder: Path) -> list[str]:
@@ -236,7 +230,7 @@ def _labels(folder: Path, table: pa.Table, classes: tuple[str, ...]) -> tuple[tu
         raise VqdeployError(f"{column.null_count} of {len(table)} images in {folder} have no class")
     if named:
         classes = tuple(sorted(pc.unique(column).to_pylist()))
-        if not are_classes(classes):
+        if not are_class_names(classes):
             raise ArtifactError(
                 f"the classes in {folder} have no valid names", expected="characters that can be printed"
             )

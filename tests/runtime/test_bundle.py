@@ -380,6 +380,17 @@ def test_text_that_would_steer_a_terminal(plan, tmp_path, field):
     assert str(refused(path, ArtifactError, "text that cannot be shown")).isprintable()
 
 
+@pytest.mark.parametrize(
+    "names", [["cat", "\ud800", "eel"], ["cat", "\x1b[31m", "eel"], ["cat", " ", "eel"], ["a"] * 3]
+)
+def test_labels_that_are_no_class_names(plan, tmp_path, names):
+    path = edited(plan, tmp_path / "a.plan", lambda data: data.update(labels=names))
+    error = refused(
+        path, ArtifactError, "labels of the manifest is wrong; expected names that can be shown, each another"
+    )
+    assert str(error).isprintable()
+
+
 def test_a_backend_that_is_not_known(plan, tmp_path):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update(backend="openvino"))
     refused(path, ArtifactError, r"is for an unknown backend; found openvino\. Fix: pip install -U vqdeploy")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.runtime.images import MOST_PIXELS, read, read_mask, square, suffixes
+from vqdeploy.runtime.images import MOST_PIXELS, read, read_bytes, read_mask, square, suffixes
 
 RNG = np.random.default_rng(0)
 GREY, COLOUR, ALPHA = (RNG.integers(0, 256, shape, np.uint8) for shape in ((6, 8), (6, 8, 3), (6, 8)))
@@ -192,3 +192,9 @@ def test_files_that_are_not_regular_are_refused(tmp_path):
 def test_endings_are_those_of_formats_that_can_be_read():
     assert {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".tga"} <= suffixes()
     assert not suffixes() & {".pdf", ".eps", ".ps", ".h5", ".hdf", ".grib", ".wmf", ".mpg", ".npy", ""}
+
+
+@pytest.mark.parametrize("side", [300, 60000])
+def test_the_limit_of_the_caller_is_the_one_that_is_named(side):
+    with pytest.raises(ArtifactError, match="more than 5,000"):
+        read_bytes(png(side, side), "an image", most=5000)

@@ -88,9 +88,9 @@ def test_an_image_whose_codes_are_all_known_takes_no_call(any_pipeline):
     with any_pipeline.sampler(2) as sampler:
         options = any_pipeline.options(**({"guidance_scale": 1.0} if any_pipeline.sampling.no_label else {}))
         sampler.admit(1, Item(known, any_pipeline.condition.examples(1)[0], 0, 0, options))
-        sampler.seconds.clear()
+        sampler.spent.clear()
         assert sampler.step() == [1]
-        assert not sampler.seconds
+        assert not sampler.spent
         np.testing.assert_array_equal(sampler.codes(1), known)
 
 
@@ -157,6 +157,18 @@ class TestAdmit:
                     sampler.admit(slot, item(pipeline))
             sampler.release(0)
             sampler.admit(0, item(pipeline))
+
+    @pytest.mark.parametrize("name_", ["rqvae", "movq", "vit", "llamagen", "vqvae2", "var"])
+    def test_a_slot_without_an_image_has_no_codes(self, name_, artifacts):
+        pipeline = artifacts.pipeline(name_)
+        with pipeline.sampler(2) as sampler:
+            sampler.admit(0, item(pipeline, **({"guidance_scale": 1.0} if pipeline.sampling.no_label else {})))
+            sampler.step()
+            sampler.release(0)
+            for ask in (sampler.left, sampler.codes, sampler.drawn):
+                for slot in (0, 1, 2, -1, True, "0", None):
+                    with pytest.raises(VqdeployError, match="the slot holds no image; expected a slot in use, found "):
+                        ask(slot)
 
     def test_hierarchies_take_no_image_once_they_run(self, vqvae2_pipeline):
         with vqvae2_pipeline.sampler(2) as sampler:

@@ -210,7 +210,7 @@ def test_codes_alone_leave_the_decoder_out(app, movq_pipeline, monkeypatch, stre
     expected = movq_pipeline.generate([1], seed=2).codes[0].tolist()
     monkeypatch.setattr(type(movq_pipeline), "decode", lambda *_: 1 / 0)
     body = {"model": "movq", "prompt": "dog", "seed": 2, "response_format": "codes"}
-    reply = post(app, GENERATE, json={**body, "stream": stream, "partial_images": 9})
+    reply = post(app, GENERATE, json={**body, "stream": stream, "partial_images": 9 if stream else 0})
     found = events(reply) if stream else reply.json()["data"]
     assert [image["b64_json"] for image in found] == [None] * (5 if stream else 1)
     assert found[-1]["codes"] == expected
@@ -308,7 +308,9 @@ def raw(text):
         (raw('{"label": 1e400}'), "label"),
         (raw('{"prompt": "cat", "temperature": Infinity}'), "temperature is out of range"),
         (raw("[" * 10_000), ""),
-        (raw("{"), "JSON"),
+        ({"json": {"prompt": "cat", "label": ""}}, "no such label"),
+        ({"json": {"prompt": "cat", "partial_images": 2}}, "previews are parts of a stream"),
+        (raw("{"), "the body is not JSON: Expecting property name"),
         (raw(b"\xff"), ""),
         ({"content": "prompt=cat", "headers": {"content-type": "text/plain"}}, ""),
     ],
@@ -321,7 +323,22 @@ def test_what_is_wrong_with_a_generation(app, given, told):
     assert error["type"] == "invalid_request_error"
     assert told in error["message"]
     assert error["message"].isprintable()
+    assert error["param"] is None or not error["param"].isdigit()
     assert len(error["message"]) < 500
+
+
+def test_a_field_that_is_there_twice(app, picture):
+    for name in ("image", "label"):
+        files = [
+            ("image", png(picture)),
+            ("label", (None, "cat")),
+            (name, png(picture) if name == "image" else (None, "dog")),
+        ]
+        reply = post(app, EDIT, files=files)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"].startswith(f"the form has the field {name} more than once")
+    files = [("image", png(picture)), ("label", (None, "cat")), *[("top_p", (None, "1"))] * 2]
+    assert "top_p has the wrong number of values" in post(app, EDIT, files=files).json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import os
 import re
 import signal
@@ -96,6 +97,19 @@ def test_what_cannot_be_served(command, plan, arguments, told):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("key", ["", " ", "two words", "säcret", "\udcff", "a\n"])
+@pytest.mark.parametrize("place", ["option", "variable"])
+def test_a_key_that_keeps_nobody_out_or_everybody(vqdeploy, monkeypatch, key, place):
+    """An empty variable is a mistake in a configuration, and must not open the server."""
+    monkeypatch.setattr(server, "run", lambda *_: pytest.fail("it must not start"))
+    if place == "variable":
+        monkeypatch.setenv("VQDEPLOY_API_KEY", key)
+    code, _, err = vqdeploy("serve", "a.plan", *(["--api-key", key] if place == "option" else []))
+    assert code == 2
+    assert err.startswith("error: the API key is not valid; expected ASCII without spaces, found ")
+    assert key.strip() == "" or key not in err
+
+
 def test_a_port_that_is_taken(command, plan, serve):
     _, address = serve(plan)
     ended = command("serve", plan, "--port", address.rpartition(":")[2])
@@ -162,6 +176,26 @@ def test_openai_raises_its_errors(client):
         client.images.generate(model="cow", prompt="cat")
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_a_body_that_is_malformed_gets_one_reply(artifacts, caplog, key, waits):
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    plans = {"rqvae": artifacts.plan("rqvae")}
+    with application(plans, api_key=key) as app, listening(app, http=server._Protocol, log_config=None) as address:
+        logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+        host, _, port = address.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head)
+            received = connection.recv(4096) if waits and key else b""
+            connection.sendall(b"ZZ\r\n")
+            received += b"".join(iter(lambda: connection.recv(4096), b""))
+        assert received.startswith(b"HTTP/1.1 4")
+        assert received.count(b"HTTP/1.1") == 1
+        assert httpx.get(f"{address}/health").status_code == 200
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} <= {"Invalid HTTP request received."}
 
 
 def test_a_connection_that_asks_nothing_is_closed(monkeypatch, artifacts):

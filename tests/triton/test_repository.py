@@ -1,7 +1,10 @@
 """Model repositories: configurations in Triton's own message, stages that stand alone, the model that samples."""
 
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,9 +13,10 @@ import numpy as np
 import onnxruntime
 import pytest
 from google.protobuf import json_format, text_format
+from support.damage import edited
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from vqdeploy.errors import VqdeployError
+from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.triton.repository import stage_config, write
@@ -219,34 +223,127 @@ def test_engines_are_named_by_the_compute_capability(artifacts):
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
 
 
-def test_an_engine_of_rtx_has_no_stage_models(artifacts, tmp_path, monkeypatch):
+def test_an_engine_of_rtx_has_no_stage_models(plan, tmp_path):
     """The server has no backend for it; the sampler runs on our own."""
-    plan = artifacts.plan("rqvae")
-    manifest = replace(Bundle(plan).manifest, backend="tensorrt-rtx", targets=("cuda",))
-    monkeypatch.setattr("vqdeploy.triton.repository.Bundle", _bundle_with(manifest))
+    rtx = {"backend": "tensorrt-rtx", "targets": ["8.9"]}
+    plan = edited(plan, tmp_path / "a.plan", lambda data: data.update(rtx))
     assert write(plan, tmp_path / "out") == ["rqvae"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rqvae"]
-    monkeypatch.setattr("vqdeploy.triton.repository.Bundle", _bundle_with(replace(manifest, sampling=None)))
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["rqvae"]
+    plan = edited(plan, tmp_path / "b.plan", lambda data: data.update(sampling=None))
     with pytest.raises(VqdeployError, match="the server runs no part of this plan"):
         write(plan, tmp_path / "other")
 
 
-def _bundle_with(manifest):
-    def bundle(path):
-        opened = Bundle(path)
-        opened.manifest = manifest
-        return opened
+def _of_all_batches(data):
+    for stage in data["stages"]:
+        stage["dims"]["batch"]["max"] = 2**31
 
-    return bundle
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (_of_all_batches, "dims.batch of the manifest is wrong"),
+        (lambda data: data["sampling"]["options"].update(bogus=1), "bogus"),
+        (lambda data: data["sampling"].update(kind="nonsense"), "unknown kind of sampling"),
+        (lambda data: data["sampling"].update(kind="masked"), "does not fit its sampler"),
+        (lambda data: data.update(backend="nonsense"), "is for an unknown backend"),
+        (lambda data: data["stages"][2]["inputs"][0].update(name="\ud800x"), "expected a name that can be shown"),
+        (lambda data: data["stages"][2]["inputs"][0].update(name="\x1b[31m"), "expected a name that can be shown"),
+        (lambda data: data.update(backend="tensorrt", targets=["../../x", "8.9"]), "has a forbidden name"),
+    ],
+)
+def test_a_manifest_that_no_server_could_take(plan, tmp_path, edit, told):
+    plan = edited(plan, tmp_path / "a.plan", edit)
+    with pytest.raises(ArtifactError, match=told) as caught:
+        write(plan, tmp_path / "out")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_repository_is_replaced_and_nothing_else_is(vqdeploy, plan, tmp_path):
     for _ in range(2):
         code, out, _ = vqdeploy("triton", plan, "-o", "out", "--json")
         assert (code, json.loads(out)["models"]) == (0, ["rqvae-encode", "rqvae-decode", "rqvae-step", "rqvae"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(json.loads(out)["models"])
-    assert all(path.stat().st_mode & 0o111 for path in (tmp_path / "out").iterdir())  # folders that can be entered
+    folders = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert sorted(path.name for path in folders) == sorted(json.loads(out)["models"])
+    assert all(path.stat().st_mode & 0o111 for path in folders)  # that can be entered
     (tmp_path / "out" / "another").mkdir()
     code, _, err = vqdeploy("triton", plan, "-o", "out")
     assert code == 2
-    assert "holds something else" in err
+    assert "out holds something else and is not replaced; found another. Fix:" in err
+
+
+def _checkpoint(folder, plan):
+    (folder / "rqvae").mkdir()
+    (folder / "rqvae" / "model.safetensors").write_text("weights")
+
+
+def _bare_file(folder, plan):
+    (folder / "rqvae").write_text("mine")
+
+
+def _edited_configuration(folder, plan):
+    write(plan, folder)
+    with (folder / "rqvae-step" / "config.pbtxt").open("a") as file:
+        file.write("# two instances\n")
+
+
+def _another_version(folder, plan):
+    write(plan, folder)
+    (folder / "rqvae" / "2").mkdir()
+    shutil.copy(plan, folder / "rqvae" / "2" / "model.plan")
+
+
+def _another_graph(folder, plan):
+    write(plan, folder)
+    (folder / "rqvae-step" / "1" / "model.onnx").unlink()
+    (folder / "rqvae-step" / "1" / "model.onnx").write_text("mine")
+
+
+def _damaged_record(folder, plan):
+    write(plan, folder)
+    (folder / "vqdeploy.json").write_text('["rqvae"]')
+
+
+@pytest.mark.parametrize(
+    ("fill", "found"),
+    [
+        (_checkpoint, "rqvae"),
+        (_bare_file, "rqvae"),
+        (_edited_configuration, "rqvae-step/config.pbtxt"),
+        (_another_version, "rqvae/2"),
+        (_another_graph, "rqvae-step/1/model.onnx"),
+        (_damaged_record, "rqvae"),
+    ],
+)
+def test_nothing_of_the_user_is_replaced(plan, tmp_path, fill, found):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    fill(folder, plan)
+    before = contents(tmp_path)
+    with pytest.raises(VqdeployError, match=f"out holds something else and is not replaced; found {found}. Fix"):
+        write(plan, folder)
+    assert contents(tmp_path) == before
+
+
+def test_the_plan_itself_is_not_replaced(plan, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(plan, tmp_path / "out" / "rqvae")
+    before = contents(tmp_path)
+    with pytest.raises(VqdeployError, match="holds the input"):
+        write(tmp_path / "out" / "rqvae", tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_names_the_repository(plan, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Bundle, "copy", full)
+    with pytest.raises(VqdeployError, match=f"{tmp_path}/out cannot be written \\(No space left on device\\)"):
+        write(plan, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,5 +1,6 @@
 """`vqdeploy serve`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,8 @@ import typer
 
 from vqdeploy.cli.options import Device, Threads
 from vqdeploy.cli.output import say
+
+_KEY = "VQDEPLOY_API_KEY"
 
 
 def serve(
@@ -21,7 +24,7 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="VQDEPLOY_API_KEY",
+            envvar=_KEY,
             help="What clients must send as a bearer token. Prefer the variable: other users see arguments.",
         ),
     ] = None,
@@ -38,6 +41,6 @@ def serve(
         max_wait=max_wait,
         max_images=max_images,
         max_body=max_body * 10**6,
-        api_key=api_key,
+        api_key=os.environ.get(_KEY) if api_key is None else api_key,  # Typer takes an empty variable for none
     )
     run(plans, settings, host, port, device, threads, say)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import ExitStack, aclosing
 from importlib import resources
@@ -14,9 +15,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.sse import format_sse_event
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
 from vqdeploy.errors import LONGEST, VqdeployError, shown
+from vqdeploy.options import SAMPLING_OPTIONS
 from vqdeploy.serve.metrics import Metrics
 from vqdeploy.serve.middleware import Bounded, Counted, Guarded, refusal, too_late
 from vqdeploy.serve.plans import BusyError, Order, ServedPlan, file_of, now
@@ -102,11 +105,14 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
         return await draw(plan, plan.generation(asked), asked, "image_generation")
 
     @app.post("/v1/images/edits", response_model=Pictures, responses=_EVENTS)
-    async def edit(asked: Annotated[Edit, Form(media_type="multipart/form-data")], reply: _Reply) -> _Drawn:
+    async def edit(
+        asked: Annotated[Edit, Form(media_type="multipart/form-data")], reply: _Reply, request: Request
+    ) -> _Drawn:
         """Draw a part of an image anew.
 
         Masked and next-scale priors draw the mask; others complete the image, from the first row that the mask touches.
         """
+        _check_once(await request.form())
         plan = find(asked.model)
         reply.enter_context(plan.request())
         return await draw(plan, await plan.edit(asked), asked, "image_edit")
@@ -173,6 +179,14 @@ class _LongFields(APIRoute):
 class _LongRequest(Request):
     def form(self, **limits: Any) -> Any:  # noqa: ANN401 (a class that Starlette does not export)
         return super().form(**limits | {"max_part_size": sys.maxsize})
+
+
+def _check_once(form: FormData) -> None:
+    """Rejects a form that has a field twice, of which all but the last would be ignored; lists may be such."""
+    counts = Counter(name for name, _ in form.multi_items())
+    lists = {option.name for option in SAMPLING_OPTIONS if option.per_depth}
+    if repeated := [name for name, count in counts.items() if count > 1 and name not in lists]:
+        raise VqdeployError(f"the form has the field {repeated[0]} more than once", expected="one of each name")
 
 
 async def _reply() -> AsyncIterator[ExitStack]:
@@ -254,6 +268,8 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":  # its place is a number of characters, and no field
+            return refusal(400, shown(f"the body is not JSON: {first['ctx']['error']}", LONGEST))
         param = shown(".".join(str(part) for part in first["loc"][1:]))
         return refusal(400, shown(f"{param}: {first['msg']}" if param else first["msg"], LONGEST), param=param or None)
 

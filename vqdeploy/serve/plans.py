@@ -248,6 +248,8 @@ class ServedPlan:
         self._check_count(asked.n)
         if asked.size not in ("auto", self.size):
             raise VqdeployError("this plan draws images of one size", expected=self.size, found=asked.size)
+        if asked.partial_images and not asked.stream:
+            raise VqdeployError("previews are parts of a stream", expected="stream with partial_images")
         condition = self._condition(asked)
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         items = [Item(known, condition, seed, image, options) for image in range(asked.n)]
@@ -267,8 +269,8 @@ class ServedPlan:
                 raise VqdeployError("this prior needs a text", expected=wanted, found="none")
             checked: np.ndarray = pipeline.condition.check([text if wanted == "text_ids" else _array(text)], 1)[0]
             return checked
-        name = asked.label if asked.label is not None else asked.prompt.strip()
-        if name != "":
+        name = asked.label if asked.label is not None else asked.prompt.strip() or None
+        if name is not None:
             return pipeline.label(name)
         if pipeline.classes == 1:
             return 0

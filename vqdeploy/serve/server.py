@@ -75,7 +75,10 @@ def run(
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Closes a connection that sends no whole headers in time; else a few of them could hold all connections."""
+    """Closes a connection that sends no whole headers in time; else a few of them could hold all connections.
+
+    A request whose body is malformed gets one reply, and the connection closes.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -84,6 +87,16 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._expect_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body:  # the application is about to reply too, or has
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.close()
+                return
+        super().send_400_response(msg)
 
     def _expect_headers(self) -> None:
         """The timer of the next request."""

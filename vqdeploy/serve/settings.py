@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from vqdeploy.errors import VqdeployError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,6 +17,9 @@ class Settings:
         max_body: Bytes of a request.
         max_pixels: Pixels of an image that is sent.
         api_key: What clients send as `Authorization: Bearer KEY`; None lets everybody in.
+
+    Raises:
+        VqdeployError: The key is empty, or a header could not hold it.
     """
 
     slots: int = 16
@@ -24,3 +29,9 @@ class Settings:
     max_body: int = 2**24
     max_pixels: int = 2**24
     api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and not (key and all("!" <= character <= "~" for character in key)):
+            found = "other characters" if key else "an empty one"
+            raise VqdeployError("the API key is not valid", expected="ASCII without spaces", found=found)

@@ -8,9 +8,8 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqdeploy.errors import ArtifactError, escaped
+from vqdeploy.errors import ArtifactError, are_class_names, escaped
 from vqdeploy.files import parse_json
-from vqdeploy.shards import are_classes
 from vqdeploy.tokenize.inputs import DamagedDataError, Sample, label_of
 
 _IMAGES, _LABEL = ("image", "img"), "label"
@@ -49,7 +48,7 @@ class ParquetPart:
             expected, found = "a column `image` of bytes", ", ".join(names[:8])
             raise ArtifactError(f"{path} has no images", expected=expected, found=found)
         classes = _class_names(schema)
-        if not are_classes(classes):
+        if not are_class_names(classes):
             expected, found = "different names of characters that can be printed", ", ".join(classes)
             raise ArtifactError(f"the classes in {path} have no valid names", expected=expected, found=found)
         return cls(path.stem, path, images[0], _LABEL in names, classes)

@@ -18,7 +18,7 @@ from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import check_outside, check_replaceable, named, real
 from vqdeploy.processes import safe_path
 from vqdeploy.runtime import load
-from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.pipeline import open_plan
 from vqdeploy.runtime.threads import cores
 from vqdeploy.shards import Origin, Summary
 from vqdeploy.tokenize import inputs
@@ -97,7 +97,7 @@ def _open(engine: Path, device: str, *, here: bool) -> tuple[Origin, bool]:
     if here:
         with load(engine, device) as pipeline:
             return origin_of(pipeline.manifest), pipeline.device == "cuda"
-    bundle = Bundle(engine)
+    bundle = open_plan(engine)
     bundle.close()
     return origin_of(bundle.manifest), device != "cpu" and bool(bundle.manifest.targets)
 

@@ -3,9 +3,10 @@
 See the model repository and the model configuration in the documentation of the server.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput
 
 from vqdeploy.errors import VqdeployError
-from vqdeploy.files import replacing_folder
+from vqdeploy.files import check_outside, read_json, replacing_folder, write_json
 from vqdeploy.options import OPTIONS
-from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.bundle import sha256
 from vqdeploy.runtime.condition import Condition
 from vqdeploy.runtime.layout import Layout
 from vqdeploy.runtime.manifest import WEIGHTS, Manifest, StageInfo, TensorInfo
+from vqdeploy.runtime.pipeline import open_plan
 from vqdeploy.triton import PLAN
 
 _TYPES = {
@@ -34,10 +36,11 @@ _TYPES = {
 }
 _OPTION_TYPES = {float: "float64", int: "int64", str: "str"}
 _MODEL = "from vqdeploy.triton.model import TritonPythonModel\n"
+_RECORD = "vqdeploy.json"  # sha256 of each file of a repository, by its path; the server reads folders alone
 
 
 def write(plan: Path, folder: Path) -> list[str]:
-    """Writes the model repository of a plan atomically; an existing one of the same plan is replaced.
+    """Writes the model repository of a plan atomically; one is replaced if its files are as they were written.
 
     The model `NAME` samples images with the Python backend of the server and this package, and is there if the plan has
     a prior. The models `NAME-STAGE` are the stages, for clients that call them themselves. Engines of TensorRT-RTX have
@@ -51,10 +54,11 @@ def write(plan: Path, folder: Path) -> list[str]:
         The names of the models.
 
     Raises:
-        VqdeployError: The folder holds something else, or the server could run no part of the plan.
-        ArtifactError: The plan is damaged.
+        VqdeployError: The folder holds something else, a file that was changed, or the plan; or the server could run
+            no part of the plan.
+        ArtifactError: The plan is damaged, or its backend or sampler does not fit.
     """
-    bundle = Bundle(plan)
+    bundle = open_plan(plan)
     manifest = bundle.manifest
     stages = () if manifest.backend == "tensorrt-rtx" else manifest.stages
     models = [f"{manifest.name}-{stage.name}" for stage in stages]
@@ -62,9 +66,13 @@ def write(plan: Path, folder: Path) -> list[str]:
     if not models:
         expected = "a plan with a prior, or for onnxrt or tensorrt"
         raise VqdeployError("the server runs no part of this plan", expected=expected, found=manifest.backend)
-    with replacing_folder(folder, models) as new:
+    check_outside(folder, [plan])
+    bundle.verify()
+    with replacing_folder(folder, _unchanged(folder)) as new:
         files = new / "files"
-        bundle.extract(files)
+        files.mkdir()
+        for name in manifest.members:
+            bundle.copy(name, files / name)
         for stage in stages:
             _write_stage(new / f"{manifest.name}-{stage.name}", manifest, stage, files)
         shutil.rmtree(files)
@@ -72,7 +80,32 @@ def write(plan: Path, folder: Path) -> list[str]:
             model = _write_config(new / manifest.name, _sampling_config(manifest))
             (model / "model.py").write_text(_MODEL, encoding="utf-8")
             shutil.copyfile(plan, model / PLAN)
+        written = [path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()]
+        write_json(new / _RECORD, _digests(new, written))
     return models
+
+
+def _unchanged(folder: Path) -> list[str]:
+    """The record of a repository, and the files that are as it has them: those that may be replaced."""
+    try:
+        written = read_json(folder / _RECORD)
+    except VqdeployError:
+        return []
+    if not isinstance(written, dict):
+        return []
+    return [_RECORD, *(path for path, digest in _digests(folder, written).items() if digest == written[path])]
+
+
+def _digests(folder: Path, paths: Iterable[str]) -> dict[str, str]:
+    """sha256 of those files that can be read, by their paths in a folder; one of several names is read once."""
+    found: dict[str, str] = {}
+    read: dict[tuple[int, int], str] = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            status = (folder / path).stat()
+            identity = status.st_dev, status.st_ino
+            found[path] = read[identity] = read.get(identity) or sha256(folder / path)
+    return found
 
 
 def _write_stage(model: Path, manifest: Manifest, stage: StageInfo, files: Path) -> None:
