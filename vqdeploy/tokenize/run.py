@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vqdeploy import shards
 from vqdeploy.errors import ArtifactError, VqdeployError
-from vqdeploy.files import check_outside, check_replaceable, named, real
+from vqdeploy.files import check_apart, check_outside, check_replaceable, named
 from vqdeploy.processes import safe_path
 from vqdeploy.runtime import load
 from vqdeploy.runtime.pipeline import open_plan
@@ -65,8 +65,7 @@ def tokenize(
     if ray is not None:  # its processes run in another folder
         engine, codes, data = engine.absolute(), codes.absolute(), str(Path(data).absolute())
     check_outside(codes, [engine, Path(data)])
-    if Path(data).is_dir() and real(Path(data)) in real(codes).parents:
-        raise VqdeployError(f"{codes} lies in the data", fix="name another folder with -o")
+    check_apart(codes, [Path(data)])
     check_replaceable(codes, shards.FILES)
     origin, on_gpu = _open(engine, device, here=ray is None)
     parts = inputs.find(data, shard_size)

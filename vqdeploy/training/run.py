@@ -83,11 +83,11 @@ def train(
     if not 0 <= seed <= _LARGEST_SEED:
         raise VqdeployError("seed is out of range", expected=f"0..{_LARGEST_SEED}", found=seed)
     output = named(output)
-    images = [Path(path) for path in (None if data in NAMED else data, held_out) if path is not None]
+    data_folders = [Path(path) for path in (None if data in NAMED else data, held_out) if path is not None]
     for folder in (output, _state_of(output)):
-        check_outside(folder, [*images, *([] if tokenizer is None else [tokenizer])])
-        check_apart(folder, images)
-    if len(images) == 2 and real(images[0]) == real(images[1]):
+        check_outside(folder, [*data_folders, *([] if tokenizer is None else [tokenizer])])
+        check_apart(folder, data_folders)
+    if len(data_folders) == 2 and len(set(map(real, data_folders))) == 1:
         raise VqdeployError("the images to train on are those that are held out", found=str(held_out))
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
