@@ -1,7 +1,6 @@
 """Samplers that step: images join, leave and are cancelled, and get the codes that they get alone."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,7 +310,7 @@ def test_tensors_without_dimensions_are_refused(name_, artifacts, tmp_path):
                 (changed,) = (each for each in data["stages"] if each["name"] == stage.name)
                 changed[side][number]["shape"] = []
                 with pytest.raises(ArtifactError):
-                    _check_sampler(SimpleNamespace(manifest=Manifest.from_dict(data)))
+                    _check_sampler(Manifest.from_dict(data))
 
 
 @pytest.mark.parametrize(("name_", "output", "input_"), [("rqvae", "next_codes", "top_k"), ("movq", "drawn", "codes")])
