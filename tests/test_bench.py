@@ -201,7 +201,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize(
     ("name", "steps", "guidance"),
-    [("vit", 16, {}), ("llamagen", 16, {"guidance_interval": 3}), ("features", 17, {"guidance_interval": 3})],
+    [("vit", 16, {}), ("llamagen", 16, {"guidance_interval": 3}), ("features", 18, {"guidance_interval": 3})],
 )
 def test_a_prior_is_timed_with_guidance(artifacts, name, steps, guidance):
     options = {"baselines": ("eager",), "checkpoint": artifacts.checkpoint(name)}

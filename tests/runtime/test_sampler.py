@@ -166,7 +166,7 @@ class TestAdmit:
             sampler.release(0)
             for ask in (sampler.left, sampler.codes, sampler.drawn):
                 for slot in (0, 1, 2, -1, True, "0", None):
-                    with pytest.raises(VqdeployError, match="the slot holds no image; expected a slot in use, found "):
+                    with pytest.raises(VqdeployError, match="the slot holds no image; expected a slot in use"):
                         ask(slot)
 
     def test_hierarchies_take_no_image_once_they_run(self, vqvae2_pipeline):

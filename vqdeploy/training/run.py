@@ -83,7 +83,7 @@ def train(
     if not 0 <= seed <= _LARGEST_SEED:
         raise VqdeployError("seed is out of range", expected=f"0..{_LARGEST_SEED}", found=seed)
     output = named(output)
-    data_folders = [Path(path) for path in (None if data in NAMED else data, held_out) if path is not None]
+    data_folders = [Path(path) for path in (None if data in NAMED else data, held_out) if path]
     for folder in (output, _state_of(output)):
         check_outside(folder, [*data_folders, *([] if tokenizer is None else [tokenizer])])
         check_apart(folder, data_folders)
