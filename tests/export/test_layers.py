@@ -1,11 +1,16 @@
 """The layers that are exported compute what the trained ones do."""
 
+import numpy as np
+import onnx_ir
+import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vqdeploy.export.layers import ImageInput, ImageOutput, InferenceBlock, Modulation, SplitUpsample
+from vqdeploy.export.llamagen import normalized
+from vqdeploy.export.stage import Stage
 from vqdeploy.models.conv import SpatialNorm, Upsample
 from vqdeploy.models.transformer import Block, bidirectional
 
@@ -84,3 +89,18 @@ def test_every_grey_level_survives_the_pixel_range(pixel_range):
 def test_values_outside_the_pixel_range_are_clamped():
     x = torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2)
     assert ImageOutput((-1.0, 1.0))(x)[0, 0, :, 0].tolist() == [0, 255]
+
+
+def test_a_row_has_the_norm_that_it_has_among_others():
+    """ONNX Runtime adds up a single row in another order where the norm has no weight of its own."""
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            return normalized(x)
+
+    x = torch.randn(300, 1, 128)
+    model = Stage("norm", Norm(), {"x": x[:2]}, ["y"]).to_onnx()
+    run = ort.InferenceSession(onnx_ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]).run
+    (together,) = run(None, {"x": x.numpy()})
+    for i, row in enumerate(x.numpy()):
+        np.testing.assert_array_equal(run(None, {"x": row[None]})[0][0], together[i])
