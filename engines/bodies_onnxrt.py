@@ -422,6 +422,8 @@ def _use_block_products(graph: onnx.GraphProto) -> None:
             )
 
 
+CACHED = ("CachedAttention", "QuantizedCachedAttention")
+"""Operators with KV caches, after qkv in their inputs."""
 _INT8_CACHES: dict[str, Any] = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
 
@@ -430,7 +432,7 @@ def _use_prefix_attention(graph: onnx.GraphProto, heads: int) -> None:
     nodes: list[onnx.NodeProto] = []
     extents: dict[str, list[str]] = {}  # one for each tensor of positions, shared by all layers
     for node in graph.node:
-        if node.op_type in ("CachedAttention", "QuantizedCachedAttention"):
+        if node.op_type in CACHED:
             qkv, key, value, position, *scales = node.input
             if position not in extents:
                 extents[position] = [f"{position}_last_int32", f"{position}_total_int32"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from vqdeploy.engines.bodies_onnxrt import swap_in
+from vqdeploy.engines.bodies_onnxrt import CACHED, swap_in
 from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, refuse_plugin
 from vqdeploy.runtime.manifest import StageInfo
 
@@ -45,6 +45,6 @@ def _build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool) 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:
     """Number of heads of the KV caches [B, H, T, D] of a graph; 0 if ONNX Runtime does not support them."""
-    keys = {node.input[1] for node in graph.node if node.op_type in ("CachedAttention", "QuantizedCachedAttention")}
+    keys = {node.input[1] for node in graph.node if node.op_type in CACHED}
     shapes = [value.type.tensor_type.shape for value in (*graph.input, *graph.value_info) if value.name in keys]
     return shapes[0].dim[1].dim_value if shapes and shapes[0].dim[3].dim_value % 8 == 0 else 0

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError, shown
+from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime import checked, interface, options
 from vqdeploy.runtime.arguments import MOST_THREADS, as_array, as_numbers, check_whole, is_whole
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
@@ -46,6 +47,9 @@ _FEATURE_IMAGES = 8  # images of a call of `features`
 # Samplers kept for later requests; on a GPU one for each batch size of a split request, since buffers, contexts and
 # graphs are slow to make there.
 _KEPT_SAMPLERS = {"cpu": 1, "cuda": 2}
+
+
+_NOT_OF_THE_PRIOR = ("encode", "decode", "reconstruct", "features")
 
 
 @dataclass(frozen=True)
@@ -752,6 +756,12 @@ class Pipeline:
             self._samplers[key] = sampler
             while len(self._samplers) > _KEPT_SAMPLERS[self.device]:
                 del self._samplers[next(iter(self._samplers))]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether products of the prior are of integers."""
+        prior = (stage for stage in self.manifest.stages if stage.name not in _NOT_OF_THE_PRIOR)
+        return any(PRECISIONS[stage.precision].bits for stage in prior)
 
     def call_images(self, guided: bool = False) -> int:
         """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster.

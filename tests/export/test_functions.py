@@ -289,6 +289,14 @@ def attention_inputs(batch, length, heads, dim, places, positions, seed):
     return qkv, key, value, position
 
 
+def one_entry(data, inputs):
+    """Number of heads, and inputs for one entry at a position of each sample."""
+    batch, heads = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 4), "heads")
+    places, dim = data.draw(st.integers(1, 20), "places"), 8 * data.draw(st.integers(1, 4), "dim / 8")
+    positions = data.draw(st.lists(st.integers(0, places - 1), min_size=batch, max_size=batch), "positions")
+    return heads, *inputs(batch, 1, heads, dim, places, positions, data.draw(st.integers(0, 2**31), "seed"))
+
+
 def attend(body, heads, qkv, key, value, position, *scales):
     """One call with caches that are updated in place, as the runtime makes it; returns the output and the caches."""
     kind = "QuantizedCachedAttention" if scales else "CachedAttention"
@@ -317,11 +325,7 @@ class TestCachedAttention:
     @pytest.mark.parametrize("body", BODIES)
     @given(data=st.data())
     def test_one_entry_at_a_position_of_each_sample(self, body, data):
-        batch, heads = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 4), "heads")
-        places, dim = data.draw(st.integers(1, 20), "places"), 8 * data.draw(st.integers(1, 4), "dim / 8")
-        positions = data.draw(st.lists(st.integers(0, places - 1), min_size=batch, max_size=batch), "positions")
-        inputs = attention_inputs(batch, 1, heads, dim, places, positions, data.draw(st.integers(0, 2**31), "seed"))
-        check_attention(body, heads, *inputs)
+        check_attention(body, *one_entry(data, attention_inputs))
 
     @pytest.mark.parametrize("body", BODIES)
     @given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 5), st.integers(0, 2**31))
@@ -398,10 +402,7 @@ def check_quantized(body, heads, *inputs):
 class TestQuantizedCachedAttention:
     @given(data=st.data())
     def test_one_entry_at_a_position_of_each_sample(self, body, data):
-        batch, heads = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 4), "heads")
-        places, dim = data.draw(st.integers(1, 20), "places"), 8 * data.draw(st.integers(1, 4), "dim / 8")
-        positions = data.draw(st.lists(st.integers(0, places - 1), min_size=batch, max_size=batch), "positions")
-        inputs = quantized_inputs(batch, 1, heads, dim, places, positions, data.draw(st.integers(0, 2**31), "seed"))
+        heads, *inputs = one_entry(data, quantized_inputs)
         check_quantized(body, heads, *inputs)
         operator = ops.quantized_cached_attention(*inputs)
         np.testing.assert_allclose(operator[0], by_numpy(*inputs)[0], atol=5e-3)

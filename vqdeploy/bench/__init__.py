@@ -24,7 +24,6 @@ from vqdeploy import machine
 from vqdeploy.bench.plans import describe, divergences
 from vqdeploy.errors import VqdeployError, missing
 from vqdeploy.files import replacing_file
-from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.backends import BACKENDS
 from vqdeploy.runtime.manifest import level_names
@@ -310,7 +309,7 @@ def _step_figures(
         work = image * result["batch_size"] / result["calls"]
         rate = work / time_ms * 1e3
         figures = {"step_ms": time_ms, "gflop_per_step": work, "gflop_s": rate}
-        if not _quantized(pipeline):  # the rate of this machine is that of fp32
+        if not pipeline.quantized:  # the rate of this machine is that of fp32
             figures["share_of_matmul_rate"] = rate / bound["matmul_gflop_s"]
         return figures
     size = step_weight_bytes(pipeline)
@@ -322,12 +321,6 @@ def _step_figures(
         "weight_gb_s": rate,
         "share_of_read_bandwidth": share,
     }
-
-
-def _quantized(pipeline: Pipeline) -> bool:
-    """Whether products of the prior are of integers."""
-    stages = (stage for stage in pipeline.manifest.stages if stage.name not in _NOT_OF_THE_PRIOR)
-    return any(PRECISIONS[stage.precision].bits for stage in stages)
 
 
 def _parts(pipeline: Pipeline, result: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -19,7 +19,6 @@ from vqdeploy.verify.checks import (
     check_repeats,
     compare_distributions,
     compare_logits,
-    draws_are_its_own,
     judge,
     limits,
     own_tolerance,
@@ -65,10 +64,10 @@ def _own_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **opt
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule for tokens; an image alone against the same image in a batch.
 
-    `logits` are the checks of `check_logits`, which determine the margin; see `draws_are_its_own`.
+    `logits` are the checks of `check_logits`, which determine the margin; see `own_tolerance`.
     """
     unguided = [check for check in logits if not check.metric.startswith("guidance")]
-    tolerance = None if draws_are_its_own(pipeline.manifest) else tolerance_of(unguided)
+    tolerance = None if pipeline.quantized else tolerance_of(unguided)
     labels = pipeline.condition.examples(IMAGES)
     checks = []
     distributions: dict[str, dict[str, Any]] = {

@@ -19,7 +19,6 @@ IMAGES = 4
 SEED = 1
 _LARGEST = "largest difference of logits"
 _OWN = 1e-3  # of the largest logit: between two calls of one plan, whose sums may be in another order
-_NOT_DRAWN = ("encode", "decode", "reconstruct", "features")
 _MASS = 1e-5  # rounding of a prefix sum of 16,384 probabilities
 
 
@@ -110,16 +109,12 @@ def tolerance_of(checks: list[Check]) -> float:
     return 2 * max(min(check.value, check.limit) for check in checks if check.metric.endswith(_LARGEST))
 
 
-def draws_are_its_own(manifest: Manifest) -> bool:
-    """Whether draws are judged by the logits of the plan: those of a quantized prior are too far from the reference's.
-
-    That its logits are right is checked apart.
-    """
-    return any(PRECISIONS[s.precision].bits for s in manifest.stages if s.name not in _NOT_DRAWN)
-
-
 def own_tolerance(logits: Tensor) -> float:
-    """Tolerance of the margin rule for logits of the plan itself."""
+    """Tolerance of the margin rule for logits of the plan itself.
+
+    They judge the draws of a quantized prior, whose logits are too far from the reference's. That these are right is
+    checked apart.
+    """
     return 2 * _OWN * float(logits.abs().max())
 
 

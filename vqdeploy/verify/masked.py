@@ -20,7 +20,6 @@ from vqdeploy.verify.checks import (
     at_most,
     compare_distributions,
     compare_logits,
-    draws_are_its_own,
     judge,
     limits,
     own_tolerance,
@@ -72,10 +71,10 @@ class _Step(NamedTuple):
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule; an image alone against the same image in a batch.
 
-    `logits` are the checks of `check_logits`, which determine the margin; see `draws_are_its_own`.
+    `logits` are the checks of `check_logits`, which determine the margin; see `own_tolerance`.
     """
     one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]  # without guidance
-    tolerance = None if draws_are_its_own(pipeline.manifest) else tolerance_of(one_label)
+    tolerance = None if pipeline.quantized else tolerance_of(one_label)
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "steps": _STEPS, "choice_temperature": 4.5}
     cut = {"temperature": 0.8, "top_k": pipeline.codebook_size // 4, "top_p": 0.9}
     kinds: dict[str, dict[str, Any]] = {

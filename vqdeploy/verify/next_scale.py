@@ -23,7 +23,6 @@ from vqdeploy.verify.checks import (
     check_repeats,
     compare_distributions,
     compare_logits,
-    draws_are_its_own,
     judge,
     limits,
     own_tolerance,
@@ -58,10 +57,10 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
 def check_generation(pipeline: Pipeline, system: System, logits: list[Check]) -> list[Check]:
     """Whole generations by the margin rule; an image alone against itself in a batch; blended maps.
 
-    `logits` are the checks of `check_logits`, which determine the margin; see `draws_are_its_own`.
+    `logits` are the checks of `check_logits`, which determine the margin; see `own_tolerance`.
     """
     one_label = [check for check in logits if check.metric.startswith(_ONE_LABEL)]
-    tolerance = None if draws_are_its_own(pipeline.manifest) else tolerance_of(one_label)
+    tolerance = None if pipeline.quantized else tolerance_of(one_label)
     labels = pipeline.condition.examples(IMAGES)
     whole, cut = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}, _CUT | {"top_k": pipeline.codebook_size // 4}
     kinds: dict[str, dict[str, Any]] = {
