@@ -29,6 +29,7 @@ def address(artifacts):
 
 @pytest.fixture(scope="module")
 def browser():
+    playwright.expect.set_options(timeout=60_000)  # milliseconds; its own 5 seconds fail on a busy machine
     with playwright.sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -57,7 +58,7 @@ def visit(browser, address):
 
 
 def wait(page, status="done"):
-    playwright.expect(page.locator("#status")).to_have_text(status, timeout=60_000)
+    playwright.expect(page.locator("#status")).to_have_text(status)
 
 
 def draw(page):
@@ -144,7 +145,7 @@ def test_painted_pixels_are_filled(visit):
     assert mask[9, 8]
     page.click("#reseed")
     page.click("#fill")
-    playwright.expect(page.locator("#save-mask")).to_be_visible(timeout=60_000)
+    playwright.expect(page.locator("#save-mask")).to_be_visible()
     after = shown(page)
     np.testing.assert_array_equal(after[~mask], before[~mask])
     assert (after[mask] != before[mask]).any()
