@@ -1,5 +1,6 @@
 """Facts of the machine, on systems that count in other units or not at all."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -33,6 +34,23 @@ def test_windows_tells_no_peak(monkeypatch, no_proc):
 
 def test_a_machine_without_proc_has_a_processor(no_proc):
     assert machine.cpu()
+
+
+@pytest.mark.parametrize(
+    ("flags", "features"),
+    [("fpu avx2 fma avx512_vnni avx512f", ["avx2", "avx512f", "avx512_vnni"]), ("fpu avx avx2_like", [])],
+)
+def test_the_features_that_decide_how_fast_products_are(monkeypatch, flags, features):
+    text = f"model name\t: Some CPU\nflags\t\t: {flags}\nmodel name\t: Another\nflags\t\t: amx_int8\n"
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path, **_: text)
+    assert machine.cpu_features() == features
+    assert machine.cpu() == "Some CPU"
+
+
+def test_features_and_load_are_unknown_elsewhere(monkeypatch, no_proc):
+    monkeypatch.delattr(os, "getloadavg")
+    assert machine.cpu_features() == []
+    assert machine.load() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are those of Linux")

@@ -1,9 +1,10 @@
 """A good plan passes, and whatever is broken in one is found, by the check that names it."""
 
 import json
+import math
 import shutil
 from copy import deepcopy as copy_module
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx
@@ -24,11 +25,13 @@ from support.mutations import (
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.functions import parse
+from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime.manifest import FILE, SizeRange
 from vqdeploy.verify import table, verify, verify_package
-from vqdeploy.verify.checks import at_most, tolerance_of
+from vqdeploy.verify.checks import at_most, compare_distributions, tolerance_of
 
 pytestmark = pytest.mark.slow
+INT8 = PRECISIONS["int8"].limits
 
 
 @pytest.fixture
@@ -74,6 +77,38 @@ def test_nan_and_infinity_fail_and_are_valid_json():
         assert not check.passed
         assert json.loads(json.dumps(asdict(check), allow_nan=False))["limit"] > 1e300
     assert tolerance_of([at_most("step", "largest difference of logits", float("nan"), 0.5)]) == 1.0
+
+
+def test_distributions_by_hand():
+    """Of two codes: 0.6 and 0.4 in place of 0.5 and 0.5; then of three, the best of which changed at one of two."""
+    found, wanted = torch.tensor([[[0.6, 0.4]]]).log(), torch.tensor([[[0.5, 0.5]]]).log()
+    for scale in (1.0, 3.0):
+        checks = {check.metric: check for check in compare_distributions("a", found, wanted, INT8, scale)}
+        divergence, variation = checks["a: Kullback-Leibler divergence"], checks["a: total variation distance"]
+        assert divergence.value == pytest.approx(0.5 * math.log(0.5 / 0.6) + 0.5 * math.log(0.5 / 0.4), rel=1e-6)
+        assert divergence.limit == pytest.approx(scale**2 * INT8.divergence)
+        assert variation.value == pytest.approx(0.1, rel=1e-6)
+        assert variation.limit == pytest.approx(scale * INT8.variation)
+    wanted = torch.tensor([[[4.0, 0.0, 0.0]], [[4.0, 0.0, 0.0]], [[0.1, 0.0, 0.0]]])
+    found = wanted.clone()
+    found[0, 0] = torch.tensor([0.0, 1.0, 0.0])  # a mean difference of 5 / 9 in all; margins of 4, 4 and 0.1
+    found[2, 0] = torch.tensor([0.1, 0.2, 0.0])
+    clear = compare_distributions("a", found, wanted, INT8)[0]
+    assert clear.metric == "a: share of clear top-1 codes that differ"
+    assert (clear.value, clear.passed) == (0.5, False)
+
+
+@pytest.mark.parametrize("metric", ["divergence", "variation", "clear"])
+def test_each_limit_of_distributions_decides(metric):
+    """A plan passes just within its limit, and fails just beyond it."""
+    limits = replace(INT8, divergence=1e9, variation=1e9, clear=1e9)
+    wanted = torch.tensor([0.0, 9.0]).expand(20, 1, 2)
+    found = torch.cat([torch.tensor([[[1.0, 0.0]]]), wanted[1:]])
+    names = {"divergence": "divergence", "variation": "variation", "clear": "clear top-1"}
+    value = next(c.value for c in compare_distributions("a", found, wanted, limits) if names[metric] in c.metric)
+    for limit, passes in ((value, True), (0.999 * value, False)):
+        checks = compare_distributions("a", found, wanted, replace(limits, **{metric: limit}))
+        assert all(check.passed for check in checks) == passes
 
 
 def test_the_table_tells_what_failed():

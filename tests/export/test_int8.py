@@ -23,6 +23,7 @@ from vqdeploy.export.functions import DOMAIN, OPSET, function
 from vqdeploy.export.layers import Product
 from vqdeploy.export.package import export
 from vqdeploy.export.precision import QuantizedProduct
+from vqdeploy.export.rounding import rounded_columns
 from vqdeploy.precision import MIXED, Choice
 from vqdeploy.runtime import load
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
@@ -54,6 +55,29 @@ def integers(x, weight, scale):
     largest = np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-30))
     rows = np.rint(x / largest * np.float32(127)).astype(np.int64)
     return (rows @ weight.astype(np.int64)) * largest * scale / 127
+
+
+@given(st.integers(0, 99), st.sampled_from([1.0, 8.0, 30.0]))
+def test_the_scale_of_a_column_has_the_smallest_error(seed, outlier):
+    """Against every scale that is tried, in 64 bits; a column with an outlier is cut off."""
+    weight = np.random.default_rng(seed).normal(0, 0.1, (40, 5))
+    weight[0] *= outlier
+    rounded, scale = (x.numpy() for x in rounded_columns(torch.tensor(weight, dtype=torch.float32)))
+
+    def error(scales):
+        return ((np.clip(np.rint(weight / scales), -63, 63) * scales - weight) ** 2).sum(0)
+
+    wanted = np.min([error(np.abs(weight).max(0) / 63 * share) for share in np.linspace(1, 0.6, 21)], 0)
+    assert rounded.dtype == np.int8
+    assert np.abs(rounded).max() <= 63
+    np.testing.assert_allclose(((rounded * scale.astype(float) - weight) ** 2).sum(0), wanted, rtol=1e-3)
+
+
+def test_a_column_has_at_least_the_smallest_scale():
+    weight = torch.tensor([[0.0, 0.63, 6.3], [0.0, -0.1, 0.2]])
+    rounded, scale = rounded_columns(weight, 0.05)
+    torch.testing.assert_close(scale, torch.tensor([1.0, 0.05, 0.1]))
+    assert rounded.tolist() == [[0, 13, 63], [0, -2, 2]]
 
 
 def example(rows, inputs, outputs, seed=0):
