@@ -37,20 +37,21 @@ def check_logits(pipeline: Pipeline, system: System, rng: np.random.Generator) -
     codes = rng.integers(0, config.codebook_size, (batch, *config.grid))
     codes[rng.random(codes.shape) < np.array([0.3, 0.9])[:, None, None, None]] = config.codebook_size
     labels = rng.integers(0, config.classes, batch)
+    scales = [(_ONE_LABEL, 1.0), *([("guidance", _SCALE)] if config.null_label else [])]
+    allowed = limits(pipeline.manifest, "step")
+
+    def both(codes: np.ndarray, labels: np.ndarray, scale: float) -> tuple[Tensor, Tensor]:
+        """The logits of the plan and of the reference."""
+        logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))
+        return logits, guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
+
     checks = []
-    guidance = [("guidance", _SCALE)] if config.null_label else []
-    for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
-        expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
-        logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))
-        checks += compare_logits(name, logits, expected, limits(pipeline.manifest, "step"))
+    for name, scale in scales:
+        checks += compare_logits(name, *both(codes, labels, scale), allowed)
     labels = pipeline.condition.examples(images_to_compare(math.prod(pipeline.grid)))
-    codes = pipeline.generate(labels, seed=SEED).codes
-    codes = partly_masked(codes, config.codebook_size, rng)
-    for name, scale in [(_ONE_LABEL, 1.0), *guidance]:
-        expected = guided_logits(system.prior, torch.from_numpy(codes), torch.from_numpy(labels), scale)
-        logits = torch.from_numpy(masked_logits(pipeline, codes, labels, **_guidance(pipeline, scale)))
-        allowed = limits(pipeline.manifest, "step")
-        checks += compare_distributions(f"{name}, drawn codes", logits, expected, allowed, scale)
+    codes = partly_masked(pipeline.generate(labels, seed=SEED).codes, config.codebook_size, rng)
+    for name, scale in scales:
+        checks += compare_distributions(f"{name}, drawn codes", *both(codes, labels, scale), allowed, scale)
     return checks
 
 

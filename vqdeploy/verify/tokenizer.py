@@ -26,10 +26,9 @@ def check_tokenizer(pipeline: Pipeline, system: System, rng: np.random.Generator
     pixel_range = tokenizer.config.pixel_range
     expected = _decoded(system, drawn)
 
-    smooth = _smooth_images(pipeline.image_shape[:2], rng)
-    images = np.concatenate([expected, smooth])
-    codes = torch.from_numpy(pipeline.encode(images))
-    of_images = pipeline.encode(np.concatenate([smooth, _flat_images(pipeline)]))  # unlike random codes
+    images = np.concatenate([expected, _smooth_images(pipeline.image_shape[:2], rng)])
+    encoded = pipeline.encode(np.concatenate([images, _flat_images(pipeline)]))
+    codes, of_images = torch.from_numpy(encoded[: len(images)]), encoded[IMAGES:]  # these unlike random codes
     decoded = np.concatenate([decoded, pipeline.decode(of_images)])
     expected = np.concatenate([expected, _decoded(system, of_images)])
     x = to_range(channels_first(torch.from_numpy(images)), pixel_range)
