@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.files import (
+    check_apart,
     check_outside,
     check_regular,
     read_json,
+    real,
     replacing_file,
     replacing_folder,
     temporary_folder,
@@ -353,6 +356,26 @@ def test_writers_at_the_same_time_keep_their_folders(tmp_path):
     for thread in threads:
         thread.join()
     assert failures == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["\0", "a/b\0", "\ud800"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        real,
+        check_regular,
+        lambda path: check_outside(Path("out"), [path]),
+        lambda path: check_apart(path, [Path("in")]),
+        lambda path: replacing_file(path).__enter__(),
+        lambda path: replacing_folder(path, ["*"]).__enter__(),
+    ],
+)
+def test_names_that_no_path_has_are_an_error_and_no_traceback(tmp_path, monkeypatch, name, use):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VqdeployError) as caught:
+        use(Path(name))
+    assert str(caught.value).isprintable()
     assert list(tmp_path.iterdir()) == []
 
 

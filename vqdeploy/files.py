@@ -119,8 +119,9 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     The folder of a killed process is removed by the next one that writes there.
 
     Raises:
-        VqdeployError: The folder cannot be written, or the disk is full.
+        VqdeployError: The folder cannot be written, the disk is full, or no path has such a name.
     """
+    real(path)  # refuses the name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
@@ -219,8 +220,15 @@ def check_other(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def real(path: Path) -> Path:
-    """The absolute path without links; `Path.resolve` raises `RuntimeError` when links form a loop."""
-    return Path(os.path.realpath(path))
+    """The absolute path without links; `Path.resolve` raises `RuntimeError` when links form a loop.
+
+    Raises:
+        VqdeployError: No path has such a name.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a NUL, or half of a surrogate pair
+        raise VqdeployError(f"{path} is not the name of a path") from error
 
 
 def check_outside(folder: Path, inputs: Iterable[Path]) -> None:
