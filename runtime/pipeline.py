@@ -47,8 +47,6 @@ _FEATURE_IMAGES = 8  # images of a call of `features`
 # Samplers kept for later requests; on a GPU one for each batch size of a split request, since buffers, contexts and
 # graphs are slow to make there.
 _KEPT_SAMPLERS = {"cpu": 1, "cuda": 2}
-
-
 _NOT_OF_THE_PRIOR = ("encode", "decode", "reconstruct", "features")
 
 
@@ -270,6 +268,11 @@ class Pipeline:
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that the plan has."""
         return tuple(stage.name for stage in self.manifest.stages)
+
+    @property
+    def prior_stages(self) -> tuple[str, ...]:
+        """Names of those that draw codes."""
+        return tuple(name for name in self.stages if name not in _NOT_OF_THE_PRIOR)
 
     def session(self, stage: str) -> Session:
         """The session of one stage, for direct engine calls, which the caller has to serialize.
@@ -760,8 +763,7 @@ class Pipeline:
     @property
     def quantized(self) -> bool:
         """Whether products of the prior are of integers."""
-        prior = (stage for stage in self.manifest.stages if stage.name not in _NOT_OF_THE_PRIOR)
-        return any(PRECISIONS[stage.precision].bits for stage in prior)
+        return any(PRECISIONS[each.precision].bits for each in self.manifest.stages if each.name in self.prior_stages)
 
     def call_images(self, guided: bool = False) -> int:
         """Images per sampler: as many as the largest batch of the plan holds, or fewer if more are no faster.

@@ -39,7 +39,6 @@ log = logging.getLogger("vqdeploy")
 
 TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
-_NOT_OF_THE_PRIOR = ("encode", "decode", "features")
 _SMALLEST = 1e-9  # divergence that is drawn: a logarithm of 0 has no place
 _RATES = {"read_bandwidth_gb_s": "read_bandwidth({threads})", "matmul_gflop_s": "matmul_rate()"}
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -367,7 +366,7 @@ def step_profile(pipeline: Pipeline, batch: int, options: dict[str, Any], thread
         backend, bundle, device = BACKENDS[str(pipeline.manifest.backend)](), pipeline.bundle, pipeline.device
         profiled = Pipeline(bundle, device, lambda: backend.opener(bundle, device, threads, Path(folder)), threads)
         _plan_call(profiled, "generate", batch, options)()
-        sessions: list[Any] = [profiled.session(s) for s in profiled.stages if s not in _NOT_OF_THE_PRIOR]
+        sessions: list[Any] = [profiled.session(stage) for stage in profiled.prior_stages]
         traces = [event for session in sessions for event in session.end_profile()]
         events = [e for e in traces if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
     spent, calls = Counter[str](), Counter[str]()
