@@ -3,6 +3,7 @@
 A package has portable bodies. The builder for ONNX Runtime replaces them by these, and tests compare the two.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -414,12 +415,18 @@ def _use_block_products(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         if node.op_type == "BlockQuantizedLinear":
             outputs, blocks, half = shapes[node.input[1]]
-            sizes = {"K": blocks * 2 * half, "N": outputs, "bits": 4, "block_size": 2 * half, "accuracy_level": 4}
-            node.CopyFrom(
-                onnx.helper.make_node(
-                    "MatMulNBits", node.input, node.output, node.name, domain="com.microsoft", **sizes
-                )
-            )
+            node.CopyFrom(block_product(node, node.input, blocks * 2 * half, outputs, 4, 2 * half))
+
+
+def block_product(
+    node: onnx.NodeProto, inputs: Sequence[str], rows: int, columns: int, bits: int, block: int
+) -> onnx.NodeProto:
+    """MatMulNBits in place of a node: a product with a table of integers, in which blocks of inputs have a scale.
+
+    `accuracy_level` 4 quantizes activations to 8 bits.
+    """
+    sizes: dict[str, Any] = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
+    return onnx.helper.make_node("MatMulNBits", inputs, node.output, node.name, domain="com.microsoft", **sizes)
 
 
 CACHED = ("CachedAttention", "QuantizedCachedAttention")

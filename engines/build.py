@@ -43,7 +43,8 @@ def build(
         folder: The ONNX package.
         plan: The file to write.
         backend: One of `BUILDERS`.
-        batch: Batch sizes that the plan accepts, as far as the package does.
+        batch: Batch sizes that the plan accepts, as far as the package does. It is tuned for the usual one: engines of
+            TensorRT, and products in int8 of `onnxrt` on the CPU.
         progress: Called with the name of each stage before its build.
         portable: For `onnxrt`: keep the portable function bodies of the package, to test them.
         plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they support. `auto` uses them if
@@ -81,8 +82,8 @@ def build(
         files = [part.file for part in built.stages]
         members = {file.name: bundle.sha256(file) for file in files}
         if any(part.weights for part in built.stages):
-            files.append(folder / WEIGHTS)
-            members[WEIGHTS] = manifest.members[WEIGHTS]
+            files.append(built.weights or folder / WEIGHTS)
+            members[WEIGHTS] = bundle.sha256(built.weights) if built.weights else manifest.members[WEIGHTS]
         manifest = dataclasses.replace(
             manifest,
             stages=tuple(stages),

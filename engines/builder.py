@@ -50,11 +50,13 @@ class Built:
         builder: Name and version of the builder, such as `tensorrt-rtx 1.7.1.116`.
         targets: Where the plan runs: compute capabilities, or `cuda`; empty for the CPU.
         stages: The stages, in the given order.
+        weights: The file of their weights, if it is not that of the package.
     """
 
     builder: str
     targets: tuple[str, ...]
     stages: list[BuiltStage]
+    weights: Path | None = None
 
 
 class Builder(Protocol):

@@ -1,14 +1,28 @@
-"""Builds plans for ONNX Runtime: graphs with function bodies made of its own operators, and the weights as they are."""
+"""Builds plans for ONNX Runtime: graphs with function bodies made of its own operators.
 
+The weights stay as they are, those of products in int8 aside, which are stored as the fastest product takes them.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
+from safetensors.numpy import save_file
 
-from vqdeploy.engines.bodies_onnxrt import CACHED, swap_in
+from vqdeploy.engines.bodies_onnxrt import CACHED, block_product, swap_in
 from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, refuse_plugin
-from vqdeploy.runtime.manifest import StageInfo
+from vqdeploy.runtime import bundle
+from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
+
+_FEW_ROWS = 2  # up to which MatMulNBits is the faster product in 8 bits on every CPU
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # inputs of MatMulNBits with a scale
+
+Weights: TypeAlias = dict[str, np.ndarray]
 
 
 class OnnxrtBuilder:
@@ -26,21 +40,89 @@ class OnnxrtBuilder:
         if options.plugin == "on":
             raise refuse_plugin("onnxrt has no ahead-of-time compiled plugins")
         cuda = options.device == "cuda"
+        weights, tables = bundle.tensors(np.memmap(package / WEIGHTS, mode="r").data), Weights()
         built = []
         for stage in stages:
             progress(stage.name)
-            built.append(_build_stage(stage, package, folder, portable=options.portable or cuda))
-        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built)
+            model = read_graph(package / stage.file)
+            if not (options.portable or cuda):
+                _use_byte_products(model.graph, stage, weights, tables)
+                swap_in(model, _cache_heads(model.graph))
+            built.append(BuiltStage(folder / stage.file, _refer_by_name(model.graph)))
+            onnx.save(model, folder / stage.file)
+        if tables:
+            used = {name for stage in built for name in stage.weights}
+            save_file({name: array for name, array in (weights | tables).items() if name in used}, folder / WEIGHTS)
+        own = folder / WEIGHTS if tables else None
+        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built, own)
 
 
-def _build_stage(stage: StageInfo, package: Path, folder: Path, portable: bool) -> BuiltStage:
-    """Writes the graph of a stage, which refers to the weights by name."""
-    model = read_graph(package / stage.file)
-    if not portable:
-        swap_in(model, _cache_heads(model.graph))
-    target = folder / stage.file
-    onnx.save(model, target)
-    return BuiltStage(target, stage.weights)
+def _use_byte_products(graph: onnx.GraphProto, stage: StageInfo, weights: Weights, tables: Weights) -> None:
+    """Replaces products in int8 that usually have few rows by MatMulNBits, and adds what it reads to `tables`.
+
+    In one node it quantizes activations to 8 bits by blocks of a row, multiplies and scales.
+    """
+    initializers = {initializer.name: initializer for initializer in graph.initializer}
+    rows = _usual_rows(graph, stage)
+    replaced: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "QuantizedLinear" or rows.get(node.input[0], math.inf) > _FEW_ROWS:
+            continue
+        x, *old = node.input
+        if [len(initializers[name].dims) for name in old if name in initializers] != [2, 1]:
+            continue  # of a package that was not exported here
+        weight, scale = (_array(initializers[name], weights) for name in old)
+        inputs, outputs = weight.shape
+        block = math.gcd(inputs, _LARGEST_BLOCK)
+        if block < _SMALLEST_BLOCK:
+            continue
+        blocks = inputs // block
+        by_output = weight.T.astype(np.uint8, order="C") ^ 128  # which stands for zero
+        arrays = by_output.reshape(outputs, blocks, block), np.repeat(scale[:, None], blocks, 1)
+        new = [f"{old[0]}.bytes", f"{old[1]}.{blocks}_blocks"]
+        for source, name, array in zip(old, new, arrays, strict=True):
+            initializers[name] = _like(initializers[source], name, array, tables)
+        node.CopyFrom(block_product(node, [x, *new], inputs, outputs, 8, block))
+        replaced.update(old)
+    unused = replaced - {name for node in graph.node for name in node.input}
+    del graph.initializer[:]
+    graph.initializer.extend(initializer for name, initializer in initializers.items() if name not in unused)
+
+
+def _array(initializer: onnx.TensorProto, weights: Weights) -> np.ndarray:
+    """Only what lies in the file of weights has a name that no other stage gives to something else."""
+    return weights[initializer.name] if initializer.external_data else numpy_helper.to_array(initializer)
+
+
+def _like(source: onnx.TensorProto, name: str, array: np.ndarray, tables: Weights) -> onnx.TensorProto:
+    """An initializer in the graph or in the file of weights, wherever the source is."""
+    tensor = numpy_helper.from_array(array, name)
+    if source.external_data:
+        tables[name] = array
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=WEIGHTS)
+    return tensor
+
+
+def _refer_by_name(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """Drops where each tensor lies in the file of weights, since a session takes them by name; returns the names."""
+    external = [initializer for initializer in graph.initializer if initializer.external_data]
+    for initializer in external:
+        del initializer.external_data[:]
+        initializer.external_data.add(key="location", value=WEIGHTS)
+    return tuple(initializer.name for initializer in external)
+
+
+def _usual_rows(graph: onnx.GraphProto, stage: StageInfo) -> dict[str, int]:
+    """Number of vectors in each activation of a known shape, in a usual call."""
+    usual = {name: size.usual for name, size in stage.dims.items()}
+    found = {}
+    for value in (*graph.input, *graph.value_info):
+        dims = [usual.get(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim[:-1]]
+        if all(dims):
+            found[value.name] = math.prod(dims)
+    return found
 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:

@@ -1,5 +1,6 @@
 """Products in int8: the operator against integer arithmetic of numpy, the choice of precisions, and whole plans."""
 
+import copy
 import re
 import shutil
 
@@ -15,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 from support.mutations import change_function, change_weight, failed, failures, replace_with
 
-from vqdeploy.engines.bodies_onnxrt import swap_in
+from vqdeploy.engines.bodies_onnxrt import block_product, swap_in
 from vqdeploy.engines.build import build
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
@@ -24,9 +25,12 @@ from vqdeploy.export.layers import Product
 from vqdeploy.export.package import export
 from vqdeploy.export.precision import QuantizedProduct
 from vqdeploy.export.rounding import rounded_columns
+from vqdeploy.models.transformer import Block
 from vqdeploy.precision import MIXED, Choice
 from vqdeploy.runtime import load
 from vqdeploy.runtime.autoregressive import AutoregressiveSampler
+from vqdeploy.runtime.bundle import Bundle
+from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.verify import verify, verify_package
 
 
@@ -103,36 +107,75 @@ def test_both_bodies(rows, inputs, outputs, seed):
     assert np.median(np.abs(own - integers(x, weight, scale)) / np.maximum(size, 1e-30)) < 1e-5
 
 
-def test_the_largest_numbers_do_not_overflow():
+def by_blocks(weight, scale, size=64):
+    """The product of a plan for few rows, in ONNX Runtime."""
+    inputs, outputs = weight.shape
+    table = (weight.T.astype(np.int16) + 128).astype(np.uint8).reshape(outputs, -1, size)
+    model, sizes = graph_of(weight, scale, own=False), (inputs, outputs, 8, size)
+    scales = np.ascontiguousarray(np.broadcast_to(scale[:, None], table.shape[:2]))
+    del model.graph.initializer[:], model.functions[:]
+    model.graph.initializer.extend([numpy_helper.from_array(table, "table"), numpy_helper.from_array(scales, "scales")])
+    model.graph.node[0].CopyFrom(block_product(model.graph.node[0], ["x", "table", "scales"], *sizes))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def by_integers(weight, scale):
+    """The product of a plan for many rows."""
+    return session(weight, scale, own=True)
+
+
+both = pytest.mark.parametrize("product", [by_blocks, by_integers])
+
+
+@both
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_numbers_do_not_overflow(product, sign):
     """Products of 255 and 127 in pairs overflow the int16 that AVX2 adds them in."""
-    x, weight = np.ones((3, 4096), np.float32), np.full((4096, 32), 63, np.int8)
-    (own,) = session(weight, np.ones(32, np.float32), own=True).run(None, {"x": x})
-    np.testing.assert_allclose(own, 4096 * 63, rtol=1e-6)
+    x, weight = np.ones((3, 4096), np.float32), np.full((4096, 32), 63 * sign, np.int8)
+    (own,) = product(weight, np.ones(32, np.float32)).run(None, {"x": x})
+    np.testing.assert_allclose(own, 4096 * 63 * sign, rtol=1e-6)
     assert QuantizedProduct(Product(torch.eye(8) * 1e3 + torch.randn(8, 8))).weight.abs().max() == 63
 
 
-def test_a_row_does_not_depend_on_the_others():
+@given(st.integers(1, 9), st.integers(1, 3), st.sampled_from([16, 32, 64, 128]), st.integers(0, 1000))
+def test_blocks_are_rounded_one_by_one(rows, blocks, size, seed):
+    x, weight, scale = example(rows, blocks * size, 24, seed)
+    (found,) = by_blocks(weight, scale, size).run(None, {"x": x})
+    cut, matrix = x.reshape(rows, blocks, size), weight.reshape(blocks, size, 24).astype(np.float64)
+    step = np.abs(cut).max(2, keepdims=True) / 127.0
+    exact = np.einsum("rbi,bio->ro", np.rint(cut / step) * step, matrix) * scale
+    # A unit that lies halfway between two integers may be rounded either way.
+    allowed = np.einsum("rb,bo->ro", step[:, :, 0], np.abs(matrix).max(1)) * scale
+    assert (np.abs(found - exact) <= 1.01 * allowed).all()
+    size_of = np.abs(x).astype(np.float64) @ (np.abs(weight) * scale.astype(np.float64))
+    assert np.median(np.abs(found - exact) / np.maximum(size_of, 1e-30)) < 1e-5
+
+
+@both
+def test_a_row_does_not_depend_on_the_others(product):
     x, weight, scale = example(17, 64, 48)
-    own = session(weight, scale, own=True)
+    own = product(weight, scale)
     (together,) = own.run(None, {"x": x})
     for i in range(len(x)):
         np.testing.assert_array_equal(own.run(None, {"x": x[i : i + 1]})[0], together[i : i + 1])
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_row_of_zeros(own):
+@pytest.mark.parametrize("product", [by_blocks, by_integers, lambda *parts: session(*parts, own=False)])
+def test_a_row_of_zeros(product):
     x, weight, scale = example(4, 64, 48)
     x[1] = 0
-    (found,) = session(weight, scale, own).run(None, {"x": x})
+    (found,) = product(weight, scale).run(None, {"x": x})
     assert (found[1] == 0).all()
     assert np.isfinite(found).all()
 
 
-def test_what_overflows_is_not_hidden():
+@both
+def test_what_overflows_is_not_hidden(product):
     x, weight, scale = example(4, 64, 48)
     x[2, 5] = np.inf
     x[3] = np.nan
-    (found,) = session(weight, scale, own=True).run(None, {"x": x})
+    (found,) = product(weight, scale).run(None, {"x": x})
     assert not np.isfinite(found[2:]).any()
     assert np.isfinite(found[:2]).all()
 
@@ -247,16 +290,76 @@ def test_precisions_that_differ(artifacts, movq_system):
     assert report["precision"] == MIXED
 
 
-@pytest.mark.parametrize("portable", [True, False], ids=["portable", "own"])
+def products(plan):
+    """The operators of a plan's products in int8, by stage."""
+    kinds = ("QuantizedLinear", "MatMulNBits")
+    graphs = {s.name: onnx.load_from_string(bytes(plan.member(s.file))).graph for s in plan.manifest.stages}
+    found = {name: {node.op_type for node in graph.node} & {*kinds} for name, graph in graphs.items()}
+    return {name: kind for name, kind in found.items() if kind}
+
+
+def test_few_rows_have_products_by_blocks(artifacts):
+    """Their weights are those of the package, in another order, and the plan holds no other."""
+    plan, package = Bundle(artifacts.plan("rqvae", "int8")), artifacts.package("rqvae", "int8")
+    assert products(plan) == {"step": {"MatMulNBits"}}
+    stored = load_file(package / "weights.safetensors")
+    graph = onnx.load(package / "step.onnx").graph
+    inline = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    tables = plan.tensors() | {
+        i.name: numpy_helper.to_array(i)
+        for i in onnx.load_from_string(bytes(plan.member("step.onnx"))).graph.initializer
+        if not i.external_data
+    }
+    for node in graph.node:
+        if node.op_type == "QuantizedLinear":
+            weight, scale = (stored.get(name, inline.get(name)) for name in node.input[1:])
+            (table,) = (table for name, table in tables.items() if name == f"{node.input[1]}.bytes")
+            (scales,) = (s for n, s in tables.items() if re.fullmatch(rf"{re.escape(node.input[2])}\.\d+_blocks", n))
+            floats = (table.astype(np.float32) - 128) * scales[:, :, None]
+            np.testing.assert_array_equal(floats.reshape(len(scales), -1).T, weight * scale)
+    assert not [name for name, weight in plan.tensors().items() if weight.dtype == np.int8]
+
+
+@pytest.mark.parametrize(("name", "usual"), [("rqvae", 8), ("movq", 1), ("var", 1)])
+def test_many_rows_have_products_of_integers(artifacts, name, usual):
+    plan = Bundle(artifacts.plan(name, "int8", batch=SizeRange(1, usual, 64)))
+    assert products(plan) == {"step": {"QuantizedLinear"}}
+    package = read(artifacts.package(name, "int8"))
+    assert plan.manifest.members["weights.safetensors"] == package.members["weights.safetensors"]
+
+
+def test_each_stage_has_products_for_its_rows(artifacts):
+    found = products(Bundle(artifacts.plan("vqvae2", "int8")))
+    assert "MatMulNBits" in found["top_pixel"] & found["bottom_pixel"]
+    assert found["bottom_row"] == {"QuantizedLinear"}
+
+
+def test_weights_that_are_equal_but_for_their_scales(artifacts, tmp_path):
+    """The package holds their integers once."""
+    system = copy.deepcopy(artifacts.system("rqvae"))
+    first, second = [part.mlp[0].weight for part in system.prior.modules() if isinstance(part, Block)][:2]
+    with torch.no_grad():
+        second.copy_(first * 2)
+    export(system, tmp_path / "onnx", "int8")
+    build(tmp_path / "onnx", tmp_path / "plan")
+    assert failures(verify(tmp_path / "plan", system)) == set()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"portable": True}, {}, {"batch": SizeRange(1, 8, 64)}],
+    ids=["portable", "few rows", "many rows"],
+)
 @pytest.mark.parametrize("name", ["rqvae", "vit", "vqvae2", "var"])
-def test_a_good_plan_passes(artifacts, name, portable):
-    report = verify(artifacts.plan(name, "int8", portable=portable), artifacts.system(name))
+def test_a_good_plan_passes(artifacts, name, options):
+    report = verify(artifacts.plan(name, "int8", **options), artifacts.system(name))
     assert failures(report) == set()
     assert any("divergence" in check["metric"] for check in report["checks"])
 
 
-def test_an_image_alone_is_the_image_in_a_batch(artifacts):
-    pipeline = artifacts.pipeline("rqvae", "int8")
+@pytest.mark.parametrize("usual", [1, 8])
+def test_an_image_alone_is_the_image_in_a_batch(artifacts, usual):
+    pipeline = artifacts.pipeline("rqvae", "int8", batch=SizeRange(1, usual, 64))
     together = pipeline.generate([0, 1, 2], seed=3).codes
     alone = pipeline.generate([1], seed=3, first_image=1).codes
     np.testing.assert_array_equal(alone[0], together[1])

@@ -14,7 +14,10 @@ def build(
     backend: Annotated[str, typer.Option(help="onnxrt, tensorrt-rtx or tensorrt.")] = "onnxrt",
     device: Annotated[str | None, typer.Option(help="onnxrt: target of the plan, cpu or cuda; cpu by default.")] = None,
     opt_batch: Annotated[
-        int | None, typer.Option(min=1, help="TensorRT: batch size that the engines are tuned for; 1 by default.")
+        int | None,
+        typer.Option(
+            min=1, help="Batch size that the plan is tuned for; 1 by default. onnxrt: of products in int8 on the CPU."
+        ),
     ] = None,
     max_batch: Annotated[
         int, typer.Option(min=1, max=4096, help="Largest batch of an engine call; larger requests are split.")
@@ -31,11 +34,15 @@ def build(
     from vqdeploy.errors import VqdeployError
     from vqdeploy.runtime.manifest import SizeRange
 
-    if opt_batch is not None and backend == "onnxrt":
-        raise VqdeployError("onnxrt is not tuned for a batch size", expected="no --opt-batch", found=opt_batch)
     if device == "cpu" and backend.startswith("tensorrt"):
         raise VqdeployError(f"{backend} builds for CUDA only", expected="--device cuda", found=device)
-    plan = output or Path(f"{read_manifest(package).name}.plan")
+    exported = read_manifest(package)
+    integers = device != "cuda" and any(stage.precision in ("int8", "int4") for stage in exported.stages)
+    if opt_batch is not None and backend == "onnxrt" and not integers:
+        raise VqdeployError(
+            "onnxrt tunes only products in int8 on the CPU for a batch size", expected="no --opt-batch", found=opt_batch
+        )
+    plan = output or Path(f"{exported.name}.plan")
     with progress("building") as tell:
         batch = SizeRange(1, opt_batch or 1, max_batch)
         manifest = build_plan(package, plan, backend, batch, tell, plugin=plugin, device=device or "cpu")
