@@ -40,13 +40,16 @@ class OnnxrtBuilder:
         if options.plugin == "on":
             raise refuse_plugin("onnxrt has no ahead-of-time compiled plugins")
         cuda = options.device == "cuda"
+        models = {stage.name: read_graph(package / stage.file) for stage in stages}
+        # A plan holds a matrix once: where one stage multiplies it by few rows, all do it in the same way.
+        few = set[str]().union(*(_of_few_rows(models[stage.name].graph, stage) for stage in stages))
         weights, tables = bundle.tensors(np.memmap(package / WEIGHTS, mode="r").data), Weights()
         built = []
         for stage in stages:
             progress(stage.name)
-            model = read_graph(package / stage.file)
+            model = models[stage.name]
             if not (options.portable or cuda):
-                _use_byte_products(model.graph, stage, weights, tables)
+                _use_byte_products(model.graph, few, weights, tables)
                 swap_in(model, _cache_heads(model.graph))
             built.append(BuiltStage(folder / stage.file, _refer_by_name(model.graph)))
             onnx.save(model, folder / stage.file)
@@ -57,16 +60,29 @@ class OnnxrtBuilder:
         return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built, own)
 
 
-def _use_byte_products(graph: onnx.GraphProto, stage: StageInfo, weights: Weights, tables: Weights) -> None:
-    """Replaces products in int8 that usually have few rows by MatMulNBits, and adds what it reads to `tables`.
+def _of_few_rows(graph: onnx.GraphProto, stage: StageInfo) -> set[str]:
+    """Names of the matrices in int8 that are usually multiplied by few rows."""
+    usual = {name: size.usual for name, size in stage.dims.items()}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.value_info)}
+    found = set()
+    for node in graph.node:
+        if node.op_type == "QuantizedLinear":
+            x, weight, _ = node.input
+            rows = math.prod(usual.get(dim.dim_param, dim.dim_value) for dim in shapes.get(x, ())[:-1])
+            if x in shapes and 0 < rows <= _FEW_ROWS:
+                found.add(weight)
+    return found
+
+
+def _use_byte_products(graph: onnx.GraphProto, chosen: set[str], weights: Weights, tables: Weights) -> None:
+    """Replaces products in int8 with these matrices by MatMulNBits, and adds what it reads to `tables`.
 
     In one node it quantizes activations to 8 bits by blocks of a row, multiplies and scales.
     """
     initializers = {initializer.name: initializer for initializer in graph.initializer}
-    rows = _usual_rows(graph, stage)
     replaced: set[str] = set()
     for node in graph.node:
-        if node.op_type != "QuantizedLinear" or rows.get(node.input[0], math.inf) > _FEW_ROWS:
+        if node.op_type != "QuantizedLinear" or node.input[1] not in chosen:
             continue
         x, *old = node.input
         if [len(initializers[name].dims) for name in old if name in initializers] != [2, 1]:
@@ -112,17 +128,6 @@ def _refer_by_name(graph: onnx.GraphProto) -> tuple[str, ...]:
         del initializer.external_data[:]
         initializer.external_data.add(key="location", value=WEIGHTS)
     return tuple(initializer.name for initializer in external)
-
-
-def _usual_rows(graph: onnx.GraphProto, stage: StageInfo) -> dict[str, int]:
-    """Number of vectors in each activation of a known shape, in a usual call."""
-    usual = {name: size.usual for name, size in stage.dims.items()}
-    found = {}
-    for value in (*graph.input, *graph.value_info):
-        dims = [usual.get(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim[:-1]]
-        if all(dims):
-            found[value.name] = math.prod(dims)
-    return found
 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:

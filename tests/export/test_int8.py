@@ -334,6 +334,15 @@ def test_each_stage_has_products_for_its_rows(artifacts):
     assert found["bottom_row"] == {"QuantizedLinear"}
 
 
+def test_stages_share_their_weights(artifacts):
+    """The step multiplies one row, `features` a whole image."""
+    plan, package = Bundle(artifacts.plan("vit", "int8")), artifacts.package("vit", "int8")
+    assert products(plan) == {"step": {"MatMulNBits"}, "features": {"MatMulNBits"}}
+    stored = load_file(package / "weights.safetensors")
+    size = sum(weight.nbytes for weight in stored.values())
+    assert sum(weight.nbytes for weight in plan.tensors().values()) < size * 1.02
+
+
 def test_weights_that_are_equal_but_for_their_scales(artifacts, tmp_path):
     """The package holds their integers once."""
     system = copy.deepcopy(artifacts.system("rqvae"))
