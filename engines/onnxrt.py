@@ -20,7 +20,8 @@ from vqdeploy.runtime import bundle
 from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
 
 _FEW_ROWS = 2  # up to which MatMulNBits is the faster product in 8 bits on every CPU
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # inputs of MatMulNBits with a scale
+# Inputs with a scale. With 128, MatMulNBits adds up one row in another order than several on CPUs with AVX512-VNNI.
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 64
 
 Weights: TypeAlias = dict[str, np.ndarray]
 
@@ -95,7 +96,8 @@ def _use_byte_products(graph: onnx.GraphProto, chosen: set[str], weights: Weight
         blocks = inputs // block
         by_output = weight.T.astype(np.uint8, order="C") ^ 128  # which stands for zero
         arrays = by_output.reshape(outputs, blocks, block), np.repeat(scale[:, None], blocks, 1)
-        new = [f"{old[0]}.bytes", f"{old[1]}.{blocks}_blocks"]
+        kinds = ("weight", "scale")
+        new = [f"{name.removesuffix(f'.{k}')}.bytes_{blocks}.{k}" for name, k in zip(old, kinds, strict=True)]
         for source, name, array in zip(old, new, arrays, strict=True):
             initializers[name] = _like(initializers[source], name, array, tables)
         node.CopyFrom(block_product(node, [x, *new], inputs, outputs, 8, block))

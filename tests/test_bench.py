@@ -78,6 +78,15 @@ def test_weight_traffic_counts_the_matrices_of_the_step(plan):
     assert bench.step_weight_bytes(load(plan)) == 4 * (2 * 12 * 64**2 + 4 * (12 * 64**2 + 64 * 64))
 
 
+@pytest.mark.parametrize(("dtype", "usual"), [("int8", 1), ("int8", 8), ("int4", 1), ("int4", 8)])
+def test_matrices_are_counted_in_every_form(artifacts, plan, dtype, usual):
+    """Bytes may hold one weight or two."""
+    low = artifacts.pipeline("rqvae", dtype, batch=SizeRange(1, usual, 64))
+    counts = [sum(matrix.count for matrix in bench._matrices(pipe, "step").values()) for pipe in (low, load(plan))]
+    assert counts[0] == counts[1]
+    assert bench.step_weight_bytes(low) < bench.step_weight_bytes(load(plan)) / 3
+
+
 def test_a_plan_in_half_is_timed_against_pytorch_in_half(half_package, checkpoint_folder, plan, tmp_path, monkeypatch):
     build(half_package, tmp_path / "half.plan")
     seen = set()

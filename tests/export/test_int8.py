@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import onnx
@@ -152,13 +153,16 @@ def test_blocks_are_rounded_one_by_one(rows, blocks, size, seed):
     assert np.median(np.abs(found - exact) / np.maximum(size_of, 1e-30)) < 1e-5
 
 
-@both
-def test_a_row_does_not_depend_on_the_others(product):
-    x, weight, scale = example(17, 64, 48)
+@pytest.mark.parametrize("product", [*(partial(by_blocks, size=size) for size in (16, 32, 64)), by_integers])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (192, 8), (512, 100), (2048, 24)])
+def test_a_row_does_not_depend_on_the_others(product, inputs, outputs):
+    x, weight, scale = example(17, inputs, outputs)
     own = product(weight, scale)
     (together,) = own.run(None, {"x": x})
-    for i in range(len(x)):
-        np.testing.assert_array_equal(own.run(None, {"x": x[i : i + 1]})[0], together[i : i + 1])
+    for rows in (1, 2, 3, 8):
+        for start in range(0, len(x) - rows + 1, rows):
+            part = slice(start, start + rows)
+            np.testing.assert_array_equal(own.run(None, {"x": x[part]})[0], together[part])
 
 
 @pytest.mark.parametrize("product", [by_blocks, by_integers, lambda *parts: session(*parts, own=False)])
@@ -305,16 +309,17 @@ def test_few_rows_have_products_by_blocks(artifacts):
     stored = load_file(package / "weights.safetensors")
     graph = onnx.load(package / "step.onnx").graph
     inline = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    tables = plan.tensors() | {
-        i.name: numpy_helper.to_array(i)
-        for i in onnx.load_from_string(bytes(plan.member("step.onnx"))).graph.initializer
-        if not i.external_data
-    }
+    step = onnx.load_from_string(bytes(plan.member("step.onnx"))).graph
+    tables = {i.name: numpy_helper.to_array(i) for i in step.initializer if not i.external_data} | plan.tensors()
+    attributes = [a for node in step.node if node.op_type == "MatMulNBits" for a in node.attribute]
+    sizes = [attribute.i for attribute in attributes if attribute.name == "block_size"]
+    assert max(sizes) == 64  # larger ones make a row depend on how many there are
     for node in graph.node:
         if node.op_type == "QuantizedLinear":
             weight, scale = (stored.get(name, inline.get(name)) for name in node.input[1:])
-            (table,) = (table for name, table in tables.items() if name == f"{node.input[1]}.bytes")
-            (scales,) = (s for n, s in tables.items() if re.fullmatch(rf"{re.escape(node.input[2])}\.\d+_blocks", n))
+            stem = re.escape(node.input[1].removesuffix(".weight"))
+            (name,) = (name for name in tables if re.fullmatch(rf"{stem}\.bytes_\d+\.weight", name))
+            table, scales = tables[name], tables[name.removesuffix("weight") + "scale"]
             floats = (table.astype(np.float32) - 128) * scales[:, :, None]
             np.testing.assert_array_equal(floats.reshape(len(scales), -1).T, weight * scale)
     assert not [name for name, weight in plan.tensors().items() if weight.dtype == np.int8]

@@ -395,7 +395,7 @@ def _matrices(pipeline: Pipeline, stage: str) -> dict[str, _Matrix]:
     for name in pipeline.manifest.stage(stage).weights:
         weight, scale = weights[name], weights.get(name.removesuffix("weight") + "scale")
         if name.endswith(".weight") and weight.ndim > 1:
-            pairs = 2 if weight.dtype == np.uint8 else 1  # of 4 bits each
+            pairs = 2 if weight.dtype == np.uint8 and ".bytes_" not in name else 1  # of 4 bits each
             found[name] = _Matrix(
                 weight.size * pairs, weight.ndim, weight.nbytes + (0 if scale is None else scale.nbytes)
             )
