@@ -413,7 +413,7 @@ def _use_block_products(graph: onnx.GraphProto) -> None:
     """
     shapes = {initializer.name: initializer.dims for initializer in graph.initializer}
     for node in graph.node:
-        if node.op_type == "BlockQuantizedLinear":
+        if node.op_type == "BlockQuantizedLinear" and len(shapes.get(node.input[1], ())) == 3:
             outputs, blocks, half = shapes[node.input[1]]
             node.CopyFrom(block_product(node, node.input, blocks * 2 * half, outputs, 4, 2 * half))
 

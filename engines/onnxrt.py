@@ -4,10 +4,9 @@ The weights stay as they are, those of products in int8 aside, which are stored 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -19,11 +18,9 @@ from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, ref
 from vqdeploy.runtime import bundle
 from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
 
-_FEW_ROWS = 2  # up to which MatMulNBits is the faster product in 8 bits on every CPU
+_FEW_ROWS = 2  # up to which MatMulNBits is the faster product in 8 bits; with AVX512-VNNI it is up to four
 # Inputs with a scale. With 128, MatMulNBits adds up one row in another order than several on CPUs with AVX512-VNNI.
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 64
-
-Weights: TypeAlias = dict[str, np.ndarray]
 
 
 class OnnxrtBuilder:
@@ -41,85 +38,99 @@ class OnnxrtBuilder:
         if options.plugin == "on":
             raise refuse_plugin("onnxrt has no ahead-of-time compiled plugins")
         cuda = options.device == "cuda"
-        models = {stage.name: read_graph(package / stage.file) for stage in stages}
+        portable = options.portable or cuda
+        models = [read_graph(package / stage.file) for stage in stages]
         # A plan holds a matrix once: where one stage multiplies it by few rows, all do it in the same way.
-        few = set[str]().union(*(_of_few_rows(models[stage.name].graph, stage) for stage in stages))
-        weights, tables = bundle.tensors(np.memmap(package / WEIGHTS, mode="r").data), Weights()
+        few: set[str] = set()
+        if not portable:
+            few.update(*map(_of_few_rows, models, stages))
+        weights = bundle.tensors(np.memmap(package / WEIGHTS, mode="r").data) if few else {}
+        tables: dict[str, np.ndarray] = {}
         built = []
-        for stage in stages:
+        for stage, model in zip(stages, models, strict=True):
             progress(stage.name)
-            model = models[stage.name]
-            if not (options.portable or cuda):
+            if not portable:
                 _use_byte_products(model.graph, few, weights, tables)
                 swap_in(model, _cache_heads(model.graph))
             built.append(BuiltStage(folder / stage.file, _refer_by_name(model.graph)))
             onnx.save(model, folder / stage.file)
-        if tables:
-            used = {name for stage in built for name in stage.weights}
-            save_file({name: array for name, array in (weights | tables).items() if name in used}, folder / WEIGHTS)
-        own = folder / WEIGHTS if tables else None
-        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built, own)
+        kind = f"onnx {version('onnx')}", ("cuda",) if cuda else ()
+        if not tables:
+            return Built(*kind, built)
+        used = {name for stage in built for name in stage.weights}
+        save_file({name: array for name, array in (weights | tables).items() if name in used}, folder / WEIGHTS)
+        return Built(*kind, built, folder / WEIGHTS)
 
 
-def _of_few_rows(graph: onnx.GraphProto, stage: StageInfo) -> set[str]:
+def _of_few_rows(model: onnx.ModelProto, stage: StageInfo) -> set[str]:
     """Names of the matrices in int8 that are usually multiplied by few rows."""
     usual = {name: size.usual for name, size in stage.dims.items()}
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.value_info)}
+    types = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)}
     found = set()
-    for node in graph.node:
-        if node.op_type == "QuantizedLinear":
+    for node in model.graph.node:
+        if node.op_type == "QuantizedLinear" and len(node.input) == 3:
             x, weight, _ = node.input
-            rows = math.prod(usual.get(dim.dim_param, dim.dim_value) for dim in shapes.get(x, ())[:-1])
-            if x in shapes and 0 < rows <= _FEW_ROWS:
-                found.add(weight)
+            if x in types and types[x].HasField("shape"):
+                rows = [usual.get(dim.dim_param, dim.dim_value) for dim in types[x].shape.dim[:-1]]
+                if 0 < math.prod(rows) <= _FEW_ROWS:
+                    found.add(weight)
     return found
 
 
-def _use_byte_products(graph: onnx.GraphProto, chosen: set[str], weights: Weights, tables: Weights) -> None:
+def _use_byte_products(
+    graph: onnx.GraphProto, chosen: set[str], weights: Mapping[str, np.ndarray], tables: dict[str, np.ndarray]
+) -> None:
     """Replaces products in int8 with these matrices by MatMulNBits, and adds what it reads to `tables`.
 
     In one node it quantizes activations to 8 bits by blocks of a row, multiplies and scales.
     """
-    initializers = {initializer.name: initializer for initializer in graph.initializer}
+    old = {initializer.name: initializer for initializer in graph.initializer}
+    taken = {*weights, *old, *(name for node in graph.node for name in node.output)}
+    new: dict[str, onnx.TensorProto] = {}
     replaced: set[str] = set()
     for node in graph.node:
-        if node.op_type != "QuantizedLinear" or node.input[1] not in chosen:
+        if node.op_type != "QuantizedLinear" or not _as_exported(node, old) or node.input[1] not in chosen:
             continue
-        x, *old = node.input
-        if [len(initializers[name].dims) for name in old if name in initializers] != [2, 1]:
-            continue  # of a package that was not exported here
-        weight, scale = (_array(initializers[name], weights) for name in old)
-        inputs, outputs = weight.shape
+        weight, scale = (old[name] for name in node.input[1:])
+        inputs, outputs = weight.dims
         block = math.gcd(inputs, _LARGEST_BLOCK)
-        if block < _SMALLEST_BLOCK:
-            continue
         blocks = inputs // block
-        by_output = weight.T.astype(np.uint8, order="C") ^ 128  # which stands for zero
-        arrays = by_output.reshape(outputs, blocks, block), np.repeat(scale[:, None], blocks, 1)
-        kinds = ("weight", "scale")
-        new = [f"{name.removesuffix(f'.{k}')}.bytes_{blocks}.{k}" for name, k in zip(old, kinds, strict=True)]
-        for source, name, array in zip(old, new, arrays, strict=True):
-            initializers[name] = _like(initializers[source], name, array, tables)
-        node.CopyFrom(block_product(node, [x, *new], inputs, outputs, 8, block))
-        replaced.update(old)
+        names = [f"{source.name}.bytes_{blocks}" for source in (weight, scale)]
+        if block < _SMALLEST_BLOCK or taken.intersection(names):
+            continue
+        by_output = _array(weight, weights).T.astype(np.uint8, order="C") ^ 128  # which stands for zero
+        new[names[0]] = _like(weight, names[0], by_output.reshape(outputs, blocks, block), tables)
+        new[names[1]] = _like(scale, names[1], np.repeat(_array(scale, weights)[:, None], blocks, 1), tables)
+        replaced.update(node.input[1:])
+        node.CopyFrom(block_product(node, [node.input[0], *names], inputs, outputs, 8, block))
     unused = replaced - {name for node in graph.node for name in node.input}
     del graph.initializer[:]
-    graph.initializer.extend(initializer for name, initializer in initializers.items() if name not in unused)
+    graph.initializer.extend(tensor for name, tensor in (old | new).items() if name not in unused)
 
 
-def _array(initializer: onnx.TensorProto, weights: Weights) -> np.ndarray:
-    """Only what lies in the file of weights has a name that no other stage gives to something else."""
-    return weights[initializer.name] if initializer.external_data else numpy_helper.to_array(initializer)
+def _as_exported(node: onnx.NodeProto, initializers: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a product has a matrix in int8, and a scale for each column: packages may be damaged."""
+    constants = [initializers[name] for name in node.input[1:] if name in initializers]
+    if len(node.input) != 3 or len(constants) != 2:
+        return False
+    weight, scale = constants
+    types = (weight.data_type, scale.data_type) == (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT)
+    return types and len(weight.dims) == 2 and all(weight.dims) and scale.dims == weight.dims[1:]
 
 
-def _like(source: onnx.TensorProto, name: str, array: np.ndarray, tables: Weights) -> onnx.TensorProto:
+def _array(source: onnx.TensorProto, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """An initializer, from the file of weights or the graph; other stages may have another of its name in theirs."""
+    return weights[source.name] if source.external_data else numpy_helper.to_array(source)
+
+
+def _like(source: onnx.TensorProto, name: str, array: np.ndarray, tables: dict[str, np.ndarray]) -> onnx.TensorProto:
     """An initializer in the graph or in the file of weights, wherever the source is."""
-    tensor = numpy_helper.from_array(array, name)
-    if source.external_data:
-        tables[name] = array
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value=WEIGHTS)
+    if not source.external_data:
+        return numpy_helper.from_array(array, name)
+    tables[name] = array
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=array.shape, data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=WEIGHTS)
     return tensor
 
 

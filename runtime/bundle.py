@@ -358,6 +358,8 @@ def _weight(dtype: str, shape: list[int], data_offsets: list[int]) -> Weight:
     kind = np.dtype(_DTYPES[dtype])
     if not all(type(size) is int and size >= 0 for size in (*shape, start, stop)) or len(shape) > 32:
         raise ValueError(f"shape {shape} at {data_offsets}")
+    if math.prod(size or 1 for size in shape) * kind.itemsize >= 1 << 63:  # of none, too: NumPy refuses it
+        raise ValueError(f"shape {shape} is too large")
     if stop - start != math.prod(shape) * kind.itemsize or start % kind.itemsize:
         raise ValueError(f"{dtype} of shape {shape} at {data_offsets}")
     return Weight(kind, tuple(shape), start, stop)

@@ -256,8 +256,8 @@ def test_a_plan_holds_the_weights_once(artifacts):
     assert len(inputs) == 4 * (2 + 4) + 4  # with the classifier, in 8 bits
     assert set(inputs) <= {initializer.name for initializer in graph.initializer}
     assert set(stored) ^ set(weights) == {
-        *("classifier.product.weight", "classifier.product.bytes_1.weight"),
-        *("classifier.product.scale", "classifier.product.bytes_1.scale"),
+        *("classifier.product.weight", "classifier.product.weight.bytes_1"),
+        *("classifier.product.scale", "classifier.product.scale.bytes_1"),
     }
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -393,12 +394,12 @@ def _matrices(pipeline: Pipeline, stage: str) -> dict[str, _Matrix]:
     """The weights of matrix products and convolutions of a stage, without embedding tables."""
     weights, found = pipeline.bundle.tensors(), {}
     for name in pipeline.manifest.stage(stage).weights:
-        weight, scale = weights[name], weights.get(name.removesuffix("weight") + "scale")
-        if name.endswith(".weight") and weight.ndim > 1:
-            pairs = 2 if weight.dtype == np.uint8 and ".bytes_" not in name else 1  # of 4 bits each
-            found[name] = _Matrix(
-                weight.size * pairs, weight.ndim, weight.nbytes + (0 if scale is None else scale.nbytes)
-            )
+        weight, parts = weights[name], re.fullmatch(r"(.*\.)weight(\.bytes_\d+)?", name)
+        if parts and weight.ndim > 1:
+            pairs = 2 if weight.dtype == np.uint8 and not parts[2] else 1  # of 4 bits each
+            scale = weights.get(f"{parts[1]}scale{parts[2] or ''}")
+            size = weight.nbytes + (0 if scale is None else scale.nbytes)
+            found[name] = _Matrix(weight.size * pairs, weight.ndim, size)
     return found
 
 

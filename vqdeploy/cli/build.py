@@ -16,7 +16,7 @@ def build(
     opt_batch: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Batch size that the plan is tuned for; 1 by default. onnxrt: of products in int8 on the CPU."
+            min=1, help="Batch size that the plan is tuned for; 1 by default. onnxrt tunes products in int8 on the CPU."
         ),
     ] = None,
     max_batch: Annotated[
@@ -37,8 +37,8 @@ def build(
     if device == "cpu" and backend.startswith("tensorrt"):
         raise VqdeployError(f"{backend} builds for CUDA only", expected="--device cuda", found=device)
     exported = read_manifest(package)
-    integers = device != "cuda" and any(stage.precision in ("int8", "int4") for stage in exported.stages)
-    if opt_batch is not None and backend == "onnxrt" and not integers:
+    tunable = device != "cuda" and any(stage.precision in ("int8", "int4") for stage in exported.stages)
+    if opt_batch is not None and backend == "onnxrt" and not tunable:
         raise VqdeployError(
             "onnxrt tunes only products in int8 on the CPU for a batch size", expected="no --opt-batch", found=opt_batch
         )
