@@ -82,9 +82,8 @@ def build(
         files = [part.file for part in built.stages]
         members = {file.name: bundle.sha256(file) for file in files}
         if any(part.weights for part in built.stages):
-            weights = built.weights or folder / WEIGHTS
-            files.append(weights)
-            members[WEIGHTS] = bundle.sha256(weights)
+            files.append(built.weights or folder / WEIGHTS)
+            members[WEIGHTS] = bundle.sha256(built.weights) if built.weights else manifest.members[WEIGHTS]
         manifest = dataclasses.replace(
             manifest,
             stages=tuple(stages),
