@@ -49,10 +49,12 @@ class OnnxrtBuilder:
         built = []
         for stage, model in zip(stages, models, strict=True):
             progress(stage.name)
+            names = stage.weights
             if not portable:
                 _use_byte_products(model.graph, few, weights, tables)
                 swap_in(model, _cache_heads(model.graph))
-            built.append(BuiltStage(folder / stage.file, _refer_by_name(model.graph)))
+                names = _refer_by_name(model.graph)
+            built.append(BuiltStage(folder / stage.file, names))
             onnx.save(model, folder / stage.file)
         kind = f"onnx {version('onnx')}", ("cuda",) if cuda else ()
         if not tables:
