@@ -132,17 +132,19 @@ def _like(source: onnx.TensorProto, name: str, array: np.ndarray, tables: dict[s
     tables[name] = array
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor = onnx.TensorProto(name=name, data_type=kind, dims=array.shape, data_location=onnx.TensorProto.EXTERNAL)
-    tensor.external_data.add(key="location", value=WEIGHTS)
-    return tensor
+    return _by_name(tensor)
 
 
 def _refer_by_name(graph: onnx.GraphProto) -> tuple[str, ...]:
-    """Drops where each tensor lies in the file of weights, since a session takes them by name; returns the names."""
-    external = [initializer for initializer in graph.initializer if initializer.external_data]
-    for initializer in external:
-        del initializer.external_data[:]
-        initializer.external_data.add(key="location", value=WEIGHTS)
-    return tuple(initializer.name for initializer in external)
+    """Drops where each tensor lies in the file of weights; returns the names."""
+    return tuple(_by_name(initializer).name for initializer in graph.initializer if initializer.external_data)
+
+
+def _by_name(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """The tensor, which says only that it lies in the file of weights: a session takes it by its name."""
+    del tensor.external_data[:]
+    tensor.external_data.add(key="location", value=WEIGHTS)
+    return tensor
 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:

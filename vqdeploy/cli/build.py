@@ -32,12 +32,13 @@ def build(
     from vqdeploy.engines.build import build as build_plan
     from vqdeploy.engines.package import read_manifest
     from vqdeploy.errors import VqdeployError
+    from vqdeploy.precision import PRECISIONS
     from vqdeploy.runtime.manifest import SizeRange
 
     if device == "cpu" and backend.startswith("tensorrt"):
         raise VqdeployError(f"{backend} builds for CUDA only", expected="--device cuda", found=device)
     exported = read_manifest(package)
-    tunable = device != "cuda" and any(stage.precision in ("int8", "int4") for stage in exported.stages)
+    tunable = device != "cuda" and any(PRECISIONS[stage.precision].bits for stage in exported.stages)
     if opt_batch is not None and backend == "onnxrt" and not tunable:
         raise VqdeployError(
             "onnxrt tunes only products in int8 on the CPU for a batch size", expected="no --opt-batch", found=opt_batch
