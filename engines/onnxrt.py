@@ -4,7 +4,7 @@ The weights stay as they are, those of products in int8 aside, which are stored 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,19 +49,19 @@ class OnnxrtBuilder:
         built = []
         for stage, model in zip(stages, models, strict=True):
             progress(stage.name)
-            names = stage.weights
             if not portable:
                 _use_byte_products(model.graph, few, weights, tables)
                 swap_in(model, _cache_heads(model.graph))
-                names = _refer_by_name(model.graph)
-            built.append(BuiltStage(folder / stage.file, names))
+            built.append(BuiltStage(folder / stage.file, tuple(tensor.name for tensor in _stored(model))))
+        file = None
+        if tables:
+            file = folder / WEIGHTS
+            used = {name for stage in built for name in stage.weights}
+            save_file({name: array for name, array in (weights | tables).items() if name in used}, file)
+            _point_to_file(models, file)
+        for stage, model in zip(stages, models, strict=True):
             onnx.save(model, folder / stage.file)
-        kind = f"onnx {version('onnx')}", ("cuda",) if cuda else ()
-        if not tables:
-            return Built(*kind, built)
-        used = {name for stage in built for name in stage.weights}
-        save_file({name: array for name, array in (weights | tables).items() if name in used}, folder / WEIGHTS)
-        return Built(*kind, built, folder / WEIGHTS)
+        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built, file)
 
 
 def _of_few_rows(model: onnx.ModelProto, stage: StageInfo) -> set[str]:
@@ -132,19 +132,26 @@ def _like(source: onnx.TensorProto, name: str, array: np.ndarray, tables: dict[s
     tables[name] = array
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor = onnx.TensorProto(name=name, data_type=kind, dims=array.shape, data_location=onnx.TensorProto.EXTERNAL)
-    return _by_name(tensor)
-
-
-def _refer_by_name(graph: onnx.GraphProto) -> tuple[str, ...]:
-    """Drops where each tensor lies in the file of weights; returns the names."""
-    return tuple(_by_name(initializer).name for initializer in graph.initializer if initializer.external_data)
-
-
-def _by_name(tensor: onnx.TensorProto) -> onnx.TensorProto:
-    """The tensor, which says only that it lies in the file of weights: a session takes it by its name."""
-    del tensor.external_data[:]
     tensor.external_data.add(key="location", value=WEIGHTS)
     return tensor
+
+
+def _stored(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Initializers that lie in the file of weights."""
+    return [tensor for tensor in model.graph.initializer if tensor.external_data]
+
+
+def _point_to_file(models: Iterable[onnx.ModelProto], file: Path) -> None:
+    """Points initializers at a safetensors file: sessions of ours take them by name, others read where they lie."""
+    weights = bundle.read_weights(file)
+    with file.open("rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+    for model in models:
+        for tensor in _stored(model):
+            start, stop = weights[tensor.name].start, weights[tensor.name].stop
+            del tensor.external_data[:]
+            for key, value in {"location": WEIGHTS, "offset": data + start, "length": stop - start}.items():
+                tensor.external_data.add(key=key, value=str(value))
 
 
 def _cache_heads(graph: onnx.GraphProto) -> int:

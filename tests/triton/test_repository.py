@@ -33,20 +33,22 @@ def repository(artifacts, tmp_path_factory):
     """The repository of a small system, and its plan."""
     made = {}
 
-    def make(name):
-        if name not in made:
+    def make(name, dtype="fp32"):
+        if (name, dtype) not in made:
             folder = tmp_path_factory.mktemp("triton") / name
-            write(artifacts.plan(name), folder)
-            made[name] = folder
-        return made[name], artifacts.plan(name)
+            write(artifacts.plan(name, dtype), folder)
+            made[name, dtype] = folder
+        return made[name, dtype], artifacts.plan(name, dtype)
 
     return make
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_stages_stand_alone(repository, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "fp32") for name in SYSTEMS), ("rqvae", "int8"), ("vqvae2", "int8")]
+)
+def test_stages_stand_alone(repository, name, dtype):
     """ONNX Runtime alone opens each, and computes what the plan does."""
-    folder, plan = repository(name)
+    folder, plan = repository(name, dtype)
     pipeline = load(plan, threads=1)
     for stage in pipeline.manifest.stages:
         model = folder / f"{pipeline.manifest.name}-{stage.name}"
