@@ -4,9 +4,13 @@ A package has portable bodies. The builder for ONNX Runtime replaces them by the
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
+
+from vqdeploy.errors import ArtifactError
+
+T = TypeVar("T")
 
 # What each layer's attention wants to know of the positions, once for all layers: a node each takes longer than it is
 # worth.
@@ -282,12 +286,11 @@ def _search(head: str, metric: str, books: list[str], shared: bool, end: str) ->
 
 def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
     """The function for a quantizer node."""
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    metric = attributes["metric"].decode()
+    metric = _attribute(node, "metric", ("l2", "cosine", "dot"))
     if node.op_type.startswith("VQNearest"):
         head = f"{node.op_type} (z, codebook) => (codes)"
         return onnx.parser.parse_function(_search(head, metric, [""], True, "    codes = Identity (code_0)"))
-    depth = attributes["depth"]
+    depth = _attribute(node, "depth", range(1, 257))
     columns, vectors = (", ".join(f"{name}_{d}" for d in range(depth)) for name in ("column", "vector"))
     end = f"""
     codes = Concat <axis = 1> ({columns})
@@ -298,27 +301,58 @@ def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_search(head, metric, books, shared, end))
 
 
-# Integer products of activations that are quantized to 8 bits row by row, so that an image does not depend on its
-# batch. 128 stands for zero.
-_QUANTIZED_LINEAR = """
-<opset_import: ["" : 24], domain: "vqdeploy">
-QuantizedLinear (x, weight, scale) => (y)
-{
-    last = Constant <value_ints = [-1]> ()
+# Integers of 8 bits; 128 stands for zero.
+_ROUND = """
     smallest = Constant <value = float {1e-30}> ()
     step = Constant <value = float {0.007874015748031496}> ()
     zero = Constant <value = uint8 {128}> ()
     sizes = Abs (x)
-    largest_any = ReduceMax <keepdims = 1> (sizes, last)
+    largest_any = ReduceMax <keepdims = 1> (sizes, axes)
     largest = Max (largest_any, smallest)
     units = Div (x, largest)
-    integers = QuantizeLinear (units, step, zero)
-    products = MatMulInteger (integers, weight, zero)
+    integers = QuantizeLinear (units, step, zero)"""
+_MULTIPLY = """
     products_float = Cast <to = 1> (products)
-    by_row = Mul (products_float, largest)
+    by_largest = Mul (products_float, largest)
     step_scale = Mul (scale, step)
-    y = Mul (by_row, step_scale)
-}"""
+    y = Mul (by_largest, step_scale)"""
+
+# Integer products of activations that are rounded row by row, so that an image does not depend on its batch.
+_QUANTIZED_LINEAR = f"""
+<opset_import: ["" : 24], domain: "vqdeploy">
+QuantizedLinear (x, weight, scale) => (y)
+{{
+    axes = Constant <value_ints = [-1]> ()
+    {_ROUND}
+    products = MatMulInteger (integers, weight, zero)
+    {_MULTIPLY}
+}}"""
+
+
+def _quantized_row_convolution(name: str, taps: int) -> str:
+    """Integer products of the windows of a row, which is rounded as a whole before there are `taps` copies of it."""
+    windows = "".join(
+        f"""
+    start_{tap} = Constant <value_ints = [{tap}]> ()
+    stop_{tap} = Constant <value_ints = [{tap + 1 - taps or 1 << 31}]> ()
+    window_{tap} = Slice (padded, start_{tap}, stop_{tap}, axis)"""
+        for tap in range(taps)
+    )
+    return f"""
+<opset_import: ["" : 24], domain: "vqdeploy">
+{name} (x, weight, scale) => (y)
+{{
+    axes = Constant <value_ints = [1, 2]> ()
+    {_ROUND}
+    axis = Constant <value_ints = [1]> ()
+    pads = Constant <value_ints = [0, {taps // 2}, 0, 0, {taps // 2}, 0]> ()
+    padded = Pad (integers, pads, zero)
+    {windows}
+    rows = Concat <axis = 2> ({", ".join(f"window_{tap}" for tap in range(taps))})
+    products = MatMulInteger (rows, weight, zero)
+    {_MULTIPLY}
+}}"""
+
 
 # ONNX Runtime has no kernel for GroupNormalization and would expand it into twice as many passes over the map. Its
 # InstanceNormalization is fp32; in fp32 graphs the casts are removed.
@@ -365,9 +399,11 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
     attentions = {"PackedAttention": _PACKED_ATTENTION, "ScaledAttention": _SCALED_ATTENTION}
     for node in graph.node:
         if node.op_type in attentions:
-            (own_heads,) = (attribute.i for attribute in node.attribute if attribute.name == "heads")
-            body = attentions[node.op_type].format(heads=own_heads)
+            body = attentions[node.op_type].format(heads=_attribute(node, "heads", range(1, 1025)))
             bodies[node.op_type] = onnx.parser.parse_function(body)
+        if node.op_type.startswith("QuantizedRowConvolution"):
+            taps = _attribute(node, "taps", range(1, 257, 2))
+            bodies[node.op_type] = onnx.parser.parse_function(_quantized_row_convolution(node.op_type, taps))
         if node.op_type == "GroupNormalization":
             node.domain, node.op_type = "vqdeploy", "GroupNorm"
     ranks = _ranks(graph)
@@ -384,6 +420,20 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
         _use_prefix_attention(graph, heads)
     _use_block_products(graph)
     _keep_called(model)
+
+
+def _attribute(node: onnx.NodeProto, name: str, allowed: Sequence[T]) -> T:
+    """An attribute of a node, on which its body depends.
+
+    Raises:
+        ArtifactError: It has none, or one that is not allowed: packages may be damaged.
+    """
+    values = [onnx.helper.get_attribute_value(attribute) for attribute in node.attribute if attribute.name == name]
+    decoded = [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
+    for value in allowed:
+        if decoded == [value]:
+            return value
+    raise ArtifactError(f"{node.op_type} has no attribute {name} that is supported", fix="vqdeploy export")
 
 
 def _keep_called(model: onnx.ModelProto) -> None:

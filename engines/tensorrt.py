@@ -32,7 +32,7 @@ from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 """Compute capabilities of a default TensorRT-RTX engine, by its documentation."""
 
-_QUANTIZED = ("vqdeploy", "QuantizedLinear")
+_QUANTIZED = ("QuantizedLinear", "QuantizedRowConvolution")
 
 log = logging.getLogger("vqdeploy")
 
@@ -107,7 +107,8 @@ def _inlined(file: Path, folder: Path) -> Path:
             f"TensorRT builds no {file.stem} with KV caches in int8: its TensorScatter takes only floats",
             fix="vqdeploy export without caches=int8",
         )
-    model = inliner.inline_selected_functions(model, [_QUANTIZED])
+    quantized = [function.name for function in model.functions if function.name.startswith(_QUANTIZED)]
+    model = inliner.inline_selected_functions(model, [("vqdeploy", name) for name in quantized])
     _use_int4(model.graph, file.parent)
     onnx.save(model, folder / file.name)
     return folder / file.name

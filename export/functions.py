@@ -398,6 +398,22 @@ BlockQuantizedLinear (x, weight, scale) => (y)
 }"""
 
 
+def _quantized_row_convolution(taps: int) -> str:
+    return f"""
+QuantizedRowConvolution (x, weight, scale) => (y)
+{{
+    by_tap = Constant <value_ints = [0, {taps}, -1]> ()
+    table = DequantizeLinear <axis = 1> (weight, scale)
+    like_x = CastLike (table, x)
+    columns = Transpose <perm = [1, 0]> (like_x)
+    taps = Reshape (columns, by_tap)
+    kernel = Transpose <perm = [0, 2, 1]> (taps)
+    channels = Transpose <perm = [0, 2, 1]> (x)
+    rows = Conv <pads = [{taps // 2}, {taps // 2}]> (channels, kernel)
+    y = Transpose <perm = [0, 2, 1]> (rows)
+}}"""
+
+
 def _quantized_convolution(padding: int) -> str:
     """A convolution between QuantizeLinear and DequantizeLinear, which runtimes merge into one of integers."""
     return f"""
@@ -431,6 +447,7 @@ _FUNCTIONS: dict[str, Callable[..., str]] = {
     "WriteCache": lambda: _WRITE_CACHE,
     "QuantizedLinear": lambda: _QUANTIZED_LINEAR,
     "BlockQuantizedLinear": lambda: _BLOCK_QUANTIZED_LINEAR,
+    "QuantizedRowConvolution": _quantized_row_convolution,
     "QuantizedConvolution": _quantized_convolution,
     "GumbelSample": lambda: _GUMBEL_SAMPLE,
     "TruncatedLogits": lambda: _TRUNCATED_LOGITS,
@@ -442,7 +459,7 @@ def function(name: str, **attributes: Any) -> onnx.FunctionProto:
     return parse(_FUNCTIONS[name](**attributes))
 
 
-_VARYING = ("metric", "depth", "heads", "padding")
+_VARYING = ("metric", "depth", "heads", "padding", "taps")
 """Attributes that an ONNX function cannot branch on, so that each value needs a body of its own."""
 
 
@@ -506,6 +523,12 @@ def translations() -> dict[Callable[..., Any], Translation]:
             "BlockQuantizedLinear",
             [("x", "T"), ("weight", "tensor(uint8)"), ("scale", "tensor(float)")],
             [("y", "T")],
+        ),
+        ops.quantized_row_convolution.default: _node(
+            "QuantizedRowConvolution",
+            [("x", "T"), ("weight", "tensor(int8)"), ("scale", "tensor(float)")],
+            [("y", "T")],
+            taps=int,
         ),
         ops.quantized_convolution.default: _node(
             "QuantizedConvolution",

@@ -8,14 +8,16 @@ Autoregressive Models", 2017). A level that is conditioned on codes has a stage 
 image.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqdeploy.export.layers import Product, Projection, at_least, widened
+from vqdeploy.export.layers import Product, Projection, RowProduct, at_least, widened
 from vqdeploy.export.stage import Stage
 from vqdeploy.export.winograd import ONE, minimal_filtering
 from vqdeploy.models.modules import Modules
@@ -100,6 +102,27 @@ class RowConv(nn.Module):
         return (self.outputs @ products).transpose(2, 3).flatten(3).flatten(1, 2)[:, : self.width]
 
 
+class RowProducts(nn.Module):
+    """`RowConv` as a product for each layer, for integers, in which minimal filtering would lose precision."""
+
+    bias: Tensor  # [L * outputs]
+
+    def __init__(self, convolutions: list[Any]):
+        super().__init__()
+        kernels = [conv.weight.detach().permute(3, 2, 1, 0).flatten(1, 2) for conv in convolutions]
+        self.products = Modules(map(RowProduct, kernels))
+        self.register_buffer("bias", torch.cat([conv.bias.detach() for conv in convolutions]))
+
+    def spread(self, row: Tensor) -> Tensor:
+        """Returns the activations of a row as they are."""
+        return row
+
+    def forward(self, rows: list[Tensor]) -> Tensor:
+        """The K - 1 rows above [B, L, w, inputs], farthest first -> [B, w, L * outputs]."""
+        layers = torch.cat(rows, 3).unbind(1)
+        return torch.cat([product(x) for product, x in zip(self.products, layers, strict=True)], 2) + self.bias
+
+
 def at_row(maps: Tensor, row: Tensor) -> Tensor:
     """One row of each map [B, h, ...], that of `row` [B] -> [B, ...]."""
     batch, height = maps.shape[:2]
@@ -111,22 +134,25 @@ class Row(nn.Module):
     """The contribution of the rows above to all positions of a row, and that of the condition.
 
     The inputs of the first and of the second convolutions of all L gated layers are given as activations [B, L, w, C]
-    for the row directly above, and as transformed by `RowConv.spread` for the K - 2 rows above that one.
+    for the row directly above, and as transformed by `spread` for the K - 2 rows above that one. `products` is the
+    number of products of a tile of `RowConv`; None takes `RowProducts`.
     """
 
     row_bias: Tensor  # [C]
     column_bias: Tensor  # [w, C]
     labels: Tensor  # [classes, L * 2C]
 
-    def __init__(self, network: PixelSNAIL, products: int = _PRODUCTS):
+    def __init__(self, network: PixelSNAIL, products: int | None = _PRODUCTS):
         super().__init__()
         gated, config = _gated(network), network.config
         self.side, self.width = config.kernel // 2, config.grid[1]
         offsets = network.entry.codes.offsets
         self.offsets = [offset for offset in offsets if offset[0] < 0]
         self.entry = CodeTable(network.entry.codes, [offsets.index(offset) for offset in self.offsets])
-        self.first = RowConv([block.conv1.above for block in gated], self.width, products)
-        self.second = RowConv([block.conv2.above for block in gated], self.width, products)
+        self.first, self.second = (
+            RowProducts(layers) if products is None else RowConv(layers, self.width, products)
+            for layers in ([block.conv1.above for block in gated], [block.conv2.above for block in gated])
+        )
         self.register_buffer("row_bias", network.entry.row_bias.detach().flatten())
         self.register_buffer("column_bias", network.entry.bias(1, self.width)[:, 0].T.detach().contiguous())
         if gated[0].condition is not None:
@@ -414,35 +440,17 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int, products: int) ->
     channels, inner = config.channels, config.res_channels
     attention = range(config.blocks if config.attention else 0)
     cache = (2, config.heads, height * width, channels // 2 // config.heads)
-
-    def index() -> Tensor:  # the exporter would merge inputs that are the same tensor
-        return torch.zeros(2, dtype=torch.int64)
-
-    stage = Row(network, products)
-    row_x, row_y = torch.zeros(2, layers, width, channels), torch.zeros(2, layers, width, inner)
-    rows: dict[str, Any] = {
-        "row": index(),
-        "codes": torch.zeros(2, side, width, dtype=torch.int64),
-        "row_x": row_x,
-        "row_y": row_y,
-        "above_x": [stage.first.spread(row_x) for _ in range(config.kernel - 2)],
-        "above_y": [stage.second.spread(row_y) for _ in range(config.kernel - 2)],
-    }
     graphs = []
-    if network.label is not None or network.above is not None:
-        rows["label"] = index()
     if network.above is not None:
-        rows["condition"] = torch.zeros(2, height, width, config.condition_channels)
         codes = torch.zeros(2, height // 2, width // 2, dtype=torch.int64)
         graphs.append(Stage(f"{name}_condition", Condition(network.above), {"codes": codes}, ["condition"]))
-    made = ["entry", "inner", "gates", "spread_x", "spread_y"]
-    states = ("row_x", "row_y", "above_x", "above_y", "condition")
-    graphs.append(Stage(f"{name}_row", stage, rows, made, states=states))
+    of_rows = partial(_row_stage, name, network)
+    graphs.append(dataclasses.replace(of_rows(products), in_products=partial(of_rows, None)))
 
     pixels: dict[str, Any] = {
         "codes": torch.zeros(2, side, dtype=torch.int64),
-        "row": index(),
-        "column": index(),
+        "row": _index(),
+        "column": _index(),
         "noise": torch.zeros(2, 1, codebook_size),
         "temperature": torch.ones(2, 1),
         "top_k": torch.ones(2, 1, dtype=torch.int64),
@@ -473,3 +481,31 @@ def _level(name: str, network: PixelSNAIL, codebook_size: int, products: int) ->
         )
     )
     return graphs
+
+
+def _row_stage(name: str, network: PixelSNAIL, products: int | None) -> Stage:
+    config = network.config
+    height, width = config.grid
+    layers, side = config.blocks * config.res_blocks, config.kernel // 2
+    stage = Row(network, products)
+    row_x, row_y = (torch.zeros(2, layers, width, size) for size in (config.channels, config.res_channels))
+    rows: dict[str, Any] = {
+        "row": _index(),
+        "codes": torch.zeros(2, side, width, dtype=torch.int64),
+        "row_x": row_x,
+        "row_y": row_y,
+        "above_x": [torch.zeros_like(stage.first.spread(row_x)) for _ in range(config.kernel - 2)],
+        "above_y": [torch.zeros_like(stage.second.spread(row_y)) for _ in range(config.kernel - 2)],
+    }
+    if network.label is not None or network.above is not None:
+        rows["label"] = _index()
+    if network.above is not None:
+        rows["condition"] = torch.zeros(2, height, width, config.condition_channels)
+    made = ["entry", "inner", "gates", "spread_x", "spread_y"]
+    states = ("row_x", "row_y", "above_x", "above_y", "condition")
+    return Stage(f"{name}_row", stage, rows, made, states=states)
+
+
+def _index() -> Tensor:
+    """A row or a column of each image; the exporter would merge inputs that are the same tensor."""
+    return torch.zeros(2, dtype=torch.int64)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.convolutions import has_convolutions, quantize_convolutions
-from vqdeploy.export.layers import CachedAttention, Product, Projection
+from vqdeploy.export.layers import CachedAttention, Product, Projection, RowProduct
 from vqdeploy.export.quantizers import Replacement
 from vqdeploy.export.rounding import BLOCK, rounded, rounded_columns
 from vqdeploy.export.stage import Stage
@@ -36,6 +36,8 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     """
     chosen = PRECISIONS[precision]
     if chosen.bits:
+        if stage.in_products:
+            stage = stage.in_products()
         module = copy.deepcopy(stage.module)  # the layers belong to the system
         calibration = stage.calibration if chosen.bits == 8 and has_convolutions(module) else None
         if calibration is None and not has_products(stage):
@@ -98,6 +100,18 @@ class QuantizedProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.vqdeploy.quantized_product(x, self.weight, self.scale)
         return product
+
+
+class QuantizedRowProduct(QuantizedProduct):
+    """`RowProduct` with weights in int8, scaled by column."""
+
+    def __init__(self, product: RowProduct):
+        super().__init__(product)
+        self.taps = product.taps
+
+    def forward(self, x: Tensor) -> Tensor:
+        row: Tensor = torch.ops.vqdeploy.quantized_row_convolution(x, self.weight, self.scale, self.taps)
+        return row
 
 
 class BlockQuantizedProduct(nn.Module):
@@ -169,6 +183,8 @@ def _quantize(module: nn.Module, bits: int) -> None:
 
 
 def _quantized(product: Product, bits: int) -> nn.Module:
+    if isinstance(product, RowProduct):
+        return QuantizedRowProduct(product)
     if max(bits, product.least_bits) == 8 or len(product.weight) % BLOCK:
         return QuantizedProduct(product)
     return BlockQuantizedProduct(product)

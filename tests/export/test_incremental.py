@@ -16,18 +16,18 @@ from vqdeploy.runtime.manifest import WEIGHTS
 CODES = 7
 
 
-def incremental(network, batch, choose, labels, coarser):
+def incremental(network, row_stage, batch, choose, labels, coarser):
     """Logits [B, h, w, K] by one call a row and one call a place.
 
     `choose` gives the codes of a place from its row, its column and its logits; -1 stands for codes until then.
     """
     config = network.config
-    row_stage, pixel_stage = Row(network), Pixel(network)
+    pixel_stage = Pixel(network)
     height, width = config.grid
     layers, side = config.blocks * config.res_blocks, config.kernel // 2
     zeros = network.background.new_zeros
     rows = [zeros(batch, layers, width, n) for n in (config.channels, config.res_channels)]
-    spread = row_stage.first.spread(rows[0]), row_stage.second.spread(rows[1])
+    spread = row_stage.first.spread(rows[0]).clone(), row_stage.second.spread(rows[1]).clone()
     above = [[nothing] * (config.kernel - 2) for nothing in spread]
     caches = [[], [], []]
     if config.attention:
@@ -43,7 +43,7 @@ def incremental(network, batch, choose, labels, coarser):
         index = torch.full((batch,), r)
         known = padded[:, r : r + side, side:]
         *contributions, new_x, new_y = row_stage(index, known, *rows, *above, labels, condition)
-        above = [[*above[0][1:], new_x], [*above[1][1:], new_y]]
+        above = [[*above[0][1:], new_x.clone()], [*above[1][1:], new_y.clone()]]
         for c in range(width):
             column, previous = torch.full((batch,), c), padded[:, r + side, c : c + side]
             found, new_x, new_y, left[0], left[1], *flat = pixel_stage.logits(
@@ -89,14 +89,21 @@ def network_of(config, classes, finer, dtype, seed):
 
 @torch.no_grad()
 @settings(max_examples=60)
-@given(st.data(), st.sampled_from([1, 4]), st.booleans(), st.sampled_from([torch.float64, torch.float32]))
-def test_row_by_row_and_place_by_place_is_the_full_pass(data, classes, finer, dtype):
+@given(
+    st.data(),
+    st.sampled_from([1, 4]),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.sampled_from([8, None]),
+)
+def test_row_by_row_and_place_by_place_is_the_full_pass(data, classes, finer, dtype, products):
     config, seed = data.draw(configs(finer)), data.draw(st.integers(0, 2**31))
     network = network_of(config, classes, finer, dtype, seed)
     codes = torch.randint(CODES, (2, *config.grid))
     labels, coarser = torch.randint(classes, (2,)), torch.randint(CODES, (2, *(side // 2 for side in config.grid)))
     expected = network(codes, network.embed_condition(labels, coarser))
-    found = incremental(network, 2, lambda row, column, logits: codes[:, row, column], labels, coarser)
+    stage = Row(network, products)
+    found = incremental(network, stage, 2, lambda row, column, logits: codes[:, row, column], labels, coarser)
     tolerance = (1e-10 if dtype == torch.float64 else 1e-4) * max(float(expected.abs().max()), 1.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
@@ -116,7 +123,7 @@ def test_greedy_codes_of_whole_images_are_those_of_the_whole_network_for_each_pl
         found[:, row, column] = logits.argmax(1)
         return found[:, row, column]
 
-    incremental(network, 2, likeliest, labels, coarser)
+    incremental(network, Row(network), 2, likeliest, labels, coarser)
     assert found.equal(expected)
 
 

@@ -197,6 +197,95 @@ def test_a_column_is_as_close_as_its_largest_weight_allows():
     assert (quantized.scale > 0).all()
 
 
+# Convolutions along rows
+
+
+def row_session(weight, scale, taps, own=True):
+    """A graph of one node, with the portable function body or ONNX Runtime's."""
+    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(scale, "scale")]
+    node = helper.make_node("QuantizedRowConvolution", ["x", "weight", "scale"], ["y"], domain=DOMAIN, taps=taps)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "w", len(weight) // taps])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "w", len(scale)])
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    graph = helper.make_graph([node], "graph", [x], [y], constants)
+    functions = [function("QuantizedRowConvolution", taps=taps)]
+    model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
+    if own:
+        swap_in(model, 0)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def convolved(x, kernel, dtype):
+    """Adds up what each tap sees, tap by tap; `kernel` is [taps, inputs, outputs]."""
+    side, width = len(kernel) // 2, x.shape[1]
+    padded = np.pad(x.astype(dtype), ((0, 0), (side, side), (0, 0)))
+    return sum(padded[:, tap : tap + width] @ kernel[tap].astype(dtype) for tap in range(len(kernel)))
+
+
+def row_example(batch, width, inputs, taps, outputs=24, seed=0):
+    x, weight, scale = example(batch * width, taps * inputs, outputs, seed)
+    scales = np.random.default_rng(seed).lognormal(0, 2, (batch, 1, 1)).astype(np.float32)
+    return x[:, :inputs].reshape(batch, width, inputs) * scales, weight, scale
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.sampled_from([1, 3, 5, 7]), st.integers(0, 1000))
+def test_both_bodies_of_a_row(batch, width, inputs, taps, seed):
+    x, weight, scale = row_example(batch, width, inputs, taps, seed=seed)
+    kernel = weight.reshape(taps, inputs, -1)
+    exact, size = convolved(x, kernel * scale, np.float64), convolved(np.abs(x), np.abs(kernel) * scale, np.float64)
+    (portable,) = row_session(weight, scale, taps, own=False).run(None, {"x": x})
+    assert (np.abs(portable - exact) <= 1e-5 * size).all()
+    found = torch.ops.vqdeploy.quantized_row_convolution(*map(torch.from_numpy, (x, weight, scale)), taps)
+    assert (np.abs(found.numpy() - exact) <= 1e-5 * size).all()
+    (own,) = row_session(weight, scale, taps).run(None, {"x": x})
+    largest = np.abs(x).max((1, 2), keepdims=True)
+    rounded = np.rint(x / largest * np.float32(127))
+    expected = convolved(rounded, kernel, np.int64) * largest.astype(np.float64) * scale / 127
+    # A unit that lies halfway between two integers may be rounded either way.
+    step = largest / 127 * np.abs(weight).max(0) * scale
+    assert (np.abs(own - expected) <= 1e-5 * size + 1.01 * step).all()
+    assert np.median(np.abs(own - expected) / np.maximum(size, 1e-30)) < 1e-5
+
+
+@pytest.mark.parametrize(("width", "inputs", "taps", "outputs"), [(8, 64, 3, 48), (7, 100, 5, 8), (32, 256, 5, 24)])
+def test_a_row_of_an_image_does_not_depend_on_other_images(width, inputs, taps, outputs):
+    x, weight, scale = row_example(9, width, inputs, taps, outputs)
+    x[3], x[4, 2, 5], x[5] = 0, np.inf, np.nan
+    own = row_session(weight, scale, taps)
+    (together,) = own.run(None, {"x": x})
+    assert (together[3] == 0).all()
+    assert not np.isfinite(together[4:6]).any()
+    assert np.isfinite(np.delete(together, [4, 5], 0)).all()
+    for images in (1, 2, 4):
+        for start in range(0, len(x) - images + 1, images):
+            part = slice(start, start + images)
+            np.testing.assert_array_equal(own.run(None, {"x": x[part]})[0], together[part])
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_numbers_of_rows_do_not_overflow(sign):
+    weight = np.full((5 * 1024, 32), 63 * sign, np.int8)
+    (own,) = row_session(weight, np.ones(32, np.float32), 5).run(None, {"x": np.ones((2, 8, 1024), np.float32)})
+    taps = np.array([3, 4, 5, 5, 5, 5, 4, 3])
+    np.testing.assert_allclose(own[0], np.repeat(1024 * 63 * sign * taps[:, None], 32, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("taps", [0, -1, 2, 2**40, None])
+def test_a_row_that_was_tampered_with(artifacts, tmp_path, taps):
+    package = shutil.copytree(artifacts.package("vqvae2", "int8"), tmp_path / "package")
+    model = onnx.load(package / "bottom_row.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "QuantizedRowConvolution")
+    attribute = next(attribute for attribute in node.attribute if attribute.name == "taps")
+    if taps is None:
+        node.attribute.remove(attribute)
+    else:
+        attribute.i = taps
+    onnx.save(model, package / "bottom_row.onnx")
+    reseal(package)
+    with pytest.raises(ArtifactError, match="QuantizedRowConvolution has no attribute taps"):
+        build(package, tmp_path / "plan")
+
+
 # The choice
 
 
@@ -298,7 +387,7 @@ def test_precisions_that_differ(artifacts, movq_system):
 
 def products(plan):
     """The operators of a plan's products in int8, by stage."""
-    kinds = ("QuantizedLinear", "MatMulNBits")
+    kinds = ("QuantizedLinear", "QuantizedRowConvolution", "MatMulNBits")
     graphs = {s.name: onnx.load_from_string(bytes(plan.member(s.file))).graph for s in plan.manifest.stages}
     found = {name: {node.op_type for node in graph.node} & {*kinds} for name, graph in graphs.items()}
     return {name: kind for name, kind in found.items() if kind}
@@ -339,7 +428,8 @@ def test_many_rows_have_products_of_integers(artifacts, name, usual):
 def test_each_stage_has_products_for_its_rows(artifacts):
     found = products(Bundle(artifacts.plan("vqvae2", "int8")))
     assert "MatMulNBits" in found["top_pixel"] & found["bottom_pixel"]
-    assert found["bottom_row"] == {"QuantizedLinear"}
+    assert found["top_row"] == {"QuantizedRowConvolution"}
+    assert found["bottom_row"] == {"QuantizedLinear", "QuantizedRowConvolution"}
 
 
 def test_stages_share_their_weights(artifacts):

@@ -106,6 +106,29 @@ def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@operator("quantized_row_convolution")
+def quantized_row_convolution(x: Tensor, weight: Tensor, scale: Tensor, taps: int) -> Tensor:
+    """Convolution along a row with a kernel of small integers, as a product with windows of the row.
+
+    Args:
+        x: Rows [B, w, inputs].
+        weight: Integers int8 [taps * inputs, outputs], of which the first `inputs` are for the leftmost tap.
+        scale: What an integer of each column is worth [outputs].
+        taps: Width of the kernel, odd. Rows have `taps // 2` zeros on each side.
+
+    Returns:
+        Rows [B, w, outputs] in the type of `x`.
+    """
+    side = taps // 2
+    windows = F.pad(x, (0, 0, side, side)).unfold(1, taps, 1)  # [B, w, inputs, taps]
+    return windows.transpose(2, 3).flatten(2) @ (weight * scale).to(x.dtype)
+
+
+@quantized_row_convolution.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, taps: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
 @operator("quantized_convolution")
 def quantized_convolution(
     x: Tensor,
