@@ -103,7 +103,7 @@ class RowConv(nn.Module):
 
 
 class RowProducts(nn.Module):
-    """`RowConv` as a product for each layer, for integers, in which minimal filtering would lose precision."""
+    """`RowConv` as a product for each layer, for integers, which gain nothing by minimal filtering."""
 
     bias: Tensor  # [L * outputs]
 
