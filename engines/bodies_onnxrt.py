@@ -288,7 +288,7 @@ def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
     """The function for a quantizer node."""
     metric = _attribute(node, "metric", ("l2", "cosine", "dot"))
     if node.op_type.startswith("VQNearest"):
-        head = f"{node.op_type} (z, codebook) => (codes)"
+        head = "VQNearest (z, codebook) => (codes)"
         return onnx.parser.parse_function(_search(head, metric, [""], True, "    codes = Identity (code_0)"))
     depth = _attribute(node, "depth", range(1, 257))
     columns, vectors = (", ".join(f"{name}_{d}" for d in range(depth)) for name in ("column", "vector"))
@@ -297,7 +297,7 @@ def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
     total = Sum ({vectors})
     quantized = CastLike (total, z)"""
     books = [""] * depth if shared else [f"_{d}" for d in range(depth)]
-    head = f"{node.op_type} (z, codebook) => (codes, quantized)"
+    head = "VQResidual (z, codebook) => (codes, quantized)"
     return onnx.parser.parse_function(_search(head, metric, books, shared, end))
 
 
@@ -329,7 +329,7 @@ QuantizedLinear (x, weight, scale) => (y)
 }}"""
 
 
-def _quantized_row_convolution(name: str, taps: int) -> str:
+def _quantized_row_convolution(taps: int) -> str:
     """Integer products of the windows of a row, which is rounded as a whole before there are `taps` copies of it."""
     windows = "".join(
         f"""
@@ -340,7 +340,7 @@ def _quantized_row_convolution(name: str, taps: int) -> str:
     )
     return f"""
 <opset_import: ["" : 24], domain: "vqdeploy">
-{name} (x, weight, scale) => (y)
+QuantizedRowConvolution (x, weight, scale) => (y)
 {{
     axes = Constant <value_ints = [1, 2]> ()
     {_ROUND}
@@ -403,13 +403,15 @@ def swap_in(model: onnx.ModelProto, heads: int) -> None:
             bodies[node.op_type] = onnx.parser.parse_function(body)
         if node.op_type.startswith("QuantizedRowConvolution"):
             taps = _attribute(node, "taps", range(1, 257, 2))
-            bodies[node.op_type] = onnx.parser.parse_function(_quantized_row_convolution(node.op_type, taps))
+            bodies[node.op_type] = onnx.parser.parse_function(_quantized_row_convolution(taps))
         if node.op_type == "GroupNormalization":
             node.domain, node.op_type = "vqdeploy", "GroupNorm"
     ranks = _ranks(graph)
     for node in graph.node:
         if node.op_type.startswith(("VQNearest", "VQResidual")):
             bodies[node.op_type] = _quantizer(node, shared=ranks.get(node.input[1], 2) == 2)
+    for name, function in bodies.items():
+        function.name = name  # not by the text: in a damaged package a name may be anything
     functions = [bodies.get(function.name, function) for function in model.functions]
     own = (_GROUP_NORM, _CACHE_EXTENTS, _SEARCH_BY_ROWS)
     del model.functions[:]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vqdeploy.models import vitvqgan
 from vqdeploy.models.conv import SpatialNorm, Upsample
+from vqdeploy.models.ops import windows
 from vqdeploy.models.transformer import Attention, Block
 
 
@@ -35,10 +36,7 @@ class Product(nn.Module):
 
 
 class RowProduct(Product):
-    """A convolution along a row [B, w, inputs] as a product with windows of it, zeros at both ends.
-
-    `kernel` is [taps, inputs, outputs].
-    """
+    """A convolution along a row [B, w, inputs] as a product with windows of it; `kernel` is [taps, inputs, outputs]."""
 
     least_bits = 8  # products of many rows are faster than in 4
 
@@ -47,9 +45,7 @@ class RowProduct(Product):
         self.taps = len(kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        side = self.taps // 2
-        windows = F.pad(x, (0, 0, side, side)).unfold(1, self.taps, 1)
-        return windows.transpose(2, 3).flatten(2) @ self.weight
+        return windows(x, self.taps) @ self.weight
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -67,7 +67,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
 
 def has_products(stage: Stage) -> bool:
     """Whether a stage has matrix products to quantize."""
-    return any(_quantizable(stage.module))
+    return stage.in_products is not None or any(_quantizable(stage.module))
 
 
 def _quantizable(module: nn.Module) -> Iterator[tuple[nn.Module, str, Product | nn.Linear]]:

@@ -38,8 +38,8 @@ class Stage:
     batch, which it may replace, and those of outputs that are no dimension of an input. `aliases` has the outputs that
     a backend may write in place of an input. `states` names the inputs that come from earlier calls and so follow the
     precision; inputs of a request, noise too, keep their types. `precision` is one of `vqdeploy.precision.PRECISIONS`.
-    `calibration` makes an input to observe activations on, for int8. `in_products` makes the form of the stage whose
-    weights integers can store, if that is another.
+    `calibration` makes an input to observe activations on, for int8. `in_products` makes the form of the stage that is
+    quantized, for one whose convolutions become products then.
     """
 
     name: str

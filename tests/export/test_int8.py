@@ -25,7 +25,7 @@ from vqdeploy.engines.package import read
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.export.functions import DOMAIN, OPSET, function
 from vqdeploy.export.layers import Product
-from vqdeploy.export.package import export
+from vqdeploy.export.package import export, stages_of
 from vqdeploy.export.precision import QuantizedProduct
 from vqdeploy.export.rounding import rounded_columns
 from vqdeploy.models.transformer import Block
@@ -286,6 +286,25 @@ def test_a_row_that_was_tampered_with(artifacts, tmp_path, taps):
         build(package, tmp_path / "plan")
 
 
+@pytest.mark.parametrize(
+    "name", ["QuantizedRowConvolution x", "QuantizedRowConvolution\n", "QuantizedRowConvolution (x) {"]
+)
+def test_a_row_with_an_odd_name(artifacts, tmp_path, name):
+    package = shutil.copytree(artifacts.package("vqvae2", "int8"), tmp_path / "package")
+    model = onnx.load(package / "bottom_row.onnx", load_external_data=False)
+    for node in model.graph.node:
+        node.op_type = name if node.op_type == "QuantizedRowConvolution" else node.op_type
+    for body in model.functions:
+        body.name = name if body.name == "QuantizedRowConvolution" else body.name
+    onnx.save(model, package / "bottom_row.onnx")
+    reseal(package)
+    build(package, tmp_path / "plan")
+    kinds = {
+        node.op_type for node in onnx.load_from_string(Bundle(tmp_path / "plan").read("bottom_row.onnx")).graph.node
+    }
+    assert name in kinds
+
+
 # The choice
 
 
@@ -342,6 +361,12 @@ def test_what_does_not_suit_the_stages(system, tmp_path, dtype, message):
     with pytest.raises(VqdeployError, match=re.escape(message)):
         export(system, tmp_path / "onnx", dtype)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_without_labels_are_quantized(artifacts):
+    """Without a condition their convolutions are all that there is to quantize."""
+    stages = stages_of(artifacts.system("three"), "int8")
+    assert {stage.precision for stage in stages if stage.name.endswith(("_row", "_pixel"))} == {"int8"}
 
 
 def test_stages_that_exchange_states_have_one_type(vqvae2_system, tmp_path):

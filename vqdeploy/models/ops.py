@@ -119,9 +119,13 @@ def quantized_row_convolution(x: Tensor, weight: Tensor, scale: Tensor, taps: in
     Returns:
         Rows [B, w, outputs] in the type of `x`.
     """
-    side = taps // 2
-    windows = F.pad(x, (0, 0, side, side)).unfold(1, taps, 1)  # [B, w, inputs, taps]
-    return windows.transpose(2, 3).flatten(2) @ (weight * scale).to(x.dtype)
+    return windows(x, taps) @ (weight * scale).to(x.dtype)
+
+
+def windows(x: Tensor, taps: int) -> Tensor:
+    """What each tap sees of a row [B, w, inputs], with zeros at both ends -> [B, w, taps * inputs]."""
+    padded = F.pad(x, (0, 0, taps // 2, taps // 2))
+    return padded.unfold(1, taps, 1).transpose(2, 3).flatten(2)
 
 
 @quantized_row_convolution.register_fake
