@@ -301,14 +301,12 @@ def _quantizer(node: onnx.NodeProto, shared: bool) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_search(head, metric, books, shared, end))
 
 
-# Integers of 8 bits; 128 stands for zero.
+# Integers of 8 bits; 128 stands for zero. Where the largest is 0 the integers are undefined, and worth 0 each.
 _ROUND = """
-    smallest = Constant <value = float {1e-30}> ()
     step = Constant <value = float {0.007874015748031496}> ()
     zero = Constant <value = uint8 {128}> ()
     sizes = Abs (x)
-    largest_any = ReduceMax <keepdims = 1> (sizes, axes)
-    largest = Max (largest_any, smallest)
+    largest = ReduceMax <keepdims = 1> (sizes, axes)
     units = Div (x, largest)
     integers = QuantizeLinear (units, step, zero)"""
 _MULTIPLY = """
