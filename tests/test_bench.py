@@ -21,6 +21,8 @@ from vqdeploy.runtime import load
 from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.systems import create
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report(plan, checkpoint_folder):

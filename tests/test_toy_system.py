@@ -18,6 +18,8 @@ from vqdeploy.runtime import load
 from vqdeploy.systems import SYSTEMS, Definition, GuidedSampling, Recipe, SystemConfig
 from vqdeploy.systems.losses import next_code_loss
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class PatchesConfig(Config):

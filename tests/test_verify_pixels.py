@@ -16,6 +16,8 @@ from vqdeploy.systems import SYSTEMS
 from vqdeploy.verify import verify_package
 from vqdeploy.verify.tokenizer import check_tokenizer
 
+pytestmark = pytest.mark.slow
+
 MUTANTS = {
     "red and blue": lambda images: images[..., ::-1],
     "rows and columns": lambda images: images.swapaxes(1, 2),

@@ -21,6 +21,8 @@ from vqdeploy.runtime.forcing import forced_logits, masked_logits
 from vqdeploy.runtime.manifest import FORMAT, Manifest, Provenance
 from vqdeploy.runtime.sampler import carried
 
+pytestmark = pytest.mark.slow
+
 
 def imported(arguments, folder):
     named = {"priors": []}

@@ -113,6 +113,7 @@ def test_a_tokenizer_alone_has_none(artifacts, tmp_path):
 # Packages and plans
 
 
+@pytest.mark.slow
 def test_what_a_package_and_a_plan_hold(artifacts):
     package, plain = artifacts.package("vit", DTYPE), artifacts.package("vit")
     manifest = read(package)

@@ -261,6 +261,7 @@ def test_a_plan_holds_the_weights_once(artifacts):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("portable", [True, False], ids=["portable", "own"])
 @pytest.mark.parametrize("name", ["rqvae", "vit", "vqvae2", "text"])
 def test_a_good_plan_passes(artifacts, name, portable):

@@ -401,6 +401,7 @@ def test_what_a_package_holds(artifacts):
 MOVQ = "decode=fp16,step=int8"
 
 
+@pytest.mark.slow
 def test_precisions_that_differ(artifacts, movq_system):
     manifest = read(artifacts.package("movq", MOVQ))
     assert manifest.precision == MIXED
@@ -442,6 +443,7 @@ def test_few_rows_have_products_by_blocks(artifacts):
     assert not [name for name, weight in plan.tensors().items() if weight.dtype == np.int8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "usual"), [("rqvae", 8), ("movq", 1), ("var", 1)])
 def test_many_rows_have_products_of_integers(artifacts, name, usual):
     plan = Bundle(artifacts.plan(name, "int8", batch=SizeRange(1, usual, 64)))
@@ -457,6 +459,7 @@ def test_each_stage_has_products_for_its_rows(artifacts):
     assert found["bottom_row"] == {"QuantizedLinear", "QuantizedRowConvolution"}
 
 
+@pytest.mark.slow
 def test_stages_share_their_weights(artifacts):
     """The step multiplies one row, `features` a whole image."""
     plan, package = Bundle(artifacts.plan("vit", "int8")), artifacts.package("vit", "int8")
@@ -536,6 +539,7 @@ def test_an_empty_tensor_of_a_huge_shape(int8, tmp_path):
         build(int8, tmp_path / "plan")
 
 
+@pytest.mark.slow
 def test_weights_that_are_equal_but_for_their_scales(artifacts, tmp_path):
     """The package holds their integers once."""
     system = copy.deepcopy(artifacts.system("rqvae"))
@@ -550,6 +554,7 @@ def test_weights_that_are_equal_but_for_their_scales(artifacts, tmp_path):
     assert failures(verify(tmp_path / "plan", system)) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"portable": True}, {}, {"batch": SizeRange(1, 8, 64)}],

@@ -348,6 +348,7 @@ def test_a_module_of_torch_alone_is_exported_as_it_is(tmp_path):
     assert not [node for node in graph.graph.node if node.domain == "vqdeploy"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_quantizer_in_one_graph(tmp_path):
     """Operators of one name with other attributes get bodies of their own."""
     model = made(Zoo).eval()

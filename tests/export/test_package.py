@@ -181,6 +181,7 @@ def tokenizer_only(monkeypatch):
     monkeypatch.setattr("vqdeploy.export.package.stages_of", lambda system, dtype, size: stages(system.tokenizer, size))
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_gives_the_same_bytes(package, checkpoint_folder, tmp_path, python):
     """In another process, where hashes and addresses differ."""
     script = (
@@ -193,6 +194,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(package, checkpoint_folder, tm
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_an_export_replaces_the_last_one_and_leaves_nothing_else(tokenizer_only, system, tmp_path):
     folder = tmp_path / "onnx"
     folder.mkdir()

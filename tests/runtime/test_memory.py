@@ -11,6 +11,8 @@ from vqdeploy.runtime import load
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import WEIGHTS
 
+pytestmark = pytest.mark.slow
+
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="the pages of a map are listed by Linux")
 
 

@@ -29,6 +29,8 @@ from vqdeploy.tokenize import tokenize
 from vqdeploy.tokenize.inputs import Sample
 from vqdeploy.tokenize.part import _batches
 
+pytestmark = pytest.mark.slow
+
 
 def errors(codes):
     return {line["key"]: line["error"] for line in map(json.loads, (codes / "_errors.jsonl").read_text().splitlines())}

@@ -13,6 +13,8 @@ from vqdeploy.errors import VqdeployError
 from vqdeploy.systems import preset
 from vqdeploy.training import train
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"prior_steps": 2, "classifier_steps": 2, "batch_size": 4, "samples": 10}
 
 
