@@ -1,7 +1,7 @@
 # They need Python 3.11 or newer and nothing else, the GPU check aside: packages go into .venv.
 #   make demo       export, build and run the MoVQ and the RQ-VAE of emoji, and verify them against PyTorch
 #   make test       lint, type-check and test
-#   make quick      lint, and the tests that take no time: a minute, once packages are exported
+#   make quick      lint, and the tests that are not slow: four minutes on two cores, once packages are exported
 #   make gpu-check  on a machine with an NVIDIA GPU: test, verify and time everything there, see docs/gpu.md
 #   make clean      remove .venv and everything that was generated
 
