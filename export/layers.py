@@ -38,8 +38,6 @@ class Product(nn.Module):
 class RowProduct(Product):
     """A convolution along a row [B, w, inputs] as a product with windows of it; `kernel` is [taps, inputs, outputs]."""
 
-    least_bits = 8  # products of many rows are faster than in 4
-
     def __init__(self, kernel: Tensor):
         super().__init__(kernel.flatten(0, 1))
         self.taps = len(kernel)

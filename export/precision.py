@@ -184,7 +184,7 @@ def _quantize(module: nn.Module, bits: int) -> None:
 
 def _quantized(product: Product, bits: int) -> nn.Module:
     if isinstance(product, RowProduct):
-        return QuantizedRowProduct(product)
+        return QuantizedRowProduct(product)  # of many rows, which are slower in 4 bits
     if max(bits, product.least_bits) == 8 or len(product.weight) % BLOCK:
         return QuantizedProduct(product)
     return BlockQuantizedProduct(product)

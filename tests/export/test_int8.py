@@ -37,24 +37,27 @@ from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.verify import verify, verify_package
 
 
-def graph_of(weight, scale, own):
-    """A graph of one node, with the portable function body or ONNX Runtime's."""
+def graph_of(weight, scale, own, taps=0):
+    """A graph of one node, a convolution along rows if it has taps, with the portable body or ONNX Runtime's."""
+    name, attributes = ("QuantizedRowConvolution", {"taps": taps}) if taps else ("QuantizedLinear", {})
+    axes = ["batch", "w"] if taps else ["rows"]
     constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(scale, "scale")]
-    node = helper.make_node("QuantizedLinear", ["x", "weight", "scale"], ["y"], domain=DOMAIN)
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", len(weight)])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", len(scale)])
+    node = helper.make_node(name, ["x", "weight", "scale"], ["y"], domain=DOMAIN, **attributes)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [*axes, len(weight) // max(taps, 1)])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [*axes, len(scale)])
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     graph = helper.make_graph([node], "graph", [x], [y], constants)
-    functions = [function("QuantizedLinear")]
+    functions = [function(name, **attributes)]
     model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
     if own:
         swap_in(model, 0)
     return model
 
 
-def session(weight, scale, own):
+def session(weight, scale, own, taps=0):
     """That graph in ONNX Runtime, which replaces the portable body by a product of its own, in 8 bits too."""
-    return ort.InferenceSession(graph_of(weight, scale, own).SerializeToString(), providers=["CPUExecutionProvider"])
+    graph = graph_of(weight, scale, own, taps)
+    return ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def integers(x, weight, scale):
@@ -200,21 +203,6 @@ def test_a_column_is_as_close_as_its_largest_weight_allows():
 # Convolutions along rows
 
 
-def row_session(weight, scale, taps, own=True):
-    """A graph of one node, with the portable function body or ONNX Runtime's."""
-    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(scale, "scale")]
-    node = helper.make_node("QuantizedRowConvolution", ["x", "weight", "scale"], ["y"], domain=DOMAIN, taps=taps)
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "w", len(weight) // taps])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "w", len(scale)])
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    graph = helper.make_graph([node], "graph", [x], [y], constants)
-    functions = [function("QuantizedRowConvolution", taps=taps)]
-    model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
-    if own:
-        swap_in(model, 0)
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
 def convolved(x, kernel, dtype):
     """Adds up what each tap sees, tap by tap; `kernel` is [taps, inputs, outputs]."""
     side, width = len(kernel) // 2, x.shape[1]
@@ -233,11 +221,11 @@ def test_both_bodies_of_a_row(batch, width, inputs, taps, seed):
     x, weight, scale = row_example(batch, width, inputs, taps, seed=seed)
     kernel = weight.reshape(taps, inputs, -1)
     exact, size = convolved(x, kernel * scale, np.float64), convolved(np.abs(x), np.abs(kernel) * scale, np.float64)
-    (portable,) = row_session(weight, scale, taps, own=False).run(None, {"x": x})
+    (portable,) = session(weight, scale, False, taps).run(None, {"x": x})
     assert (np.abs(portable - exact) <= 1e-5 * size).all()
     found = torch.ops.vqdeploy.quantized_row_convolution(*map(torch.from_numpy, (x, weight, scale)), taps)
     assert (np.abs(found.numpy() - exact) <= 1e-5 * size).all()
-    (own,) = row_session(weight, scale, taps).run(None, {"x": x})
+    (own,) = session(weight, scale, True, taps).run(None, {"x": x})
     largest = np.abs(x).max((1, 2), keepdims=True)
     rounded = np.rint(x / largest * np.float32(127))
     expected = convolved(rounded, kernel, np.int64) * largest.astype(np.float64) * scale / 127
@@ -251,7 +239,7 @@ def test_both_bodies_of_a_row(batch, width, inputs, taps, seed):
 def test_a_row_of_an_image_does_not_depend_on_other_images(width, inputs, taps, outputs):
     x, weight, scale = row_example(9, width, inputs, taps, outputs)
     x[3], x[4, 2, 5], x[5] = 0, np.inf, np.nan
-    own = row_session(weight, scale, taps)
+    own = session(weight, scale, True, taps)
     (together,) = own.run(None, {"x": x})
     assert (together[3] == 0).all()
     assert not np.isfinite(together[4:6]).any()
@@ -265,7 +253,7 @@ def test_a_row_of_an_image_does_not_depend_on_other_images(width, inputs, taps, 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_numbers_of_rows_do_not_overflow(sign):
     weight = np.full((5 * 1024, 32), 63 * sign, np.int8)
-    (own,) = row_session(weight, np.ones(32, np.float32), 5).run(None, {"x": np.ones((2, 8, 1024), np.float32)})
+    (own,) = session(weight, np.ones(32, np.float32), True, 5).run(None, {"x": np.ones((2, 8, 1024), np.float32)})
     taps = np.array([3, 4, 5, 5, 5, 5, 4, 3])
     np.testing.assert_allclose(own[0], np.repeat(1024 * 63 * sign * taps[:, None], 32, 1), rtol=1e-6)
 
