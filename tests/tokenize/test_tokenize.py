@@ -26,8 +26,8 @@ from vqdeploy.files import read_json, to_json
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.images import read, read_bytes
 from vqdeploy.tokenize import tokenize
-from vqdeploy.tokenize.inputs import Sample
 from vqdeploy.tokenize.part import _batches
+from vqdeploy.tokenize.samples import Sample
 
 pytestmark = pytest.mark.slow
 
@@ -217,7 +217,7 @@ def test_images_that_are_large_together_are_refused_and_those_of_a_batch_are_few
     samples = [Sample(str(i), png(0)) for i in range(10)]
     monkeypatch.setattr("vqdeploy.tokenize.part._BYTES", 2 * len(png(0)) + 1)
     assert [len(batch) for batch in _batches(iter(samples))] == [3, 3, 3, 1]
-    monkeypatch.setattr("vqdeploy.tokenize.inputs._MOST_BYTES", len(png(0)) + 9)
+    monkeypatch.setattr("vqdeploy.tokenize.tars._MOST_BYTES", len(png(0)) + 9)
     members = [("0.png", png(0)), ("0.mask.png", b"x" * 10), ("1.png", png(0)), ("1.cls", b"7")]
     tokenize(plan, str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
     assert list(rows(tmp_path / "out")) == ["x.tar/1"]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import ray
 
 from vqdeploy.errors import VqdeployError, one_line
-from vqdeploy.tokenize.inputs import Part
 from vqdeploy.tokenize.part import Done, Job, tokenize_part
+from vqdeploy.tokenize.samples import Part
 
 _TRIES = 10  # further ones of a part, since machines of a cluster come and go
 _REACHED_S = 10.0

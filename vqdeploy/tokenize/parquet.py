@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from vqdeploy.errors import ArtifactError, are_class_names, escaped
 from vqdeploy.files import parse_json
-from vqdeploy.tokenize.inputs import DamagedDataError, Sample, label_of
+from vqdeploy.tokenize.samples import DamagedDataError, Sample, label_of
 
 _IMAGES, _LABEL = ("image", "img"), "label"
 _UNLABELLED = -1  # what `datasets` puts where a label is missing

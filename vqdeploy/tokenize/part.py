@@ -17,7 +17,7 @@ from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.images import read, read_bytes
 from vqdeploy.runtime.manifest import Manifest
 from vqdeploy.shards import Origin, Rows, ShardInfo
-from vqdeploy.tokenize.inputs import DamagedDataError, Part, Sample, digest
+from vqdeploy.tokenize.samples import DamagedDataError, Part, Sample, digest
 
 _BATCH = 64  # images that are read while as many are encoded
 _BYTES = 2**26  # of files in memory that end a batch sooner

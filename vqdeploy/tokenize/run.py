@@ -22,8 +22,8 @@ from vqdeploy.runtime.pipeline import open_plan
 from vqdeploy.runtime.threads import cores
 from vqdeploy.shards import Origin, Summary
 from vqdeploy.tokenize import inputs
-from vqdeploy.tokenize.inputs import Part
 from vqdeploy.tokenize.part import Done, Job, origin_of, tokenize_part
+from vqdeploy.tokenize.samples import Part, digest
 
 Report = Callable[[Done, int, int], object]
 """Called with a part, the number of parts that are done, and that of all."""
@@ -113,7 +113,7 @@ def _missing(codes: Path, parts: Sequence[Part], origin: Origin) -> list[Part]:
                 f"{codes} holds codes of another plan", expected=plans[0], found=plans[1], fix=elsewhere
             )
         part = expected.get(name)
-        if part is None or (info.input, info.classes) != (inputs.digest(part), part.classes):
+        if part is None or (info.input, info.classes) != (digest(part), part.classes):
             raise VqdeployError(f"{codes} holds codes of other data, or of shards of another size", fix=elsewhere)
     return [part for name, part in expected.items() if name not in present]
 
