@@ -1,6 +1,7 @@
 """`load` and `Pipeline`: a plan and its tasks."""
 
 import contextlib
+import ctypes
 import os
 import threading
 import time
@@ -281,7 +282,8 @@ class Pipeline:
             ArtifactError: There is no such stage, or it cannot be opened.
         """
         self.manifest.stage(stage)
-        return self._sessions[stage]
+        with self._lock:
+            return self._sessions[stage]
 
     def run(self, stage: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         """Runs one stage on arrays.
@@ -745,7 +747,8 @@ class Pipeline:
             raise VqdeployError("slots is out of range", expected=f"an integer in 1..{most}", found=slots)
         with self._lock:
             self._sessions.check_open()
-            sampler = self._samplers.pop(key, None)
+            kept = self._samplers
+            sampler = kept.pop(key, None)
             if sampler is None:
                 sampler = kind(self._sessions, self.sampling, self.tokenizer, slots, guided, self._noise, self._lock)
         yield sampler
@@ -754,11 +757,11 @@ class Pipeline:
         for slot in range(slots):
             sampler.release(slot)
         with self._lock:
-            if self._closed:
+            if self._closed or kept is not self._samplers:  # this is a forked child, and the sampler the parent's
                 return
-            self._samplers[key] = sampler
-            while len(self._samplers) > _KEPT_SAMPLERS[self.device]:
-                del self._samplers[next(iter(self._samplers))]
+            kept[key] = sampler
+            while len(kept) > _KEPT_SAMPLERS[self.device]:
+                del kept[next(iter(kept))]
 
     @property
     def quantized(self) -> bool:
@@ -776,7 +779,7 @@ class Pipeline:
 
     def _start_again(self) -> None:
         """In a forked child: forgets the sessions of the parent, whose threads do not exist here."""
-        self._lost = self._samplers, self._lock  # closing a session here would wait for threads of the parent
+        _keep_for_ever(self._samplers)
         self._samplers, self._lock = {}, threading.RLock()
         self._sessions.start_again()
 
@@ -833,7 +836,6 @@ class _Sessions(Mapping[str, Session]):
         self._names = tuple(stage.name for stage in bundle.manifest.stages)
         self._opened: dict[str, Session] = {}
         self._opener: Opener | None = None
-        self._lost: list[object] = []
         self._unusable: VqdeployError | None = None
 
     def __getitem__(self, name: str) -> Session:
@@ -848,8 +850,9 @@ class _Sessions(Mapping[str, Session]):
 
     def start_again(self) -> None:
         """In a forked child: forgets the open sessions without closing them."""
-        self._lost += [self._opened, self._opener]
-        if self._device != "cpu" and self._opener:
+        _keep_for_ever(self._opened)
+        _keep_for_ever(self._opener)
+        if self._device != "cpu":  # the parent asked CUDA for its devices, if for nothing else
             fix = "load the plan in the process that uses it"
             self._unusable = VqdeployError("a GPU cannot be used after a fork", fix=fix)
         self._opened, self._opener = {}, None
@@ -874,6 +877,15 @@ class _Sessions(Mapping[str, Session]):
         """Closes all sessions for good."""
         self.clear()
         self._opener, self._unusable = None, VqdeployError("this pipeline is closed", fix="load the plan again")
+
+
+def _keep_for_ever(of_parent: object) -> None:
+    """Keeps what a forked child has of its parent, to the end of the process and beyond.
+
+    A session that is destroyed waits for its threads, which do not exist in the child, and when an interpreter ends it
+    destroys all that its references do not save.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(of_parent))
 
 
 _PIPELINES: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()

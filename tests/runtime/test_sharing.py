@@ -97,6 +97,79 @@ def test_a_forked_child_uses_the_parents_pipeline_and_its_own(name, request):
     np.testing.assert_array_equal(drawn(pipeline, 5).codes, expected)
 
 
+_WORKERS = """
+import gc, os, signal, sys
+from vqdeploy.runtime import load
+
+os.register_at_fork(after_in_child=lambda: signal.alarm(30))  # ends what hangs
+pipeline = load(sys.argv[1], threads=2)
+expected = pipeline.generate([1], seed=5).codes
+
+
+def worker(work):
+    child = os.fork()
+    if child == 0:
+        work()
+        sys.exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def draw():
+    assert (pipeline.generate([1], seed=5).codes == expected).all()
+
+
+def replace():
+    global pipeline
+    pipeline = load(sys.argv[1], threads=2)
+    gc.collect()
+    draw()
+
+
+def drop():
+    global pipeline
+    draw()
+    del pipeline
+    gc.collect()
+
+
+def close():
+    draw()
+    pipeline.close()
+    gc.collect()
+
+
+def in_a_sampler():
+    with pipeline.sampler(1):
+        ends = [worker(draw)]
+    return ends[0] == 0 or sys.exit(1)
+
+
+def of_a_worker():
+    assert worker(draw) == 0
+    draw()
+
+
+def leave_a_sampler():
+    with pipeline.sampler(1):
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == 0
+    draw()
+
+
+for work in (bool, draw, replace, drop, close, in_a_sampler, of_a_worker, leave_a_sampler):
+    print(work.__name__, worker(work))
+draw()
+"""
+
+
+@needs_fork
+def test_workers_of_a_server_that_forks_end(plan, python):
+    """An interpreter that ends destroys what is left of the parent's, and the threads of its sessions are not there."""
+    ends = dict(line.split() for line in python(_WORKERS, plan).splitlines())
+    assert len(ends) == 8
+    assert set(ends.values()) == {"0"}, ends
+
+
 @needs_fork
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_fork_in_the_middle_of_another_threads_step(pipeline):
