@@ -1,11 +1,13 @@
 """Convolutions of a decoder in int8, between fixed steps of 8 bits for the maps that come in and go out."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqdeploy.errors import VqdeployError
 from vqdeploy.export.rounding import rounded_columns
 from vqdeploy.models.vqvae2 import AnyTokenizer
 
@@ -74,6 +76,9 @@ def quantize_convolutions(module: nn.Module, codes: Tensor) -> None:
     Args:
         module: A module that takes codes.
         codes: Code maps [B, h, w, Q]. The steps of the integers fit the activations that these cause.
+
+    Raises:
+        VqdeployError: The activations are not finite.
     """
     found = list(_quantizable(module))
     extents = _extents(module, [layer for *_, layer in found], codes)
@@ -103,8 +108,10 @@ def _extents(module: nn.Module, layers: list[nn.Conv2d], codes: Tensor) -> dict[
 
 
 def _extent(x: Tensor) -> Extent:
-    low, high = x.aminmax()
-    return float(low), float(high)
+    low, high = map(float, x.aminmax())
+    if not math.isfinite(low + high):
+        raise VqdeployError("the activations of a decoder are not finite, and have no scale in int8")
+    return low, high
 
 
 def _joined(a: Extent, b: Extent) -> Extent:

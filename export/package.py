@@ -114,23 +114,27 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
     if system.prior is not None:
         named = [precision for name, precision in choice.named.items() if name not in names]
         floats = PRECISIONS[(named or [choice.rest])[0]].floats
-        definition, rounds = SYSTEMS[system.config.model], "int4" in (choice.rest, *named)
-        if rounds and definition.kind in ("masked", "next-scale"):
+        definition = SYSTEMS[system.config.model]
+        if "int4" in (choice.rest, *named) and definition.kind in ("masked", "next-scale"):
             raise VqdeployError(
                 f"int4 is slower than int8 for a {definition.kind} prior, whose products have many rows",
                 fix="--dtype int8",
             )
-        known = choice.caches or (rounds and definition.kind == "autoregressive")
-        with observed(system.prior) if known else nullcontext():
+        rounds = definition.kind != "hierarchical" and any(PRECISIONS[each].bits for each in (choice.rest, *named))
+        with observed(system) if rounds else nullcontext():
             of_prior = definition.stages(system.prior, floats)
     if choice.caches:
         of_prior = [with_int8_caches(stage) if "past_key" in stage.inputs else stage for stage in of_prior]
     quantizable = {stage.name: has_products(stage) for stage in of_prior}
     choice.check(names, quantizable)
-    return [
+    stages = [
         *(in_precision(stage, choice.of_tokenizer(stage.name)) for stage in own),
         *(in_precision(stage, choice.of_prior(stage.name, quantizable[stage.name])) for stage in of_prior),
     ]
+    for stage in stages:
+        if stage.precision != choice.named.get(stage.name, stage.precision):
+            raise VqdeployError(f"all products of stage {stage.name} need 8 bits", fix=f"{stage.name}=int8")
+    return stages
 
 
 def _check_caches(system: System, choice: Choice) -> None:

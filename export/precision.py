@@ -29,6 +29,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 def in_precision(stage: Stage, precision: str) -> Stage:
     """Converts weights and states of a stage to a precision, one of `PRECISIONS`; codebooks stay in fp32.
 
+    A stage whose products all need 8 bits is in int8 when int4 is asked for.
+
     Each layer casts its inputs to the type of its weights, so that models need no code for precisions.
 
     Raises:
@@ -49,7 +51,8 @@ def in_precision(stage: Stage, precision: str) -> Stage:
         if calibration is not None:
             quantize_convolutions(module, calibration())
         _quantize(module, chosen.bits)
-        return dataclasses.replace(stage, module=module, precision=precision)
+        in_blocks = any(isinstance(part, BlockQuantizedProduct) for part in module.modules())
+        return dataclasses.replace(stage, module=module, precision=precision if in_blocks else "int8")
     dtype = DTYPES[chosen.floats]
     if dtype == torch.float32:
         return dataclasses.replace(stage, precision=precision)
@@ -93,7 +96,7 @@ class QuantizedProduct(nn.Module):
 
     def __init__(self, product: Product):
         super().__init__()
-        integers, scale = rounded_columns(product.weight)
+        integers, scale = rounded_columns(product.weight, moment=product.moment)
         self.register_buffer("weight", integers)
         self.register_buffer("scale", scale)
 

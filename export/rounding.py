@@ -1,19 +1,21 @@
-"""Rounds matrices to 4 bits with the error compensated, by what is known of their inputs.
+"""Rounds matrices to 7 or 4 bits, with the error compensated by what is known of their inputs.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR 2023): each
 input's rounding error is made up for by the weights of the inputs that are yet to be rounded.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from vqdeploy import reference
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.prior import Prior
+from vqdeploy.systems import System
 
 BLOCK = 32
 """Inputs that share a scale."""
@@ -22,31 +24,38 @@ _LARGEST_OF_COLUMNS = 63  # 7 bits: AVX2 adds two products with 8-bit activation
 _LARGEST = 7
 _SMALLEST = -8
 _DAMPING = 0.01  # of the mean, added to all squares of inputs
-_POSITIONS = 1024  # of codes in one pass
-_PASSES = 4
+_RANDOM, _DRAWN = 1024, 3072  # positions that layers are observed on
 
 
 @contextmanager
-def observed(prior: Prior) -> Iterator[None]:
-    """Within it each linear layer of a prior has `moment`, the sums of products of its inputs [inputs, inputs].
+def observed(system: System) -> Iterator[None]:
+    """Within it each linear layer of the prior has `moment`, the sums of products of its inputs [inputs, inputs].
 
     It also has `largest`, the absolute values of its largest outputs [outputs].
 
-    The inputs are those for random codes: on the shipped priors they serve as well as those for codes of images.
+    The inputs are those while the prior draws codes with its default options, and some for random codes, which no
+    user's codes are worse than.
     """
-    config, generator = prior.config, torch.Generator().manual_seed(0)
-    images = max(1, _POSITIONS * config.depth // math.prod(config.grid))
+    prior, config, generator = system.prior, system.config, torch.Generator().manual_seed(0)
+    positions = math.prod(config.prior.grid[:2])
+    random, drawn = (max(1, count // positions) for count in (_RANDOM, _DRAWN))
     layers = [layer for layer in cast(nn.Module, prior).modules() if isinstance(layer, nn.Linear)]
     hooks = [layer.register_forward_hook(_observe) for layer in layers]
+
+    def noise(_: int, shape: tuple[int, ...]) -> Tensor:
+        return -torch.empty(shape).exponential_(generator=generator).log()
+
     try:
         with torch.no_grad():
-            for _ in range(_PASSES):
-                codes = torch.randint(config.codebook_size, (images, *config.grid), generator=generator)
-                prior.logits(codes, _conditions(prior, images, generator))
-        yield
+            codes = torch.randint(config.prior.codebook_size, (random, *config.prior.grid), generator=generator)
+            prior.logits(codes, _conditions(prior, random, generator))
+        reference.generate(prior, config, _conditions(prior, drawn, generator), noise)
     finally:
         for hook in hooks:
             hook.remove()
+    try:
+        yield
+    finally:
         for layer in layers:
             for name in ("moment", "largest"):
                 vars(layer).pop(name, None)
@@ -67,20 +76,31 @@ def _observe(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def rounded(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rounds a matrix [inputs, outputs]; `moment` [inputs, inputs] is that of its inputs, None if it is not known.
+    """Rounds a matrix [inputs, outputs] to 4 bits; `moment` [inputs, inputs] is that of its inputs, None if not known.
 
     Returns:
         Integers -8..7 int8 [inputs, outputs], and what one is worth in each block of inputs [blocks, outputs].
     """
+
+    def widest(block: Tensor) -> Tensor:
+        scale = torch.maximum(block.amax(0) / _LARGEST, block.amin(0) / _SMALLEST)
+        return torch.where(scale > 0, scale, 1.0)
+
+    return _compensated(weight, torch.eye(len(weight)) if moment is None else moment, _SMALLEST, _LARGEST, widest)
+
+
+def _compensated(
+    weight: Tensor, moment: Tensor, smallest: int, largest: int, scale_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """GPTQ to integers `smallest`..`largest`; `scale_of` gives the scales of a block of inputs [BLOCK, outputs]."""
     rest, integers, scales = weight.clone(), torch.empty_like(weight), []
-    inverse = _inverse(torch.eye(len(weight)) if moment is None else moment)
+    inverse = _inverse(moment)
     for start in range(0, len(weight), BLOCK):
-        block = slice(start, start + BLOCK)
-        scale = torch.maximum(rest[block].amax(0) / _LARGEST, rest[block].amin(0) / _SMALLEST)
-        scale = torch.where(scale > 0, scale, 1.0)
+        block = slice(start, min(start + BLOCK, len(weight)))
+        scale = scale_of(rest[block])
         errors = torch.empty_like(rest[block])
-        for i in range(start, start + BLOCK):
-            integers[i] = (rest[i] / scale).round().clamp(_SMALLEST, _LARGEST)
+        for i in range(start, block.stop):
+            integers[i] = (rest[i] / scale).round().clamp(smallest, largest)
             errors[i - start] = (rest[i] - integers[i] * scale) / inverse[i, i]
             rest[i + 1 : block.stop] -= inverse[i, i + 1 : block.stop, None] * errors[i - start]
         rest[block.stop :] -= inverse[block, block.stop :].T @ errors
@@ -91,7 +111,7 @@ def rounded(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
 def _inverse(moment: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse: row i has what an error of input i asks of the inputs behind it."""
     if not moment.isfinite().all():
-        raise VqdeployError("activations are too large to round weights to 4 bits by them", fix="--dtype int8")
+        raise VqdeployError("activations are too large to round weights by them", fix="--dtype fp32")
     moment = moment.double()
     damped = moment + (_DAMPING * moment.diagonal().mean() + 1e-12) * torch.eye(len(moment))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -99,8 +119,10 @@ def _inverse(moment: Tensor) -> Tensor:
     return factor.float()
 
 
-def rounded_columns(weight: Tensor, smallest: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Rounds a matrix [inputs, outputs] to 7 bits.
+def rounded_columns(
+    weight: Tensor, smallest: Tensor | float = 0.0, moment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rounds a matrix [inputs, outputs] to 7 bits; `moment` as for `rounded`.
 
     Returns:
         Integers -63..63 int8 [inputs, outputs], and what one is worth in each column [outputs]: the scale with the
@@ -115,4 +137,6 @@ def rounded_columns(weight: Tensor, smallest: Tensor | float = 0.0) -> tuple[Ten
         error = ((weight / scale).round().clamp(-most, most) * scale - weight).square().sum(0)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     best = torch.maximum(best, torch.as_tensor(smallest))
-    return (weight / best).round().clamp(-most, most).to(torch.int8), best
+    if moment is None:
+        return (weight / best).round().clamp(-most, most).to(torch.int8), best
+    return _compensated(weight, moment, -most, most, lambda _: best)[0], best

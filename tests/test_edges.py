@@ -29,7 +29,7 @@ EDGES: dict[str, set[str]] = {
     "backends": {"manifest"},
     "images": set(),
     "runtime": {"manifest", "graphs", "backends", "images"},
-    "export": {"models", "systems", "checkpoint", "manifest", "graphs"},
+    "export": {"models", "systems", "checkpoint", "reference", "manifest", "graphs"},
     "engines": {"manifest", "graphs", "backends", "kernels"},
     "verify": EVERYTHING_BUT_TRAINING,
     "bench": EVERYTHING_BUT_TRAINING,

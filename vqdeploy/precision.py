@@ -132,7 +132,9 @@ class Choice:
         """
         named: dict[str, str] = {}
         for part in text.split(","):
-            stage, _, precision = part.strip().rpartition("=")
+            stage, equals, precision = part.strip().rpartition("=")
+            if equals and not stage:
+                raise VqdeployError("a precision has no stage before its =", expected="STAGE=PRECISION", found=text)
             if precision not in PRECISIONS:
                 why = ", which ONNX Runtime has no kernels for on the CPU" if precision == "bf16" else ""
                 found = repr(precision) + why
@@ -161,12 +163,15 @@ class Choice:
                 states differ in the type of these.
         """
         stages = [*tokenizer, *prior]
+        if PRECISIONS[self.of_tokenizer("encode")].bits:
+            fix = f"leave out encode={self.named['encode']}"
+            raise VqdeployError("an encoder whose weights are integers finds other codes", fix=fix)
         for name in self.named:
             if name not in stages:
                 raise VqdeployError(f"there is no stage {name!r} to export", expected=" or ".join(stages))
         if not prior and PRECISIONS[self.rest].bits:
             raise VqdeployError(
-                f"{self.rest} is for the products of a prior, and there is none", fix=f"--dtype decode={self.rest}"
+                f"{self.rest} is for the products of a prior, and there is none", fix="--dtype decode=int8"
             )
         floats = {PRECISIONS[self.of_prior(name, has)].floats for name, has in prior.items()}
         if len(floats) > 1:
@@ -181,6 +186,6 @@ def together(precisions: Sequence[str]) -> str:
     """The precision of a package with these of its stages."""
     quantized = [name for name in precisions if PRECISIONS[name].bits]
     others = set(precisions) - set(quantized)
-    if quantized and others <= {"fp32"} and len(set(quantized)) == 1:
-        return quantized[0]
+    if quantized and others <= {"fp32"}:
+        return min(quantized, key=lambda name: PRECISIONS[name].bits or 0)  # what needs 8 bits is in int8 in int4, too
     return precisions[0] if len(set(precisions)) == 1 else MIXED

@@ -64,11 +64,11 @@ def test_caches_hold_keys_and_values_of_random_codes(artifacts, name):
 
 
 def test_what_is_observed_is_forgotten(artifacts):
-    prior = artifacts.system("vit").prior
-    with observed(prior):
-        layer = prior.transformer.blocks[0].attn.key
+    system = artifacts.system("vit")
+    with observed(system):
+        layer = system.prior.transformer.blocks[0].attn.key
         assert layer.largest.shape == (64,)
-    assert not any("largest" in vars(part) for part in prior.modules())
+    assert not any("largest" in vars(part) for part in system.prior.modules())
 
 
 def test_heads_that_are_zero_and_heads_that_overflow():
