@@ -23,7 +23,7 @@ demo: .venv/ready
 	cd demo && vqdeploy export --model movq --preset emoji --no-verify
 	cd demo && vqdeploy build movq-onnx
 	cd demo && vqdeploy run --engine movq.plan --film movq-film.gif
-	cd demo && vqdeploy run --engine movq.plan --task inpaint --input ../examples/emoji --mask-ratio 0.5 --num-images 2
+	cd demo && vqdeploy run --engine movq.plan --task inpaint --input ../examples/emoji --mask-ratio 0.5 --completions 2
 	cd demo && vqdeploy verify --engine movq.plan
 	cd demo && vqdeploy export --model rqvae --preset emoji --no-verify
 	cd demo && vqdeploy build

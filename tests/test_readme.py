@@ -33,6 +33,12 @@ def test_command_parses(line):
     VERBS.commands[verb].make_context(verb, arguments)
 
 
+@pytest.mark.parametrize("line", commands("vqdeploy run"))
+def test_tasks_take_the_options_that_they_are_given(vqdeploy, line):
+    """They get as far as the plan, which is not here."""
+    assert ".plan does not exist" in vqdeploy(*shlex.split(line, comments=True)[1:])[2]
+
+
 def test_unknown_options_do_not_parse():
     with pytest.raises(Exception, match="No such option"):
         VERBS.commands["run"].make_context("run", ["--engine", "a.plan", "--nothing"])

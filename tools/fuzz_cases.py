@@ -820,7 +820,7 @@ def arguments(rnd: random.Random, material: Material, folder: Path) -> None:
         "--device",
     ]
     words += ["--keep-levels", "--columns", "--layer", "--film", "--threads", "--json", "--help", "--nosuch", "-o"]
-    words += ["--held-out", "--shard-size", "--slots"]
+    words += ["--held-out", "--shard-size", "--slots", "--completions"]
     # Outputs go to the folder, whatever the arguments.
     values: list[Any] = ["0", "1", "-1", "1.5", "nan", "inf", "1e400", "9" * 5000, "", "\x1b[31m", "\ud800", "a" * 5000]
     values += [

@@ -252,7 +252,7 @@ def test_the_sheet_shows_what_was_drawn_and_not_what_the_mask_covers(vqdeploy, p
 
 
 def test_a_masked_prior_completes_one_image_several_times(vqdeploy, movq_plan, movq_pipeline, picture, tmp_path):
-    arguments = ["--task", "inpaint", "--input", picture, "--mask-ratio", 0.9, "--steps", 3, "--num-images", 2]
+    arguments = ["--task", "inpaint", "--input", picture, "--mask-ratio", 0.9, "--steps", 3, "--completions", 2]
     assert vqdeploy("run", "--engine", movq_plan, *arguments, "--seed", 4, "-o", "i.png")[0] == 0
     rows = np.asarray(Image.open(tmp_path / "i.png")).reshape(-1, 16, 3)
     masked, first, second, original = (rows[i * 18 : i * 18 + 16] for i in range(4))
@@ -353,7 +353,7 @@ def test_a_hierarchy_generates(vqdeploy, vqvae2_plan, vqvae2_pipeline, tmp_path)
 
 @pytest.mark.parametrize(("options", "kept"), [([], 1), (["--keep-levels", 0], 0), (["--keep-levels", 1], 1)])
 def test_details_are_drawn_anew(vqdeploy, vqvae2_plan, vqvae2_pipeline, picture, tmp_path, options, kept):
-    arguments = ["--task", "resample", "--input", picture, "--label", "eel", "--num-images", 2, "--seed", 4, *options]
+    arguments = ["--task", "resample", "--input", picture, "--label", "eel", "--completions", 2, "--seed", 4, *options]
     result = parsed(vqdeploy("run", "--engine", vqvae2_plan, *arguments, "--json"))
     (original, *drawn), note = sheet_of(tmp_path / "vqvae2-resample.png")
     np.testing.assert_array_equal(original, read(picture, 24))
@@ -463,7 +463,15 @@ def refused(result, code, *words):
         (["--mask", "in.png"], ["--mask is", "--task inpaint"]),
         (["--mask-ratio", "0.5"], ["--mask-ratio", "--task inpaint"]),
         (["--task", "encode", "--input", "in.png", "--label", "cat"], ["--label", "found encode"]),
-        (["--task", "encode", "--input", "in.png", "--num-images", "2"], ["--num-images", "found encode"]),
+        (["--task", "encode", "--input", "in.png", "--num-images", "2"], ["--num-images", "found encode."]),
+        (["--task", "encode", "--input", "in.png", "--seed", "0"], ["--seed", "generate or inpaint", "found encode"]),
+        (
+            ["--task", "inpaint", "--input", "in.png", "--num-images", "2"],
+            ["--num-images", "expected --task generate, found inpaint. Fix: --completions 2"],
+        ),
+        (["--completions", "2"], ["--completions", "expected --task inpaint or resample, found generate"]),
+        (["--text-features", "in.png"], ["--text-features does not fit this prior; expected --label"]),
+        (["--task", "encode", "--text-features", "in.png"], ["--text-features is not", "--task generate or inpaint"]),
         (["--task", "decode", "--top-k", "5"], ["--top-k", "expected --task generate or inpaint or resample"]),
         (["--task", "encode", "--input", "in.png", "-o", "codes.png"], ["encode writes a file .npz", "codes.png"]),
         (["-o", "gen.npz"], ["generate writes a file .png; expected -o FILE.png, found gen.npz"]),

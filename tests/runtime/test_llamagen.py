@@ -146,7 +146,7 @@ def job(features_plan, tmp_path):
 
     def start(name, plan=features_plan, **options):
         texts = name and tmp_path / name
-        return run(Job(plan, output=tmp_path / "a.png", texts=texts, options={"seed": 0}, **options))
+        return run(Job(plan, output=tmp_path / "a.png", text_features=texts, options={"seed": 0}, **options))
 
     return start
 
@@ -162,7 +162,7 @@ def test_run_generates_a_row_for_each_text(job, name):
     ("name", "options", "message"),
     [
         (None, {}, "this prior needs texts; expected --text-features FILE, found none"),
-        (None, {"labels": ["1"]}, "takes texts and no labels; expected --text-features FILE, found --label"),
+        (None, {"labels": ["1"]}, "--label does not fit this prior; expected --text-features, found --label"),
         ("ids.npz", {}, "an NPZ with text_features"),
     ],
 )

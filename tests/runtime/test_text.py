@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def files(tmp_path):
 
 def job(plan, folder, texts, **options):
     texts = texts and folder / texts
-    return run(Job(plan, output=folder / "a.png", texts=texts, options={"seed": 0}, **options))
+    return run(Job(plan, output=folder / "a.png", text_ids=texts, options={"seed": 0}, **options))
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
@@ -193,7 +194,7 @@ def test_run_completes_images(text_plan, text_pipeline, files):
     from vqdeploy.runtime.images import write_grid
 
     write_grid(files / "in.png", text_pipeline.generate(TEXTS[:1]).images, 1, {})
-    result = job(text_plan, files, "one.npy", task="inpaint", inputs=[files / "in.png"] * 2, num_images=1)
+    result = job(text_plan, files, "one.npy", task="inpaint", inputs=[files / "in.png"] * 2, completions=1)
     assert result["options"]["texts"] == TEXTS[[0, 0]].tolist()
 
 
@@ -201,14 +202,15 @@ def test_run_completes_images(text_plan, text_pipeline, files):
     ("name", "options", "message"),
     [
         (None, {}, "this prior needs texts; expected --text-ids FILE, found none"),
-        (None, {"labels": ["1"]}, "this prior takes texts and no labels; expected --text-ids FILE, found --label"),
+        (None, {"labels": ["1"]}, "--label does not fit this prior; expected --text-ids, found --label"),
+        ("a.npy", {"text_features": Path("b.npy")}, "--text-features does not fit this prior; expected --text-ids"),
         ("missing.npy", {}, "missing.npy"),
         ("other.npz", {}, "an NPZ with text_ids"),
         ("text.npy", {}, "text.npy does not hold texts"),
         ("objects.npy", {}, "objects.npy does not hold texts"),
         ("lies.npy", {}, "lies.npy does not hold texts"),
         ("flat.npy", {}, r"expected token ids \[B, 18\], found \[54\]"),
-        ("a.npy", {"task": "encode"}, "--text-ids is not an option of this task; expected --task generate or inpaint"),
+        ("a.npy", {"task": "encode"}, "--text-ids is not an .* task; expected --task generate or inpaint"),
     ],
 )
 def test_files_that_are_no_texts(text_plan, files, name, options, message):
@@ -223,7 +225,7 @@ def test_files_that_are_no_texts(text_plan, files, name, options, message):
 
 
 def test_texts_for_a_plan_with_labels(plan, files):
-    with pytest.raises(VqdeployError, match="this prior takes labels and no texts; expected --label NAME, found texts"):
+    with pytest.raises(VqdeployError, match="--text-ids does not fit this prior; expected --label"):
         job(plan, files, "a.npy")
 
 

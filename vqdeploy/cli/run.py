@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vqdeploy.cli.options import Device, Engine, Json, Seed, Threads, with_sampling_options
+from vqdeploy.cli.options import Device, Engine, Json, Threads, with_sampling_options
 from vqdeploy.cli.output import finish
 from vqdeploy.errors import LONGEST, shown
 
@@ -26,24 +26,23 @@ def run(
     label: Annotated[
         list[str] | None, typer.Option(help="Class, by name or number; repeatable; the first ten by default.")
     ] = None,
-    texts: Annotated[
+    text_ids: Annotated[
         Path | None,
-        typer.Option(
-            "--text-ids",
-            "--text-features",
-            help="Texts, for priors conditioned on texts: an NPY of token ids [B, length] or of features [B, tokens, "
-            "width], or text_ids or text_features in an NPZ.",
-        ),
+        typer.Option(help="For priors of texts: token ids [B, length], an NPY, or text_ids in an NPZ."),
+    ] = None,
+    text_features: Annotated[
+        Path | None,
+        typer.Option(help="For priors of features: an NPY [B, tokens, width], or text_features in an NPZ."),
     ] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            max=10_000,
-            help="Images per label or text, a row each, 8 by default; inpaint, resample: completions per image.",
-        ),
+        typer.Option(min=1, max=10_000, help="generate: images per label or text, a row each; 8 by default."),
     ] = None,
-    seed: Seed = 0,
+    completions: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="inpaint, resample: completions per image, a row each; 1 by default."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all random numbers; 0 by default.")] = None,
     sampling: dict[str, Any],
     inputs: Annotated[
         list[Path] | None, typer.Option("--input", help="Image, folder, codes or arrays; repeatable.")
@@ -90,8 +89,10 @@ def run(
         task=task,
         stage=stage,
         labels=label or (),
-        texts=texts,
+        text_ids=text_ids,
+        text_features=text_features,
         num_images=num_images,
+        completions=completions,
         inputs=inputs or (),
         mask=mask,
         mask_ratio=mask_ratio,
@@ -101,7 +102,7 @@ def run(
         layer=layer,
         film=film,
         output=output,
-        options={"seed": seed, **sampling},
+        options=sampling if seed is None else {"seed": seed, **sampling},
     )
     result = run_job(job)
     finish(result, as_json, f"{shown(result['output'], LONGEST)}  {task} in {result['seconds']:.2f} s")

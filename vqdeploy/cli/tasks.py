@@ -26,8 +26,8 @@ _FILM_FRAMES = 256  # frames of a film; a published prior has thousands of steps
 class Job:
     """What the command line asked for; `options` are those of `Pipeline.complete`.
 
-    `texts` is the file with the token ids or the features of texts. `num_images` is the number of images of each label
-    or text, or of completions of each image, and `columns` that of a row of decoded ones; None for a usual number.
+    `text_ids` and `text_features` are files with texts. `num_images` is the number of images of each label or text,
+    `completions` that of each image, and `columns` that of a row of decoded ones; None for a usual number.
     `keep_levels` is what `resample` keeps, `depth` what decoding uses. `film` is where the steps of the first image go.
     `threads` is that of `vqdeploy.load`, `stage` what the task `stage` runs.
     """
@@ -38,8 +38,10 @@ class Job:
     task: str = "generate"
     stage: str | None = None
     labels: Sequence[str] = ()
-    texts: Path | None = None
+    text_ids: Path | None = None
+    text_features: Path | None = None
     num_images: int | None = None
+    completions: int | None = None
     inputs: Sequence[Path] = ()
     mask: Path | None = None
     mask_ratio: float | None = None
@@ -120,7 +122,7 @@ def _resample(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     images = _read_images(pipeline, _files(job))
     keep = 1 if job.keep_levels is None else job.keep_levels
     labels = _conditions(pipeline, job, len(images))
-    result = pipeline.resample(images, labels, keep=keep, completions=job.num_images or 1, **job.options)
+    result = pipeline.resample(images, labels, keep=keep, completions=job.completions or 1, **job.options)
     note = {"options": result.options, "kept_levels": keep, "timings": result.timings}
     return _write(output, pipeline, np.concatenate([images, result.images]), len(images), note)
 
@@ -131,8 +133,8 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
     ratio = 0.5 if mask is None and job.mask_ratio is None else job.mask_ratio
     labels = _conditions(pipeline, job, len(images))
     place: dict[str, Any] = {"mask": mask, "mask_ratio": ratio}
-    result = pipeline.inpaint(images, labels, completions=job.num_images or 1, **place, **job.options)
-    unknown = pipeline.unknown(len(images), **place, seed=job.options["seed"])
+    result = pipeline.inpaint(images, labels, completions=job.completions or 1, **place, **job.options)
+    unknown = pipeline.unknown(len(images), **place, seed=result.options["seed"])
     if mask is not None and pipeline.keeps_pixels:
         masked = np.where(mask[..., None], GREY, images)
     elif len(pipeline.layout.maps) > 1 and pipeline.tokenizer.omits_depths:  # the sum of what is known
@@ -146,23 +148,22 @@ def _inpaint(pipeline: Pipeline, job: Job, output: Path) -> dict[str, Any]:
 
 def _conditions(pipeline: Pipeline, job: Job, count: int = 1) -> np.ndarray | None:
     """Labels [B] or texts [B, length]; one alone stands for all of `count` images; None where none is given."""
-    of_texts = pipeline.condition.name == "text"
-    if job.labels and of_texts:
-        expected = f"{_option(pipeline)} FILE"
-        raise VqdeployError("this prior takes texts and no labels", expected=expected, found="--label")
-    if job.texts and not of_texts:
-        raise VqdeployError("this prior takes labels and no texts", expected="--label NAME", found="texts")
-    if job.texts:
-        conditions = pipeline.condition.check(_read_texts(job.texts, pipeline.condition.argument))
-    elif job.labels:
+    wanted = _option(pipeline)
+    given = {option: getattr(job, _OPTIONS[option]) for option in ("--label", "--text-ids", "--text-features")}
+    for option, value in given.items():
+        if value and option != wanted:
+            raise VqdeployError(f"{option} does not fit this prior", expected=wanted, found=option)
+    if not given[wanted]:
+        return None
+    if wanted == "--label":
         conditions = np.array([pipeline.label(name) for name in job.labels])
     else:
-        return None
+        conditions = pipeline.condition.check(_read_texts(given[wanted], pipeline.condition.argument))
     return np.repeat(conditions, count if len(conditions) == 1 else 1, 0)
 
 
 def _option(pipeline: Pipeline) -> str:
-    """The option with the texts of a prior."""
+    """The option with what a prior is conditioned on."""
     return "--" + pipeline.condition.argument.replace("_", "-")
 
 
@@ -231,15 +232,17 @@ class Task(NamedTuple):
     samples: bool = False
 
     def takes(self, option: str) -> bool:
-        """Whether the task has an option; those not in `_OPTIONS` are sampling options."""
+        """Whether the task has an option; those not in `_OPTIONS` are --seed and sampling options."""
         return option in self.options.split() or (self.samples and option not in _OPTIONS)
 
 
 _OPTIONS = {
     "--stage": "stage",
     "--label": "labels",
-    "--text-ids": "texts",
+    "--text-ids": "text_ids",
+    "--text-features": "text_features",
     "--num-images": "num_images",
+    "--completions": "completions",
     "--input": "inputs",
     "--mask": "mask",
     "--mask-ratio": "mask_ratio",
@@ -251,10 +254,12 @@ _OPTIONS = {
 }
 
 TASKS = {
-    "generate": Task(_generate, ".png", "--label --text-ids --num-images --film", samples=True),
+    "generate": Task(_generate, ".png", "--label --text-ids --text-features --num-images --film", samples=True),
     "reconstruct": Task(_reconstruct, ".png", "--input --depth"),
-    "inpaint": Task(_inpaint, ".png", "--input --label --text-ids --num-images --mask --mask-ratio", samples=True),
-    "resample": Task(_resample, ".png", "--input --label --num-images --keep-levels", samples=True),
+    "inpaint": Task(
+        _inpaint, ".png", "--input --label --text-ids --text-features --completions --mask --mask-ratio", samples=True
+    ),
+    "resample": Task(_resample, ".png", "--input --label --completions --keep-levels", samples=True),
     "encode": Task(_encode, ".npz", "--input"),
     "decode": Task(_decode, ".png", "--input --columns --depth"),
     "features": Task(_features, ".npz", "--input --label --layer"),
@@ -264,13 +269,15 @@ TASKS = {
 
 def _check_options(job: Job) -> None:
     """Rejects options that the task would ignore."""
+    task = TASKS[job.task]
     sampling = {option.spellings[0]: job.options.get(option.name) for option in SAMPLING_OPTIONS}
+    sampling["--seed"] = job.options.get("seed")
     for option, value in ({option: getattr(job, name) for option, name in _OPTIONS.items()} | sampling).items():
-        if value not in (None, (), []) and not TASKS[job.task].takes(option):
-            expected = " or ".join(name for name, task in TASKS.items() if task.takes(option))
-            raise VqdeployError(
-                f"{option} is not an option of this task", expected=f"--task {expected}", found=job.task
-            )
+        if value not in (None, (), []) and not task.takes(option):
+            expected = "--task " + " or ".join(name for name, other in TASKS.items() if other.takes(option))
+            fix = f"--completions {value}" if option == "--num-images" and task.takes("--completions") else None
+            what = f"{option} is not an option of this task"
+            raise VqdeployError(what, expected=expected, found=job.task, fix=fix)
 
 
 def _check_output(job: Job, suffix: str) -> None:
@@ -282,7 +289,7 @@ def _check_output(job: Job, suffix: str) -> None:
 
 def _check_unread(job: Job, output: Path) -> None:
     """Rejects outputs that would replace a file that the task reads."""
-    read = [path for path in (job.engine, job.mask, job.texts, *job.inputs) if path]
+    read = [path for path in (job.engine, job.mask, job.text_ids, job.text_features, *job.inputs) if path]
     for written in filter(None, (output, job.film)):
         check_other(written, read)
 
