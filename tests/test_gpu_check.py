@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -159,5 +160,11 @@ def test_verbs_end_with_their_code_and_their_last_line(tool, tmp_path):
     assert tool.vqdeploy(tmp_path, "env")[1]["python"]
 
 
-def test_every_system_has_a_published_preset(tool):
-    assert all(tool.PUBLISHED[system] in d.presets for system, d in tool.SYSTEMS.items())
+def test_every_system_has_one_published_preset_that_is_timed(tool):
+    assert all(len((tool.PRESETS - {"bench"}) & definition.presets.keys()) == 1 for definition in tool.SYSTEMS.values())
+
+
+def test_a_new_system_is_timed_without_a_change(check, tool, monkeypatch):
+    new = SimpleNamespace(presets={"tiny": None, "bench": None})
+    monkeypatch.setattr(tool, "SYSTEMS", {"new": new})
+    assert "| new | bench | onnxrt | decode | 1 |" in check(NO_TENSORRT)[2]

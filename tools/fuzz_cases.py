@@ -32,8 +32,8 @@ from PIL import Image
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime import load, rules
 from vqdeploy.runtime.operators import OPERATORS
+from vqdeploy.systems import SYSTEMS
 
-SYSTEMS = ("rqvae", "movq", "vitvqgan", "vqgan", "vqvae2", "maskgit", "emu3", "llamagen", "var")
 LONGEST = 500  # most characters of a message
 _MANIFEST, _WEIGHTS = "manifest.json", "weights.safetensors"
 _LARGEST = 1 << 24  # most pixels and codes that the harness passes
@@ -50,7 +50,7 @@ class Material:
     """Valid artifacts to start from: `NAME-onnx`, `NAME.plan`, `NAME-portable.plan` in a folder."""
 
     folder: Path
-    systems: tuple[str, ...] = SYSTEMS
+    systems: tuple[str, ...] = tuple(SYSTEMS)
 
     def package(self, rnd: random.Random) -> Path:
         """A package of some system."""
