@@ -622,20 +622,8 @@ class Pipeline:
             seed: Seed of the noise, a nonnegative integer.
             first_image: Index of the first image: the noise of image i depends on (seed, first_image + i).
             callback: Called with a `Step` after each step. On a GPU, each call waits for the codes.
-            **given: Sampling options; None or no value means the default of the checkpoint.
-                `temperature` divides the logits; 0 takes the most likely code.
-                `top_k` keeps the k most likely codes; 0 keeps all.
-                `top_p` keeps the most likely codes until their probability reaches p.
-                These three may be lists, with one value per depth or level.
-                `guidance_scale` s: logits are u + s * (c - u), conditional c and unconditional u; 1 is no guidance.
-                Only priors that were trained with label dropout have it. Where codes are drawn scale by scale, it rises
-                from 1 at the first scale to s at the last.
-                `guidance_interval` i guides the codes 0 to i + 1 alone; -1 guides all.
-                `more_smooth` 1 blends code vectors instead of drawing codes; `codes` are drawn all the same.
-                Masked priors also have:
-                `steps`, the number of engine calls.
-                `schedule`, one of `vqdeploy.runtime.schedules.SCHEDULES`.
-                `choice_temperature`, the scale of the noise on the confidence, which falls to 0 at the last step.
+            **given: The options of `vqdeploy.options.OPTIONS` that the prior has; None or no value means the
+                default of the checkpoint. Options of each depth may be lists, with one value per depth or level.
 
         Raises:
             VqdeployError: An argument is out of range, or the plan has no prior.

@@ -117,9 +117,9 @@ def test_loops_on_a_gpu_draw_what_they_draw_on_the_cpu(cuda_plan, gpu):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate provider")
-@pytest.mark.parametrize("seed", range(2))
-def test_images_that_come_and_go_are_the_images_alone(cuda_plan, seed, gpu):
-    trial(load(cuda_plan, "cuda"), seed, requests=4)
+@pytest.mark.parametrize(("seed", "slots"), [(0, 2), (1, 5)])
+def test_images_that_come_and_go_are_the_images_alone(cuda_plan, seed, slots, gpu):
+    trial(load(cuda_plan, "cuda"), seed, slots, requests=4)
 
 
 def test_checks_pass_on_a_gpu(small_plan, system, gpu):

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.damage import edited
-from support.trials import alone, random_item, trial
+from support.trials import alone, random_item, takes_guidance, trial
 
 from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
@@ -31,9 +33,15 @@ def any_pipeline(name, request):
     return request.getfixturevalue(named(name, "pipeline"))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_images_that_come_and_go_are_the_images_alone(any_pipeline, seed):
-    trial(any_pipeline, seed)
+@settings(max_examples=3)
+@given(st.data(), st.integers(0, 2**32 - 1))
+def test_images_that_come_and_go_are_the_images_alone(any_pipeline, data, seed):
+    most = any_pipeline._most_slots(takes_guidance(any_pipeline))
+    trial(any_pipeline, seed, data.draw(st.integers(1, most), "slots"))
+
+
+def test_images_that_come_and_go_are_those_of_a_sampler_of_one_slot(any_pipeline):
+    trial(any_pipeline, 0, alone=lambda pipeline, item, _slots, _slot, guided: alone(pipeline, item, 1, 0, guided))
 
 
 def test_trials_hold_many_images_against_themselves(pipeline):

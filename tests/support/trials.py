@@ -43,17 +43,21 @@ def alone(pipeline, item, slots, slot, guided):
         return sampler.codes(slot)
 
 
-def trial(pipeline, seed, requests=6):
+def takes_guidance(pipeline):
+    """Whether its samplers take guidance."""
+    return "guidance_scale" in pipeline.sampling.options
+
+
+def trial(pipeline, seed, slots=3, requests=6, alone=alone):
     """Drives a sampler at random; returns how many images were held against themselves alone."""
     rng = np.random.default_rng(seed)
-    slots, guided = int(rng.integers(1, 4)), "guidance_scale" in pipeline.sampling.options
     waiting = [random_item(pipeline, rng, image) for image in range(requests)]
     running, found = {}, []
-    with pipeline.sampler(slots, guided) as sampler:
+    with pipeline.sampler(slots, takes_guidance(pipeline)) as sampler:
         while waiting or running:
             admits = sampler.joins == "any step" or not running
-            for slot in range(slots):
-                if admits and waiting and slot not in running and rng.random() < 0.6:
+            for slot in rng.permutation(slots)[: rng.integers(4)].tolist():  # so many may arrive
+                if admits and waiting and slot not in running:
                     running[slot] = waiting.pop()
                     sampler.admit(slot, running[slot])
                     if rng.random() < 0.1:  # cancelled before its first step
@@ -77,5 +81,5 @@ def trial(pipeline, seed, requests=6):
                     del running[slot]
     for slot, item, codes in found:
         assert (codes[item.known >= 0] == item.known[item.known >= 0]).all()
-        np.testing.assert_array_equal(codes, alone(pipeline, item, slots, slot, guided))
+        np.testing.assert_array_equal(codes, alone(pipeline, item, slots, slot, takes_guidance(pipeline)))
     return len(found)
