@@ -6,18 +6,12 @@ from support.imports import Import, imports, modules
 BASE = {"errors", "files", "config", "precision", "options", "machine", "processes", "threads"}
 """Standard library only: everyone may import them."""
 
-EVERYTHING_BUT_TRAINING = {
-    "checkpoint", "models", "systems", "convert", "reference", "verify", "bench", "export", "engines",
-    "manifest", "graphs", "backends", "images", "runtime", "machine", "shards", "tokenize", "triton",
-}  # fmt: skip
-
 EDGES: dict[str, set[str]] = {
     **{name: set() for name in sorted(BASE)},
     "kernels": set(),
-    "machine": set(),
     "models": set(),
     "systems": {"models"},
-    "checkpoint": {"models", "systems"},
+    "checkpoint": {"systems"},
     "reference": {"models", "systems"},
     "training": {"models", "systems", "checkpoint", "reference", "images"},
     "shards": set(),  # needs pyarrow
@@ -30,9 +24,9 @@ EDGES: dict[str, set[str]] = {
     "images": set(),
     "runtime": {"manifest", "graphs", "backends", "images"},
     "export": {"models", "systems", "checkpoint", "reference", "manifest", "graphs"},
-    "engines": {"manifest", "graphs", "backends", "kernels"},
-    "verify": EVERYTHING_BUT_TRAINING,
-    "bench": EVERYTHING_BUT_TRAINING,
+    "engines": {"manifest", "graphs", "backends"},
+    "verify": {"models", "systems", "checkpoint", "reference", "export", "manifest", "runtime"},
+    "bench": {"models", "checkpoint", "reference", "export", "manifest", "backends", "runtime"},
     "tasks": {"runtime", "images"},
     "serve": {"runtime", "images"},
     "cli": set(),
@@ -41,15 +35,17 @@ EDGES: dict[str, set[str]] = {
 """What each part may import at import time, `BASE` and itself aside; `FILES` gives the parts smaller than a folder."""
 
 INSIDE_FUNCTIONS: dict[str, set[str]] = {
-    "cli": {*EVERYTHING_BUT_TRAINING, "training", "tasks", "serve"},  # each verb loads what it needs
-    "vqdeploy": {"checkpoint", "runtime"},  # `vqdeploy.load` loads nothing before it is called
+    "cli": set(EDGES),  # each verb loads what it needs
+    "vqdeploy": {"runtime"},  # `vqdeploy.load` loads nothing before it is called
     "models": {"kernels"},  # the operators that take CUDA tensors
     "export": {"verify"},  # a module of the user's is compared with its export at once
     "training": {"shards"},  # data that are codes
     "systems": {"export"},  # a system names its stages, and trains without ONNX
-    "engines": {"runtime"},  # TensorRT builds for the GPU that is there
+    "backends": {"runtime"},  # a backend's library is imported on use
+    "verify": {"engines"},  # a package is verified as a plan
+    "engines": {"runtime", "kernels"},  # TensorRT builds for the GPU that is there, with plugins
 }
-"""What it may import later: in functions, and for type checkers."""
+"""What it may import later: in functions, by a name in a string, and for type checkers."""
 
 FILES = {
     "vqdeploy": "vqdeploy",
@@ -96,3 +92,4 @@ def test_imports_are_found():
     assert ("vqdeploy.engines.build", "vqdeploy.runtime.bundle", False) in found
     assert ("vqdeploy.engines.build", "vqdeploy.engines.package", False) in found
     assert ("vqdeploy.engines.tensorrt", "vqdeploy.runtime.device", True) in found
+    assert ("vqdeploy.runtime.backends", "vqdeploy.runtime.tensorrt", True) in found

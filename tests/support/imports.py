@@ -13,7 +13,7 @@ PARTS = ("export", "engines", "runtime")
 
 @dataclass(frozen=True)
 class Import:
-    """One module imports another; `late` when that happens inside a function, or for type checkers only."""
+    """One module imports another; `late` inside a function, by its name in a string, or for type checkers only."""
 
     source: str
     target: str
@@ -71,8 +71,8 @@ def _imports(source: str, tree: ast.Module) -> list[Import]:
                 module if (module := f"{node.module}.{alias.name}") in modules() else str(node.module)
                 for alias in node.names
             ]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        elif isinstance(node, ast.Constant) and node.value != "vqdeploy":  # a name for `import_module`
+            names, late = [node.value], True
         found.extend(Import(source, name, node.lineno, late) for name in dict.fromkeys(names) if name in modules())
         for child in ast.iter_child_nodes(node):
             visit(child, late)
