@@ -30,6 +30,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from vqdeploy.errors import VqdeployError
+from vqdeploy.options import OPTIONS
 from vqdeploy.runtime import load, rules
 from vqdeploy.runtime.operators import OPERATORS
 from vqdeploy.systems import SYSTEMS
@@ -909,16 +910,8 @@ def api(rnd: random.Random, material: Material, _: Path) -> None:
             )
         )
         keywords = (
+            *OPTIONS,
             "seed",
-            "temperature",
-            "top_k",
-            "top_p",
-            "guidance_scale",
-            "steps",
-            "schedule",
-            "choice_temperature",
-            "guidance_interval",
-            "more_smooth",
             "first_image",
             "num_images",
             "mask",
