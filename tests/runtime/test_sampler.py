@@ -41,7 +41,7 @@ def test_images_that_come_and_go_are_the_images_alone(any_pipeline, data, seed):
 
 
 def test_images_that_come_and_go_are_those_of_a_sampler_of_one_slot(any_pipeline):
-    trial(any_pipeline, 0, alone=lambda pipeline, item, _slots, _slot, guided: alone(pipeline, item, 1, 0, guided))
+    trial(any_pipeline, 0, 8, alone=lambda pipeline, item, _slots, _slot, guided: alone(pipeline, item, 1, 0, guided))
 
 
 def test_trials_hold_many_images_against_themselves(pipeline):
