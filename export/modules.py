@@ -162,6 +162,9 @@ class Call(nn.Module):
     """A stage as a module: `forward` takes the inputs and returns all outputs as float32, int64 or uint8.
 
     The function gets floats in fp32, which the copies of the module are in, and other inputs in the example's type.
+
+    Raises:
+        VqdeployError: At a call: the function returns other than the outputs of the stage, or complex numbers.
     """
 
     def __init__(self, name: str, model: nn.Module, stage: Stage):

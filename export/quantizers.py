@@ -50,6 +50,9 @@ class Replacement(nn.Module):
 
         Returns:
             Bool in the shape of the codes.
+
+        Raises:
+            NotImplementedError: In this class.
         """
         raise NotImplementedError
 

@@ -48,7 +48,11 @@ _DAMAGE = (
 
 
 def write(path: Path, manifest: Manifest, files: Iterable[Path]) -> None:
-    """Atomically writes a plan: the manifest and the files that it lists."""
+    """Atomically writes a plan: the manifest and the files that it lists.
+
+    Raises:
+        VqdeployError: The folder cannot be written to, or the disk is full.
+    """
     with replacing_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry(FILE), json.dumps(manifest.to_dict(), indent=1))
         for file in files:
@@ -204,7 +208,7 @@ class Bundle:
         """Checks the sha256 of every member.
 
         Raises:
-            ArtifactError: A digest differs.
+            ArtifactError: A digest differs, or the file was truncated after it was opened.
         """
         for name, expected in self.manifest.members.items():
             digest = hashlib.sha256()
@@ -232,7 +236,12 @@ class Bundle:
             target.writelines(self._chunks(name))
 
     def extract(self, folder: Path) -> list[Path]:
-        """Checks the digests, then writes every member into a folder and returns the paths."""
+        """Checks the digests, then writes every member into a folder and returns the paths.
+
+        Raises:
+            VqdeployError: The folder cannot be written.
+            ArtifactError: A digest differs, or the plan was truncated after it was opened.
+        """
         self.verify()
         try:
             folder.mkdir(parents=True, exist_ok=True)

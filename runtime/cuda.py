@@ -98,8 +98,8 @@ class CudaSession(DeviceSession, OnnxrtSession):
     ) -> None:
         providers = [(_PROVIDER, options), "CPUExecutionProvider"]
         super().__init__(bundle, stage, threads, profile, providers=providers)
-        places = zip(stage.inputs, self._session.get_input_memory_infos(), strict=True)
-        self.host_inputs = [info.name for info, memory in places if memory.name.lower() != _MEMORY]
+        memories = zip(stage.inputs, self._session.get_input_memory_infos(), strict=True)
+        self.host_inputs = [info.name for info, memory in memories if memory.name.lower() != _MEMORY]
 
     def run_options(self, graph: int) -> "ort.RunOptions":
         """Run options that capture or replay the CUDA graph of this number, if the stage can be captured."""
@@ -108,7 +108,11 @@ class CudaSession(DeviceSession, OnnxrtSession):
         return options
 
     def bind(self, dims: dict[str, int], shared: Mapping[str, Any] | None = None) -> "CudaBinding":
-        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too."""
+        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too.
+
+        Raises:
+            VqdeployError: The GPU has too little memory free.
+        """
         return CudaBinding(self, self._session, next(self._numbers), dims, shared or {}, self._stream)
 
 
@@ -130,8 +134,8 @@ class CudaBinding(DeviceBinding):
         self._host_inputs = [info for info in owner.stage.inputs if info.name in owner.host_inputs]
         self._bind_inputs(owner.stage.inputs)
         for info in owner.stage.outputs:
-            place = self.shapes[info.name], self.addresses[info.name]
-            self._io.bind_output(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
+            shape, address = self.shapes[info.name], self.addresses[info.name]
+            self._io.bind_output(info.name, _MEMORY, 0, np.dtype(info.dtype), shape, address)
         self._options, self._later = owner.run_options(_NO_GRAPH), owner.run_options(number)
         for options in (self._options, self._later):
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -139,11 +143,16 @@ class CudaBinding(DeviceBinding):
 
     def _bind_inputs(self, infos: Iterable[TensorInfo]) -> None:
         for info in infos:
-            place = self.shapes[info.name], self.addresses[info.name]
-            self._io.bind_input(info.name, _MEMORY, 0, np.dtype(info.dtype), *place)
+            shape, address = self.shapes[info.name], self.addresses[info.name]
+            self._io.bind_input(info.name, _MEMORY, 0, np.dtype(info.dtype), shape, address)
 
     def enqueue(self) -> None:
-        """Enqueues one engine call."""
+        """Enqueues one engine call.
+
+        Raises:
+            VqdeployError: CUDA failed.
+            ArtifactError: The engine failed.
+        """
         if self._host_inputs:  # ONNX Runtime copies them at binding time
             self._stream.synchronize()
             self._bind_inputs(self._host_inputs)

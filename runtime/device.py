@@ -60,7 +60,11 @@ def check() -> None:
 
 
 def compute_capability() -> str:
-    """Compute capability of the GPU in use, such as `sm_90`."""
+    """Compute capability of the GPU in use, such as `sm_90`.
+
+    Raises:
+        VqdeployError: CUDA failed.
+    """
     kinds = cudart.cudaDeviceAttr
     parts = kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor
     major, minor = (_check(cudart.cudaDeviceGetAttribute(part, 0)) for part in parts)
@@ -68,7 +72,11 @@ def compute_capability() -> str:
 
 
 def used_memory() -> int:
-    """Bytes of GPU memory in use, by all processes."""
+    """Bytes of GPU memory in use, by all processes.
+
+    Raises:
+        VqdeployError: CUDA failed.
+    """
     status, free, total = cudart.cudaMemGetInfo()
     _check((status,))
     used: int = total - free
@@ -76,7 +84,11 @@ def used_memory() -> int:
 
 
 class Stream:
-    """A CUDA stream, and the allocator of arrays on the GPU."""
+    """A CUDA stream, and the allocator of arrays on the GPU.
+
+    Raises:
+        VqdeployError: CUDA failed, or the GPU has too little memory free. The methods raise the same.
+    """
 
     def __init__(self) -> None:
         self.handle = int(_check(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)))
@@ -332,12 +344,23 @@ class DeviceBinding:
         self.shapes = {i.name: i.concrete(dims) for i in (*stage.inputs, *stage.outputs)}
 
     def run(self) -> None:
-        """Enqueues one engine call, with the present values of the host inputs."""
+        """Enqueues one engine call, with the present values of the host inputs.
+
+        Raises:
+            VqdeployError: CUDA failed, or the engine was not built for these sizes.
+            ArtifactError: The engine failed.
+        """
         self._staged.upload()
         self.enqueue()
 
     def enqueue(self) -> None:
-        """Enqueues one engine call."""
+        """Enqueues one engine call, whose inputs are on the GPU; subclasses implement it.
+
+        Raises:
+            NotImplementedError: In this class.
+            VqdeployError: CUDA failed, or the engine was not built for these sizes.
+            ArtifactError: The engine failed.
+        """
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -363,6 +386,10 @@ class DeviceSession:
 
 
 def buffers(stage: StageInfo, dims: dict[str, int], names: Collection[str], stream: Stream) -> dict[str, DeviceArray]:
-    """Empty buffers of inputs and outputs of a stage, for bindings to share."""
+    """Zeroed buffers of inputs and outputs of a stage, for bindings to share.
+
+    Raises:
+        VqdeployError: The GPU has too little memory free.
+    """
     infos = [info for info in (*stage.inputs, *stage.outputs) if info.name in names]
     return {info.name: stream.zeros(info.concrete(dims), info.dtype) for info in infos}

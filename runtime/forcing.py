@@ -20,7 +20,7 @@ def images_to_compare(codes: int) -> int:
 
 
 def partly_masked(codes: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Codes [B, h, w, Q] with `size` at random places: at a fifth of the first image to nearly all of the last."""
+    """Codes int64 [B, h, w, Q] with `size` for random ones: a fifth of the first image to nearly all of the last."""
     shares = np.linspace(0.2, 0.95, len(codes))[:, None, None, None]
     masked = rng.random(codes.shape) < shares
     masked[:, 0, 0, 0] = True  # an image without any takes no step, and has no logits
@@ -40,7 +40,10 @@ def forced_logits(
         **options: Sampling options, such as a guidance scale.
 
     Returns:
-        Float32 [B, drawn positions, Q, K].
+        float32 [B, drawn positions, Q, K].
+
+    Raises:
+        VqdeployError: An argument is malformed or out of range.
     """
     chosen = untouched_options(pipeline) | options
     parts = batches(len(codes), pipeline.call_images(_guided(chosen)))
@@ -72,12 +75,12 @@ def masked_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **o
 
     Args:
         pipeline: A plan with a masked prior.
-        codes: Codes [B, h, w, Q]; the codebook size where they are masked, at one place of each image or more.
+        codes: Codes int64 [B, h, w, Q]; the codebook size where they are masked, at least one of each image.
         labels: Labels [B].
         **options: Sampling options, such as a guidance scale.
 
     Returns:
-        Float32 [B, h, w, Q, K].
+        float32 [B, h, w, Q, K].
     """
     chosen = untouched_options(pipeline) | {"steps": 1, "schedule": "linear"} | options
     found = []
@@ -101,7 +104,7 @@ def scale_logits(pipeline: Pipeline, codes: np.ndarray, labels: np.ndarray, **op
         **options: Sampling options, such as a guidance scale.
 
     Returns:
-        Float32 [B, N, K].
+        float32 [B, N, K].
     """
     all_but_one = codes.copy()
     all_but_one[:, -1] = -1  # so that every call is made
@@ -149,8 +152,8 @@ def _drawing(codes: np.ndarray) -> Draw:
     """Noise that makes draw t of image i take codes[i, t]."""
 
     def draw(keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
-        for (_, image, place), row in zip(keys, rows, strict=True):
+        for (_, image, position), row in zip(keys, rows, strict=True):
             row[...] = 0
-            row[np.arange(len(row)), codes[image, place]] = _FORCE
+            row[np.arange(len(row)), codes[image, position]] = _FORCE
 
     return draw

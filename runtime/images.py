@@ -51,7 +51,7 @@ def read(path: Path, side: int | None = None, width: int | None = None) -> np.nd
 def read_bytes(
     content: bytes, name: str, side: int | None = None, width: int | None = None, most: int | None = None
 ) -> np.ndarray:
-    """The content of an image file as `read` gives it; `name` and `most` are as for `decode`.
+    """The content of an image file as `read` gives it, uint8 [H, W, 3]; `name` and `most` are as for `decode`.
 
     Raises:
         ArtifactError: As for `read`.
@@ -64,7 +64,7 @@ def _resized(image: Image.Image, side: int | None, width: int | None) -> np.ndar
 
 
 def fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """The centre of an image, resized to [height, width] pixels."""
+    """The centre of an image, resized to uint8 [height, width, channels], or [height, width] for grey."""
     if height == width:
         return np.asarray(square(image, height))
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
@@ -86,7 +86,12 @@ def light(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def open_image(path: Path, background: int = 255) -> Image.Image:
-    """The image of `read` as RGB, before it is cropped; transparent pixels are composited on a grey level."""
+    """The image of `read` as RGB, before it is cropped; transparent pixels are composited on a grey level.
+
+    Raises:
+        VqdeployError: The file does not exist.
+        ArtifactError: As for `read`.
+    """
     path = Path(path)
     check_regular(path)
     return on_background(decode(path, path), background)
@@ -185,7 +190,11 @@ def _reason(error: Exception, most: int) -> str:
 
 
 def write_grid(path: Path, images: np.ndarray, columns: int, note: dict[str, Any], gap: int = 2) -> None:
-    """Writes images uint8 [N, H, W, 3] as one PNG, row by row, with `note` as JSON in its text chunk `vqdeploy`."""
+    """Writes images uint8 [N, H, W, 3] as one PNG, row by row, with `note` as JSON in its text chunk `vqdeploy`.
+
+    Raises:
+        VqdeployError: The file cannot be written.
+    """
     count, height, width, _ = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -207,7 +216,11 @@ def veil(images: np.ndarray, unknown: np.ndarray, opacity: float = 1.0) -> np.nd
 
 
 def write_frames(path: Path, frames: np.ndarray, note: dict[str, Any]) -> None:
-    """Writes frames uint8 [N, H, W, 3] as an animation when the name ends in `.gif`, else side by side as a PNG."""
+    """Writes frames uint8 [N, H, W, 3] as an animation when the name ends in `.gif`, else side by side as a PNG.
+
+    Raises:
+        VqdeployError: The file cannot be written.
+    """
     if path.suffix.lower() != ".gif":
         write_grid(path, frames, columns=len(frames), note=note)
         return

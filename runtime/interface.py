@@ -20,17 +20,17 @@ _GROWN = {"total": "past"}  # a state that grows from call to call
 
 
 def whole(*shape: int | str, rows: str = "batch") -> Expected:
-    """Whole numbers [rows, *shape]."""
+    """Integers int64 [rows, *shape]."""
     return "int64", (rows, *shape)
 
 
 def floats(*shape: int | str, rows: str = "batch") -> Expected:
-    """Floats [rows, *shape], which a request gives and no precision changes."""
+    """Floats float32 [rows, *shape], which a request gives and no precision changes."""
     return "float32", (rows, *shape)
 
 
 def sampling_options(*shape: int | str, rows: str = "batch") -> dict[str, Expected]:
-    """Temperature, top-k and top-p."""
+    """Temperature, top-k and top-p [rows, *shape]."""
     return {name: of(*shape, rows=rows) for name, of in (("temperature", floats), ("top_k", whole), ("top_p", floats))}
 
 

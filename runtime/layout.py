@@ -134,14 +134,14 @@ def centres_of(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _centre_weights(size: int, whole: int) -> np.ndarray:
-    """Weights [size, whole] of the two pixels around the centre of each cell."""
-    places = (np.arange(size) + 0.5) * whole / size - 0.5
-    weights: np.ndarray = np.maximum(1 - np.abs(places[:, None] - np.arange(whole)), 0)
+    """Weights float64 [size, whole] of the two pixels around the centre of each cell."""
+    centres = (np.arange(size) + 0.5) * whole / size - 0.5
+    weights: np.ndarray = np.maximum(1 - np.abs(centres[:, None] - np.arange(whole)), 0)
     return weights
 
 
 def _nearest(size: int, whole: int) -> np.ndarray:
-    """The cell of a row of `size` at each of `whole` places."""
+    """The cell of a row of `size` at each of `whole` positions, int64 [whole]."""
     return np.arange(whole) * size // whole
 
 

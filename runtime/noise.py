@@ -56,6 +56,7 @@ class ThreadedNoise:
         self._process = 0
 
     def __call__(self, keys: Sequence[Key], rows: Iterable[np.ndarray]) -> None:
+        """As `gumbel`."""
         flat = [row.reshape(-1) for row in rows]
         threads = min(self._threads, sum(row.size for row in flat) // _WORTH_A_THREAD)
         if threads < 2:

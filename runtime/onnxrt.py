@@ -68,7 +68,11 @@ class Binding:
             self._io.bind_ortvalue_output(info.name, self._values[info.name])
 
     def run(self) -> None:
-        """One engine call."""
+        """One engine call.
+
+        Raises:
+            ArtifactError: The engine failed.
+        """
         try:
             self._session.run_with_iobinding(self._io)
         except Exception as error:  # the only base class of ONNX Runtime's exceptions
@@ -97,7 +101,11 @@ class OnnxrtSession:
         profile: Path | None = None,
         providers: Sequence[Any] = ("CPUExecutionProvider",),
     ):
-        """Opens the stage; with `profile`, ONNX Runtime writes a trace whose name starts with this path."""
+        """Opens the stage; with `profile`, ONNX Runtime writes a trace whose name starts with this path.
+
+        Raises:
+            ArtifactError: The stage cannot be opened, or is not the graph that its manifest describes.
+        """
         self.stage = stage
         self._options: ort.RunOptions | None = None
         options = ort.SessionOptions()
@@ -157,7 +165,11 @@ class OnnxrtSession:
         return Binding(self._session, self.stage, dims, shared or {})
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """One call with fresh outputs."""
+        """One call with fresh outputs.
+
+        Raises:
+            ArtifactError: The engine failed, or does not take the inputs.
+        """
         names = [info.name for info in self.stage.outputs]
         try:
             return dict(zip(names, self._session.run(names, inputs, self._options), strict=True))
@@ -169,7 +181,11 @@ class OnnxrtBackend:
     """Plans for ONNX Runtime, on the CPU or on CUDA."""
 
     def place(self, manifest: Manifest, device: str) -> str:
-        """`cuda` if the plan was built for it, it runs here and `cpu` was not asked for; else `cpu`."""
+        """`cuda` if the plan was built for it, it runs here and `cpu` was not asked for; else `cpu`.
+
+        Raises:
+            VqdeployError: `cuda` was asked for, and the plan was not built for it or CUDA does not work here.
+        """
         if device == "cpu" or (device == "auto" and "cuda" not in manifest.targets):
             return "cpu"
         if "cuda" not in manifest.targets:
@@ -188,7 +204,11 @@ class OnnxrtBackend:
         return "cuda"
 
     def opener(self, bundle: Bundle, device: str, threads: int, profile: Path | None) -> Opener:
-        """Opens the stages of a plan; those on CUDA share a stream."""
+        """Returns an opener of the stages of a plan; those on CUDA share a stream.
+
+        Raises:
+            VqdeployError: CUDA failed.
+        """
         if device == "cpu":
             return lambda stage: OnnxrtSession(bundle, stage, threads, profile and profile / stage.name)
         from vqdeploy.runtime.cuda import CudaSession

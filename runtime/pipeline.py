@@ -229,7 +229,11 @@ class Pipeline:
 
     @property
     def layout(self) -> Layout:
-        """Array layout of the codes of an image."""
+        """Array layout of the codes of an image.
+
+        Raises:
+            VqdeployError: The plan has no tokenizer.
+        """
         return Layout(self.tokenizer.maps)
 
     @property
@@ -386,6 +390,9 @@ class Pipeline:
         """The images uint8 [B, H, W, 3] of codes [B, *grid] that are negative where not final; see `Step`.
 
         These parts are greyed out or, where codes are summed over several maps, the maps are left out.
+
+        Raises:
+            VqdeployError: The codes have the wrong shape or dtype, or are out of range.
         """
         codes = self._check_codes(codes, lowest=-self.codebook_size)
         if self.tokenizer.omits_depths and len(self.layout.maps) > 1:
@@ -450,7 +457,11 @@ class Pipeline:
         )
 
     def reconstruct(self, images: np.ndarray, depth: int | None = None) -> np.ndarray:
-        """Images uint8 [B, H, W, 3] -> codes -> images uint8 [B, H, W, 3]; see `encode` and `decode`."""
+        """Images uint8 [B, H, W, 3] -> codes -> images uint8 [B, H, W, 3]; see `encode` and `decode`.
+
+        Raises:
+            VqdeployError: The images have the wrong shape or dtype, or the depth is out of range.
+        """
         return self.decode(self.encode(images), depth)
 
     def generate(self, labels: Conditions | None = None, *, num_images: int | None = None, **options: Any) -> Output:
@@ -662,7 +673,23 @@ class Pipeline:
         chosen: dict[str, Any] | None = None,
         callback: Callback | None = None,
     ) -> tuple[np.ndarray, dict[str, Spent]]:
-        """The codes of `complete`, and what each stage took; `chosen` comes from `options`."""
+        """Samples codes as `complete` does, and decodes nothing.
+
+        Args:
+            known: Codes int64 [B, *grid], -1 for codes to sample.
+            labels: As for `complete`.
+            seed: As for `complete`.
+            first_image: As for `complete`.
+            chosen: Sampling options from `options`; None for the defaults.
+            callback: As for `complete`.
+
+        Returns:
+            Codes int64 [B, *grid], and the engine calls of each stage that ran, by name.
+
+        Raises:
+            VqdeployError: An argument is malformed or out of range, or the plan has no prior.
+            ArtifactError: An engine failed.
+        """
         drawn, spent = self._sample(known, labels, seed, first_image, chosen, callback)
         return np.stack([each.codes for each in drawn]), spent
 
@@ -753,7 +780,7 @@ class Pipeline:
 
     @property
     def quantized(self) -> bool:
-        """Whether products of the prior are of integers."""
+        """Whether the prior has matrix products in int8 or int4."""
         return any(PRECISIONS[each.precision].bits for each in self.manifest.stages if each.name in self.prior_stages)
 
     def call_images(self, guided: bool = False) -> int:

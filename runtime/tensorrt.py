@@ -31,7 +31,12 @@ class TensorrtBackend:
         self.name = name
 
     def place(self, manifest: Manifest, device: str) -> str:
-        """`cuda`, after checking the library and the GPU."""
+        """`cuda`, after checking the library and the GPU.
+
+        Raises:
+            VqdeployError: The CPU was asked for, or the library or the GPU is not available.
+            ArtifactError: The plan is for another version or another kind of GPU.
+        """
         if device == "cpu":
             what = f"this plan was built for {self.name}, which runs on a GPU"
             raise VqdeployError(what, fix="vqdeploy build PACKAGE --backend onnxrt")
@@ -39,9 +44,13 @@ class TensorrtBackend:
         return "cuda"
 
     def opener(self, bundle: Bundle, device: str, threads: int, profile: Path | None) -> Opener:
-        """Returns an opener of the stages of a plan, which share a stream."""
+        """Returns an opener of the stages of a plan, which share a stream.
+
+        Raises:
+            VqdeployError: A profile was asked for, or CUDA failed.
+        """
         if profile is not None:
-            raise VqdeployError("engines of TensorRT have no profile here", expected="a plan for onnxrt")
+            raise VqdeployError("engines of TensorRT cannot be profiled here", expected="a plan for onnxrt")
         stream = Stream()
         return lambda stage: TensorrtSession(bundle, stage, stream)
 
@@ -86,11 +95,20 @@ class TensorrtSession(DeviceSession):
         self._bound = lru_cache(_KEPT_BINDINGS)(partial(_bound, self._engine, stream))
 
     def bind(self, dims: dict[str, int], shared: Mapping[str, DeviceArray] | None = None) -> "TensorrtBinding":
-        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too."""
+        """Binds buffers for these sizes of the dynamic dimensions; `shared` ones belong to other bindings too.
+
+        Raises:
+            VqdeployError: The GPU has too little memory free.
+        """
         return TensorrtBinding(self._engine, dims, shared or {}, self._stream)
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """One call with fresh outputs."""
+        """One call with fresh outputs.
+
+        Raises:
+            VqdeployError: The engine was not built for these sizes, or CUDA failed.
+            ArtifactError: The engine failed.
+        """
         dims = {
             d: size
             for info in self.stage.inputs
@@ -178,13 +196,21 @@ class Engine:
         )
 
     def common_context(self) -> Any:
-        """The shared execution context, for calls of any shape."""
+        """The shared execution context, for calls of any shape.
+
+        Raises:
+            ArtifactError: The engine cannot run on this GPU.
+        """
         if self._common is None:
             self._common = self._new_context(specialize=False)
         return self._common
 
     def all_sizes(self, dims: dict[str, int]) -> dict[str, int]:
-        """Sizes of the dynamic dimensions of outputs too, of which the engine works out those that no input has."""
+        """Sizes of the dynamic dimensions of outputs too, of which the engine works out those that no input has.
+
+        Raises:
+            VqdeployError: The engine was not built for these sizes.
+        """
         outputs = {info.name: info.shape for info in self.stage.outputs}
         if {d for shape in outputs.values() for d in shape if isinstance(d, str)} <= set(dims):
             return dims
@@ -200,7 +226,12 @@ class Engine:
         } | dims
 
     def own_context(self, binding: "TensorrtBinding") -> Any:
-        """An execution context of one binding; TensorRT-RTX compiles kernels for its shapes."""
+        """An execution context of one binding; TensorRT-RTX compiles kernels for its shapes.
+
+        Raises:
+            VqdeployError: The engine was not built for these sizes.
+            ArtifactError: The engine cannot run on this GPU.
+        """
         context = self._new_context(specialize=True)
         self.prepare(context, binding)
         return context
@@ -228,6 +259,7 @@ class Engine:
 
         Raises:
             VqdeployError: The engine was not built for these sizes.
+            ArtifactError: It refuses an address.
         """
         for info in self.stage.inputs:
             self._set_shape(context, info.name, binding.shapes[info.name])
@@ -245,7 +277,11 @@ class Engine:
             )
 
     def execute(self, context: Any) -> None:
-        """Enqueues one call."""
+        """Enqueues one call.
+
+        Raises:
+            ArtifactError: The engine failed.
+        """
         if not context.execute_async_v3(self._stream.handle):
             raise ArtifactError(f"stage {self.stage.name} failed ({self._logger.reason})")
 
@@ -284,7 +320,12 @@ class TensorrtBinding(DeviceBinding):
         self._graph: Graph | None = None
 
     def enqueue(self) -> None:
-        """Enqueues one engine call."""
+        """Enqueues one engine call.
+
+        Raises:
+            VqdeployError: The engine was not built for these sizes, or CUDA failed.
+            ArtifactError: The engine failed.
+        """
         if self._calls == 0:
             context = self._engine.common_context()
             self._engine.prepare(context, self)

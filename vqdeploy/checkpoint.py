@@ -234,7 +234,17 @@ def source(config: dict[str, Any], expected: str, folder: Path | None, plan: Pat
 
 
 def check_digest(system: System, expected: str, made: Path, option: str = "--checkpoint") -> None:
-    """Rejects a system whose digest is not the one that `made`, a plan or codes, was made from; `option` names it."""
+    """Rejects a system that is not the one that a plan or codes were made from.
+
+    Args:
+        system: The system of a checkpoint.
+        expected: Hexadecimal sha256 of the one that `made` was made from.
+        made: A plan or a folder of codes.
+        option: What names the checkpoint on the command line.
+
+    Raises:
+        VqdeployError: The digests differ.
+    """
     if (found := digest(system)) != expected:
         raise VqdeployError(
             f"{made} was made from another checkpoint",
@@ -245,7 +255,12 @@ def check_digest(system: System, expected: str, made: Path, option: str = "--che
 
 
 def default(model: str, name: str = "tiny", seed: int = 0) -> System:
-    """The shipped checkpoint of a preset, or random weights if none is shipped."""
+    """The shipped checkpoint of a preset, or random weights if none is shipped.
+
+    Raises:
+        VqdeployError: There is no such model or preset.
+        ArtifactError: The shipped checkpoint is damaged.
+    """
     config = preset(model, name)
     shipped = SHIPPED / model / name
     return load(shipped) if shipped.is_dir() and any(shipped.iterdir()) else create(config, seed)

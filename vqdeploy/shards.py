@@ -98,7 +98,11 @@ class Rows:
 
 
 def write(path: Path, info: ShardInfo, rows: Rows) -> None:
-    """Writes a shard atomically."""
+    """Writes a shard atomically.
+
+    Raises:
+        VqdeployError: The file cannot be written.
+    """
     kind = pa.int16() if info.origin.codebook_size <= 2**15 else pa.int32()
     schema = pa.schema(
         {"key": pa.string(), "label": pa.int32(), "class": pa.string(), "codes": pa.list_(kind, info.origin.length)},
@@ -144,7 +148,12 @@ def names(folder: Path) -> list[str]:
 
 
 def finish(folder: Path) -> Summary:
-    """Writes the summary of a folder whose shards are all there, and the table of images that could not be read."""
+    """Writes the summary of a folder whose shards are all there, and the table of images that could not be read.
+
+    Raises:
+        VqdeployError: A file cannot be written.
+        ArtifactError: A shard is damaged.
+    """
     infos = [read_info(folder / name) for name in names(folder)]
     errors = [error for info, _ in infos for error in info.errors]
     with replacing_file(folder / ERRORS) as file:

@@ -77,7 +77,7 @@ def test_weights_that_do_not_fit(files, tmp_path, changes, message):
 def test_heads_that_do_not_fit(files, tmp_path):
     known, state = files
     known["prior_config"] = write_config({"n_head": 5}, tmp_path / "heads.json")
-    with pytest.raises(ArtifactError, match="makes no model"):
+    with pytest.raises(ArtifactError, match="do not describe a model"):
         import_checkpoint(tmp_path / "out", priors=[save(state, tmp_path / "prior.pt")], **known)
 
 
@@ -91,7 +91,7 @@ def test_heads_that_do_not_fit(files, tmp_path):
         ({"rope_base": 500000}, "rope_base differs"),
         ({"norm_eps": "1e-6"}, "norm_eps differs"),
         ({"norm_eps": "small"}, "norm_eps of the configuration is malformed; expected a number"),
-        ({"n_head": 0}, "makes no model"),
+        ({"n_head": 0}, "do not describe a model"),
     ],
 )
 def test_a_configuration_that_contradicts_the_weights(files, tmp_path, changes, message):
@@ -112,7 +112,7 @@ def test_a_size_beyond_reason(files, tmp_path):
     known, state = files
     known["tokenizer_config"] = write_config({"image_size": 1_000_000}, tmp_path / "tokenizer.json")
     known["prior_config"] = write_config({"n_head": 4}, tmp_path / "heads.json")
-    with pytest.raises(ArtifactError, match=r"makes no model \(maps of \d+ codes are too large\)"):
+    with pytest.raises(ArtifactError, match=r"do not describe a model \(maps of \d+ codes are too large\)"):
         import_checkpoint(tmp_path / "out", priors=[save(state, tmp_path / "prior.pt")], **known)
 
 

@@ -73,7 +73,7 @@ def test_a_prior_of_another_codebook_is_refused(tokenizer, prior, tmp_path):
     [
         ({"v_patch_nums": (1, 2, 4)}, r"v_patch_nums differs; expected \(1, 2, 3, 4\), found \(1, 2, 4\)"),
         ({"v_patch_nums": ()}, "v_patch_nums of .* is malformed"),
-        ({"v_patch_nums": (4, 2, 1)}, "v_patch_nums of .* is malformed; expected rising integers"),
+        ({"v_patch_nums": (4, 2, 1)}, "v_patch_nums of .* is malformed; expected ascending integers"),
         ({"v_patch_nums": SIDES, "quant_resi": -0.5}, "quant_resi differs"),
         ({"v_patch_nums": SIDES, "using_znorm": True}, "using_znorm differs"),
     ],

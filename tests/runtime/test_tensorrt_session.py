@@ -298,7 +298,7 @@ def test_a_benchmark_tells_of_the_gpu(small_engines, gpu):
 
 
 def test_engines_have_no_profile(small_engines, gpu):
-    with pytest.raises(VqdeployError, match="have no profile here"):
+    with pytest.raises(VqdeployError, match="cannot be profiled here"):
         bench.bench(small_engines, iterations=1, profile=True)
 
 

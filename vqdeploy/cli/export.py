@@ -11,7 +11,11 @@ from vqdeploy.errors import VqdeployError
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Parses height and width: `512` or `384x640`."""
+    """Parses height and width: `512` or `384x640`.
+
+    Raises:
+        VqdeployError: The text is neither.
+    """
     if text is None:
         return None
     parts = text.lower().split("x")

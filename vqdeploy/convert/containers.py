@@ -69,7 +69,7 @@ class Source:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to tell the user of where the weights were."""
+        """What to tell the user about the origin of the weights."""
         if _last(self.taken) not in _AVERAGED:
             return ()
         return (f"moving averages are taken, {self.taken} of {self.path.name}; --raw takes the weights themselves",)

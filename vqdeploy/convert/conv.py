@@ -21,6 +21,9 @@ def read_conv(source: Source, public: Callable[[str], str], resolution: int | No
         source: The weights.
         public: Maps our names to public names; only names of the encoder are looked up.
         resolution: Side of the images in pixels; 256 if None.
+
+    Raises:
+        ArtifactError: There is no codebook, a weight is missing, or the shapes are not those of such an encoder.
     """
 
     def width(name: str) -> int:
@@ -50,7 +53,11 @@ def read_conv(source: Source, public: Callable[[str], str], resolution: int | No
 
 
 def check_ddconfig(source: Source, ddconfig: Mapping[str, Any], conv: ConvConfig) -> None:
-    """Rejects a configuration that contradicts the weights, in the terms of taming-transformers."""
+    """Rejects a configuration that contradicts the weights, in the terms of taming-transformers.
+
+    Raises:
+        ArtifactError: A field is malformed or differs.
+    """
 
     def numbers(key: str) -> list[int] | None:
         values = ddconfig.get(key)

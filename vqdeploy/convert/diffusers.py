@@ -35,7 +35,12 @@ _OURS = (
 
 
 def tokenizer(source: Source) -> Part:
-    """A `VQModel`. Fields missing from `config.json` have the defaults of its constructor."""
+    """A `VQModel`. Fields missing from `config.json` have the defaults of its constructor.
+
+    Raises:
+        ArtifactError: Blocks, activation or norms are not supported, a weight is missing, left over or of the wrong
+            shape, or the configuration contradicts the weights.
+    """
     declared: Mapping[str, Any] = source.config if isinstance(source.config, dict) else {}
     _check_kinds(source, declared)
     source.weights = {_modern(key): weight for key, weight in source.weights.items()}

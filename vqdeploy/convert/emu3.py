@@ -17,7 +17,12 @@ _TEMPORAL = r"^(encoder|decoder)\.time_|^(post_)?quant_conv\."
 
 
 def tokenizer(source: Source) -> Part:
-    """The tokenizer for one image."""
+    """The tokenizer for one image.
+
+    Raises:
+        ArtifactError: A weight is missing, left over or of the wrong shape, or the configuration contradicts the
+            weights.
+    """
     declared = section(source.config, "codebook_size", "ch_mult")
     conv = read_conv(source, lambda ours: ours, None)
     levels = [conv.resolution >> level for level in declared.get("attn_resolutions", ())]  # level indices there

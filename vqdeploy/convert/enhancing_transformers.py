@@ -13,7 +13,12 @@ PRIOR = r"(transformer\.)?(tok_emb_code\.weight|blocks\.0\.attn\.time_mix)"
 
 
 def tokenizer(source: Source) -> Part:
-    """A ViT-VQGAN, from a file of its own or as first stage of a larger one."""
+    """A ViT-VQGAN, from a file of its own or as first stage of a larger one.
+
+    Raises:
+        ArtifactError: It quantizes residually, a weight is missing, left over or of the wrong shape, or the
+            configuration contradicts the weights.
+    """
     if any(key.startswith("stage1_model.") for key in source.weights):
         source = submodel(source, "stage1_model.", "stage1")
     declared = section(source.config, "image_size", "patch_size")
@@ -49,7 +54,13 @@ def _vit(source: Source, name: str) -> ViTConfig:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """The GPT. Its condition has an embedding of its own, without a row for no label."""
+    """The GPT. Its condition has an embedding of its own, without a row for no label.
+
+    Raises:
+        VqdeployError: The configuration does not give the number of heads.
+        ArtifactError: It has a condition of several tokens, a weight is missing, left over or of the wrong shape, or it
+            does not fit the tokenizer.
+    """
     (source,) = sources
     if any(key.startswith("transformer.") for key in source.weights):
         source = submodel(source, "transformer.", "transformer")

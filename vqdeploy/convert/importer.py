@@ -45,7 +45,11 @@ PRESET = "imported"
 
 
 class TokenizerFormat(NamedTuple):
-    """A public tokenizer format: a pattern that identifies its weight names, and its reader."""
+    """A public tokenizer format: a pattern that identifies its weight names, and its reader.
+
+    A reader expects weights of the usual number of dimensions. `import_checkpoint` turns what Python and PyTorch raise
+    at others into an `ArtifactError`.
+    """
 
     sign: str
     read: Callable[[Source], Part]
@@ -154,19 +158,19 @@ def import_checkpoint(
 
 
 def _notes(tokenizer: Part, prior: Part | None = None) -> list[str]:
-    """Messages of the parts; none of the tokenizer on what its prior decided."""
+    """Messages of the parts, without those of the tokenizer on what the prior decides."""
     decided = prior is not None and prior.tokenizer is not None
     return [*(() if decided else tokenizer.notes), *(prior.notes if prior else ())]
 
 
 @contextlib.contextmanager
 def _malformed(source: Source) -> Iterator[None]:
-    """Weights whose names are known and whose shapes are none of such weights."""
+    """Turns what readers raise at weights of known names and impossible shapes into an `ArtifactError`."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ArtifactError(f"{source.path} or its configuration makes no model ({reason})") from error
+        raise ArtifactError(f"{source.path} and its configuration do not describe a model ({reason})") from error
 
 
 def _format(source: Source, formats: Mapping[str, TokenizerFormat | PriorFormat], kind: str, name: str | None) -> str:
@@ -195,7 +199,7 @@ def _prior(sources: list[Source], known: PriorFormat, tokenizer: Part) -> Part:
         )
     part = known.read(sources, tokenizer)
     if part.config.classes < 1:
-        raise ArtifactError(f"the prior in {sources[0].path} has no classes", expected="1 or more and one for none")
+        raise ArtifactError(f"the prior in {sources[0].path} has no classes", expected="1 or more")
     return part
 
 
@@ -209,7 +213,7 @@ def _labels(file: Path) -> tuple[str, ...]:
         data = read_json(file) if file.suffix == ".json" else file.read_text(encoding="utf-8").split("\n")
         if isinstance(data, dict):
             data = [data[key] for key in sorted(data, key=int)]
-    except (OSError, ValueError) as error:  # a key that is no number, or bytes that are no text
+    except (OSError, ValueError) as error:  # a key that is not a number, or bytes that are not text
         raise ArtifactError(f"{file} has no class names ({error})") from error
     names = [name[-1] if isinstance(name, list) and name else name for name in data] if isinstance(data, list) else []
     if not all(isinstance(name, str) for name in names):

@@ -17,7 +17,12 @@ _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
 def tokenizer(source: Source) -> Part:
-    """A tokenizer with unit codebook vectors. Attention follows the blocks of its last level."""
+    """A tokenizer with unit codebook vectors. Attention follows the blocks of its last level.
+
+    Raises:
+        ArtifactError: A weight is missing, left over or of the wrong shape, or the configuration contradicts the
+            weights.
+    """
     if any(key.startswith("gen_vision_model.") for key in source.weights):
         source = submodel(source, "gen_vision_model.", "gen_vision_config")
     levels = sum(bool(re.fullmatch(r"encoder\.conv_blocks\.\d+\.res\.0\.conv1\.weight", key)) for key in source.weights)
@@ -50,7 +55,13 @@ def tokenizer(source: Source) -> Part:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """A prior of classes or of texts. Its file gives neither the image size nor the number of heads."""
+    """A prior for classes or texts. Its file gives neither the image size nor the number of heads.
+
+    Raises:
+        VqdeployError: The configurations do not give the image size or, for an unknown width, the number of heads.
+        ArtifactError: It does not fit the tokenizer, shares keys among its heads, a weight is missing, left over or of
+            the wrong shape, or the configuration contradicts the weights.
+    """
     (source,) = sources
     conv, codes = tokenizer.config.conv, tokenizer.config.codebook_size
     need(None if NO_SIZE in tokenizer.notes else conv.resolution, "image_size", source, "--tokenizer-config")

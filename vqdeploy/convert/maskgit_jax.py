@@ -36,7 +36,12 @@ _TRANSFORMER = (
 
 
 def tokenizer(source: Source) -> Part:
-    """The tokenizer. The image size is not in the file: the network is the same for 256 and 512 pixels."""
+    """The tokenizer. The image size is not in the file: the network is the same for 256 and 512 pixels.
+
+    Raises:
+        ArtifactError: A weight is missing, left over or of the wrong shape, or `image_size` of the configuration is
+            malformed.
+    """
     flax = "encoder.conv_in.weight" not in source.weights
     codebook_name = "quantizer/codebook" if flax else "quantize.embedding.weight"
     if flax:
@@ -113,7 +118,11 @@ def _kernel(key: str, weight: Tensor) -> Tensor:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """The transformer. Its vocabulary is the codes, the classes, and the mask."""
+    """The transformer. Its vocabulary is the codes, the classes, and the mask.
+
+    Raises:
+        ArtifactError: It does not fit the tokenizer, or a weight is missing, left over or of the wrong shape.
+    """
     (source,) = sources
     source.weights = {key.removeprefix("params/"): weight for key, weight in source.weights.items()}
     words, size = take(source, "Embed_0/word_embeddings/embedding"), tokenizer.config.codebook_size

@@ -17,7 +17,12 @@ _HEADS_BY_WIDTH = {384: 6, 512: 6, 768: 12, 1024: 16, 1152: 16}  # of the second
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """Reads either version."""
+    """Reads either version.
+
+    Raises:
+        VqdeployError: Neither the configuration nor the width gives the number of heads.
+        ArtifactError: It does not fit the tokenizer, or a weight is missing, left over or of the wrong shape.
+    """
     (source,) = sources
     return _first(source, tokenizer) if "first_layer.0.weight" in source.weights else _second(source, tokenizer)
 

@@ -134,7 +134,11 @@ def _entries(config: object) -> Iterator[tuple[Any, Any]]:
 
 
 def number(values: Mapping[str, Any], key: str, expected: str = "a number") -> float | None:
-    """A number of a configuration, which may be given as text; None if missing."""
+    """A number of a configuration, which may be given as text; None if missing.
+
+    Raises:
+        ArtifactError: It is not a finite number, or not of the `expected` kind.
+    """
     value = values.get(key)
     if value is None:
         return None
@@ -149,7 +153,11 @@ def number(values: Mapping[str, Any], key: str, expected: str = "a number") -> f
 
 
 def whole(values: Mapping[str, Any], key: str) -> int | None:
-    """An integer of a configuration, likewise."""
+    """An integer of a configuration, likewise.
+
+    Raises:
+        ArtifactError: It is not an integer.
+    """
     found = number(values, key, _WHOLE)
     return None if found is None else int(found)
 
@@ -174,6 +182,9 @@ def check(source: Source, declared: Mapping[str, Any], found: Mapping[str, Any])
         source: The weights.
         declared: Values of the public configuration by name, None if missing.
         found: The same values, inferred from the weights.
+
+    Raises:
+        ArtifactError: It names the first value that differs.
     """
     for key, value in declared.items():
         if value is not None and value != found[key]:

@@ -18,7 +18,12 @@ _CODEBOOK = "quantizer.codebooks.0."
 
 
 def tokenizer(source: Source) -> Part:
-    """An RQ-VAE with one shared codebook, which the file stores once per depth."""
+    """An RQ-VAE with one shared codebook, which the file stores once per depth.
+
+    Raises:
+        ArtifactError: The codebooks differ by depth, positions are folded into one, a weight is missing, left over or
+            of the wrong shape, or the configuration contradicts the weights.
+    """
     ddconfig = section(section(source.config, "ddconfig").get("ddconfig"))
     declared = section(source.config, "code_shape")
     depth = count(source, lambda d: f"quantizer.codebooks.{d}.weight")
@@ -52,7 +57,13 @@ def tokenizer(source: Source) -> Part:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """An RQ-Transformer. It embeds codes by the codebook of the tokenizer, which its file does not have."""
+    """An RQ-Transformer. It embeds codes by the codebook of the tokenizer, which its file does not have.
+
+    Raises:
+        VqdeployError: Neither the configuration nor the width gives the number of heads.
+        ArtifactError: It does not fit the tokenizer, a weight is missing, left over or of the wrong shape, or the
+            configuration contradicts the weights.
+    """
     (source,) = sources
     declared = section(source.config, "vocab_size", "block_size")
     body = section(section(declared, "body").get("body"), "block").get("block")

@@ -23,7 +23,12 @@ _LEFT_OVER = r"^loss\.|^colorize$|^(model_)?ema[._]|^scale_factor$|^quantize\.us
 
 
 def tokenizer(source: Source) -> Part:
-    """A VQGAN, from a file of its own or as first stage of a larger one."""
+    """A VQGAN, from a file of its own or as first stage of a larger one.
+
+    Raises:
+        ArtifactError: Its codes are remapped, only some weights have an average, a weight is missing, left over or of
+            the wrong shape, or the configuration contradicts the weights.
+    """
     if any(key.startswith("first_stage_model.") for key in source.weights):
         source = submodel(source, "first_stage_model.", "first_stage_config")
     declared = section(source.config, "ddconfig")
@@ -54,6 +59,10 @@ def convolutional(
         notes: Messages for the user.
         modulation: Whether the norms of the decoder are modulated.
         gumbel: Whether a linear layer scores the codes.
+
+    Raises:
+        ArtifactError: A weight is missing, left over or of the wrong shape, or the configuration contradicts the
+            weights.
     """
     public = _gumbel_name if gumbel else _name
     resolution = whole(ddconfig, "resolution")
@@ -83,6 +92,11 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
     """The GPT of a Net2Net.
 
     Conditions and codes share one embedding table there, without an offset; here each has its own table.
+
+    Raises:
+        VqdeployError: The configuration does not give the number of heads or of classes.
+        ArtifactError: It does not fit the tokenizer, is conditioned on images or has another start token than 0, a
+            weight is missing, left over or of the wrong shape, or the configuration contradicts the weights.
     """
     (source,) = sources
     source = submodel(source, "transformer.", "transformer_config")
@@ -107,19 +121,19 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
     heads = need(whole(declared, "n_head"), "n_head", source, "--prior-config")
     grid = (conv.grid, conv.grid, 1)
     config = GPTConfig(grid, codes, width, layers, heads, classes, null_label=False)
-    tokens, places = source.weights["tok_emb.weight"], source.weights["pos_emb"]
-    if places.shape[1] < config.positions:
+    tokens, positions = source.weights["tok_emb.weight"], source.weights["pos_emb"]
+    if positions.shape[1] < config.positions:
         raise ArtifactError(
             f"the GPT in {source.path} is for fewer codes than {conv.resolution} pixels have",
             expected=config.positions,
-            found=places.shape[1],
+            found=positions.shape[1],
         )
     given = {
         "tok_emb_cond.weight": tokens[:classes],
         "tok_emb_code.weight": tokens[:codes],
-        "pos_emb_cond": places[:, :1],
+        "pos_emb_cond": positions[:, :1],
         # Code t has entry t + 1; the last code is never an input.
-        "pos_emb_code": torch.cat([places[:, 1 : config.positions], torch.zeros_like(places[:, :1])], 1),
+        "pos_emb_code": torch.cat([positions[:, 1 : config.positions], torch.zeros_like(positions[:, :1])], 1),
         "head.weight": source.weights["head.weight"][:codes],
     }
     weights = fit(source, lambda: GPT(config), _gpt_name, given, r"\.attn\.mask$|^(tok_emb|head)\.weight$|^pos_emb$")

@@ -24,7 +24,12 @@ _ASSUMED = "the sides of the code maps are those for 256 pixels; a prior brings 
 
 
 def tokenizer(source: Source) -> Part:
-    """A tokenizer. Its weights do not give the sides of its code maps, and fit all."""
+    """A tokenizer. Its weights do not give the sides of its code maps, and fit any.
+
+    Raises:
+        ArtifactError: A weight is missing, left over or of the wrong shape, or the configuration contradicts the
+            weights.
+    """
     source = _part(source, "vae_local.")
     source = replace(source, weights=_separate_projections(source.weights))
     declared = _sides(source, "v_patch_nums")
@@ -54,7 +59,12 @@ def sized(tokenizer: MultiScaleConfig, sides: tuple[int, ...]) -> MultiScaleConf
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """A transformer, with adaLN in each block or shared. It decides the sides of the code maps."""
+    """A transformer, with adaLN in each block or shared. It decides the sides of the code maps.
+
+    Raises:
+        ArtifactError: Its attention is not normalized, a weight is missing, left over or of the wrong shape, or the
+            configuration contradicts the weights.
+    """
     (source,) = sources
     source = _part(source, "var_wo_ddp.")
     if "blocks.0.attn.scale_mul_1H11" not in source.weights:
@@ -64,7 +74,7 @@ def prior(sources: list[Source], tokenizer: Part) -> Part:
         )
     scales = take(source, "lvl_1L").flatten().tolist()
     if scales != sorted(scales):
-        raise ArtifactError(f"lvl_1L of {source.path} is malformed", expected="scales in rising order", found="others")
+        raise ArtifactError(f"lvl_1L of {source.path} is malformed", expected="ascending scales", found="others")
     sides = tuple(square(source, scales.count(scale)) for scale in range(int(max(scales)) + 1))
     declared = None if _ASSUMED in tokenizer.notes else tokenizer.config.sides
     check(source, {"patch_nums": _sides(source, "patch_nums")}, {"patch_nums": sides})
@@ -96,7 +106,7 @@ def _sides(source: Source, key: str) -> tuple[int, ...] | None:
         return None
     whole = isinstance(sides, list | tuple) and all(type(side) is int for side in sides)
     if not whole or not sides or sides[0] < 1 or list(sides) != sorted(sides):
-        raise ArtifactError(f"{key} of {source.path} is malformed", expected="rising integers", found=sides)
+        raise ArtifactError(f"{key} of {source.path} is malformed", expected="ascending integers", found=sides)
     return tuple(sides)
 
 

@@ -44,7 +44,12 @@ _CAUSAL = re.compile(r"blocks\.\d+\.resblocks\.\d+\.conv[12]")
 
 
 def tokenizer(source: Source) -> Part:
-    """The tokenizer, with two levels. Its file does not depend on the image size."""
+    """The tokenizer, with two levels. Its file does not depend on the image size.
+
+    Raises:
+        ArtifactError: A weight is missing, left over or of the wrong shape, or `resolution` of the configuration is
+            malformed.
+    """
     side = whole(section(source.config, "resolution"), "resolution")
     dim, codes = shape(source, "quantize_t.embed")
     first = next((i for i in range(3, 9) if f"enc_b.blocks.{i}.conv.1.weight" in source.weights), 5)
@@ -66,7 +71,12 @@ def tokenizer(source: Source) -> Part:
 
 
 def prior(sources: list[Source], tokenizer: Part) -> Part:
-    """The networks of both levels, in any order."""
+    """The networks of both levels, in any order.
+
+    Raises:
+        VqdeployError: There are not exactly two files.
+        ArtifactError: A weight is missing, left over or of the wrong shape, or the maps are not those of the tokenizer.
+    """
     if len(sources) != 2:
         raise VqdeployError("this prior has two levels", expected="--prior TOP --prior BOTTOM", found=len(sources))
     levels = sorted((_level(source) for source in sources), key=lambda level: level[0].grid)
@@ -115,7 +125,11 @@ def _level(source: Source) -> tuple[PixelSNAILConfig, dict[str, Tensor]]:
 
 
 def tokenizer_weights(state: State) -> dict[str, Tensor]:
-    """The state_dict of a two-level `VQVAE2`. Public codebooks are stored as columns [D, K]."""
+    """The state_dict of a two-level `VQVAE2`. Public codebooks are stored as columns [D, K].
+
+    Raises:
+        ValueError: A name is not that of a weight of the public tokenizer.
+    """
     weights = {}
     for key, weight in state.items():
         part = next((part for part in _TOKENIZER if re.match(rf"(module\.)?{re.escape(part)}\.", key)), None)
@@ -128,7 +142,12 @@ def tokenizer_weights(state: State) -> dict[str, Tensor]:
 
 
 def prior_weights(state: State) -> dict[str, Tensor]:
-    """The state_dict of a `PixelSNAIL` of one class."""
+    """The state_dict of a `PixelSNAIL` of one class.
+
+    Raises:
+        ValueError: There is no `background`, which every public state_dict has.
+        KeyError: Another weight is missing.
+    """
     public = fold(state)
     if "background" not in public:
         raise ValueError("this is not a state_dict of the public prior; its files have one under `model`")

@@ -132,12 +132,15 @@ class Emu3(ConvTokenizer):
         self.quantizer = MultichannelQuantizer(config.codebook_size, config.code_dim, 1, decay=config.decay)
 
     def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D]."""
+        """Images [B, 3, H, W] -> vectors before quantization [B, h, w, D]."""
         vectors: Tensor = self.quant_conv(self.temporal_encoder(self.encoder(x)))
         return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image. The condition of the norms passes through the temporal layers too."""
+        """Vectors [B, h, w, D] -> images [B, 3, H, W].
+
+        The condition of the norms passes through the temporal layers too.
+        """
         condition = vectors.permute(0, 3, 1, 2)
         latents, condition = map(self.temporal_decoder, (self.post_quant_conv(condition), condition))
         image: Tensor = self.decoder(latents, condition)

@@ -162,11 +162,11 @@ class MaskGITVQGAN(Tokenizer):
         return self.decoder.conv_out.weight
 
     def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D]."""
+        """Images [B, 3, H, W] -> vectors before quantization [B, h, w, D]."""
         vectors: Tensor = self.encoder(x)
         return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image."""
+        """Vectors [B, h, w, D] -> images [B, 3, H, W]."""
         image: Tensor = self.decoder(vectors.permute(0, 3, 1, 2))
         return image

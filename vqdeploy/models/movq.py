@@ -68,7 +68,7 @@ class MoVQ(ConvTokenizer):
         )
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image. The condition of the norms is the vectors before `post_quant_conv`."""
+        """Vectors [B, h, w, D], which also condition the norms, before `post_quant_conv` -> images [B, 3, H, W]."""
         condition = vectors.permute(0, 3, 1, 2)
         image: Tensor = self.decoder(self.post_quant_conv(condition), condition)
         return image

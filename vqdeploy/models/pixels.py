@@ -17,12 +17,12 @@ def channels_last(images: Tensor) -> Tensor:
 
 
 def to_range(images: Tensor, pixel_range: tuple[float, ...]) -> Tensor:
-    """Images uint8 -> fp32 in the range of a model: 0 becomes its lower end, 255 its upper end."""
+    """Images uint8 [...] -> float32 [...] in the range of a model: 0 becomes its lower end, 255 its upper end."""
     low, high = pixel_range
     return images.float() / 255 * (high - low) + low
 
 
 def to_uint8(images: Tensor, pixel_range: tuple[float, ...]) -> Tensor:
-    """Images in the range of a model -> uint8, clipped and rounded."""
+    """Images float [...] in the range of a model -> uint8 [...], clipped and rounded."""
     low, high = pixel_range
     return ((images.float() - low) / (high - low) * 255).round().clamp(0, 255).to(uint8)

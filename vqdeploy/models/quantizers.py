@@ -190,11 +190,11 @@ class MultiScaleQuantizer(AveragedCodebook):
         self.register_buffer("mixing", F.one_hot(chosen, _CONVOLUTIONS).float(), persistent=False)
 
     def reduced(self, vectors: Tensor, scale: int) -> Tensor:
-        """A whole map, averaged to the positions of a scale [B, p * p, D]."""
+        """A whole map [B, h * w, D], averaged to the positions of a scale [B, p * p, D]."""
         return vectors if scale == len(self.sides) - 1 else self._rows(self.down, scale) @ vectors
 
     def enlarged(self, vectors: Tensor, scale: int) -> Tensor:
-        """What vectors [B, p * p, D] of a scale add to the whole map."""
+        """What vectors [B, p * p, D] of a scale add to the whole map [B, h * w, D]."""
         large = vectors if scale == len(self.sides) - 1 else self._rows(self.up, scale).T @ vectors
         convolution = self.convolutions[shared_convolution(scale, len(self.sides))]
         mixed: Tensor = convolution(large.mT.unflatten(-1, (self.sides[-1], -1))).flatten(2).mT
@@ -218,7 +218,7 @@ class MultiScaleQuantizer(AveragedCodebook):
         return lookup(codes.reshape(-1, 1), self.codebook).view(*codes.shape, -1)
 
     def sums(self, codes: Tensor) -> list[Tensor]:
-        """The whole map after each scale. A scale with a code of -1 adds nothing."""
+        """Codes int64 [B, N] -> the whole map after each scale [B, h * w, D]; a scale with a -1 adds nothing."""
         total, sums = torch.zeros(()).to(self.codebook), []
         for scale, own in enumerate(codes.split(self.sizes, 1)):
             known = (own >= 0).all(1)[:, None, None]
@@ -232,7 +232,11 @@ class MultiScaleQuantizer(AveragedCodebook):
         return whole
 
     def inputs(self, codes: Tensor) -> Tensor:
-        """For each position but the first the map of the coarser scales, averaged to it [B, N - 1, D]."""
+        """Codes int64 [B, N] -> the map of the coarser scales, averaged to each position after the first scale.
+
+        Returns:
+            [B, N - p * p, D] for a first scale of side p.
+        """
         sums = self.sums(codes)[:-1]
         return torch.cat([self.reduced(total, scale) for scale, total in enumerate(sums, 1)], 1)
 
@@ -337,7 +341,7 @@ class GumbelQuantizer(nn.Module):
 
 
 Quantizer = ResidualQuantizer | MultichannelQuantizer | MultiScaleQuantizer | GumbelQuantizer
-"""The quantizer of a tokenizer, but of one that quantizes in several places."""
+"""The quantizer of a tokenizer; VQ-VAE-2 has several."""
 
 
 def _draw(vectors: Tensor, count: int) -> Tensor:

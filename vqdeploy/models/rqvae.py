@@ -57,5 +57,8 @@ class RQVAE(ConvTokenizer):
 
     @torch.no_grad()
     def soft_codes(self, x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Image -> drawn codes [B, h, w, Q] and their distributions [B, h, w, Q, K]; see the quantizer."""
+        """Images [B, 3, H, W] -> drawn codes int64 [B, h, w, Q], and their distributions [B, h, w, Q, K].
+
+        See `ResidualQuantizer.soft_codes`.
+        """
         return self.quantizer.soft_codes(self.latents(x), temperature)

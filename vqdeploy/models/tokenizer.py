@@ -33,7 +33,7 @@ class TokenizerConfig(Protocol):
 
 
 class Tokenizer(nn.Module):
-    """Images are float [B, 3, H, W] in `config.pixel_range`, codes int64 [B, h, w, Q].
+    """Images are float [B, 3, H, W] in `config.pixel_range`, codes int64 [B, *grid], mostly [B, h, w, Q].
 
     Subclasses add `latents`, `quantizer`, `reconstruct` and `last_weight`.
     """
@@ -52,35 +52,52 @@ class Tokenizer(nn.Module):
 
     @property
     def last_weight(self) -> Tensor:
-        """Weight of the output layer, for balancing the adversarial loss."""
+        """Weight of the output layer, for balancing the adversarial loss.
+
+        Raises:
+            NotImplementedError: In this class.
+        """
         raise NotImplementedError
 
     def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D]."""
+        """Images [B, 3, H, W] -> vectors before quantization [B, h, w, D].
+
+        Raises:
+            NotImplementedError: In this class.
+        """
         raise NotImplementedError
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image."""
+        """Vectors [B, h, w, D] -> images [B, 3, H, W].
+
+        Raises:
+            NotImplementedError: In this class.
+        """
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> Tensor:
-        """Image -> codes."""
+        """Images [B, 3, H, W] -> codes int64 [B, *grid]."""
         return self.quantizer.encode(self.latents(x))[0]
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes -> image. With a residual quantizer, -1 skips a depth."""
+        """Codes int64 [B, *grid] -> images [B, 3, H, W]. With a residual quantizer, -1 skips a depth."""
         return self.reconstruct(self.quantizer.decode(codes))
 
     def distances(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Squared distances [B, h, w, Q, K] of image vectors from the codebook, given the codes before each."""
+        """Squared distances [B, *grid, K] of the vectors of images from the codebook, given the codes before each.
+
+        Args:
+            x: Images [B, 3, H, W].
+            codes: Codes int64 [B, *grid].
+        """
         return self.quantizer.distances(self.latents(x), codes)
 
     def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
-        """The codes of each depth [B, h, w]."""
+        """Codes int64 [B, h, w, Q] -> the codes of each depth [B, h, w]."""
         return codes.unbind(-1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Image -> its reconstruction and quantization."""
+        """Images [B, 3, H, W] -> their reconstructions [B, 3, H, W] and quantization, in training."""
         quantized = self.quantizer(self.latents(x))
         return self.reconstruct(quantized.vectors), quantized
 
@@ -99,11 +116,11 @@ class ConvTokenizer(Tokenizer):
         return self.decoder.conv_out.weight
 
     def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D]."""
+        """Images [B, 3, H, W] -> vectors before quantization [B, h, w, D]."""
         vectors: Tensor = self.quant_conv(self.encoder(x))
         return vectors.permute(0, 2, 3, 1)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] -> image."""
+        """Vectors [B, h, w, D] -> images [B, 3, H, W]."""
         image: Tensor = self.decoder(self.post_quant_conv(vectors.permute(0, 3, 1, 2)))
         return image

@@ -16,12 +16,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention."""
+    """Causal attention of queries, keys and values [B, H, S, D] -> [B, H, S, D]."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def bidirectional(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Bidirectional attention."""
+    """Bidirectional attention of queries [B, H, S, D] to keys and values [B, H, T, D] -> [B, H, S, D]."""
     return F.scaled_dot_product_attention(query, key, value)
 
 

@@ -137,7 +137,7 @@ class HeadNorm(nn.Module):
         self.ada_lin = modulating(width, 2)
 
     def modulation(self, label: Tensor) -> Tensor:
-        """Scales and shifts [B, 2, C]."""
+        """Embedded labels [B, C] -> scales and shifts [B, 2, C]."""
         both: Tensor = self.ada_lin(label).unflatten(-1, (2, -1))
         return both
 
@@ -190,7 +190,7 @@ class VAR(nn.Module):
 
     @property
     def places(self) -> Tensor:
-        """What is added to each position [N, width]."""
+        """Embedding of each position, of its scale included [N, width]."""
         return self.lvl_embed.weight[self.scales] + self.pos_1LC[0]
 
     def modulations(self, labels: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -204,7 +204,7 @@ class VAR(nn.Module):
         return self.logits_at(self.quantizer.inputs(codes), labels)
 
     def logits_at(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """The same from the averaged maps of all scales but the first, see `MultiScaleQuantizer.inputs`."""
+        """The same from the averaged maps of all scales but the first; see `MultiScaleQuantizer.inputs`."""
         label, modulations, last = self.modulations(labels)
         first = label[:, None] + self.pos_start
         x = torch.cat([first, self.word_embed(inputs)], 1) + self.places
@@ -218,12 +218,12 @@ class VAR(nn.Module):
 
 
 def modulating(width: int, parts: int) -> nn.Sequential:
-    """The layers that make scales, shifts and gates of embedded labels."""
+    """The layers that make scales, shifts and gates [B, parts * width] of embedded labels [B, width]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
 def normalized(x: Tensor) -> Tensor:
-    """Layer norm without weights."""
+    """Layer norm of the last dimension, without weights [..., width]."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 

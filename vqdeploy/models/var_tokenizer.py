@@ -79,6 +79,6 @@ class MultiScaleTokenizer(ConvTokenizer):
         return tuple((side, side, 1) for side in self.config.sides)
 
     def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
-        """The codes of each scale [B, p * p]."""
+        """Codes int64 [B, N] -> the codes of each scale [B, p * p]."""
         scales: tuple[Tensor, ...] = codes.split(self.quantizer.sizes, 1)
         return scales

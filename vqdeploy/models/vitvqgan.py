@@ -171,12 +171,12 @@ class ViTVQGAN(Tokenizer):
         return self.decoder.to_pixel[-1].get_parameter("weight")
 
     def latents(self, x: Tensor) -> Tensor:
-        """Image -> vectors before quantization [B, h, w, D], not normalized."""
+        """Images [B, 3, H, W] -> vectors before quantization [B, h, w, D], not normalized."""
         vectors: Tensor = self.pre_quant(self.encoder(x))
         latents: Tensor = vectors.unflatten(1, self.config.grid[:2])
         return latents
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
-        """Unit vectors [B, h, w, D] -> image."""
+        """Unit vectors [B, h, w, D] -> images [B, 3, H, W]."""
         image: Tensor = self.decoder(self.post_quant(vectors.flatten(1, 2)))
         return image

@@ -143,7 +143,7 @@ class VQVAE2(nn.Module):
         return self.decoders[-1][-1].get_parameter("weight")
 
     def encode(self, x: Tensor) -> Tensor:
-        """Image -> codes."""
+        """Images [B, 3, H, W] -> codes int64 [B, N]."""
         codes = []
 
         def quantize(level: int, z: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class VQVAE2(nn.Module):
         return join_levels(codes)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes -> image."""
+        """Codes int64 [B, N] -> images [B, 3, H, W]."""
         merged: Tensor | None = None
         for level, codes_of_level in enumerate(split_levels(codes[..., None], self.config.level_grids)):
             merged = self.merge(level, self.quantizers[level].decode(codes_of_level), merged)
@@ -163,7 +163,10 @@ class VQVAE2(nn.Module):
         return image
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Image -> its reconstruction, and the quantization [B, N, ...] with the commitment loss of all levels."""
+        """Images [B, 3, H, W] -> their reconstructions [B, 3, H, W], and the quantization of all levels, in training.
+
+        Its vectors are [B, N, D], its codes [B, N]; the commitment losses of the levels are summed.
+        """
         levels: list[Quantized] = []
 
         def quantize(level: int, z: Tensor) -> Tensor:
@@ -186,11 +189,11 @@ class VQVAE2(nn.Module):
         return join_levels(distances)
 
     def depths(self, codes: Tensor) -> tuple[Tensor, ...]:
-        """The codes of each level [B, h * w]."""
+        """Codes int64 [B, N] -> the codes of each level [B, h * w]."""
         return tuple(level.flatten(1) for level in split_levels(codes, self.config.level_grids))
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Image -> features of each level [B, channels, h, w], top first."""
+        """Images [B, 3, H, W] -> features of each level [B, channels, h, w], top first."""
         features = []
         for layer in reversed(self.encoders):
             x = layer(x)
@@ -198,14 +201,20 @@ class VQVAE2(nn.Module):
         return features[::-1]
 
     def latents(self, level: int, features: Tensor, merged: Tensor | None) -> Tensor:
-        """The vectors of a level before quantization [B, h, w, D], from its features and the map above."""
+        """The vectors of a level before quantization [B, h, w, D].
+
+        Args:
+            level: Index of the level, 0 for the top.
+            features: Its features [B, channels, h, w].
+            merged: The map of the levels above [B, level * D, h / 2, w / 2]; None at the top.
+        """
         if merged is not None:
             features = torch.cat([self.decoders[level - 1](merged), features], 1)
         vectors: Tensor = self.projections[level](features)
         return vectors.permute(0, 2, 3, 1)
 
     def merge(self, level: int, vectors: Tensor, merged: Tensor | None) -> Tensor:
-        """Appends the vectors of a level [B, h, w, D] to the map of the levels above."""
+        """Appends the vectors of a level [B, h, w, D] to the map of the levels above -> [B, (1 + level) * D, h, w]."""
         own = vectors.permute(0, 3, 1, 2)
         return own if merged is None else torch.cat([self.upsamplers[level - 1](merged), own], 1)
 

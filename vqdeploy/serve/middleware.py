@@ -50,6 +50,7 @@ class Counted:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -77,6 +78,7 @@ class Guarded:
         self._app, self._key = app, None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request as an ASGI application."""
         answer = self._refusal(Headers(scope=scope)) if self._guards(scope) else None
         await (answer or self._app)(scope, receive, send)
 
@@ -101,6 +103,7 @@ class Bounded:
         self._app, self._seconds, self._size = app, seconds, size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -74,7 +74,11 @@ _NETWORKS: dict[str, type[nn.Module]] = {
 
 
 def make_prior(config: MaskGITConfig, tokenizer: nn.Module) -> nn.Module:
-    """The masked prior of a configuration."""
+    """The masked prior of a configuration.
+
+    Raises:
+        ValueError: There is no such network, or its sizes do not fit.
+    """
     if config.network not in _NETWORKS:
         raise ValueError(f"there is no network {config.network!r}")
     return _NETWORKS[config.network](config)

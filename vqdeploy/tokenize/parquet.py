@@ -58,7 +58,11 @@ class ParquetPart:
         return ((self.path.name, self.path),)
 
     def samples(self) -> Iterator[Sample]:
-        """The images; the key of each is the number of its row."""
+        """The images; the key of each is the number of its row.
+
+        Raises:
+            DamagedDataError: The file cannot be read to its end.
+        """
         columns = [self.image, *([_LABEL] if self.labelled else [])]
         try:
             with self.path.open("rb") as stream, pq.ParquetFile(stream) as file:

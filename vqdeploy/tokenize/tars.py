@@ -40,7 +40,11 @@ class TarPart:
         return ((self.path.name, self.path),)
 
     def samples(self) -> Iterator[Sample]:
-        """The images, read from front to end."""
+        """The images, read from front to end.
+
+        Raises:
+            DamagedDataError: The file cannot be read to its end.
+        """
         try:
             with (
                 _Whole(_decompressed(self.path)) as file,

@@ -28,17 +28,28 @@ def _initialize(module: nn.Module) -> None:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the discriminator on the logits of real and reconstructed images."""
+    """Hinge loss of the discriminator on the logits [...] of real and reconstructed images, a scalar."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """Loss of the tokenizer: the negative mean logit of reconstructed images."""
+    """Loss of the tokenizer: the negative mean logit of reconstructed images, a scalar."""
     return -fake.mean()
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the gradient norms of both losses at the output layer of the decoder, in 0..10,000."""
+    """Ratio of the gradient norms of both losses at the output layer of the decoder, in 0..10,000.
+
+    Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (CVPR 2021), equation 7.
+
+    Args:
+        reconstruction: Reconstruction loss, a scalar.
+        generator: Adversarial loss of the tokenizer, a scalar.
+        last_layer: Weight of the output layer.
+
+    Returns:
+        A scalar without gradient.
+    """
     of_reconstruction, of_generator = (
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, generator)
     )

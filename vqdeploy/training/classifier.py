@@ -45,7 +45,7 @@ class ImageClassifier(LightningModule):
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Accuracy, 0..1."""
+        """Accuracy, 0..1, on images uint8 [N, 3, R, R] with labels int64 [N]."""
         self.eval()
         parts = zip(torch.split(images, 256), torch.split(labels, 256), strict=True)
         hits = [self(i.to(self.device)).argmax(1).cpu() == label for i, label in parts]

@@ -42,7 +42,11 @@ class Images(Dataset[Item]):
         return self.item(index)
 
     def item(self, index: int, rng: np.random.Generator | None = None) -> Item:
-        """An image and its label; with `rng`, the image is augmented."""
+        """An image uint8 [3, R, R] or its codes int64, and its label; with `rng`, the image is augmented.
+
+        Raises:
+            NotImplementedError: In this class.
+        """
         raise NotImplementedError
 
     def draw(self, rng: np.random.Generator) -> int:

@@ -1,4 +1,4 @@
-"""Metrics of tokenizers and of samples. Images are uint8 [N, 3, R, R]."""
+"""Metrics of tokenizers and of samples. Images are uint8 [N, 3, R, R], on the CPU."""
 
 from collections.abc import Iterable
 
@@ -15,13 +15,21 @@ _LEAST_ERROR = 1e-5  # squared grey levels: bounds the PSNR, as JSON has no infi
 
 
 def psnr(images: Tensor, originals: Tensor) -> float:
-    """Mean PSNR of the images in dB, on 8-bit pixels; at most 98 dB."""
+    """Mean PSNR in dB of images uint8 [N, ...] against `originals` of the same shape; at most 98 dB."""
     errors = (images.double() - originals.double()).square().flatten(1).mean(1).clamp(min=_LEAST_ERROR)
     return float((10 * torch.log10(255**2 / errors)).mean())
 
 
 def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
-    """Codebook usage (0..1) and perplexity of the codes, per depth; see `Tokenizer.depths`."""
+    """Codebook usage (0..1) and perplexity of the codes, per depth.
+
+    Args:
+        depths: The codes of each depth, int64 [...]; see `Tokenizer.depths`.
+        size: Number of codes in the codebook, K.
+
+    Returns:
+        `usage` and `perplexity`, each with one number per depth.
+    """
     counts = torch.stack([torch.bincount(codes.flatten(), minlength=size) for codes in depths]).double()
     entropy = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
     return {"usage": (counts > 0).double().mean(1).tolist(), "perplexity": entropy.exp().tolist()}
@@ -29,7 +37,7 @@ def codebook_use(depths: Iterable[Tensor], size: int) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def reconstruct(tokenizer: AnyTokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Images -> reconstructions and codes."""
+    """Images uint8 [N, 3, R, R] -> reconstructions uint8 [N, 3, R, R] and codes int64 [N, *grid]."""
     pixel_range, device = tokenizer.config.pixel_range, next(tokenizer.parameters()).device
     parts = torch.split(images, batch_size)
     codes = torch.cat([tokenizer.encode(to_range(part.to(device), pixel_range)).cpu() for part in parts])
@@ -38,7 +46,7 @@ def reconstruct(tokenizer: AnyTokenizer, images: Tensor, batch_size: int = 64) -
 
 @torch.no_grad()
 def decode(tokenizer: AnyTokenizer, codes: Tensor, batch_size: int = 64) -> Tensor:
-    """Codes -> images."""
+    """Codes int64 [N, *grid] -> images uint8 [N, 3, R, R]."""
     device = next(tokenizer.parameters()).device
     images = [tokenizer.decode(part.to(device)) for part in torch.split(codes, batch_size)]
     return torch.cat([to_uint8(part, tokenizer.config.pixel_range).cpu() for part in images])
@@ -46,7 +54,7 @@ def decode(tokenizer: AnyTokenizer, codes: Tensor, batch_size: int = 64) -> Tens
 
 @torch.no_grad()
 def generate(system: System, labels: Tensor, seed: int, batch_size: int = 100) -> Tensor:
-    """One image for each label [N], with the default sampling options of the system."""
+    """Images uint8 [N, 3, R, R] for labels int64 [N], with the default sampling options of the system."""
     generator = torch.Generator().manual_seed(seed)
     device = next(system.prior.parameters()).device
     images = []
@@ -61,10 +69,16 @@ def _gumbel_noise(generator: torch.Generator) -> Noise:
 
 
 def diversity(samples: Tensor, labels: Tensor, originals: Tensor, original_labels: Tensor) -> float | None:
-    """Mean distance of two samples of a class / that of two real images of it, averaged over the classes.
+    """Mean distance between two samples of a class over that between two real images of it, averaged over the classes.
 
     About 1 if samples vary like the data, 0 if all samples of a class are equal. Only classes with two samples and two
     different real images count; None without any.
+
+    Args:
+        samples: Images uint8 [N, 3, R, R].
+        labels: Their labels int64 [N].
+        originals: Real images uint8 [M, 3, R, R].
+        original_labels: Their labels int64 [M].
     """
     ratios = []
     for label in torch.unique(labels):

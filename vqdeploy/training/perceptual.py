@@ -9,7 +9,7 @@ from vqdeploy.errors import VqdeployError
 
 
 def perceptual_network() -> nn.Module:
-    """Frozen LPIPS: two batches of images in -1..1 -> a distance for each pair.
+    """Frozen LPIPS: two batches of images [B, 3, H, W] in -1..1 -> a distance for each pair.
 
     Raises:
         VqdeployError: torchvision is not installed, or its VGG weights are not on this machine: vqdeploy downloads

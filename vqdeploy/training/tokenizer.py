@@ -27,7 +27,8 @@ T = TypeVar("T")
 def logit_laplace(reconstruction: Tensor, x: Tensor, margin: float = 0.1) -> Tensor:
     """Logit-Laplace loss on pixels in 0..1, mapped to margin..1 - margin (DALL-E, appendix A.3).
 
-    The negative log-likelihood of a Laplace distribution of scale 1 in logit space, up to constants.
+    The negative log-likelihood of a Laplace distribution of scale 1 in logit space, up to constants: a scalar, for
+    images [...] of one shape.
     """
     made, target = ((1 - 2 * margin) * pixels + margin for pixels in (reconstruction, x))
     return F.l1_loss(torch.logit(made, eps=margin / 2), torch.logit(target))
