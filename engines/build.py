@@ -44,7 +44,7 @@ def build(
         plan: The file to write.
         backend: One of `BUILDERS`.
         batch: Batch sizes that the plan accepts, as far as the package does. It is tuned for the usual one: engines of
-            TensorRT, and products in int8 of `onnxrt` on the CPU.
+            TensorRT, and matrix products in int8 of `onnxrt` on the CPU.
         progress: Called with the name of each stage before its build.
         portable: For `onnxrt`: keep the portable function bodies of the package, to test them.
         plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they support. `auto` uses them if
@@ -103,6 +103,8 @@ def _with_batch(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeR
     smallest, largest = max(batch.min, own.min), min(batch.max, own.max)
     if smallest > largest:
         found = f"{batch.min}..{batch.max}"
-        raise VqdeployError("the package takes no such batch", expected=f"{own.min}..{own.max}", found=found)
+        raise VqdeployError(
+            "the package does not take these batch sizes", expected=f"{own.min}..{own.max}", found=found
+        )
     chosen = SizeRange(smallest, min(max(batch.usual, smallest), largest), largest)
     return dims | {"batch": chosen} | ({"images": SizeRange(1, chosen.usual, largest)} if "images" in dims else {})

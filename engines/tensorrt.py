@@ -99,12 +99,12 @@ def _inlined(file: Path, folder: Path) -> Path:
     model = read_graph(file)
     if any(node.op_type.startswith("QuantizedConvolution") for node in model.graph.node):
         raise VqdeployError(
-            f"TensorRT builds no {file.stem} in int8: zero is not 0 among the integers of its maps",
+            f"TensorRT cannot build {file.stem} in int8: its activations have zero points other than 0",
             fix=f"vqdeploy export without {file.stem}=int8",
         )
     if any(node.op_type == "QuantizedCachedAttention" for node in model.graph.node):
         raise VqdeployError(
-            f"TensorRT builds no {file.stem} with KV caches in int8: its TensorScatter takes only floats",
+            f"TensorRT cannot build {file.stem} with KV caches in int8: its TensorScatter takes only floats",
             fix="vqdeploy export without caches=int8",
         )
     quantized = [function.name for function in model.functions if function.name.startswith(_QUANTIZED)]

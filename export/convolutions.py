@@ -13,7 +13,7 @@ from vqdeploy.models.vqvae2 import AnyTokenizer
 
 _PIXELS = 2**18  # of the images that activations are observed on
 _MOST_IMAGES = 32
-_COARSE = 8  # places of smooth images, along each axis
+_COARSE = 8  # points of smooth images, along each axis
 
 
 Extent = tuple[float, float]

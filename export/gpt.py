@@ -17,17 +17,17 @@ class Entries(nn.Module):
 
     codes: Tensor  # [K, width]
     labels: Tensor  # [classes + 1, width]
-    places: Tensor  # [h * w, width]
+    positions: Tensor  # [h * w, width]
 
     def __init__(self, prior: GPT):
         super().__init__()
         self.register_buffer("codes", prior.tok_emb_code.weight.detach())
         self.register_buffer("labels", (prior.tok_emb_cond.weight + prior.pos_emb_cond[0]).detach())
-        self.register_buffer("places", prior.pos_emb_code[0].detach())
+        self.register_buffer("positions", prior.pos_emb_code[0].detach())
 
     def forward(self, codes: Tensor, label: Tensor, position: Tensor) -> Tensor:
         entry = position[:, None] + torch.arange(codes.shape[1])
-        return embed_entries(codes, F.embedding(label, self.labels)[:, None], entry, self.codes, self.places)
+        return embed_entries(codes, F.embedding(label, self.labels)[:, None], entry, self.codes, self.positions)
 
 
 class Step(nn.Module):

@@ -110,7 +110,7 @@ class Texts(nn.Module):
     """The entries of texts, or of what stands for none; what it gives for entries behind them means nothing.
 
     A text has its first entry where its padding would have one: no entry attends to padding, and those of the condition
-    are not rotated by their place.
+    are not rotated by their position.
     """
 
     none: Tensor  # [C, text_width]
@@ -122,9 +122,9 @@ class Texts(nn.Module):
 
     def forward(self, text: Tensor, length: Tensor, label: Tensor, entry: Tensor) -> Tensor:
         """Features [B, C, text_width], lengths [B], labels [B], 1 for none, and entries [B, S] -> [B, S, width]."""
-        place = (entry + len(self.none) - length[:, None]).clamp(0, len(self.none) - 1)
-        own = text.gather(1, place[..., None].expand(-1, -1, text.shape[2]))
-        none = F.embedding(place, self.none)
+        row = (entry + len(self.none) - length[:, None]).clamp(0, len(self.none) - 1)
+        own = text.gather(1, row[..., None].expand(-1, -1, text.shape[2]))
+        none = F.embedding(row, self.none)
         features = torch.where(label[:, None, None] == 1, none, own.to(none.dtype))
         entries: Tensor = self.second(F.gelu(self.first(features), approximate="tanh"))
         return entries
@@ -166,9 +166,9 @@ class Step(nn.Module):
         past_value: list[Tensor],
     ) -> tuple[Tensor, ...]:
         """The outputs, given the entries of the condition [B, S, width], or [B, 1, width], and how many they are."""
-        place = position[:, None] + torch.arange(codes.shape[1]) - length + 1  # after the condition, from 1
-        x = torch.where((place < 1)[:, :, None], condition, F.embedding(codes[:, :, 0], self.codes))
-        turned = place.clamp(0, len(self.cosine) - 1)  # a prefill may go on behind the condition
+        number = position[:, None] + torch.arange(codes.shape[1]) - length + 1  # of a code, from 1
+        x = torch.where((number < 1)[:, :, None], condition, F.embedding(codes[:, :, 0], self.codes))
+        turned = number.clamp(0, len(self.cosine) - 1)  # a prefill may go on behind the condition
         cosine, sine = (F.embedding(turned, table)[:, :, None] for table in (self.cosine, self.sine))
         keys, values = [], []
         for block, key, value in zip(self.body, past_key, past_value, strict=True):

@@ -24,7 +24,7 @@ class Logits(nn.Module):
     codes_first: Tensor  # [Q]
     table: Tensor  # [Q * (K + 1), width / Q]
     labels: Tensor  # [classes + 1, width]
-    places: Tensor  # [h * w, width]
+    positions: Tensor  # [h * w, width]
 
     def __init__(self, prior: MaskGIT):
         super().__init__()
@@ -34,11 +34,11 @@ class Logits(nn.Module):
         self.register_buffer("codes_first", prior.codes_first)
         self.register_buffer("table", prior.tok_emb.weight.detach())
         self.register_buffer("labels", (prior.cls_emb.weight + prior.pos_emb[0, 0]).detach())
-        self.register_buffer("places", prior.pos_emb[0, 1:].detach())
+        self.register_buffer("positions", prior.pos_emb[0, 1:].detach())
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        places = F.embedding(codes.flatten(1, 2) + self.codes_first, self.table).flatten(2) + self.places
-        x = torch.cat([F.embedding(labels, self.labels)[:, None], places], 1)
+        entries = F.embedding(codes.flatten(1, 2) + self.codes_first, self.table).flatten(2) + self.positions
+        x = torch.cat([F.embedding(labels, self.labels)[:, None], entries], 1)
         for block in self.blocks:
             x = block.whole(x)
         logits: Tensor = self.head(self.norm(x[:, 1:]))

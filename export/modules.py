@@ -181,7 +181,9 @@ class Call(nn.Module):
         found = tuple(result) if isinstance(result, tuple | list) else (result,)
         if len(found) != len(self.outputs) or not all(isinstance(tensor, Tensor) for tensor in found):
             names = [type(each).__name__ for each in found]
-            raise VqdeployError(f"stage {self.name} returns something else", expected=self.outputs, found=names)
+            raise VqdeployError(
+                f"stage {self.name} returns other outputs than it names", expected=self.outputs, found=names
+            )
         return tuple(map(at_border, found))
 
 
@@ -192,7 +194,7 @@ def at_border(x: Tensor) -> Tensor:
         VqdeployError: Its numbers are complex.
     """
     if x.is_complex():
-        raise VqdeployError("plans have no complex numbers", fix="return torch.view_as_real of them")
+        raise VqdeployError("plans cannot hold complex numbers", fix="return torch.view_as_real of them")
     if x.is_floating_point():
         return x.float()
     return x if x.dtype == torch.uint8 else x.to(torch.uint8 if x.dtype == torch.bool else torch.int64)
@@ -361,9 +363,7 @@ def _check_arguments(
     for tensor, axes in dynamic.items():
         _check_type(f"dynamic of {tensor}", axes, Mapping, "a dictionary of names by axis")
         if bad := [axis for axis in axes if not isinstance(axis, Integral)]:
-            raise VqdeployError(
-                f"dynamic of {tensor} has an axis that is none", expected="integers", found=repr(bad[0])
-            )
+            raise VqdeployError(f"dynamic of {tensor} has an invalid axis", expected="integers", found=repr(bad[0]))
         _check_names(axes.values())
     dims = {dim for axes in dynamic.values() for dim in axes.values()}
     if unknown := [name for name in sizes if name not in dims]:
@@ -371,7 +371,7 @@ def _check_arguments(
     for name, own in sizes.items():
         three = isinstance(own, tuple | list) and len(own) == 3 and all(isinstance(size, Integral) for size in own)
         if not three or not 1 <= own[0] <= own[1] <= own[2]:
-            expected = "three integers from 1 on that ascend: smallest, usual, largest"
+            expected = "three ascending integers of 1 or more: smallest, usual, largest"
             raise VqdeployError(f"the sizes of {name} are malformed", expected=expected, found=repr(own))
 
 

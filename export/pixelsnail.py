@@ -81,9 +81,9 @@ class RowConv(nn.Module):
         bias[:, ONE] = torch.stack([conv.bias.detach() for conv in convolutions])
         self.conv.bias = nn.Parameter(bias.flatten())
         first = m * torch.arange(self.tiles) - taps // 2
-        places = torch.arange(width) - first[:, None]  # selects the inputs of each tile from a row [tiles, w]
-        inside = (places >= 0) & (places < n)
-        self.register_buffer("mixed", (mixed[:, places.clamp(0, n - 1)] * inside).flatten(0, 1))
+        columns = torch.arange(width) - first[:, None]  # selects the inputs of each tile from a row [tiles, w]
+        inside = (columns >= 0) & (columns < n)
+        self.register_buffer("mixed", (mixed[:, columns.clamp(0, n - 1)] * inside).flatten(0, 1))
         self.register_buffer("outputs", outputs.contiguous())
 
     def spread(self, row: Tensor) -> Tensor:
@@ -255,15 +255,15 @@ class PixelAttention(nn.Module):
         self.key_value = Projection(attention.key, attention.value)
 
     def forward(
-        self, x: Tensor, out: Tensor, background: Tensor, place: Tensor, key: Tensor, value: Tensor, last: Tensor
+        self, x: Tensor, out: Tensor, background: Tensor, position: Tensor, key: Tensor, value: Tensor, last: Tensor
     ) -> tuple[Tensor, ...]:
         """`last` [B, 2 * width] is key and value of the position before; also returns the new caches and `last`."""
         pair = self.key_value(self.key_resblock(torch.cat([x, out, background], 1)))
         query = self.query(self.query_resblock(torch.cat([out, background], 1)))
-        before = (place - 1).clamp(min=0)
+        before = (position - 1).clamp(min=0)
         qkv = torch.cat([query, last], 1)[:, None]
         attention, key, value = torch.ops.vqdeploy.cached_attention(qkv, key, value, before)
-        seen = torch.where(place[:, None] > 0, attention[:, 0], torch.zeros_like(query))
+        seen = torch.where(position[:, None] > 0, attention[:, 0], torch.zeros_like(query))
         return self.out_resblock(out, seen), key, value, pair
 
 
@@ -357,12 +357,12 @@ class Pixel(nn.Module):
             The logits, the activations of the position [B, L, C] twice, `left_x`, `left_y`, and `key`, `value`, `last`
             of each block.
         """
-        place = row * self.width + column
+        position = row * self.width + column
         entry, inner, gates = (at_row(rows, column) for rows in (entry, inner, gates))
         y = F.elu(inner + _each(left_x, self.first))
         branches = (gates + _each(left_y, self.second)).unflatten(1, (self.layers, -1))
         branches = F.glu(branches, 2).flatten(1).split(branches.shape[2] // 2, 1)
-        x, background = entry + self.entry(codes), F.embedding(place, self.background)
+        x, background = entry + self.entry(codes), F.embedding(position, self.background)
         inputs: list[Tensor] = []
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -373,7 +373,7 @@ class Pixel(nn.Module):
                 inputs.append(out)
                 out = out + branch
             if key:
-                x, *caches = exit_(x, out, background, place, key[i], value[i], last[i])
+                x, *caches = exit_(x, out, background, position, key[i], value[i], last[i])
                 for group, cache in zip((keys, values, lasts), caches, strict=True):
                     group.append(cache)
             else:
@@ -396,8 +396,8 @@ class Pixel(nn.Module):
 
     def _pushed(self, left: Tensor, new: Tensor) -> Tensor:
         """Shifts the window of positions to the left: drops the farthest and appends this one."""
-        places = left.unflatten(1, (self.layers, self.side, -1))
-        return torch.cat([places[:, :, 1:], new[:, :, None]], 2).flatten(1)
+        window = left.unflatten(1, (self.layers, self.side, -1))
+        return torch.cat([window[:, :, 1:], new[:, :, None]], 2).flatten(1)
 
 
 def _taps(causal: nn.Module) -> Product:

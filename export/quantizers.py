@@ -101,7 +101,7 @@ def _trained(book: Any, owner: str) -> None:
         owner: The class that it belongs to.
     """
     if book.affine_param:
-        raise VqdeployError(f"{owner} with affine_param is not served (its statistics follow each batch)")
+        raise VqdeployError(f"{owner} with affine_param is not supported (its statistics follow each batch)")
     if not book.initted:
         raise VqdeployError(f"{owner} has an untrained codebook (kmeans_init waits for the first batch)")
 
@@ -255,19 +255,21 @@ class ResidualVQ(_Residual):
     def __init__(self, original: Any):
         super().__init__(original)
         if original.implicit_neural_codebook:
-            raise VqdeployError("ResidualVQ with implicit_neural_codebook is not served (its codebooks are networks)")
+            raise VqdeployError(
+                "ResidualVQ with implicit_neural_codebook is not supported (its codebooks are networks)"
+            )
         if (original.eval_beam_size or 1) > 1:
             fix = "set eval_beam_size to 1 for greedy codes"
-            raise VqdeployError("ResidualVQ with beam search is not served", fix=fix)
+            raise VqdeployError("ResidualVQ with beam search is not supported", fix=fix)
         if original.diveq:
-            raise VqdeployError("ResidualVQ with diveq is not served (it adds noise in evaluation too)")
+            raise VqdeployError("ResidualVQ with diveq is not supported (it adds noise in evaluation too)")
         layers = list(original.layers)
         self.project_in, self.project_out = original.project_in, original.project_out
         self.metric, self.first = _metric(layers[0]), _is_first(layers[0])
         self._keep([_table(layer, "ResidualVQ")[0] for layer in layers], original.shared_codebook)
         stored = [layer._codebook.embed[0].detach().float() for layer in layers]
         if not all(torch.equal(a, b) for a, b in zip(stored, self._tables(), strict=True)):
-            raise VqdeployError("ResidualVQ with vq_bridge is not served (it decodes other vectors than it encodes)")
+            raise VqdeployError("ResidualVQ with vq_bridge is not supported (it decodes other vectors than it encodes)")
 
     @property
     def codebook_size(self) -> int:
@@ -575,7 +577,7 @@ class RandomProjectionQuantizer(Replacement):
 
 
 def _refuse(original: Any) -> nn.Module:
-    raise VqdeployError(f"{type(original).__name__} is not served", fix="register_quantizer")
+    raise VqdeployError(f"{type(original).__name__} is not supported", fix="register_quantizer")
 
 
 _LIBRARY = "vector_quantize_pytorch"
@@ -666,7 +668,7 @@ def look_alikes(model: nn.Module) -> list[str]:
                 sentences.append(
                     f"{name or 'the model'} ({kind.__module__}.{kind.__name__}) looks like {theirs} of {_LIBRARY} and"
                     f" is exported as it is; if it does the same, register_quantizer({kind.__name__},"
-                    f" vqdeploy.export.quantizers.{server}) serves it"
+                    f" vqdeploy.export.quantizers.{server}) replaces it"
                 )
                 alike.append(name)
                 break

@@ -31,16 +31,16 @@ class Text(nn.Module):
     """
 
     words: Tensor  # [vocabulary, width]
-    places: Tensor  # [C, width]
+    positions: Tensor  # [C, width]
 
     def __init__(self, prior: RQTransformer):
         super().__init__()
         self.register_buffer("words", prior.cond_emb.weight.detach())
-        self.register_buffer("places", prior.pos_emb_cond[0].detach())
+        self.register_buffer("positions", prior.pos_emb_cond[0].detach())
 
     def forward(self, text: Tensor, entry: Tensor) -> Tensor:
-        place = entry.clamp(max=len(self.places) - 1)
-        return F.embedding(text.gather(1, place), self.words) + F.embedding(place, self.places)
+        index = entry.clamp(max=len(self.positions) - 1)
+        return F.embedding(text.gather(1, index), self.words) + F.embedding(index, self.positions)
 
 
 class Step(nn.Module):
@@ -56,7 +56,7 @@ class Step(nn.Module):
     head: Any  # list of InferenceBlock
     input_table: Tensor  # [K, width]
     head_table: Tensor  # [K, width]
-    places: Tensor  # [h * w, width]
+    positions: Tensor  # [h * w, width]
     depths: Tensor  # [Q, width]
 
     def __init__(self, prior: RQTransformer):
@@ -70,7 +70,7 @@ class Step(nn.Module):
         # Both projections are linear in rows of the codebook, so each becomes a table; biases are added once.
         self.register_buffer("input_table", prior.input_mlp(prior.codebook).detach())
         self.register_buffer("head_table", (prior.codebook @ prior.head_mlp.weight.T).detach())
-        self.register_buffer("places", prior.pos_emb_hw[0].detach())
+        self.register_buffer("positions", prior.pos_emb_hw[0].detach())
         depths = prior.pos_emb_d[0].detach().clone()
         depths[1:] += prior.head_mlp.bias.detach()
         self.register_buffer("depths", depths)
@@ -89,7 +89,7 @@ class Step(nn.Module):
     ) -> tuple[Tensor, ...]:
         entry = position[:, None] + torch.arange(codes.shape[1])
         given = self.condition(condition, entry)
-        x = embed_entries(codes, given, entry, self.input_table, self.places, self.length)
+        x = embed_entries(codes, given, entry, self.input_table, self.positions, self.length)
         keys, values = [], []
         for block, key, value in zip(self.body, past_key, past_value, strict=True):
             x, key, value = block.cached(x, key, value, position)

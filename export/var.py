@@ -88,7 +88,7 @@ class Step(nn.Module):
     An image has one label or, with guidance, two, whose outputs are summed with the weights `guidance` before the head.
     """
 
-    places: Tensor  # [N, C]
+    positions: Tensor  # [N, C]
     labels: Tensor  # [classes + 1, C], the entries of the first scale
     last: Tensor  # [classes + 1, 2 * C], the modulation of the head
     shared: Tensor | None  # [classes + 1, 6 * C], the modulation that the blocks share, if they do
@@ -110,9 +110,9 @@ class Step(nn.Module):
         )
         self.head = at_least(16, Projection(prior.head))
         self.first = len(prior.pos_start[0])
-        places = prior.places.detach().clone()
-        places[: self.first] += prior.pos_start[0].detach()
-        self.register_buffer("places", places)
+        positions = prior.places.detach().clone()
+        positions[: self.first] += prior.pos_start[0].detach()
+        self.register_buffer("positions", positions)
         self.register_buffer("labels", labels.detach())
         self.register_buffer("last", _from_one(last, 0, 0).flatten(1).detach())
 
@@ -133,7 +133,7 @@ class Step(nn.Module):
         rows = torch.arange(length) + past_key[0].shape[2]
         first = (rows < self.first)[:, None]
         inputs = self.word_embed(self.maps.averaged(past_map, rows))[:, None]
-        x = torch.where(first, F.embedding(label, self.labels)[:, :, None], inputs) + F.embedding(rows, self.places)
+        x = torch.where(first, F.embedding(label, self.labels)[:, :, None], inputs) + F.embedding(rows, self.positions)
         shared = None if self.shared is None else F.embedding(label, self.shared)[:, :, None]
         keys, values = [], []
         for block, key, value in zip(self.blocks, past_key, past_value, strict=True):

@@ -59,11 +59,11 @@ class AutoregressiveSampler(Sampler):
     def inputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
         """The graph inputs that the sampler writes, by stage."""
         depth, rows = tokenizer.maps[0][2], _images(sampling)
-        place = {"codes": whole("length", depth), **Condition.of(sampling).inputs, "position": whole()}
+        entry = {"codes": whole("length", depth), **Condition.of(sampling).inputs, "position": whole()}
         pairs = {"row": whole(rows=rows), "partner": whole(rows=rows), "guidance": floats(rows=rows)}
         noise = {"noise": floats(depth, tokenizer.codebook_size, rows=rows)}
         guidance = {} if sampling.no_label is None else pairs
-        return {"step": place | guidance | noise | sampling_options(depth, rows=rows)}
+        return {"step": entry | guidance | noise | sampling_options(depth, rows=rows)}
 
     @classmethod
     def outputs(cls, tokenizer: TokenizerInfo, sampling: SamplingInfo) -> dict[str, Tensors]:
@@ -95,7 +95,7 @@ class AutoregressiveSampler(Sampler):
         known = item.known.reshape(self._positions, -1)
         unknown = known[:, 0] < 0
         if np.any((known < 0) != unknown[:, None]):
-            raise VqdeployError("a position is known partly", expected="all of its codes, or -1 for each")
+            raise VqdeployError("a position is only partly known", expected="all of its codes, or -1 for each")
         first = int(unknown.argmax()) if unknown.any() else self._positions
         self._finished.pop(slot, None)
         self._first[slot] = self._next[slot] = first
@@ -182,10 +182,10 @@ class AutoregressiveSampler(Sampler):
     def _call(self) -> None:
         running, first = sorted(self._running), self._first_row
         inputs = self._binding.inputs
-        places = np.where(self._next < self._positions, self._before + self._next, 0)
-        inputs["position"][first:] = places
+        positions = np.where(self._next < self._positions, self._before + self._next, 0)
+        inputs["position"][first:] = positions
         if self.guided:
-            inputs["position"][:first] = places[::-1]
+            inputs["position"][:first] = positions[::-1]
         draws = {slot: int(self._next[slot]) for slot in running}
         self._fill_noise(inputs["noise"], draws, self._greedy)
         guided = [slot for slot in running if self._guides_at(self._items[slot], draws[slot])]

@@ -31,7 +31,7 @@ class Condition:
 
     @classmethod
     def of(cls, sampling: SamplingInfo) -> "Condition":
-        """Those of a manifest."""
+        """The conditions that a manifest describes."""
         text = sampling.text
         if text is None:
             return cls("label", (), sampling.classes)
@@ -39,7 +39,7 @@ class Condition:
 
     @property
     def features(self) -> bool:
-        """Whether texts are features, whose number of tokens is their own."""
+        """Whether texts are given as features, each with its own number of tokens."""
         return len(self.shape) == 2
 
     @property
@@ -106,7 +106,7 @@ class Condition:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise VqdeployError("features of a text are malformed", expected="finite numbers of fp32", found="others")
+            raise VqdeployError("features of a text are malformed", expected="finite numbers in fp32", found="others")
         texts = np.zeros((len(array), most, width), np.float32)
         for text, rows in zip(texts, array, strict=True):
             tokens = rows[rows.any(-1)]
@@ -126,7 +126,7 @@ class Condition:
         if self.name == "text":
             expected = self._expected.replace("[B", f"[{'B' if count is None else count}")
             return VqdeployError("this prior is conditioned on texts", expected=expected, found=list(array.shape))
-        expected = "a list of one for each image" + ("" if count is None else f" ({count})")
+        expected = "a list with one for each image" + ("" if count is None else f" ({count})")
         found = array.tolist() if array.ndim < 2 else f"an array {list(array.shape)}"
         return VqdeployError("there are too few or too many labels", expected=expected, found=found)
 

@@ -89,7 +89,7 @@ class CudaSession(DeviceSession, OnnxrtSession):
             self.graphs = False
             self._open(bundle, stage, threads, profile, options)
         if _PROVIDER not in self._session.get_providers():
-            raise VqdeployError("ONNX Runtime disabled CUDA without a reason", fix=_INSTALL)
+            raise VqdeployError("ONNX Runtime disabled CUDA and gave no reason", fix=_INSTALL)
         self._stream, self._numbers = stream, itertools.count(1)
         self._options = self.run_options(_NO_GRAPH)
 

@@ -118,7 +118,7 @@ def _shown(name: object) -> str:
 def _parameters(text: str) -> tuple[list[str], int, bool]:
     """The names or types of inputs or outputs, how many are required, and whether the last one is variadic."""
     parts = text.split()
-    needed = max((place + 1 for place, part in enumerate(parts) if "?" not in part), default=0)
+    needed = max((index + 1 for index, part in enumerate(parts) if "?" not in part), default=0)
     return parts, needed, bool(parts) and "*" in parts[-1]
 
 

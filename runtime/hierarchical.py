@@ -29,7 +29,7 @@ class HierarchicalSampler(Sampler):
         grids = [each[:2] for each in tokenizer.maps]
         self._levels = [_Level(n, sessions, grid, self.spent) for n, grid in zip(names, grids, strict=True)]
         self._maps: list[Array] = []
-        self._places: Iterator[None] = iter(())
+        self._walk: Iterator[None] = iter(())
         self._left = 0
 
     @classmethod
@@ -96,14 +96,14 @@ class HierarchicalSampler(Sampler):
         """Frees a slot; its image need not be done."""
         super().release(slot)
         if not self._items:
-            self._maps, self._places, self._left = [], iter(()), 0
+            self._maps, self._walk, self._left = [], iter(()), 0
         elif not self._maps:  # it left before the first call
             self._left = self._calls(list(self._items.values()))
 
     def _call(self) -> None:
         if not self._maps:
             self._begin()
-        next(self._places)
+        next(self._walk)
         self._left -= 1
 
     def _begin(self) -> None:
@@ -113,18 +113,18 @@ class HierarchicalSampler(Sampler):
         parts = [part[..., 0] for part in self._layout.split(known)]
         # On a GPU these stay on the device: the loop never waits for a code.
         self._maps, given = ([level.array(p) for level, p in zip(self._levels, parts, strict=True)] for _ in range(2))
-        self._places = self._all_places(parts, given)
+        self._walk = self._all_positions(parts, given)
 
-    def _all_places(self, known: list[np.ndarray], given: list[Array]) -> Iterator[None]:
+    def _all_positions(self, known: list[np.ndarray], given: list[Array]) -> Iterator[None]:
         """Draws the unknown codes of all levels, one position after the other; yields at each."""
         first = 0
         for index, (level, codes) in enumerate(self._running_levels()):
             unknown = known[index] < 0
             if unknown.any():
                 above = self._maps[index - 1] if index else None
-                for row, column, binding in level.places(codes, above, *self._of_level(index)):
-                    place = first + row * level.grid[1] + column
-                    self._fill_noise(binding.inputs["noise"], dict.fromkeys(self._running, place), level.greedy)
+                for row, column, binding in level.positions(codes, above, *self._of_level(index)):
+                    position = first + row * level.grid[1] + column
+                    self._fill_noise(binding.inputs["noise"], dict.fromkeys(self._running, position), level.greedy)
                     self._run(f"{level.name}_pixel", binding)
                     codes[:, row, column] = binding.outputs["next_codes"][:, 0]
                     for slot in np.flatnonzero(~unknown[:, row, column]):
@@ -167,7 +167,7 @@ class _Level:
         """A copy of codes on the device of the engine, to read without a wait."""
         return self.pixel.array(codes)
 
-    def places(
+    def positions(
         self, codes: Array, above: Array | None, labels: dict[int, int], options: dict[int, dict[str, Any]]
     ) -> Iterator[tuple[int, int, Binding]]:
         """Yields row, column and binding of each position in raster order, with all inputs but the noise written.
@@ -226,9 +226,9 @@ class _Level:
             made = self._condition.buffers(dims, "codes", "condition")
             above = self._condition.bind(dims, made)
             shared["condition"] = made["condition"]
-        place, side = self.pixel.bind(dims, held), held["codes"].shape[1]
+        pixel, side = self.pixel.bind(dims, held), held["codes"].shape[1]
         padded = self.pixel.array(np.full((slots, self.grid[0] + side, side + self.grid[1]), -1))
-        return _Buffers(slots, above, _bound_rows(self._row, dims, shared), place, padded)
+        return _Buffers(slots, above, _bound_rows(self._row, dims, shared), pixel, padded)
 
 
 def _bound_rows(row: Session, dims: dict[str, int], shared: Mapping[str, Array]) -> list[Binding]:

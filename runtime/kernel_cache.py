@@ -32,8 +32,8 @@ class KernelCache:
     """
 
     def __init__(self, name: str):
-        place = folder()
-        self._file = place and place / f"{name}.bin"
+        parent = folder()
+        self._file = parent and parent / f"{name}.bin"
         self._cache: Any = None
         self._saved = b""
 

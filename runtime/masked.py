@@ -91,10 +91,10 @@ class MaskedSampler(Sampler):
         self._progress[slot] = _Progress(0, counts, by_order, greedy)
         self._result[slot] = item.known
         inputs["codes"][slot] = inputs["given"][slot] = np.where(item.known < 0, self._size, item.known)
-        # A label of weight 0 changes no logit.
+        # Without guidance the second label has weight 0, which changes no logit.
         scale = options["guidance_scale"] if self.guides(item) else 1
-        ballast = item.condition if self.no_label is None else self.no_label
-        inputs["label"][slot], inputs["guidance"][slot] = ballast, 1 - scale
+        filler = item.condition if self.no_label is None else self.no_label
+        inputs["label"][slot], inputs["guidance"][slot] = filler, 1 - scale
         inputs["label"][slot, 0], inputs["guidance"][slot, 0] = item.condition, scale
         if by_order:
             inputs["choice_noise"][slot], inputs["choice_temperature"][slot] = order_noise(self._shape), BY_ORDER
@@ -125,10 +125,10 @@ class MaskedSampler(Sampler):
     def _fill_choice(self, running: Mapping[int, _Progress]) -> None:
         """The choice noise, added to the confidence; it fades out over the steps."""
         noise: Any = self._binding.inputs["choice_noise"]  # an array of the host
-        heat = self._binding.inputs["choice_temperature"]
+        weights = self._binding.inputs["choice_temperature"]
         items = {slot: self._items[slot] for slot in running}
         keys = [(item.seed, item.image, 2 * running[slot].done + 1) for slot, item in items.items()]
         self.draw(keys, [noise[slot] for slot in items])
         for slot, item in items.items():
             start, steps = item.options["choice_temperature"], item.options["steps"]
-            heat[slot] = choice_temperature(start, running[slot].done, steps)
+            weights[slot] = choice_temperature(start, running[slot].done, steps)

@@ -340,7 +340,8 @@ class Pipeline:
             VqdeployError: There is no such class.
         """
         if self.condition.name == "text":
-            raise VqdeployError("this prior has no labels", expected="texts as token ids", found=name)
+            expected = f"{'features' if self.condition.features else 'token ids'} of texts"
+            raise VqdeployError("this prior has no labels", expected=expected, found=name)
         names = self.manifest.labels
         if isinstance(name, str) and name in names:
             return names.index(name)
@@ -608,9 +609,7 @@ class Pipeline:
         mask = np.broadcast_to(mask.astype(bool), (count, *square))
         unknown = layout.masked(mask, raster)
         if (mask.any((1, 2)) & ~unknown.reshape(count, -1).any(1)).any():
-            raise VqdeployError(
-                "the mask is too small", expected="the centre of the place of a code in it", found="none"
-            )
+            raise VqdeployError("the mask is too small", expected="one that covers the centre of a code's cell")
         return unknown
 
     def complete(
@@ -807,8 +806,8 @@ class Pipeline:
         rows = self._sampler_class.rows(guided)
         if rows > self._batch.max:
             raise VqdeployError(
-                f"an image with guidance takes {rows} rows of a call",
-                expected=f"a plan for {rows} or more",
+                f"an image with guidance takes {rows} rows of the batch",
+                expected=f"a plan for batches of {rows} or more",
                 found=self._batch.max,
                 fix=f"vqdeploy build PACKAGE --max-batch {rows}",
             )

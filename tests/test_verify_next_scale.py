@@ -84,7 +84,7 @@ def test_the_convolution_of_another_scale(copy, var_system):
 
 
 def test_positions_that_moved(copy, var_system, step):
-    change_weight(copy, step.places, lambda w: np.copyto(w[5:14], w[14:23]))
+    change_weight(copy, step.positions, lambda w: np.copyto(w[5:14], w[14:23]))
     failed(failures(verify_package(copy, var_system)), ONE)
 
 

@@ -113,7 +113,7 @@ MODES = {
 INPUTS = {"GroupQueryAttention": 14, "MultiHeadAttention": 8}
 """Number of inputs of an operator that are allowed; further ones are rejected."""
 NOT_GIVEN = {"GroupQueryAttention": range(7, 12)}
-"""Places of inputs before the last allowed one that are rejected."""
+"""Indices of inputs before the last allowed one that are rejected."""
 LEFT_OUT = {
     "sparse_value",
     "value_string",

@@ -100,7 +100,7 @@ def _check_config(file: Path, config: SystemConfig) -> None:
     if min(sides) < 1 or tokenizer.resolution % sides[-1]:
         raise ArtifactError(f"the resolution in {file} does not fit its levels", found=tokenizer.resolution)
     if not are_class_names(config.labels):
-        expected = "names that can be shown, each another"
+        expected = "distinct names of printable characters"
         raise ArtifactError(f"{file} has labels that are not valid", expected=expected, found=config.labels)
     if prior is None:
         return

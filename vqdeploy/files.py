@@ -285,7 +285,7 @@ def write_json(path: Path, data: object) -> None:
     """Writes an object as indented JSON; see `to_json`.
 
     Raises:
-        VqdeployError: The file cannot be written.
+        OSError: The file cannot be written.
     """
     path.write_text(to_json(data, indent=2) + "\n", encoding="utf-8")
 

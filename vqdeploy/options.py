@@ -64,7 +64,7 @@ class SamplingOption:
             raise VqdeployError(f"{self.name} is malformed", expected="a number", found=value)
         low, high = self.low, codebook_size if self.high is None else self.high
         if not low <= value <= min(high, sys.float_info.max):  # NaN fails too
-            expected = f"{low}..{high}" if math.isfinite(high) else f"a finite number from {low} on"
+            expected = f"{low}..{high}" if math.isfinite(high) else f"a finite number of {low} or more"
             raise VqdeployError(f"{self.name} is out of range", expected=expected, found=value)
         if self.type is int and value % 1:
             raise VqdeployError(f"{self.name} is malformed", expected="an integer", found=value)
@@ -77,14 +77,14 @@ SAMPLING_OPTIONS = (
     SamplingOption(
         "guidance_scale",
         float,
-        "Strength of classifier-free guidance; 1 is none (the public cfg of VAR + 1).",
+        "Strength of classifier-free guidance; 1 is none. For VAR it is 1 + its public cfg.",
         high=_STRONGEST,
         aliases=("--cfg-scale",),
     ),
     SamplingOption(
         "guidance_interval",
         int,
-        "Guides only the codes 0 to this one + 1; -1 guides all.",
+        "A value of i guides only the codes 0 to i + 1; -1 guides all.",
         low=-1,
         high=10_000_000,
         aliases=("--cfg-interval",),

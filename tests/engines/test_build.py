@@ -85,7 +85,7 @@ def test_batch_sizes_out_of_order(package, tmp_path, sizes):
 
 def test_a_batch_that_the_package_does_not_take():
     own = {"batch": SizeRange(2, 4, 8)}
-    with pytest.raises(VqdeployError, match=r"takes no such batch; expected 2\.\.8, found 1\.\.1"):
+    with pytest.raises(VqdeployError, match=r"does not take these batch sizes; expected 2\.\.8, found 1\.\.1"):
         _with_batch(own, SizeRange(1, 1, 1))
     assert _with_batch(own, SizeRange(1, 1, 4))["batch"] == SizeRange(2, 2, 4)
 

@@ -172,5 +172,5 @@ def test_a_slot_that_is_taken_again_starts_anew(artifacts, portable):
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 def test_tensorrt_says_why_it_has_none(artifacts, tmp_path):
-    with pytest.raises(VqdeployError, match="TensorRT builds no step with KV caches in int8: its TensorScatter"):
+    with pytest.raises(VqdeployError, match="TensorRT cannot build step with KV caches in int8: its TensorScatter"):
         build(artifacts.package("vit", DTYPE), tmp_path / "a.plan", backend="tensorrt-rtx")

@@ -186,6 +186,6 @@ def test_onnx_runtime_merges_each_into_one_product_of_integers(tmp_path):
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 def test_tensorrt_is_told_what_to_do_instead(decoder, tmp_path):
-    message = r"TensorRT builds no decode in int8: .* Fix: vqdeploy export without decode=int8"
+    message = r"TensorRT cannot build decode in int8: .* Fix: vqdeploy export without decode=int8"
     with pytest.raises(VqdeployError, match=message):
         build(decoder, tmp_path / "a.plan", backend="tensorrt-rtx")

@@ -524,7 +524,7 @@ class TestRefusals:
 
     def test_a_quantizer_that_cannot_be_served(self, tmp_path):
         beam = library.ResidualVQ(dim=4, codebook_size=4, num_quantizers=2, beam_size=2)
-        self.refused(Gated(beam), tmp_path, "^inner.1: ResidualVQ with beam search is not served")
+        self.refused(Gated(beam), tmp_path, "^inner.1: ResidualVQ with beam search is not supported")
 
     def test_a_module_that_fails_by_itself(self, tmp_path):
         stage = Stage(lambda m, x: m(x[:, :3]), inputs=X, outputs=["y"])
@@ -532,7 +532,7 @@ class TestRefusals:
 
     def test_other_outputs_than_named(self, tmp_path):
         stage = Stage(lambda m, x: m(x), inputs=X, outputs=["y", "z"])
-        self.refused(nn.Identity(), tmp_path, "returns something else", stage=stage)
+        self.refused(nn.Identity(), tmp_path, "returns other outputs", stage=stage)
 
     @pytest.mark.parametrize(
         ("options", "match"),
@@ -542,7 +542,7 @@ class TestRefusals:
             ({"sizes": {"length": (1, 2, 3)}}, "sizes names a dimension that is not dynamic"),
             ({"dynamic": ["x"]}, "dynamic cannot be of this type.*found list"),
             ({"dynamic": {"x": ["batch"]}}, "dynamic of x cannot be of this type.*found list"),
-            ({"dynamic": {"x": {"0": "batch"}}}, "an axis that is none; expected integers, found '0'"),
+            ({"dynamic": {"x": {"0": "batch"}}}, "an invalid axis; expected integers, found '0'"),
             ({"dynamic": {"x": {0: None}}}, "a name is invalid.*found None"),
             ({"dynamic": {"x": {0: "a b+1"}}}, "a name is invalid.*found 'a b.1'"),
             ({"dynamic": {"x": {0: "\ud800"}}}, r"a name is invalid.*found '\\ud800'"),
@@ -558,7 +558,7 @@ class TestRefusals:
             ({"stage": Stage(lambda m, x: m(x), inputs={"x": X["x"] / 0 * 0}, outputs=["y"])}, "example x.*found NaN"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs="y")}, "a list of names, found str"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=[])}, "stage forward has no outputs"),
-            ({"stage": Stage(lambda m, x: None, inputs=X, outputs=["y"])}, "returns something else.*NoneType"),
+            ({"stage": Stage(lambda m, x: None, inputs=X, outputs=["y"])}, "returns other outputs.*NoneType"),
             ({"stage": Stage(lambda m, x: m(x) * 1j, inputs=X, outputs=["y"])}, "no complex numbers"),
             ({"stage": Stage(lambda m, x: m(x).half() @ x.T, inputs=X, outputs=["y"])}, "from a copy in fp32"),
             ({"stage": Stage(lambda m, x: m(x), inputs=X, outputs=["../y"])}, "a name is invalid"),

@@ -312,7 +312,7 @@ def test_a_codebook_of_any_lengths_is_searched_as_the_library_does():
         (lambda: library.ResidualVQ(**RVQ, diveq=True), "diveq"),
         (lambda: library.GroupedResidualVQ(**RVQ, groups=2, beam_size=2), "beam search"),
         (lambda: library.RandomProjectionQuantizer(**VQ, codebook_dim=4, kmeans_init=True), "untrained"),
-        (lambda: library.HierarchicalVQ(dim=D, codebook_size=16, scales=(1, 2)), "HierarchicalVQ is not served"),
+        (lambda: library.HierarchicalVQ(dim=D, codebook_size=16, scales=(1, 2)), "HierarchicalVQ is not supported"),
     ],
 )
 def test_what_cannot_be_served_exactly_is_refused_by_name(make, expected):

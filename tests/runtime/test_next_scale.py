@@ -165,7 +165,7 @@ def test_a_mask_between_the_centres_of_codes_is_refused(var_pipeline):
     mask = np.zeros((16, 16), bool)
     mask[4, 5] = True
     for each in (mask, np.stack([mask, np.ones_like(mask)])):
-        with pytest.raises(VqdeployError, match="the mask is too small; expected the centre of the place of a code"):
+        with pytest.raises(VqdeployError, match="the mask is too small; expected one that covers the centre of a code"):
             var_pipeline.unknown(2, mask=each)
     assert not var_pipeline.unknown(1, mask=np.zeros((16, 16), bool)).any()
 

@@ -211,7 +211,7 @@ def test_images_of_a_batch_may_know_different_parts(pipeline):
 def test_a_position_that_is_known_in_part_is_refused(pipeline):
     start = np.zeros((1, *GRID), np.int64)
     start[0, 3, 3] = [5, -1, -1, -1]
-    with pytest.raises(VqdeployError, match="known partly"):
+    with pytest.raises(VqdeployError, match="only partly known"):
         pipeline.complete(start, [0])
 
 
@@ -393,7 +393,10 @@ def test_options_are_refused_or_obeyed(pipeline, options):
     [
         ({"temperature": -0.1}, "temperature is out of range"),
         ({"temperature": float("nan")}, "temperature is out of range"),
-        ({"temperature": float("inf")}, "temperature is out of range; expected a finite number from 0 on, found inf"),
+        (
+            {"temperature": float("inf")},
+            "temperature is out of range; expected a finite number of 0 or more, found inf",
+        ),
         ({"temperature": "warm"}, "temperature is malformed; expected a number, found warm"),
         ({"temperature": "0.9"}, "temperature is malformed"),
         ({"temperature": [0.9, "1", 1, 1]}, "temperature is malformed"),

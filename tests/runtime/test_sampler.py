@@ -197,7 +197,7 @@ class TestAdmit:
     def test_a_position_is_known_as_a_whole(self, pipeline):
         known = np.full(pipeline.grid, -1)
         known[0, 0, 0] = 1
-        with pipeline.sampler(1) as sampler, pytest.raises(VqdeployError, match="known partly"):
+        with pipeline.sampler(1) as sampler, pytest.raises(VqdeployError, match="only partly known"):
             sampler.admit(0, replace(item(pipeline), known=known))
 
 

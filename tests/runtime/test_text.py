@@ -159,7 +159,7 @@ def test_texts_that_are_too_few(text_pipeline):
 def test_a_plan_of_the_other_kind(text_pipeline, pipeline):
     with pytest.raises(VqdeployError, match=r"too many labels; expected a list .* found an array \[3, 18\]"):
         pipeline.generate(TEXTS)
-    with pytest.raises(VqdeployError, match="this prior has no labels; expected texts as token ids, found cat"):
+    with pytest.raises(VqdeployError, match="this prior has no labels; expected token ids of texts, found cat"):
         text_pipeline.label("cat")
     for each, condition in ((pipeline, TEXTS[0]), (text_pipeline, 1), (text_pipeline, TEXTS[0][1:])):
         item = Item(np.full(each.grid, -1), condition, 0, 0, each.options())

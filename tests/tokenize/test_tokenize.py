@@ -260,7 +260,7 @@ def test_a_damaged_tar_stops_no_other_and_is_done_when_it_is_mended(plan, tmp_pa
             "a long name": gzip.compress(_header(tarfile.GNUTYPE_LONGNAME, 2**24) + b"x" * 2**24),
         }[damage]
     )
-    with pytest.raises(ArtifactError, match=r"b\.tar is damaged \(.*\)\. Fix: mend or remove it, and run this again"):
+    with pytest.raises(ArtifactError, match=r"b\.tar is damaged \(.*\)\. Fix: repair or remove it, and run this again"):
         tokenize(plan, str(tmp_path / "in"), tmp_path / "out")
     assert shards.names(tmp_path / "out") == ["a.parquet", "c.parquet"]
     with pytest.raises(VqdeployError, match="is not complete"):

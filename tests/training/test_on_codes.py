@@ -105,7 +105,7 @@ def test_the_loss_of_codes_is_that_of_their_images(artifacts, name):
 
 
 def test_codes_need_their_tokenizer(artifacts, codes, small, tmp_path):
-    with pytest.raises(VqdeployError, match=r"holds codes, which only a prior is trained on.* --tokenizer FOLDER"):
+    with pytest.raises(VqdeployError, match=r"holds codes, on which only a prior can be trained.* --tokenizer FOLDER"):
         train("rqvae", data=str(codes), output=tmp_path / "out")
     other = artifacts.checkpoint("text")
     with pytest.raises(VqdeployError, match=r"was made from another checkpoint; expected digest .* --tokenizer FOLDER"):

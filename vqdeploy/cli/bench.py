@@ -20,13 +20,13 @@ def bench(
         list[str] | None, typer.Option(help="generate, encode or decode; repeatable; all by default.")
     ] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, max=1 << 16, help="Images a call; repeatable; 1 by default.")
+        list[int] | None, typer.Option(min=1, max=1 << 16, help="Images per call; repeatable; 1 by default.")
     ] = None,
     warm_up: Annotated[int, typer.Option("--warm-up", "--warmup", min=0, help="Untimed calls.")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="Timed calls.")] = 5,
     baseline: Annotated[str, typer.Option(help="PyTorch baselines, comma-separated: eager,compile.")] = "",
     compare: Annotated[
-        list[Path] | None, typer.Option(help="Another plan of the same images and codes to time; repeatable.")
+        list[Path] | None, typer.Option(help="Another plan to time, of the same images and codes; repeatable.")
     ] = None,
     sampling: dict[str, Any],
     checkpoint: Checkpoint = None,
@@ -41,7 +41,7 @@ def bench(
 
     first, *others = [*([engine] if engine else []), *(compare or ()), *(plans or ())] or [None]
     if first is None or (plans and not compare):
-        raise VqdeployError("no option names the plan", expected="--engine A.plan, or --compare A.plan B.plan")
+        raise VqdeployError("no plan is given", expected="--engine A.plan, or --compare A.plan B.plan")
     if plot:
         if plot.suffix.lower() != ".png":
             raise VqdeployError("the times are drawn as a PNG", expected="--plot FILE.png", found=plot)

@@ -35,12 +35,12 @@ def export(
         typer.Option(
             "--dtype",
             "--precision",
-            help="Precision: fp32, fp16, int8, int4, or of each stage, decode=fp16,step=int8; also caches=int8.",
+            help="Precision: fp32, fp16, int8 or int4; or one per stage, decode=fp16,step=int8; also caches=int8.",
         ),
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 24,
     image_size: Annotated[
-        str | None, typer.Option(help="Size of images for convolutional tokenizers: 512, or height x width, 384x640.")
+        str | None, typer.Option(help="Image size, for convolutional tokenizers: 512, or height x width, 384x640.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the package with PyTorch.")] = True,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Output folder; MODEL-onnx by default.")] = None,

@@ -284,7 +284,7 @@ def _check_output(job: Job, suffix: str) -> None:
     """Rejects an output name with the extension of another format."""
     given = job.output.suffix.lower() if job.output else suffix
     if given != suffix and given in (".npz", *Image.registered_extensions()):
-        raise VqdeployError(f"{job.task} writes a file {suffix}", expected=f"-o FILE{suffix}", found=job.output)
+        raise VqdeployError(f"{job.task} writes a {suffix} file", expected=f"-o FILE{suffix}", found=job.output)
 
 
 def _check_unread(job: Job, output: Path) -> None:
@@ -310,7 +310,7 @@ def _check_film(job: Job) -> None:
     if job.film is None:
         return
     if job.film.suffix.lower() not in (".gif", ".png") or job.film.is_dir():
-        raise VqdeployError("a film cannot be written there", expected="a file .gif or .png", found=job.film)
+        raise VqdeployError("a film cannot be written there", expected="a .gif or .png file", found=job.film)
     if job.output and real(job.film) == real(job.output):
         raise VqdeployError("the film would replace the images", expected="another file than -o", found=job.film)
 

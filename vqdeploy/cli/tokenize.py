@@ -23,12 +23,12 @@ def tokenize(
     ray: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster to run on; auto finds one on this machine.")
     ] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images of a shard, for image folders.")] = 1024,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard, for image folders.")] = 1024,
     as_json: Json = False,
 ) -> None:
     """Write the codes of a data set as Parquet, to train a prior on.
 
-    The same command again goes on after an interrupt.
+    The same command again continues after an interrupt.
     """
     from vqdeploy.tokenize import Done
     from vqdeploy.tokenize import tokenize as run

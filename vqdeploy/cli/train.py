@@ -16,7 +16,7 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, photos, a folder of images with one subfolder a class, or codes of vqdeploy tokenize."
+            help="digits, photos, a folder of images with one subfolder per class, or codes of vqdeploy tokenize."
         ),
     ] = "digits",
     held_out: Annotated[
@@ -24,7 +24,7 @@ def train(
         typer.Option(help="Image folder with the same classes to measure on.  [default: a tenth of the images]"),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder: train a prior on its tokenizer, which stays as it is.")
+        Path | None, typer.Option(help="Checkpoint folder whose tokenizer is kept: only a prior is trained.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the tokenizer; those of the recipe by default.")

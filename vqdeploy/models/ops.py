@@ -320,10 +320,10 @@ def write_cache(past: Tensor, entries: Tensor, position: Tensor) -> Tensor:
     Returns:
         The cache with entries position..position+S-1 written.
     """
-    places = position[:, None] + torch.arange(entries.shape[2], device=past.device)  # [B, S]
+    indices = position[:, None] + torch.arange(entries.shape[2], device=past.device)  # [B, S]
     rows = torch.arange(len(past), device=past.device)[:, None]
     present = past.clone()
-    present[rows, :, places] = entries.transpose(1, 2)
+    present[rows, :, indices] = entries.transpose(1, 2)
     return present
 
 
@@ -348,11 +348,11 @@ def cached_attention(
         Attention output [B, S, H * D], and both caches with entries position..position+S-1 written.
     """
     batch, length, _ = qkv.shape
-    heads, places = past_key.shape[1:3]
+    heads, capacity = past_key.shape[1:3]
     query, key, value = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
     entries = position[:, None] + torch.arange(length, device=qkv.device)  # [B, S]
     keys, values = write_cache(past_key, key, position), write_cache(past_value, value, position)
-    seen = torch.arange(places, device=qkv.device) <= entries[:, None, :, None]
+    seen = torch.arange(capacity, device=qkv.device) <= entries[:, None, :, None]
     scores = (query @ keys.transpose(-1, -2)).masked_fill(~seen, -3e4)
     return (scores.softmax(-1) @ values).transpose(1, 2).reshape(batch, length, -1), keys, values
 

@@ -21,7 +21,7 @@ def generate(prior: Prior, sampling: MaskedSampling, labels: Tensor, noise: Nois
     by_order = sampling.schedule == "halton"
     order = halton_ranks(config.grid).to(device).expand(shape)
     for step, masked in enumerate(masked_counts(sampling.schedule, codes[0].numel(), sampling.steps)):
-        heat = choice_weight(sampling.choice_temperature, step, sampling.steps)
+        weight = choice_weight(sampling.choice_temperature, step, sampling.steps)
         drawn, codes = unmask(
             guided_logits(prior, codes, labels, sampling.guidance_scale),
             given=unknown if by_order else codes,
@@ -31,6 +31,6 @@ def generate(prior: Prior, sampling: MaskedSampling, labels: Tensor, noise: Nois
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            choice_temperature=torch.full((len(labels),), _BY_ORDER if by_order else heat, device=device),
+            choice_temperature=torch.full((len(labels),), _BY_ORDER if by_order else weight, device=device),
         )
     return drawn

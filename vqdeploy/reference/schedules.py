@@ -52,7 +52,7 @@ def choice_weight(start: float, step: int, steps: int) -> float:
 
 
 def halton_ranks(grid: tuple[int, ...]) -> Tensor:
-    """Place of each code in the Halton order, float32 [h, w, Q]: of a position the channels follow each other."""
+    """Rank of each code in the Halton order, float32 [h, w, Q]; the channels of a position follow each other."""
     height, width, depth = grid
     cells: dict[tuple[int, int], int] = {}
     for index in itertools.count(1):

@@ -146,12 +146,12 @@ def create_app(plans: Mapping[str, ServedPlan], settings: Settings, metrics: Met
 
     @app.get("/health")
     async def health() -> State:
-        """Tell that the server runs."""
+        """Report that the server runs."""
         return State(status="ok")
 
     @app.get("/ready")
     async def ready() -> State:
-        """Tell that all engines work."""
+        """Report whether all engines work."""
         if failed := [name for name, plan in plans.items() if not plan.worker.works]:
             raise HTTPException(503, f"an engine of {shown(failed[0])} failed and will be opened again")
         return State(status="ok")
@@ -259,7 +259,7 @@ def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Gives all errors OpenAI's form; what the reason of a failed engine is, is for the log alone."""
+    """Gives all errors OpenAI's form; why an engine failed is only logged."""
 
     @app.exception_handler(VqdeployError)
     async def wrong(_: Request, error: VqdeployError) -> JSONResponse:
@@ -268,7 +268,7 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        if first["type"] == "json_invalid":  # its place is a number of characters, and no field
+        if first["type"] == "json_invalid":  # its location is a number of characters, not a field
             return refusal(400, shown(f"the body is not JSON: {first['ctx']['error']}", LONGEST))
         param = shown(".".join(str(part) for part in first["loc"][1:]))
         return refusal(400, shown(f"{param}: {first['msg']}" if param else first["msg"], LONGEST), param=param or None)
@@ -284,7 +284,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> JSONResponse:
-        return refusal(500, "an error that should not occur; the log of the server has it")
+        return refusal(500, "unexpected error; the log of the server has the details")
 
     @app.exception_handler(EngineError)
     async def failed(_: Request, error: EngineError) -> JSONResponse:

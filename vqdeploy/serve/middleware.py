@@ -44,7 +44,7 @@ def too_large(size: int) -> JSONResponse:
 
 
 class Counted:
-    """Counts requests by route and status, never by what a client made up."""
+    """Counts requests by route and status, never by text that a client chose."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app, self._metrics = app, metrics

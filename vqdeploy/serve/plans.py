@@ -37,7 +37,7 @@ class BusyError(Exception):
     """
 
     def __init__(self, seconds: int):
-        super().__init__("too many requests wait")
+        super().__init__("too many requests are waiting")
         self.seconds = seconds
 
 
@@ -249,7 +249,7 @@ class ServedPlan:
         if asked.size not in ("auto", self.size):
             raise VqdeployError("this plan draws images of one size", expected=self.size, found=asked.size)
         if asked.partial_images and not asked.stream:
-            raise VqdeployError("previews are parts of a stream", expected="stream with partial_images")
+            raise VqdeployError("previews need a stream", expected="stream with partial_images")
         condition = self._condition(asked)
         seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         items = [Item(known, condition, seed, image, options) for image in range(asked.n)]
@@ -261,7 +261,7 @@ class ServedPlan:
         pipeline, wanted = self.pipeline, self.pipeline.condition.argument
         for other in ("text_ids", "text_features"):
             if other != wanted and getattr(asked, other) is not None:
-                kind = "labels and no texts" if wanted == "label" else wanted
+                kind = "labels, not texts" if wanted == "label" else wanted
                 raise VqdeployError(f"this prior takes {kind}", expected=wanted, found=other)
         if wanted != "label":
             text = getattr(asked, wanted)
@@ -303,7 +303,9 @@ class ServedPlan:
         else:
             raise VqdeployError("there is no mask", expected="a mask, or an image with transparency")
         if not mask.any():
-            raise VqdeployError("the mask is empty", expected="transparent pixels, or white ones in a mask without any")
+            raise VqdeployError(
+                "the mask is empty", expected="transparent pixels, or white ones if none are transparent"
+            )
         return images.fitted(images.on_background(image), *shape), mask
 
 

@@ -57,7 +57,7 @@ class Drawing(_Options):  # type: ignore[misc]  # its fields come from the table
     seed: int | None = Field(default=None, ge=0, le=LARGEST, description="Seed of the noise; by default a random one.")
     size: str = Field(default="auto", description="WIDTHxHEIGHT of the plan, or auto.")
     response_format: Literal["b64_json", "codes"] = Field(
-        default="b64_json", description="codes leaves the decoder out, and has no files."
+        default="b64_json", description="codes skips the decoder, and gives no files."
     )
     output_format: Literal["png", "webp", "jpeg"] = "png"
     stream: bool = Field(default=False, description="Reply with server-sent events.")
@@ -65,7 +65,7 @@ class Drawing(_Options):  # type: ignore[misc]  # its fields come from the table
         default=0,
         ge=0,
         le=_MOST_PREVIEWS,
-        description="With stream: previews of each image, at most one a step.",
+        description="With stream: previews of each image, at most one per step.",
     )
     user: str | None = Field(default=None, description="Ignored.")
 
@@ -81,11 +81,11 @@ class Generation(Drawing):
 class Edit(Drawing):
     """An image of which a part is drawn anew."""
 
-    image: UploadFile = Field(description="The image; its centre is cut to the shape of the plan.")
+    image: UploadFile = Field(description="The image; its centre is cropped to the shape of the plan.")
     mask: UploadFile | None = Field(
         default=None,
-        description="What is transparent is drawn anew, or what is white if nothing is; by default what is transparent "
-        "in the image.",
+        description="Transparent pixels are drawn anew, or white ones if none are transparent; by default the "
+        "transparent pixels of the image.",
     )
 
 
@@ -101,7 +101,7 @@ class Decoding(_Strict):
 
     model: str | None = None
     codes: list[Any] = Field(min_length=1, description="Integers [B, h, w, Q], or [B, N] of several levels.")
-    depth: int | None = Field(default=None, ge=1, description="Codes to use of each position, coarse to fine.")
+    depth: int | None = Field(default=None, ge=1, description="Number of codes to use per position, coarse to fine.")
     output_format: Literal["png", "webp", "jpeg"] = "png"
 
 
@@ -149,9 +149,11 @@ class Model(BaseModel):
     labels: list[str]
     label_is_optional: bool | None = Field(description="Whether an image may be drawn without a class.")
     text_length: int | None = Field(description="Token ids of a text, for priors conditioned on texts.")
-    text_features: list[int] | None = Field(description="Most tokens of a text and features of each, in their place.")
+    text_features: list[int] | None = Field(
+        description="Instead, for priors conditioned on features: the most tokens of a text, and the features of each."
+    )
     options: dict[str, Any] = Field(description="Sampling options and their defaults.")
-    max_images: int = Field(description="Images of one request.")
+    max_images: int = Field(description="Most images of one request.")
 
 
 class Models(BaseModel):

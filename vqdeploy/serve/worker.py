@@ -309,7 +309,7 @@ class Worker:
             self.pipeline.close()
             pipeline = self._open_plan()
             if pipeline.manifest != self.pipeline.manifest:
-                raise ArtifactError(f"the plan of {self._name} is another one now", fix="start the server again")
+                raise ArtifactError(f"the plan of {self._name} was replaced", fix="start the server again")
             self.pipeline, self._failed = pipeline, False
             # Samplers in use go on with the engines that they have; idle ones would keep them in memory.
             self._lanes = {guided: lane for guided, lane in self._lanes.items() if lane.images}

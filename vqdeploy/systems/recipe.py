@@ -47,4 +47,6 @@ class Recipe(Config):
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise VqdeployError(f"{name} is out of range", expected="a finite number, 0 or more", found=value)
         if not 0 < self.smallest_crop <= 1:
-            raise VqdeployError("smallest_crop is out of range", expected="a share", found=self.smallest_crop)
+            raise VqdeployError(
+                "smallest_crop is out of range", expected="above 0, at most 1", found=self.smallest_crop
+            )

@@ -84,7 +84,7 @@ def tokenize(
         failures += [done.failure] if done.failure else []
     if failures:
         others = f"; so did {len(failures) - 1} more parts of the data" if len(failures) > 1 else ""
-        raise ArtifactError(failures[0].removesuffix(".") + others, fix="mend or remove it, and run this again")
+        raise ArtifactError(failures[0].removesuffix(".") + others, fix="repair or remove it, and run this again")
     summary = shards.finish(codes)
     if not summary.images:
         raise ArtifactError(f"no image of {data} could be read", fix=f"see {codes / shards.ERRORS}")

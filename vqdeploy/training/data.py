@@ -106,7 +106,9 @@ def open_data(name: str, resolution: int, held_out: Path | None = None, recipe: 
     try:
         holds_codes = name not in NAMED and any(Path(name).glob("*.parquet"))
         if held_out is not None and (name in NAMED or holds_codes):
-            raise VqdeployError("held-out images belong to an image folder", expected="no --held-out", found=held_out)
+            raise VqdeployError(
+                "only an image folder can have other held-out images", expected="no --held-out", found=held_out
+            )
         if name in NAMED:
             return NAMED[name](resolution)
         return _codes(Path(name)) if holds_codes else _folder(Path(name), resolution, held_out, recipe or Recipe())

@@ -88,7 +88,7 @@ def train(
         check_outside(folder, [*data_folders, *([] if tokenizer is None else [tokenizer])])
         check_apart(folder, data_folders)
     if len(data_folders) == 2 and len(set(map(real, data_folders))) == 1:
-        raise VqdeployError("the images to train on are those that are held out", found=str(held_out))
+        raise VqdeployError("the same images are given to train on and to hold out", found=str(held_out))
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
     kept = None if tokenizer is None else load(tokenizer)
@@ -129,7 +129,7 @@ def _check_origin(folder: Path, origin: "Origin", kept: System | None) -> None:
     """Rejects codes without the tokenizer that made them."""
     if kept is None:
         fix = "name the checkpoint it was made from, --tokenizer FOLDER"
-        raise VqdeployError(f"{folder} holds codes, which only a prior is trained on", fix=fix)
+        raise VqdeployError(f"{folder} holds codes, on which only a prior can be trained", fix=fix)
     check_digest(kept, origin.checkpoint, folder, "--tokenizer")
     if kept.tokenizer.maps != origin.maps:
         expected, found = list(kept.tokenizer.maps), list(origin.maps)
@@ -153,7 +153,9 @@ def _on_tokenizer(config: SystemConfig, kept: System) -> SystemConfig:
     if "levels" in known:
         grids = tokenizer.level_grids
         if len(grids) != len(prior.levels):
-            raise VqdeployError(f"{config.preset} has other levels", expected=len(prior.levels), found=len(grids))
+            raise VqdeployError(
+                f"{config.preset} has another number of levels", expected=len(prior.levels), found=len(grids)
+            )
         fields["levels"] = tuple(
             dataclasses.replace(level, grid=grid) for level, grid in zip(prior.levels, grids, strict=True)
         )

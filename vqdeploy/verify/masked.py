@@ -171,8 +171,8 @@ def _confidence(scaled: Tensor, step: _Step, index: int, first: int, options: di
     if options["schedule"] == "halton":
         return -halton_ranks(shape[1:]).expand(shape)
     likelihood = scaled.log_softmax(-1).gather(1, step.drawn.view(-1, 1)).view(shape)
-    heat = choice_weight(options["choice_temperature"], index, options["steps"])
-    return likelihood + heat * _noise(shape, first, 2 * index + 1)
+    weight = choice_weight(options["choice_temperature"], index, options["steps"])
+    return likelihood + weight * _noise(shape, first, 2 * index + 1)
 
 
 def _noise(shape: tuple[int, ...], first: int, index: int) -> Tensor:

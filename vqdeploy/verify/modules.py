@@ -116,7 +116,7 @@ def _check_stage(pipeline: Pipeline, call: Call, stage: Stage, served: dict[str,
         except Exception as error:  # modules raise anything
             shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            fix = "tell export_module the sizes that there are"
+            fix = "give export_module the sizes that the module accepts"
             raise VqdeployError(f"the module itself fails at {shown} ({reason})", fix=fix) from error
     return [check for output in info.outputs for check in _checks(call.name, output, worst[output.name], allowed)]
 
