@@ -457,7 +457,7 @@ def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
 
 
 def _use_block_products(graph: onnx.GraphProto) -> None:
-    """Replaces products with weights in 4 bits by MatMulNBits, which takes the weights as they are.
+    """Replaces matrix products with weights in 4 bits by MatMulNBits, which takes the weights as they are.
 
     It quantizes activations to 8 bits by blocks of a row, so that an image does not depend on its batch.
     """
@@ -471,7 +471,7 @@ def _use_block_products(graph: onnx.GraphProto) -> None:
 def block_product(
     node: onnx.NodeProto, inputs: Sequence[str], rows: int, columns: int, bits: int, block: int
 ) -> onnx.NodeProto:
-    """MatMulNBits in place of a node: a product with a table of integers, in which blocks of inputs have a scale.
+    """MatMulNBits in place of a node: a product with a matrix of integers, in which blocks of inputs have a scale.
 
     `accuracy_level` 4 quantizes activations to 8 bits.
     """

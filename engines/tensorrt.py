@@ -86,7 +86,7 @@ class TensorrtBuilder:
 
 
 def _inlined(file: Path, folder: Path) -> Path:
-    """A copy of a graph in a folder, with its quantized products in the form that the parser takes.
+    """A copy of a graph in a folder, with its quantized matrix products in the form that the parser takes.
 
     The parser names the layer of a DequantizeLinear after its node, and two calls of a function have the same nodes.
 
@@ -115,7 +115,7 @@ def _inlined(file: Path, folder: Path) -> Path:
 
 
 def _use_int4(graph: onnx.GraphProto, package: Path) -> None:
-    """Stores the weights of products in 4 bits as INT4, which the parser knows; it has no operators on bytes."""
+    """Stores the weights of matrix products in 4 bits as INT4, which the parser knows; it has no operators on bytes."""
     initializers = {initializer.name: initializer for initializer in graph.initializer}
     tables: dict[str, str] = {}  # one for each matrix, shared by all products with it
     nodes: list[onnx.NodeProto] = []

@@ -39,7 +39,7 @@ class Stage:
     a backend may write in place of an input. `states` names the inputs that come from earlier calls and so follow the
     precision; inputs of a request, noise too, keep their types. `precision` is one of `vqdeploy.precision.PRECISIONS`.
     `calibration` makes an input to observe activations on, for int8. `in_products` makes the form of the stage that is
-    quantized, for one whose convolutions become products then.
+    quantized, for one whose convolutions become matrix products then.
     """
 
     name: str

@@ -44,7 +44,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def named(path: Path) -> Path:
-    """The path with a name of its own, which `.` and `..` have not."""
+    """The path, resolved if it ends in `.` or `..`, which are no names of their own.
+
+    Raises:
+        VqdeployError: No path has such a name.
+    """
     return real(path) if path.name in ("", "..") else path
 
 

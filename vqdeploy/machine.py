@@ -55,7 +55,7 @@ def cpu() -> str:
 
 
 def cpu_features() -> list[str]:
-    """Those instruction sets of the processor that decide how fast products are; empty if unknown."""
+    """Those instruction sets of the processor that decide how fast matrix products are; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

@@ -14,12 +14,12 @@ _KEY = "VQDEPLOY_API_KEY"
 
 def serve(
     plans: Annotated[list[Path], typer.Argument(help="The plans; clients name them without `.plan`.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of its addresses.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Images of each plan that are drawn at once.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests for each plan that may wait for a slot.")] = 64,
     max_wait: Annotated[
-        float, typer.Option(min=0.1, max=86_400, help="Most seconds until a request has its reply.")
+        float, typer.Option(min=0.1, max=86_400, help="Seconds within which a request gets its reply.")
     ] = 300,
     max_images: Annotated[int, typer.Option(min=1, max=4096, help="Most images of one request.")] = 16,
     max_body: Annotated[int, typer.Option(min=1, max=100_000, help="Most megabytes of one request.")] = 16,
