@@ -473,7 +473,7 @@ def test_a_folder_of_held_out_images(folder, tmp_path):
     with pytest.raises(VqdeployError, match=r"other classes than .*; expected dark, light, found black, light"):
         open_data(str(folder), 32, held_out)
     for data_without in ("digits", "photos"):
-        with pytest.raises(VqdeployError, match="belong to an image folder"):
+        with pytest.raises(VqdeployError, match="only an image folder can have other held-out images"):
             open_data(data_without, 32, held_out)
 
 

@@ -88,7 +88,7 @@ def train(
         check_outside(folder, [*data_folders, *([] if tokenizer is None else [tokenizer])])
         check_apart(folder, data_folders)
     if len(data_folders) == 2 and len(set(map(real, data_folders))) == 1:
-        raise VqdeployError("the same images are given to train on and to hold out", found=str(held_out))
+        raise VqdeployError("the images to train on are those that are held out", found=str(held_out))
     config = find_preset(model, preset)
     given = {name: value for name, value in options.items() if value is not None}
     kept = None if tokenizer is None else load(tokenizer)
