@@ -133,12 +133,12 @@ class Choice:
         named: dict[str, str] = {}
         for part in text.split(","):
             stage, equals, precision = part.strip().rpartition("=")
-            if equals and not stage:
-                raise VqdeployError("a precision has no stage before its =", expected="STAGE=PRECISION", found=text)
             if precision not in PRECISIONS:
                 why = ", which ONNX Runtime has no kernels for on the CPU" if precision == "bf16" else ""
                 found = repr(precision) + why
                 raise VqdeployError("unsupported precision", expected=" or ".join(PRECISIONS), found=found)
+            if equals and not stage:
+                raise VqdeployError("a precision has no stage before its =", expected="STAGE=PRECISION", found=text)
             if stage in named:
                 raise VqdeployError(f"{stage or 'the rest'} is given two precisions", found=text)
             named[stage] = precision

@@ -1,5 +1,6 @@
 """Decoders in int8: the operator against integer arithmetic of numpy, steps that fit any codes, and whole plans."""
 
+import copy
 import json
 import shutil
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.convolutions import QuantizedConvolution, calibration_codes, quantize_convolutions
 from vqdeploy.export.functions import DOMAIN, OPSET, function
+from vqdeploy.export.package import export
 from vqdeploy.runtime.manifest import WEIGHTS
 from vqdeploy.verify import verify
 
@@ -189,3 +191,13 @@ def test_tensorrt_is_told_what_to_do_instead(decoder, tmp_path):
     message = r"TensorRT cannot build decode in int8: .* Fix: vqdeploy export without decode=int8"
     with pytest.raises(VqdeployError, match=message):
         build(decoder, tmp_path / "a.plan", backend="tensorrt-rtx")
+
+
+@pytest.mark.parametrize("factor", [1e38, torch.nan])
+def test_a_decoder_that_overflows_is_refused(system, tmp_path, factor):
+    broken = copy.deepcopy(system)
+    with torch.no_grad():
+        broken.tokenizer.decoder.conv_in.weight[0] *= factor
+    with pytest.raises(VqdeployError, match="the activations of a decoder are not finite, and have no scale in int8"):
+        export(broken, tmp_path / "onnx", "decode=int8")
+    assert not list(tmp_path.iterdir())

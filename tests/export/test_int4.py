@@ -189,6 +189,14 @@ def test_products_that_need_more_bits_have_8(vit_system):
     assert set(kinds(vit_system, "features=int8,step=int4", "features").values()) == {QuantizedProduct}
 
 
+def test_a_stage_without_products_of_4_bits_is_in_int8(three_system, tmp_path):
+    precisions = {stage.name: stage.precision for stage in stages_of(three_system, "int4")}
+    assert (precisions["top_row"], precisions["top_pixel"]) == ("int8", "int4")
+    message = "all products of stage top_row need 8 bits. Fix: top_row=int8"
+    with pytest.raises(VqdeployError, match=re.escape(message)):
+        export(three_system, tmp_path / "onnx", "top_row=int4")
+
+
 def test_products_with_inputs_that_make_no_blocks_have_8(three_system):
     found = kinds(three_system, "int4", "top_pixel")
     assert set(found.values()) == {Product, QuantizedProduct, BlockQuantizedProduct}
