@@ -5,6 +5,7 @@ A plan describes itself: running it needs no knowledge of the system or module t
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ FORMAT = 1
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 """What names of plans, stages and tensors are made of: they become parts of paths and commands."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _MOST_LEVELS, _LARGEST = 64, 2**31 - 1  # beyond what any graph has
 
@@ -195,16 +198,10 @@ class Manifest(Config):
                 "the manifest has an unknown format", expected=FORMAT, found=found, fix="pip install -U vqdeploy"
             )
         manifest = super().from_dict(data)
-        own = () if manifest.precision == MIXED else (manifest.precision,)
-        for precision in (*own, *(stage.precision for stage in manifest.stages)):
-            if precision not in PRECISIONS:
-                raise ArtifactError(
-                    "the manifest has an unknown precision",
-                    expected=" or ".join(PRECISIONS),
-                    found=repr(precision),
-                    fix="pip install -U vqdeploy",
-                )
+        _check_precision(manifest.precision, "precision", (*PRECISIONS, MIXED))
+        _require(manifest.opset >= 1, "opset", "1 or more", manifest.opset)
         _check_names(manifest)
+        _check_digests(manifest)
         _check_stages(manifest)
         if manifest.tokenizer:
             _check_tokenizer(manifest.tokenizer, manifest)
@@ -238,24 +235,39 @@ def _require(held: bool, field: str, expected: object, found: object) -> None:
         raise ArtifactError(f"{field} of the manifest is wrong", expected=expected, found=found)
 
 
+def _check_precision(found: str, field: str, known: Collection[str]) -> None:
+    if found not in known:  # a newer version may know it
+        expected, fix = " or ".join(known), "pip install -U vqdeploy"
+        raise ArtifactError(f"{field} of the manifest is unknown", expected=expected, found=repr(found), fix=fix)
+
+
 def _check_names(manifest: Manifest) -> None:
     origin = manifest.provenance
-    texts = [origin.producer, origin.checkpoint, origin.source or "", manifest.builder or "", *manifest.targets]
-    if bad := [text for text in texts if not text.isprintable()]:
-        raise ArtifactError("the manifest has text that cannot be shown", found=repr(bad[0]))
+    texts = {"provenance.producer": origin.producer, "provenance.source": origin.source, "builder": manifest.builder}
+    for where, text in texts.items():
+        _require(text is None or text.isprintable(), where, "text that can be shown", repr(text))
     # Names become parts of paths and commands.
-    names = [manifest.name, *(stage.name for stage in manifest.stages)]
-    names += [target.replace(".", "") for target in manifest.targets]
-    names += [name for name in (origin.system, origin.preset) if name is not None]
-    if bad := [name for name in names if not NAME.fullmatch(name)]:
-        raise ArtifactError("the manifest has a forbidden name", expected="letters, digits, - and _", found=bad[0])
+    names = {"name": manifest.name, "provenance.system": origin.system, "provenance.preset": origin.preset}
+    names |= {f"stages[{i}].name": stage.name for i, stage in enumerate(manifest.stages)}
+    names |= {f"targets[{i}]": target.replace(".", "") for i, target in enumerate(manifest.targets)}
+    for where, name in names.items():
+        _require(name is None or bool(NAME.fullmatch(name)), where, "letters, digits, - and _", repr(name))
     _require(are_class_names(manifest.labels), "labels", "names that can be shown, each another", manifest.labels)
+
+
+def _check_digests(manifest: Manifest) -> None:
+    digests = {f"members.{name}": digest for name, digest in manifest.members.items()}
+    if manifest.provenance.checkpoint:
+        digests["provenance.checkpoint"] = manifest.provenance.checkpoint
+    for where, digest in digests.items():
+        _require(bool(_SHA256.fullmatch(digest)), where, "a sha256 in hexadecimal", repr(digest))
 
 
 def _check_stages(manifest: Manifest) -> None:
     names = [stage.name for stage in manifest.stages]
     _require(len(set(names)) == len(names), "stages", "one of each name", names)
     for stage in manifest.stages:
+        _check_precision(stage.precision, f"stages.{stage.name}.precision", PRECISIONS)
         inputs, outputs = {info.name: info for info in stage.inputs}, {info.name: info for info in stage.outputs}
         for infos, named in ((stage.inputs, inputs), (stage.outputs, outputs)):
             _require(len(named) == len(infos), f"stages.{stage.name}", "one tensor of each name", len(infos))
@@ -263,6 +275,8 @@ def _check_stages(manifest: Manifest) -> None:
                 _check_tensor(info, f"stages.{stage.name}.{info.name}")
                 unknown = [d for d in info.shape if isinstance(d, str) and d not in stage.dims]
                 _require(not unknown, f"stages.{stage.name}.dims", "a size for each dynamic dimension", unknown)
+        unused = sorted(set(stage.dims).difference(*(info.shape for info in (*stage.inputs, *stage.outputs))))
+        _require(not unused, f"stages.{stage.name}.dims", "a size for dynamic dimensions alone", unused)
         for name, sizes in stage.dims.items():
             least = 0 if name == "past" else 1  # the first of several calls has no past
             held = least <= sizes.min <= sizes.usual <= sizes.max <= _LARGEST
@@ -271,6 +285,8 @@ def _check_stages(manifest: Manifest) -> None:
             held = output in outputs and name in inputs and _alike(inputs[name], outputs[output])
             expected = "an output and an input of its shape and type"
             _require(held, f"stages.{stage.name}.aliases", expected, f"{output}: {name}")
+        shown = all(map(can_be_shown, stage.plugins))
+        _require(shown, f"stages.{stage.name}.plugins", "names that can be shown", stage.plugins)
         taken = list(stage.aliases.values())
         _require(len(set(taken)) == len(taken), f"stages.{stage.name}.aliases", "an input for each output", taken)
 

@@ -920,7 +920,8 @@ def _check_sampler(manifest: Manifest) -> None:
     if sampling is None or tokenizer is None or sampling.kind not in SAMPLERS:
         found = sampling and sampling.kind
         expected = " or ".join(SAMPLERS)
-        raise ArtifactError("unknown kind of sampling", expected=expected, found=found, fix="pip install -U vqdeploy")
+        what = "sampling.kind of the manifest is unknown"
+        raise ArtifactError(what, expected=expected, found=repr(found), fix="pip install -U vqdeploy")
     kind = SAMPLERS[sampling.kind]
     inputs, outputs = kind.inputs(tokenizer, sampling), kind.outputs(tokenizer, sampling)
     if any(stage.name == "features" for stage in manifest.stages):

@@ -1,6 +1,7 @@
 """Configurations from JSON."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -45,22 +46,24 @@ def test_nested_values_are_parsed():
     ("data", "message"),
     [
         ({"name": "a", "nmae": 1}, r"unknown keys.*\['nmae'\]"),
-        ({"name": "a", "inner": {"sise": 1}}, r"Inner has unknown keys"),
-        ({}, "incomplete.*name"),
+        ({"name": "a", "inner": {"sise": 1}}, r"Outer\.inner has unknown keys"),
+        ({}, r"Outer is incomplete, without name\.$"),
         ({"name": 5}, "Outer.name is malformed; expected a value of type str, found 5"),
         ({"name": None}, "Outer.name is malformed"),
-        ({"name": "a", "inner": 5}, "Inner is malformed; expected an object"),
-        ({"name": "a", "inner": None}, "Inner is malformed"),
-        ({"name": "a", "inner": {"size": True}}, "Inner.size is malformed.*found True"),
-        ({"name": "a", "inner": {"size": 1.0}}, "Inner.size is malformed"),
-        ({"name": "a", "inner": {"size": "1"}}, "Inner.size is malformed"),
+        ({"name": "a", "inner": 5}, r"Outer\.inner is malformed; expected an object"),
+        ({"name": "a", "inner": None}, r"Outer\.inner is malformed"),
+        ({"name": "a", "inner": {"size": True}}, r"Outer\.inner\.size is malformed.*found True"),
+        ({"name": "a", "inner": {"size": 1.0}}, r"Outer\.inner\.size is malformed"),
+        ({"name": "a", "inner": {"size": "1"}}, r"Outer\.inner\.size is malformed"),
+        ({"name": "a", "inners": [{}, {"size": "1"}]}, r"Outer\.inners\[1\]\.size is malformed"),
+        ({"name": "a", "inners": [{}, 5]}, r"Outer\.inners\[1\] is malformed; expected an object"),
         ({"name": "a", "rate": True}, "Outer.rate is malformed"),
         ({"name": "a", "rate": "0.5"}, "Outer.rate is malformed"),
         ({"name": "a", "flag": 1}, "Outer.flag is malformed"),
         ({"name": "a", "sizes": 3}, "Outer.sizes is malformed; expected a list"),
         ({"name": "a", "sizes": "12"}, "Outer.sizes is malformed"),
-        ({"name": "a", "sizes": [1, None]}, "Outer.sizes is malformed"),
-        ({"name": "a", "sizes": [True]}, "Outer.sizes is malformed"),
+        ({"name": "a", "sizes": [1, None]}, r"Outer\.sizes\[1\] is malformed"),
+        ({"name": "a", "sizes": [True]}, r"Outer\.sizes\[0\] is malformed"),
         ({"name": "a", "maybe": 5}, "Outer.maybe is malformed"),
         ([], "Outer is malformed"),
         (None, "Outer is malformed"),
@@ -80,23 +83,23 @@ SYSTEM = PRESETS["rqvae"]["tiny"].to_dict()
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "field"),
     [
-        {"model": "rqvea"},
-        {"model": None},
-        {"model": ["rqvae"]},
-        {"tokenizer": None},
-        {"tokenizer": {"codebook_sise": 4}},
-        {"tokenizer": {"conv": {"resolution": "32"}}},
-        {"prior": {"width": True}},
-        {"prior": 5},
-        {"labels": "0123456789"},
-        {"sampling": {"temperature": None}},
-        {"extra": 1},
+        ({"model": "rqvea"}, "model"),
+        ({"model": None}, "model"),
+        ({"model": ["rqvae"]}, "model"),
+        ({"tokenizer": None}, "tokenizer"),
+        ({"tokenizer": {"codebook_sise": 4}}, "tokenizer has unknown keys"),
+        ({"tokenizer": {"conv": {"resolution": "32"}}}, "tokenizer.conv.resolution"),
+        ({"prior": {"width": True}}, "prior.width"),
+        ({"prior": 5}, "prior"),
+        ({"labels": "0123456789"}, "labels"),
+        ({"sampling": {"temperature": None}}, "sampling.temperature"),
+        ({"extra": 1}, "extra"),
     ],
 )
-def test_malformed_systems_are_refused(change):
-    with pytest.raises(ArtifactError):
+def test_malformed_systems_are_refused(change, field):
+    with pytest.raises(ArtifactError, match=re.escape(field)):
         SystemConfig.from_dict({**SYSTEM, **change})
 
 

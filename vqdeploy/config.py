@@ -3,7 +3,7 @@
 import dataclasses
 import types
 import typing
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from vqdeploy.errors import ArtifactError
 
@@ -17,18 +17,10 @@ class Config:
         """Builds the configuration, nested ones included.
 
         Raises:
-            ArtifactError: A key is unknown or missing, or a value has the wrong type.
+            ArtifactError: A key is unknown or missing, or a value has the wrong type; the message names the field by
+                its path, such as `Manifest.stages[2].inputs[0].dtype`.
         """
-        if not isinstance(data, dict):
-            raise ArtifactError(f"{cls.__name__} is malformed", expected="an object", found=repr(data))
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise ArtifactError(f"{cls.__name__} has unknown keys", expected=sorted(known), found=unknown)
-        hints = typing.get_type_hints(cls)
-        try:
-            return cls(**{key: _parse(hints[key], value, f"{cls.__name__}.{key}") for key, value in data.items()})
-        except TypeError as error:
-            raise ArtifactError(f"{cls.__name__} is incomplete: {error}") from error
+        return parse(cls, data, cls.__name__)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types."""
@@ -58,7 +50,31 @@ def _plain(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _parse(hint: object, value: object, where: str) -> object:
+C = TypeVar("C", bound=Config)
+
+
+def parse(kind: type[C], data: object, where: str) -> C:
+    """Builds a configuration that is itself a field; `where` is its path, for messages.
+
+    Raises:
+        ArtifactError: As for `Config.from_dict`.
+    """
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{where} is malformed", expected="an object", found=repr(data))
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(data) - set(fields)):
+        raise ArtifactError(f"{where} has unknown keys", expected=sorted(fields), found=unknown)
+    if missing := [name for name, field in fields.items() if name not in data and _is_required(field)]:
+        raise ArtifactError(f"{where} is incomplete, without {', '.join(missing)}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _value(hint: object, value: object, where: str) -> object:
     if hint is Any:
         return value
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -69,15 +85,15 @@ def _parse(hint: object, value: object, where: str) -> object:
         options = tuple(option for option in options if option is not type(None))
         hint = next((option for option in options if option is type(value)), options[0])
     if isinstance(hint, type) and issubclass(hint, Config):
-        return hint.from_dict(value)
+        return parse(hint, value, where)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ArtifactError(f"{where} is malformed", expected="a list", found=repr(value))
-        return tuple(_parse(typing.get_args(hint)[0], item, where) for item in value)
+        return tuple(_value(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if typing.get_origin(hint) is dict:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise ArtifactError(f"{where} is malformed", expected="an object", found=repr(value))
-        return {key: _parse(typing.get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _value(typing.get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
     if not isinstance(hint, type):
         raise TypeError(f"{where} has the type {hint}, which is not supported")
     accepted = (int, float) if hint is float else (hint,)

@@ -246,12 +246,15 @@ def _of_all_batches(data):
     [
         (_of_all_batches, "dims.batch of the manifest is wrong"),
         (lambda data: data["sampling"]["options"].update(bogus=1), "bogus"),
-        (lambda data: data["sampling"].update(kind="nonsense"), "unknown kind of sampling"),
+        (lambda data: data["sampling"].update(kind="nonsense"), "sampling.kind of the manifest is unknown"),
         (lambda data: data["sampling"].update(kind="masked"), "does not fit its sampler"),
         (lambda data: data.update(backend="nonsense"), "is for an unknown backend"),
         (lambda data: data["stages"][2]["inputs"][0].update(name="\ud800x"), "expected a name that can be shown"),
         (lambda data: data["stages"][2]["inputs"][0].update(name="\x1b[31m"), "expected a name that can be shown"),
-        (lambda data: data.update(backend="tensorrt", targets=["../../x", "8.9"]), "has a forbidden name"),
+        (
+            lambda data: data.update(backend="tensorrt", targets=["../../x", "8.9"]),
+            r"targets\[0\] of the manifest is wrong",
+        ),
     ],
 )
 def test_a_manifest_that_no_server_could_take(plan, tmp_path, edit, told):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqdeploy.config import Config
+from vqdeploy.config import Config, parse
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.systems.recipe import Recipe
 
@@ -73,9 +73,9 @@ class SystemConfig(Config):
             found = data.get("model") if isinstance(data, dict) else data
             raise ArtifactError("the configuration names no known model", expected=sorted(SYSTEMS), found=found)
         definition, prior = SYSTEMS[data["model"]], data.get("prior")
-        tokenizer = definition.tokenizer_config.from_dict(data.get("tokenizer"))
-        prior = None if prior is None else definition.prior_config.from_dict(prior)
-        sampling = definition.sampling.from_dict(data.get("sampling", {}))
+        tokenizer = parse(definition.tokenizer_config, data.get("tokenizer"), f"{cls.__name__}.tokenizer")
+        prior = None if prior is None else parse(definition.prior_config, prior, f"{cls.__name__}.prior")
+        sampling = parse(definition.sampling, data.get("sampling", {}), f"{cls.__name__}.sampling")
         return super().from_dict({**data, "tokenizer": tokenizer, "prior": prior, "sampling": sampling})
 
 
