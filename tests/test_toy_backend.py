@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 from typer.testing import CliRunner
 
+from vqdeploy import bench
 from vqdeploy.cli import app
 from vqdeploy.engines.build import BUILDERS, build
 from vqdeploy.engines.builder import Built, BuiltStage
@@ -128,6 +129,21 @@ def test_the_command_line_knows_it(toy, artifacts, tmp_path):
     ran = run(app, ["run", "--engine", str(plan), "--num-images", "1", "-o", str(image)])
     assert ran.exit_code == 0, ran.output
     assert Path(image).stat().st_size > 0
+    for verb in (["inspect", str(plan)], ["bench", "--engine", str(plan), "--iterations", "1"]):
+        done = run(app, verb)
+        assert done.exit_code == 0, done.output
+        assert " toy" in done.output
+
+
+@pytest.mark.parametrize("name", ["rqvae", "movq", "vqvae2", "var"])
+def test_what_a_step_reads_is_left_out_where_its_weights_are_not_listed(toy, artifacts, tmp_path, name):
+    build(artifacts.package(name), tmp_path / "a.plan", "toy")
+    report = bench.bench(tmp_path / "a.plan", warm_up=0, iterations=1)
+    times = {r["task"]: r for r in report["results"]}
+    assert set(times) == set(bench.TASKS)
+    assert {"weight_gb_s", "gflop_s", "parts"}.isdisjoint(times["generate"])
+    assert "read_bandwidth_gb_s" not in report["environment"]
+    assert "a step" in bench.table(report) or name == "vqvae2"
 
 
 def test_a_plan_for_an_unknown_backend_is_refused(artifacts, tmp_path, monkeypatch):

@@ -275,9 +275,11 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 def _bound(pipeline: Pipeline, threads: int) -> dict[str, float]:
     """The roofline of a step on this machine: read bandwidth in GB/s, fp32 matrix products in GFLOP/s.
 
-    Empty if it cannot be measured.
+    Empty if it cannot be measured, or what a step reads and computes is not known.
     """
     names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"], "next-scale": ["matmul_gflop_s"]}
+    if not any(_matrices(pipeline, stage) for stage in pipeline.prior_stages):
+        return {}  # the weights lie in the graphs, or in what another backend makes of them
     prior = pipeline.manifest.config.get("prior") or {}
     plain = prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
     counted = {"width", "layers"} <= set(prior) and plain
@@ -391,9 +393,10 @@ class _Matrix:
 
 
 def _matrices(pipeline: Pipeline, stage: str) -> dict[str, _Matrix]:
-    """The weights of matrix products and convolutions of a stage, without embedding tables."""
-    weights, found = pipeline.bundle.tensors(), {}
-    for name in pipeline.manifest.stage(stage).weights:
+    """The weights of matrix products and convolutions of a stage, without embedding tables and those in its graph."""
+    names, found = pipeline.manifest.stage(stage).weights, dict[str, _Matrix]()
+    weights = pipeline.bundle.tensors() if names else {}
+    for name in names:
         weight, parts = weights[name], re.fullmatch(r"(.*\.)weight(\.bytes_\d+)?", name)
         if parts and weight.ndim > 1:
             pairs = 2 if weight.dtype == np.uint8 and not parts[2] else 1  # of 4 bits each
