@@ -133,6 +133,10 @@ def test_the_command_line_knows_it(toy, artifacts, tmp_path):
         done = run(app, verb)
         assert done.exit_code == 0, done.output
         assert " toy" in done.output
+    refused = run(app, ["triton", str(plan), "-o", str(tmp_path / "models")])
+    assert isinstance(refused.exception, VqdeployError)
+    assert "expected onnxrt or tensorrt or tensorrt-rtx, found toy" in str(refused.exception)
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize("name", ["rqvae", "movq", "vqvae2", "var"])

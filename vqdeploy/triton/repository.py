@@ -6,7 +6,7 @@ See the model repository and the model configuration in the documentation of the
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,23 @@ _TYPES = {
     "uint8": "TYPE_UINT8",
     "str": "TYPE_STRING",
 }
+
+
+def _engine(manifest: Manifest) -> dict[str, Any]:
+    """An engine runs on the GPUs that it was built for."""
+    names = {capability: f"model-sm{capability.replace('.', '')}.plan" for capability in manifest.targets}
+    options = {"platform": "tensorrt_plan", "backend": "tensorrt", "cc_model_filenames": names}
+    return options | {"default_model_filename": next(iter(names.values()), PLAN)}
+
+
+_GRAPH = {"platform": "onnxruntime_onnx", "backend": "onnxruntime", "default_model_filename": "model.onnx"}
+_SERVED: dict[str, Callable[[Manifest], dict[str, Any]]] = {
+    "onnxrt": lambda _: _GRAPH,
+    "tensorrt": _engine,
+    "tensorrt-rtx": lambda _: {},
+}
+"""Backend of a plan -> what the configuration of a stage says of it; nothing if the server has none for stages."""
+
 _OPTION_TYPES = {float: "float64", int: "int64", str: "str"}
 _MODEL = "from vqdeploy.triton.model import TritonPythonModel\n"
 _RECORD = "vqdeploy.json"  # sha256 of each file of a repository, by its path; the server reads folders alone
@@ -55,12 +72,15 @@ def write(plan: Path, folder: Path) -> list[str]:
 
     Raises:
         VqdeployError: The folder holds something else, a file that was changed, or the plan; or the server could run
-            no part of the plan.
+            no part of the plan, or nothing is known of its backend.
         ArtifactError: The plan is damaged, or its backend or sampler does not fit.
     """
     bundle = open_plan(plan)
     manifest = bundle.manifest
-    stages = () if manifest.backend == "tensorrt-rtx" else manifest.stages
+    if manifest.backend not in _SERVED:
+        known = " or ".join(_SERVED)
+        raise VqdeployError("the server runs no plans of this backend", expected=known, found=manifest.backend)
+    stages = manifest.stages if _SERVED[manifest.backend](manifest) else ()
     models = [f"{manifest.name}-{stage.name}" for stage in stages]
     models += [manifest.name] if manifest.sampling else []
     if not models:
@@ -136,12 +156,6 @@ def stage_config(manifest: Manifest, stage: StageInfo) -> ModelConfig:
     """The configuration of a model that is a stage."""
     infos = (*stage.inputs, *stage.outputs)
     batched = "batch" in stage.dims and all(info.shape and info.shape[0] == "batch" for info in infos)
-    options: dict[str, Any] = {"platform": "onnxruntime_onnx", "backend": "onnxruntime"}
-    options["default_model_filename"] = "model.onnx"
-    if manifest.backend == "tensorrt":  # an engine runs on the GPUs that it was built for
-        names = {capability: f"model-sm{capability.replace('.', '')}.plan" for capability in manifest.targets}
-        options = {"platform": "tensorrt_plan", "backend": "tensorrt", "cc_model_filenames": names}
-        options["default_model_filename"] = next(iter(names.values()), PLAN)
     return ModelConfig(
         name=f"{manifest.name}-{stage.name}",
         max_batch_size=stage.dims["batch"].max if batched else 0,
@@ -149,7 +163,7 @@ def stage_config(manifest: Manifest, stage: StageInfo) -> ModelConfig:
         output=[ModelOutput(**_tensor(info, batched)) for info in stage.outputs],
         instance_group=[_instance(manifest)],
         dynamic_batching={} if batched and stage.name in ("encode", "decode") else None,
-        **options,
+        **_SERVED[str(manifest.backend)](manifest),
     )
 
 
