@@ -2,18 +2,17 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vqdeploy.engines import package
 from vqdeploy.engines.builder import Builder, Options
 from vqdeploy.engines.onnxrt import OnnxrtBuilder
-from vqdeploy.engines.plugin import MODES
 from vqdeploy.engines.tensorrt import TensorrtBuilder
 from vqdeploy.errors import VqdeployError
 from vqdeploy.files import real, temporary_folder
 from vqdeploy.runtime import bundle
-from vqdeploy.runtime.manifest import WEIGHTS, Manifest, SizeRange
+from vqdeploy.runtime.manifest import WEIGHTS, Manifest, SizeRange, StageInfo
 
 BUILDERS: dict[str, Builder] = {
     "onnxrt": OnnxrtBuilder(),
@@ -21,8 +20,6 @@ BUILDERS: dict[str, Builder] = {
     "tensorrt-rtx": TensorrtBuilder("tensorrt-rtx"),
 }
 """Backend -> its builder. Add a backend here and in `vqdeploy.runtime.backends`."""
-
-DEVICES = ("cpu", "cuda")
 
 log = logging.getLogger("vqdeploy")
 
@@ -34,8 +31,8 @@ def build(
     batch: SizeRange = SizeRange(),
     progress: Callable[[str], object] = log.info,
     portable: bool = False,
-    plugin: str = "auto",
-    device: str = "cpu",
+    plugin: str | None = None,
+    device: str | None = None,
 ) -> Manifest:
     """Builds a plan and writes it atomically.
 
@@ -44,37 +41,43 @@ def build(
         plan: The file to write.
         backend: One of `BUILDERS`.
         batch: Batch sizes that the plan accepts, as far as the package does. It is tuned for the usual one: engines of
-            TensorRT, and matrix products in int8 of `onnxrt` on the CPU.
+            TensorRT, and matrix products in int8 of `onnxrt` on the CPU; where it changes nothing, it must be the smallest.
         progress: Called with the name of each stage before its build.
         portable: For `onnxrt`: keep the portable function bodies of the package, to test them.
-        plugin: For `tensorrt`, one of `MODES`: whether our kernels run the nodes that they support. `auto` uses them if
-            the libraries allow it, and builds a stage without them if it fails with them.
-        device: For `onnxrt`, one of `DEVICES`. A plan for CUDA keeps the portable function bodies: those for the CPU
-            have fused attention, which has no fp32 on CUDA.
+        plugin: For `tensorrt`, whether our kernels run the nodes that they support: `auto`, `on` or `off`. `auto`, also
+            the default, uses them if the libraries allow it, and builds a stage without them if it fails with them.
+        device: For `onnxrt`, `cpu`, also the default, or `cuda`. A plan for CUDA keeps the portable function bodies:
+            those for the CPU have fused attention, which has no fp32 on CUDA.
 
     Raises:
-        VqdeployError: A library is missing, a size is wrong, or the file cannot be written or lies in the package.
+        VqdeployError: A library is missing, a size is wrong, the backend would ignore an option, or the file cannot be
+            written or lies in the package.
         ArtifactError: The package is damaged, or the builder failed.
     """
     if not 1 <= batch.min <= batch.usual <= batch.max:
         sizes = f"{batch.min}, {batch.usual}, {batch.max}"
         raise VqdeployError("the batch sizes are not ascending", expected="1 <= min <= opt <= max", found=sizes)
-    for kind, choice, choices in (
-        ("backend", backend, BUILDERS),
-        ("plugin mode", plugin, MODES),
-        ("device", device, DEVICES),
-    ):
-        if choice not in choices:
-            raise VqdeployError(f"there is no {kind} {choice!r}", expected=" or ".join(choices), found=choice)
+    if backend not in BUILDERS:
+        raise VqdeployError(f"there is no backend {backend!r}", expected=" or ".join(BUILDERS), found=backend)
+    builder = BUILDERS[backend]
+    for option, value in {"plugin": plugin, "device": device}.items():
+        choices = builder.choices.get(option, ())
+        if value is not None and value not in choices:
+            expected = " or ".join(choices) or f"no --{option}"
+            raise VqdeployError(f"{backend} has no {option} {value!r}", expected=expected, found=value)
     if real(folder) in real(plan).parents:
         raise VqdeployError(
             f"{plan} lies in the package", expected="a file outside it", fix="name another place with -o"
         )
     manifest = package.read(folder)
-    stages = [dataclasses.replace(stage, dims=_with_batch(stage.dims, batch)) for stage in manifest.stages]
+    options = Options(portable, plugin, device)
+    smallest = dataclasses.replace(batch, usual=batch.min)
+    if batch.usual > batch.min and not builder.tunes(_with_batch(manifest.stages, smallest), folder, options):
+        what = f"{backend} would build this package in the same way for every batch size"
+        raise VqdeployError(what, expected="no --opt-batch", found=batch.usual)
+    stages = _with_batch(manifest.stages, batch)
     with temporary_folder(plan) as scratch:
-        options = Options(portable, plugin, device)
-        built = BUILDERS[backend].build(stages, folder, scratch, options, progress)
+        built = builder.build(stages, folder, scratch, options, progress)
         stages = [
             dataclasses.replace(stage, file=part.file.name, weights=part.weights, plugins=part.plugins)
             for stage, part in zip(stages, built.stages, strict=True)
@@ -96,7 +99,11 @@ def build(
     return manifest
 
 
-def _with_batch(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeRange]:
+def _with_batch(stages: Sequence[StageInfo], batch: SizeRange) -> list[StageInfo]:
+    return [dataclasses.replace(stage, dims=_sizes(stage.dims, batch)) for stage in stages]
+
+
+def _sizes(dims: dict[str, SizeRange], batch: SizeRange) -> dict[str, SizeRange]:
     if "batch" not in dims:
         return dims
     own = dims["batch"]  # of a module that takes no other

@@ -1,13 +1,13 @@
 """The interface of builders, one per backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import onnx
 
-from vqdeploy.errors import ArtifactError, VqdeployError
+from vqdeploy.errors import ArtifactError
 from vqdeploy.runtime.manifest import StageInfo
 
 
@@ -18,13 +18,14 @@ class Options:
     Attributes:
         portable: ONNX Runtime: whether to keep the portable function bodies of the package, to test them.
         plugin: TensorRT, one of `vqdeploy.engines.plugin.MODES`: whether our kernels run the nodes that they support.
-            `auto` uses them if the libraries allow it, and builds a stage without them if it fails with them.
-        device: ONNX Runtime: `cpu` or `cuda`.
+            `auto`, also the default, uses them if the libraries allow it, and builds a stage without them if it fails
+            with them.
+        device: ONNX Runtime: `cpu`, also the default, or `cuda`.
     """
 
     portable: bool = False
-    plugin: str = "auto"
-    device: str = "cpu"
+    plugin: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,20 @@ class Built:
 
 
 class Builder(Protocol):
-    """Turns the stages of a package into members of a plan, for one backend."""
+    """Turns the stages of a package into members of a plan, for one backend.
+
+    Attributes:
+        choices: The values of the options `device` and `plugin` that it takes; one that is not here is refused.
+    """
+
+    @property
+    def choices(self) -> Mapping[str, Collection[str]]:
+        """See the class."""
+        ...
+
+    def tunes(self, stages: Sequence[StageInfo], package: Path, options: Options) -> bool:
+        """Whether what is built depends on the usual batch; that of `stages` is the smallest."""
+        ...
 
     def build(
         self,
@@ -96,8 +110,3 @@ def read_graph(file: Path) -> onnx.ModelProto:
         return onnx.load(file, load_external_data=False)
     except Exception as error:  # the module of protobuf's DecodeError varies
         raise ArtifactError(f"{file} is not an ONNX graph ({error})", fix="vqdeploy export") from error
-
-
-def refuse_plugin(reason: str) -> VqdeployError:
-    """The error if `--plugin on` is not possible."""
-    return VqdeployError(f"a plugin is not possible: {reason}", fix="vqdeploy build --plugin off")

@@ -4,7 +4,7 @@ The weights stay as they are, those of products in int8 aside, which are stored 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from safetensors.numpy import save_file
 
 from vqdeploy.engines.bodies_onnxrt import CACHED, block_product, swap_in
-from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, refuse_plugin
+from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph
 from vqdeploy.runtime import bundle
 from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
 
@@ -26,6 +26,12 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 64
 class OnnxrtBuilder:
     """Builds plans for the CPU, or for CUDA with the portable function bodies of the package."""
 
+    choices: Mapping[str, Collection[str]] = {"device": ("cpu", "cuda")}
+
+    def tunes(self, stages: Sequence[StageInfo], package: Path, options: Options) -> bool:
+        """Products in int8 of few rows, of which a larger batch makes many."""
+        return not _is_portable(options) and any(_of_few_rows(read_graph(package / each.file), each) for each in stages)
+
     def build(
         self,
         stages: Sequence[StageInfo],
@@ -35,10 +41,7 @@ class OnnxrtBuilder:
         progress: Callable[[str], object],
     ) -> Built:
         """See `Builder`."""
-        if options.plugin == "on":
-            raise refuse_plugin("onnxrt has no ahead-of-time compiled plugins")
-        cuda = options.device == "cuda"
-        portable = options.portable or cuda
+        portable = _is_portable(options)
         models = [read_graph(package / stage.file) for stage in stages]
         # A plan holds a matrix once: where one stage multiplies it by few rows, all do it in the same way.
         few: set[str] = set()
@@ -61,16 +64,21 @@ class OnnxrtBuilder:
             _point_to_file(models, file)
         for stage, model in zip(stages, models, strict=True):
             onnx.save(model, folder / stage.file)
-        return Built(f"onnx {version('onnx')}", ("cuda",) if cuda else (), built, file)
+        return Built(f"onnx {version('onnx')}", ("cuda",) if options.device == "cuda" else (), built, file)
+
+
+def _is_portable(options: Options) -> bool:
+    return options.portable or options.device == "cuda"
 
 
 def _of_few_rows(model: onnx.ModelProto, stage: StageInfo) -> set[str]:
-    """Names of the matrices in int8 that are usually multiplied by few rows."""
+    """Names of the matrices in int8 that are usually multiplied by few rows, if MatMulNBits can take them."""
+    initializers = {initializer.name: initializer for initializer in model.graph.initializer}
     usual = {name: size.usual for name, size in stage.dims.items()}
     types = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)}
     found = set()
     for node in model.graph.node:
-        if node.op_type == "QuantizedLinear" and len(node.input) == 3:
+        if _block(node, initializers):
             x, weight, _ = node.input
             if x in types and types[x].HasField("shape"):
                 rows = [usual.get(dim.dim_param, dim.dim_value) for dim in types[x].shape.dim[:-1]]
@@ -91,14 +99,14 @@ def _use_byte_products(
     new: dict[str, onnx.TensorProto] = {}
     replaced: set[str] = set()
     for node in graph.node:
-        if node.op_type != "QuantizedLinear" or not _as_exported(node, old) or node.input[1] not in chosen:
+        block = _block(node, old)
+        if not block or node.input[1] not in chosen:
             continue
         weight, scale = (old[name] for name in node.input[1:])
         inputs, outputs = weight.dims
-        block = math.gcd(inputs, _LARGEST_BLOCK)
         blocks = inputs // block
         names = [f"{source.name}.bytes_{blocks}" for source in (weight, scale)]
-        if block < _SMALLEST_BLOCK or taken.intersection(names):
+        if taken.intersection(names):
             continue
         by_output = _array(weight, weights).T.astype(np.uint8, order="C") ^ 128  # which stands for zero
         new[names[0]] = _like(weight, names[0], by_output.reshape(outputs, blocks, block), tables)
@@ -108,6 +116,14 @@ def _use_byte_products(
     unused = replaced - {name for node in graph.node for name in node.input}
     del graph.initializer[:]
     graph.initializer.extend(tensor for name, tensor in (old | new).items() if name not in unused)
+
+
+def _block(node: onnx.NodeProto, initializers: Mapping[str, onnx.TensorProto]) -> int:
+    """Inputs with a scale where MatMulNBits computes this product in int8; 0 if it cannot."""
+    if node.op_type != "QuantizedLinear" or not _as_exported(node, initializers):
+        return 0
+    block = math.gcd(initializers[node.input[1]].dims[0], _LARGEST_BLOCK)
+    return block if block >= _SMALLEST_BLOCK else 0
 
 
 def _as_exported(node: onnx.NodeProto, initializers: Mapping[str, onnx.TensorProto]) -> bool:

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +22,8 @@ import numpy as np
 import onnx
 from onnx import external_data_helper, inliner
 
-from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph, refuse_plugin
-from vqdeploy.engines.plugin import obstacle
+from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph
+from vqdeploy.engines.plugin import MODES, obstacle
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.precision import PRECISIONS
 from vqdeploy.runtime.backends import LIBRARIES, source
@@ -42,6 +42,15 @@ class TensorrtBuilder:
     """Builds engines for `tensorrt` or `tensorrt-rtx`."""
 
     backend: str
+
+    @property
+    def choices(self) -> Mapping[str, Collection[str]]:
+        """See `Builder`."""
+        return {"device": ("cuda",)} | ({"plugin": MODES} if self.backend == "tensorrt" else {})
+
+    def tunes(self, stages: Sequence[StageInfo], package: Path, options: Options) -> bool:
+        """Every engine."""
+        return True
 
     def build(
         self,
@@ -64,7 +73,7 @@ class TensorrtBuilder:
                 if PRECISIONS[stage.precision].bits:
                     graph = _inlined(graph, folder)
                 job = Job(stage.name, str(graph), str(engine), _shapes(stage), plugin)
-                nodes = worker.build(job, fall_back=options.plugin == "auto")
+                nodes = worker.build(job, fall_back=options.plugin != "on")
                 built.append(BuiltStage(engine, plugins=nodes))
             return Built(f"{self.backend} {worker.version}", targets, built)
 
@@ -77,11 +86,11 @@ class TensorrtBuilder:
         device.check()
         return (device.compute_capability(),)
 
-    def _plugin(self, mode: str, version: str) -> bool:
+    def _plugin(self, mode: str | None, version: str) -> bool:
         """Whether to use our kernels."""
         reason = obstacle(self.backend, version)
         if mode == "on" and reason:
-            raise refuse_plugin(reason)
+            raise VqdeployError(f"a plugin is not possible: {reason}", fix="vqdeploy build --plugin off")
         return mode != "off" and not reason
 
 

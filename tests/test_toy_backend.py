@@ -4,6 +4,7 @@ It puts the weights into the graph, and copies what other backends write in plac
 """
 
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -23,6 +24,11 @@ from vqdeploy.verify import verify
 
 
 class ToyBuilder:
+    choices = MappingProxyType({})
+
+    def tunes(self, stages, package, options):
+        return False
+
     def build(self, stages, package, folder, options, progress):
         built = []
         for stage in stages:
@@ -125,6 +131,9 @@ def test_the_command_line_knows_it(toy, artifacts, tmp_path):
     plan = tmp_path / "a.plan"
     built = run(app, ["build", str(artifacts.package("rqvae")), "--backend", "toy", "-o", str(plan)])
     assert built.exit_code == 0, built.output
+    for option, value in (("--opt-batch", 4), ("--device", "cuda"), ("--plugin", "off")):
+        ignored = run(app, ["build", str(artifacts.package("rqvae")), "--backend", "toy", option, str(value)])
+        assert f"expected no {option}, found {value}" in str(ignored.exception)
     image = tmp_path / "a.png"
     ran = run(app, ["run", "--engine", str(plan), "--num-images", "1", "-o", str(image)])
     assert ran.exit_code == 0, ran.output

@@ -119,8 +119,15 @@ def test_inspect_tells_all_that_the_manifest_holds(vqdeploy, plan):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--opt-batch", 1], "onnxrt tunes only products in int8 on the CPU for a batch size"),
-        (["--backend", "tensorrt-rtx", "--device", "cpu"], "builds for CUDA only"),
+        (["--opt-batch", 8], "in the same way for every batch size; expected no --opt-batch, found 8"),
+        (["--device", "tpu"], "onnxrt has no device 'tpu'; expected cpu or cuda, found tpu"),
+        (["--plugin", "off"], "onnxrt has no plugin 'off'; expected no --plugin, found off"),
+        (
+            ["--backend", "tensorrt-rtx", "--device", "cpu"],
+            "tensorrt-rtx has no device 'cpu'; expected cuda, found cpu",
+        ),
+        (["--backend", "tensorrt-rtx", "--plugin", "off"], "tensorrt-rtx has no plugin 'off'; expected no --plugin"),
+        (["--backend", "tensorrt", "--plugin", "of"], "tensorrt has no plugin 'of'; expected auto or on or off"),
     ],
 )
 def test_build_refuses_options_that_the_backend_ignores(vqdeploy, package, arguments, message):

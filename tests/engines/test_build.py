@@ -7,7 +7,7 @@ import zipfile
 import onnx
 import pytest
 
-from vqdeploy.engines.build import BUILDERS, _with_batch, build
+from vqdeploy.engines.build import BUILDERS, _sizes, build
 from vqdeploy.engines.package import read
 from vqdeploy.errors import VqdeployError
 from vqdeploy.runtime.bundle import Bundle
@@ -86,8 +86,24 @@ def test_batch_sizes_out_of_order(package, tmp_path, sizes):
 def test_a_batch_that_the_package_does_not_take():
     own = {"batch": SizeRange(2, 4, 8)}
     with pytest.raises(VqdeployError, match=r"does not take these batch sizes; expected 2\.\.8, found 1\.\.1"):
-        _with_batch(own, SizeRange(1, 1, 1))
-    assert _with_batch(own, SizeRange(1, 1, 4))["batch"] == SizeRange(2, 2, 4)
+        _sizes(own, SizeRange(1, 1, 1))
+    assert _sizes(own, SizeRange(1, 1, 4))["batch"] == SizeRange(2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    [
+        ("rqvae", "fp32", {}),
+        ("rqvae", "decode=int8", {}),
+        ("movq", "int8", {}),
+        ("rqvae", "int8", {"device": "cuda"}),
+        ("rqvae", "int8", {"portable": True}),
+    ],
+)
+def test_a_usual_batch_that_changes_nothing_is_refused(artifacts, tmp_path, name, dtype, options):
+    with pytest.raises(VqdeployError, match="in the same way for every batch size; expected no --opt-batch, found 8"):
+        build(artifacts.package(name, dtype), tmp_path / "a.plan", batch=SizeRange(1, 8, 64), **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_backend(package, tmp_path):

@@ -23,30 +23,21 @@ def build(
         int, typer.Option(min=1, max=4096, help="Largest batch of an engine call; larger requests are split.")
     ] = 64,
     plugin: Annotated[
-        str, typer.Option(help="TensorRT: whether our kernels run the quantizers, auto, on or off.")
-    ] = "auto",
+        str | None,
+        typer.Option(help="TensorRT: whether our kernels run the quantizers, auto, on or off; auto by default."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Output file; SYSTEM.plan by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build an ONNX package into one plan."""
     from vqdeploy.engines.build import build as build_plan
     from vqdeploy.engines.package import read_manifest
-    from vqdeploy.errors import VqdeployError
-    from vqdeploy.precision import PRECISIONS
     from vqdeploy.runtime.manifest import SizeRange
 
-    if device == "cpu" and backend.startswith("tensorrt"):
-        raise VqdeployError(f"{backend} builds for CUDA only", expected="--device cuda", found=device)
-    exported = read_manifest(package)
-    tunable = device != "cuda" and any(PRECISIONS[stage.precision].bits for stage in exported.stages)
-    if opt_batch is not None and backend == "onnxrt" and not tunable:
-        raise VqdeployError(
-            "onnxrt tunes only products in int8 on the CPU for a batch size", expected="no --opt-batch", found=opt_batch
-        )
-    plan = output or Path(f"{exported.name}.plan")
+    plan = output or Path(f"{read_manifest(package).name}.plan")
     with progress("building") as tell:
         batch = SizeRange(1, opt_batch or 1, max_batch)
-        manifest = build_plan(package, plan, backend, batch, tell, plugin=plugin, device=device or "cpu")
+        manifest = build_plan(package, plan, backend, batch, tell, plugin=plugin, device=device)
     size = plan.stat().st_size
     result = {"plan": str(plan), "backend": backend, "builder": manifest.builder, "bytes": size}
     finish(result, as_json, f"{plan}  {size / 1e6:.1f} MB for {backend}")
