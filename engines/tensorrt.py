@@ -26,8 +26,8 @@ from vqdeploy.engines.builder import Built, BuiltStage, Options, read_graph
 from vqdeploy.engines.plugin import MODES, obstacle
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.precision import PRECISIONS
-from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.manifest import WEIGHTS, StageInfo
+from vqdeploy.runtime.tensorrt_library import MODULES, SOURCES
 
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 """Compute capabilities of a default TensorRT-RTX engine, by its documentation."""
@@ -165,8 +165,8 @@ def check(backend: str) -> None:
     Raises:
         VqdeployError: One is not installed.
     """
-    if importlib.util.find_spec(LIBRARIES[backend]) is None:
-        raise VqdeployError(f"{backend} is not installed ({source(backend)})", fix=f"pip install {backend} polygraphy")
+    if importlib.util.find_spec(MODULES[backend]) is None:
+        raise VqdeployError(f"{backend} is not installed ({SOURCES[backend]})", fix=f"pip install {backend} polygraphy")
     if importlib.util.find_spec("polygraphy") is None:
         raise VqdeployError("Polygraphy is not installed", fix="pip install polygraphy")
 
@@ -252,7 +252,7 @@ class Worker:
         self._has_plugins = False
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 (our own module)
-                [sys.executable, "-P", "-u", "-m", __name__, LIBRARIES[self._backend]],
+                [sys.executable, "-P", "-u", "-m", __name__, MODULES[self._backend]],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -321,7 +321,7 @@ def _config(profile: Any) -> Any:
     from polygraphy.backend.trt import CreateConfig
 
     rtx = os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] == "1"
-    trt = importlib.import_module(LIBRARIES["tensorrt-rtx" if rtx else "tensorrt"])
+    trt = importlib.import_module(MODULES["tensorrt-rtx" if rtx else "tensorrt"])
 
     @func.extend((CreateConfigRTX if rtx else CreateConfig)(profiles=[profile]))
     def config(builder: Any, network: Any, config: Any) -> None:  # noqa: ARG001 (Polygraphy passes all three)

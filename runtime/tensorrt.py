@@ -12,12 +12,12 @@ import numpy as np
 
 from vqdeploy.errors import ArtifactError, VqdeployError, one_line
 from vqdeploy.runtime import device
-from vqdeploy.runtime.backends import LIBRARIES, source
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.device import DeviceArray, DeviceBinding, DeviceSession, Graph, Stream, buffers
 from vqdeploy.runtime.kernel_cache import KernelCache
 from vqdeploy.runtime.manifest import Manifest, StageInfo, TensorInfo
 from vqdeploy.runtime.session import Opener
+from vqdeploy.runtime.tensorrt_library import MODULES, SOURCES
 
 log = logging.getLogger("vqdeploy")
 
@@ -79,9 +79,9 @@ def check(manifest: Manifest) -> None:
 
 def _library(backend: str) -> Any:
     try:
-        return importlib.import_module(LIBRARIES[backend])
+        return importlib.import_module(MODULES[backend])
     except (ImportError, OSError, RuntimeError) as error:
-        what = f"this plan needs {backend} ({source(backend)}), which does not load ({error})"
+        what = f"this plan needs {backend} ({SOURCES[backend]}), which does not load ({error})"
         raise VqdeployError(what, fix=f"pip install {backend}") from error
 
 

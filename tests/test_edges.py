@@ -59,6 +59,7 @@ FILES = {
     "vqdeploy.runtime.rules": "graphs",
     "vqdeploy.runtime.backends": "backends",  # their names, and what each has to bring
     "vqdeploy.runtime.session": "backends",
+    "vqdeploy.runtime.tensorrt_library": "backends",
     "vqdeploy.runtime.images": "images",
     "vqdeploy.runtime.folder": "images",
     "vqdeploy.runtime.threads": "threads",

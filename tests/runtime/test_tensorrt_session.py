@@ -17,10 +17,10 @@ from vqdeploy.engines.build import build
 from vqdeploy.errors import ArtifactError, VqdeployError
 from vqdeploy.export import Stage, export_module
 from vqdeploy.runtime import bundle, device, load
-from vqdeploy.runtime.backends import LIBRARIES
 from vqdeploy.runtime.bundle import Bundle
 from vqdeploy.runtime.manifest import SizeRange
 from vqdeploy.runtime.tensorrt import TensorrtBackend
+from vqdeploy.runtime.tensorrt_library import MODULES
 from vqdeploy.verify import verify
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -47,7 +47,7 @@ def simulated(tmp_path_factory):
 
     class Worker:
         def __init__(self, backend, log):
-            self.version = sys.modules[LIBRARIES[backend]].__version__
+            self.version = sys.modules[MODULES[backend]].__version__
 
         def build(self, job, fall_back):
             Path(job.engine).write_bytes(onnx.load(job.graph).SerializeToString())
