@@ -87,6 +87,18 @@ def open_regular(path: Path) -> FileIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
+_SEEKING = threading.Lock()
+
+
+def _read_at(stream: FileIO, size: int, start: int) -> bytes:
+    """At most `size` bytes from a position, whichever thread reads elsewhere."""
+    if hasattr(os, "pread"):
+        return os.pread(stream.fileno(), size, start)
+    with _SEEKING:  # Windows reads only where the file stands, which all threads share
+        stream.seek(start)
+        return stream.read(size)
+
+
 class Bundle:
     """An opened plan. Reading the manifest needs only the standard library; members are views of a memory map.
 
@@ -153,8 +165,8 @@ class Bundle:
             ArtifactError: The header is malformed, or the file was truncated after it was opened.
         """
         blob, start = self.member(WEIGHTS), self._spans[WEIGHTS][0]
-        size = int.from_bytes(os.pread(self._stream.fileno(), 8, start), "little")
-        header = os.pread(self._stream.fileno(), min(size, _HEADER_BYTES + 1), start + 8)
+        size = int.from_bytes(_read_at(self._stream, 8, start), "little")
+        header = _read_at(self._stream, min(size, _HEADER_BYTES + 1), start + 8)
         return _views(header, blob, size)
 
     def read(self, name: str) -> bytes:
@@ -171,7 +183,7 @@ class Bundle:
     def _chunks(self, name: str) -> Iterator[bytes]:
         start, stop = self._spans[name]
         while start < stop:
-            chunk = os.pread(self._stream.fileno(), min(_CHUNK, stop - start), start)
+            chunk = _read_at(self._stream, min(_CHUNK, stop - start), start)
             if not chunk:
                 raise ArtifactError(f"{self.path} was truncated while it was read", fix=_REBUILD)
             start += len(chunk)
@@ -268,7 +280,7 @@ class _Sparing:
         return content
 
 
-def _directory(stream: BinaryIO) -> dict[str, tuple[int, int]]:
+def _directory(stream: FileIO) -> dict[str, tuple[int, int]]:
     """The byte range of each member of a plan."""
     spans, end = {}, os.fstat(stream.fileno()).st_size
     with zipfile.ZipFile(_Sparing(stream)) as archive:
@@ -279,7 +291,7 @@ def _directory(stream: BinaryIO) -> dict[str, tuple[int, int]]:
             raise ValueError("a member is compressed or encrypted")
         if entry.filename in spans:
             raise ValueError("two members have one name")
-        header = os.pread(stream.fileno(), 30, entry.header_offset)
+        header = _read_at(stream, 30, entry.header_offset)
         signature, *_, name, extra = struct.unpack("<4sHHHHHIIIHH", header)
         start = entry.header_offset + 30 + name + extra
         if signature != b"PK\3\4" or entry.header_offset < last:

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import mmap
+import os
 import pickle
 import re
 import shutil
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +68,21 @@ def test_weights_are_views_of_the_map(plan):
     for weight in tensors(bundle.member(WEIGHTS)).values():
         assert np.shares_memory(weight, whole)
         assert not weight.flags.writeable
+
+
+def test_threads_read_a_plan_where_no_call_takes_a_position(plan, monkeypatch):
+    """On Windows a file is read where it stands."""
+    monkeypatch.setattr("vqdeploy.runtime.bundle._CHUNK", 512)  # many reads, which take turns
+    expected = {name: np.array(weight) for name, weight in Bundle(plan).tensors().items()}
+    monkeypatch.delattr(os, "pread")
+    opened = Bundle(plan)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: opened.verify(), range(8)):
+            pass
+    found = opened.tensors()
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        np.testing.assert_array_equal(weight, expected[name])
 
 
 def test_zipfile_reads_it(plan):
