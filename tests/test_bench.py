@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib import axes, figure
 from PIL import Image
+from support.damage import edited
 from support.systems import SMALL
 
 from vqdeploy import bench, checkpoint
@@ -73,6 +74,35 @@ def test_engine_calls_are_counted(artifacts, name, batch, options, calls, monkey
         conditions = 1 if options["guidance_scale"] == 1 else 2
         whole = 5 * batch * conditions * bench.step_gflop(load(plan))
         assert result["gflop_per_step"] == pytest.approx(whole / calls)
+
+
+def _renamed(monkeypatch, old, new):
+    """All weights of an own system, under other names."""
+    original = bench._matrices
+    monkeypatch.setattr(
+        bench, "_matrices", lambda *of: {name.replace(old, new): matrix for name, matrix in original(*of).items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "known"),
+    [
+        ("var", "head.product", "classifier", {}),
+        ("var", "", "", {"prior": {"layers": 2}}),
+        ("var", "", "", {"prior": None}),
+        ("movq", "", "", {}),
+        ("movq", "", "", {"prior": {"width": "wide", "layers": 2}}),
+        ("rqvae", "body.", "trunk.", {}),
+    ],
+)
+def test_figures_of_what_is_not_known_are_left_out(artifacts, name, old, new, known, monkeypatch, tmp_path):
+    _renamed(monkeypatch, old, new)
+    plan = artifacts.plan(name)
+    if known or not old:
+        plan = edited(plan, tmp_path / "a.plan", lambda data: data.update(config=known))
+    (result,) = bench.bench(plan, ("generate",), warm_up=0, iterations=1)["results"]
+    assert result["step_ms"] > 0
+    assert not {"gflop_s", "weight_gb_s"} & set(result)
 
 
 def test_weight_traffic_counts_the_matrices_of_the_step(plan):

@@ -42,6 +42,7 @@ TASKS = ("generate", "encode", "decode")
 BASELINES = ("eager", "compile")
 _SMALLEST = 1e-9  # divergence that is drawn: a logarithm of 0 has no place
 _RATES = {"read_bandwidth_gb_s": "read_bandwidth({threads})", "matmul_gflop_s": "matmul_rate()"}
+_BODY, _HEAD = "body.", "head.product.weight"  # weights that a step multiplies once, and after guidance
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 Phases = dict[str, float]
@@ -278,19 +279,31 @@ def _bound(pipeline: Pipeline, threads: int) -> dict[str, float]:
     Empty if it cannot be measured, or what a step reads and computes is not known.
     """
     names = {"hierarchical": list(_RATES), "masked": ["matmul_gflop_s"], "next-scale": ["matmul_gflop_s"]}
-    if not any(_matrices(pipeline, stage) for stage in pipeline.prior_stages):
-        return {}  # the weights lie in the graphs, or in what another backend makes of them
-    prior = pipeline.manifest.config.get("prior") or {}
-    plain = prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
-    counted = {"width", "layers"} <= set(prior) and plain
-    if pipeline.sampling.kind == "masked" and not counted:
-        return {}  # its arithmetic is not counted
+    if not _is_counted(pipeline):
+        return {}
     rates = names.get(pipeline.sampling.kind, ["read_bandwidth_gb_s"])
     try:
         return {name: _measure_apart(_RATES[name].format(threads=threads), threads) for name in rates}
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         log.warning("the roofline of this machine is left out, because its measurement failed: %s", error)
         return {}
+
+
+def _is_counted(pipeline: Pipeline) -> bool:
+    """Whether names of weights and the configuration of training tell what a step reads and computes."""
+    matrices = {name for stage in pipeline.prior_stages for name in _matrices(pipeline, stage)}
+    given = pipeline.manifest.config.get("prior")
+    prior = given if isinstance(given, dict) else {}
+    sized = all(type(prior.get(name)) is int for name in ("width", "layers"))
+    if not matrices:  # they lie in the graphs, or in what another backend makes of them
+        return False
+    if pipeline.sampling.kind == "masked":
+        return sized and prior.get("network", "plain") == "plain" and not prior.get("mlp_width")
+    if pipeline.sampling.kind == "next-scale":
+        return sized and _HEAD in matrices
+    if pipeline.sampling.kind == "autoregressive":
+        return pipeline.grid[-1] == 1 or any(name.startswith(_BODY) for name in matrices)
+    return True
 
 
 def _step_figures(
@@ -412,7 +425,7 @@ def step_weight_bytes(pipeline: Pipeline) -> int:
     The depth transformer and the classifier count once per depth, since they do not fit the cache of a core.
     """
     matrices = _matrices(pipeline, "step").items()
-    return sum(matrix.bytes * (1 if name.startswith("body.") else pipeline.grid[-1]) for name, matrix in matrices)
+    return sum(matrix.bytes * (1 if name.startswith(_BODY) else pipeline.grid[-1]) for name, matrix in matrices)
 
 
 def step_gflop(pipeline: Pipeline) -> float:
@@ -429,7 +442,7 @@ def scales_gflop(pipeline: Pipeline, conditions: int) -> float:
     """GFLOP of all steps of a next-scale prior for one image, with one label or with guidance."""
     prior, sizes = pipeline.manifest.config["prior"], [math.prod(each) for each in pipeline.layout.maps]
     matrices = {name: matrix.count for name, matrix in _matrices(pipeline, "step").items() if matrix.axes < 4}
-    head = matrices.pop("head.product.weight")  # after guidance
+    head = matrices.pop(_HEAD)  # after guidance
     pairs = sum(size * sum(sizes[: scale + 1]) for scale, size in enumerate(sizes))
     attention = 2 * pairs * prior["width"] * prior["layers"]
     gflop: float = 2 * (sum(sizes) * (conditions * sum(matrices.values()) + head) + conditions * attention) / 1e9
