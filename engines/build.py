@@ -41,7 +41,8 @@ def build(
         plan: The file to write.
         backend: One of `BUILDERS`.
         batch: Batch sizes that the plan accepts, as far as the package does. It is tuned for the usual one: engines of
-            TensorRT, and matrix products in int8 of `onnxrt` on the CPU; where it changes nothing, it must be the smallest.
+            TensorRT, and matrix products in int8 of `onnxrt` on the CPU. Where it changes nothing, it must be the
+            smallest.
         progress: Called with the name of each stage before its build.
         portable: For `onnxrt`: keep the portable function bodies of the package, to test them.
         plugin: For `tensorrt`, whether our kernels run the nodes that they support: `auto`, `on` or `off`. `auto`, also

@@ -216,12 +216,12 @@ class Manifest(Config):
             ArtifactError: There is none.
         """
         if not isinstance(name, str):
-            raise ArtifactError("a stage is named by text", expected="its name", found=type(name).__name__)
+            raise ArtifactError("the name of a stage is a string", expected="its name", found=type(name).__name__)
         for stage in self.stages:
             if stage.name == name:
                 return stage
         names = ", ".join(stage.name for stage in self.stages)
-        raise ArtifactError(f"this {self.name} has no stage {name!r}", expected=names, found="none of that name")
+        raise ArtifactError(f"{self.name} has no stage {name!r}", expected=names, found="none of that name")
 
     @property
     def batch(self) -> SizeRange:
@@ -252,7 +252,7 @@ def _check_names(manifest: Manifest) -> None:
     names |= {f"targets[{i}]": target.replace(".", "") for i, target in enumerate(manifest.targets)}
     for where, name in names.items():
         _require(name is None or bool(NAME.fullmatch(name)), where, "letters, digits, - and _", repr(name))
-    _require(are_class_names(manifest.labels), "labels", "names that can be shown, each another", manifest.labels)
+    _require(are_class_names(manifest.labels), "labels", "distinct names of printable characters", manifest.labels)
 
 
 def _check_digests(manifest: Manifest) -> None:

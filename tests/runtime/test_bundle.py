@@ -434,7 +434,7 @@ def test_text_that_would_steer_a_terminal(plan, tmp_path, field):
 def test_labels_that_are_no_class_names(plan, tmp_path, names):
     path = edited(plan, tmp_path / "a.plan", lambda data: data.update(labels=names))
     error = refused(
-        path, ArtifactError, "labels of the manifest is wrong; expected names that can be shown, each another"
+        path, ArtifactError, "labels of the manifest is wrong; expected distinct names of printable characters"
     )
     assert str(error).isprintable()
 

@@ -553,7 +553,7 @@ def test_names_that_are_none(plan, pipeline):
     with pytest.raises(VqdeployError, match="is not supported"):
         load(plan, device=np.zeros(2))
     for odd in (_Mute(), 10**5000, np.zeros(1, [("a", int)])[0]):
-        with pytest.raises(VqdeployError, match="a stage is named by text"):
+        with pytest.raises(VqdeployError, match="the name of a stage is a string"):
             pipeline.run(odd)
         with pytest.raises(VqdeployError, match="is not supported"):
             load(plan, device=odd)

@@ -16,7 +16,7 @@ def build(
     opt_batch: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Batch size that the plan is tuned for; 1 by default. onnxrt tunes products in int8 on the CPU."
+            min=1, help="Batch size that the plan is tuned for; 1 by default. For onnxrt: of matrix products in int8."
         ),
     ] = None,
     max_batch: Annotated[
