@@ -64,8 +64,9 @@ def build(
     for option, value in {"plugin": plugin, "device": device}.items():
         choices = builder.choices.get(option, ())
         if value is not None and value not in choices:
-            expected = " or ".join(choices) or f"no --{option}"
-            raise VqdeployError(f"{backend} has no {option} {value!r}", expected=expected, found=value)
+            if not choices:
+                raise VqdeployError(f"--{option} is no option of {backend}", fix=f"leave out --{option}")
+            raise VqdeployError(f"{backend} has no {option} {value!r}", expected=" or ".join(choices), found=value)
     if real(folder) in real(plan).parents:
         raise VqdeployError(
             f"{plan} lies in the package", expected="a file outside it", fix="name another place with -o"

@@ -79,7 +79,7 @@ class Projection(nn.Module):
 class CachedAttention(nn.Module):
     """`cached_attention`, which `vqdeploy.export.precision` may give caches in int8.
 
-    `largest` has the largest key and the largest value of each head [2, H] for random codes, None if not observed.
+    `largest` has the largest key and the largest value of each head [2, H], None if not observed.
     """
 
     def __init__(self, largest: Tensor | None = None):

@@ -6,7 +6,6 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
     """The stages of a system, the tokenizer's and those of the prior if it has one, each in its precision.
 
     Raises:
-        VqdeployError: A precision is unknown, or does not suit its stage.
+        VqdeployError: A precision is unknown or does not suit its stage, or weights or activations are not finite.
     """
     choice = Choice.parse(dtype)
     _check_caches(system, choice)
@@ -120,20 +119,24 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
                 f"int4 is slower than int8 for a {definition.kind} prior, whose products have many rows",
                 fix="--dtype int8",
             )
-        rounds = definition.kind != "hierarchical" and any(PRECISIONS[each].bits for each in (choice.rest, *named))
-        with observed(system) if rounds else nullcontext():
-            of_prior = definition.stages(system.prior, floats)
-    if choice.caches:
-        of_prior = [with_int8_caches(stage) if "past_key" in stage.inputs else stage for stage in of_prior]
+        of_prior = definition.stages(system.prior, floats)
     quantizable = {stage.name: has_products(stage) for stage in of_prior}
     choice.check(names, quantizable)
+    rounds = any(PRECISIONS[choice.of_prior(name, has)].bits for name, has in quantizable.items())
+    if (
+        rounds and SYSTEMS[system.config.model].kind != "hierarchical"
+    ):  # nothing is known of what PixelSNAIL's layers take
+        with observed(system):
+            of_prior = SYSTEMS[system.config.model].stages(system.prior, "fp32")
+    if choice.caches:
+        of_prior = [with_int8_caches(stage) if "past_key" in stage.inputs else stage for stage in of_prior]
     stages = [
         *(in_precision(stage, choice.of_tokenizer(stage.name)) for stage in own),
         *(in_precision(stage, choice.of_prior(stage.name, quantizable[stage.name])) for stage in of_prior),
     ]
     for stage in stages:
         if stage.precision != choice.named.get(stage.name, stage.precision):
-            raise VqdeployError(f"all products of stage {stage.name} need 8 bits", fix=f"{stage.name}=int8")
+            raise VqdeployError(f"all products of stage {stage.name} need 8 bits", fix=f"--dtype {stage.name}=int8")
     return stages
 
 

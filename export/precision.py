@@ -40,7 +40,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     if chosen.bits:
         if stage.in_products:
             stage = stage.in_products()
-        module = copy.deepcopy(stage.module)  # the layers belong to the system
+        module = _copied(stage.module)  # the layers belong to the system
         calibration = stage.calibration if chosen.bits == 8 and has_convolutions(module) else None
         if calibration is None and not has_products(stage):
             raise VqdeployError(
@@ -66,6 +66,12 @@ def in_precision(stage: Stage, precision: str) -> Stage:
             part.register_forward_pre_hook(_in_type_of_weight)
     inputs = {name: _state(x, dtype) if name in stage.states else x for name, x in stage.inputs.items()}
     return dataclasses.replace(stage, module=module, inputs=inputs, precision=precision)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy that shares what was observed, which may be larger than the weights."""
+    moments = [getattr(part, "moment", None) for part in module.modules()]
+    return copy.deepcopy(module, {id(moment): moment for moment in moments if moment is not None})
 
 
 def has_products(stage: Stage) -> bool:

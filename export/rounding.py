@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vqdeploy import reference
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.prior import Prior
-from vqdeploy.systems import System
+from vqdeploy.systems import SYSTEMS, System
 
 BLOCK = 32
 """Inputs that share a scale."""
@@ -24,7 +24,7 @@ _LARGEST_OF_COLUMNS = 63  # 7 bits: AVX2 adds two products with 8-bit activation
 _LARGEST = 7
 _SMALLEST = -8
 _DAMPING = 0.01  # of the mean, added to all squares of inputs
-_RANDOM, _DRAWN = 1024, 3072  # positions that layers are observed on
+_RANDOM, _DRAWN = 1024, 3072  # positions of the codes that layers are observed on
 
 
 @contextmanager
@@ -33,32 +33,53 @@ def observed(system: System) -> Iterator[None]:
 
     It also has `largest`, the absolute values of its largest outputs [outputs].
 
-    The inputs are those while the prior draws codes with its default options, and some for random codes, which no
-    user's codes are worse than.
+    The inputs are those for codes that the prior draws with its default options and, as a user's may differ, random ones.
+
+    Raises:
+        VqdeployError: A weight of the prior is not finite.
     """
-    prior, config, generator = system.prior, system.config, torch.Generator().manual_seed(0)
-    positions = math.prod(config.prior.grid[:2])
-    random, drawn = (max(1, count // positions) for count in (_RANDOM, _DRAWN))
-    layers = [layer for layer in cast(nn.Module, prior).modules() if isinstance(layer, nn.Linear)]
-    hooks = [layer.register_forward_hook(_observe) for layer in layers]
+    prior = cast(nn.Module, system.prior)
+    if not all(bool(weight.isfinite().all()) for weight in prior.parameters()):
+        raise VqdeployError("a weight of the prior is not finite", fix="train it again")
+    layers = [layer for layer in prior.modules() if isinstance(layer, nn.Linear)]
+    hooks, training = [], prior.training
+    try:
+        examples = _examples(system)
+        hooks += [layer.register_forward_hook(_observe) for layer in layers]
+        with torch.no_grad():
+            for codes, conditions in examples:
+                system.prior.logits(codes, conditions)
+        for hook in hooks:
+            hook.remove()
+        yield
+    finally:
+        prior.train(training)
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            for name in ("moment", "largest"):
+                vars(layer).pop(name, None)
+
+
+def _examples(system: System) -> list[tuple[Tensor, Tensor]]:
+    """Random codes and drawn ones, in a masked prior partly masked, and their conditions."""
+    config, generator = system.config.prior, torch.Generator().manual_seed(0)
+    random, drawn = (max(1, count // math.prod(config.grid[:2])) for count in (_RANDOM, _DRAWN))
 
     def noise(_: int, shape: tuple[int, ...]) -> Tensor:
         return -torch.empty(shape).exponential_(generator=generator).log()
 
-    try:
-        with torch.no_grad():
-            codes = torch.randint(config.prior.codebook_size, (random, *config.prior.grid), generator=generator)
-            prior.logits(codes, _conditions(prior, random, generator))
-        reference.generate(prior, config, _conditions(prior, drawn, generator), noise)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            for name in ("moment", "largest"):
-                vars(layer).pop(name, None)
+    cast(nn.Module, system.prior).eval()
+    conditions = [_conditions(system.prior, images, generator) for images in (random, drawn)]
+    codes = [
+        torch.randint(config.codebook_size, (random, *config.grid), generator=generator),
+        reference.generate(system.prior, system.config, conditions[1], noise),
+    ]
+    if SYSTEMS[system.config.model].kind == "masked":
+        for each in codes:
+            share = torch.rand(len(each), *[1] * len(config.grid), generator=generator)
+            each[torch.rand(each.shape, generator=generator) < share] = config.codebook_size
+    return list(zip(codes, conditions, strict=True))
 
 
 def _conditions(prior: Prior, images: int, generator: torch.Generator) -> Tensor:

@@ -858,13 +858,13 @@ class _Sessions(Mapping[str, Session]):
             raise KeyError(name)
         if name not in self._opened:
             self._opener = self._opener or self._open_stages()
-            self._opened[name] = self._opener(self._bundle.manifest.stage(name))
+            session = self._opened[name] = self._opener(self._bundle.manifest.stage(name))
+            _SESSIONS[id(session)] = session
             return_freed()
         return self._opened[name]
 
     def start_again(self) -> None:
         """In a forked child: forgets the open sessions without closing them."""
-        _keep_for_ever(self._opened)
         _keep_for_ever(self._opener)
         if self._device != "cpu":  # the parent asked CUDA for its devices, if for nothing else
             fix = "load the plan in the process that uses it"
@@ -905,7 +905,12 @@ def _keep_for_ever(of_parent: object) -> None:
 _PIPELINES: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
 
 
+_SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
+
+
 def _start_again_after_a_fork() -> None:
+    for session in list(_SESSIONS.values()):
+        _keep_for_ever(session)
     for pipeline in list(_PIPELINES):
         pipeline._start_again()
 

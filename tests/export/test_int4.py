@@ -161,7 +161,9 @@ def test_a_product_holds_what_was_rounded():
 def test_layers_are_observed_for_a_while(system):
     layer = system.prior.body_transformer.blocks[0].mlp[2]
     inputs = []
-    hook = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, -2)))
+    hook = layer.register_forward_pre_hook(  # not while codes are drawn
+        lambda layer, x: inputs.append(x[0].flatten(0, -2)) if layer._forward_hooks else None
+    )
     with observed(system):
         moment = layer.moment
     hook.remove()
@@ -170,6 +172,41 @@ def test_layers_are_observed_for_a_while(system):
     torch.testing.assert_close(moment, rows.T @ rows, rtol=1e-4, atol=1e-3)
     assert not any("moment" in vars(part) for part in system.prior.modules())
     assert not any(part._forward_pre_hooks for part in system.prior.modules())
+
+
+def test_what_ends_an_observation_leaves_nothing(system, monkeypatch, tmp_path):
+    monkeypatch.setattr(type(system.prior), "generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), observed(system):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        export(system, tmp_path / "onnx", "int8")
+    for part in system.prior.modules():
+        assert not {"moment", "largest"} & set(vars(part))
+        assert not part._forward_hooks
+
+
+def test_dropout_does_not_count(artifacts):
+    system = copy.deepcopy(artifacts.system("vit"))
+    for part in system.prior.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+
+    def moment():
+        with observed(system):
+            return system.prior.transformer.blocks[1].mlp[0].moment
+
+    expected = moment()
+    system.prior.train()
+    torch.testing.assert_close(moment(), expected)
+    assert system.prior.training
+
+
+def test_weights_that_are_not_finite_are_refused(artifacts, tmp_path):
+    system = copy.deepcopy(artifacts.system("vit"))
+    with torch.no_grad():
+        system.prior.head.weight[0, 0] = torch.nan
+    with pytest.raises(VqdeployError, match="a weight of the prior is not finite"):
+        export(system, tmp_path / "onnx", "int8")
 
 
 # The choice
@@ -192,7 +229,7 @@ def test_products_that_need_more_bits_have_8(vit_system):
 def test_a_stage_without_products_of_4_bits_is_in_int8(three_system, tmp_path):
     precisions = {stage.name: stage.precision for stage in stages_of(three_system, "int4")}
     assert (precisions["top_row"], precisions["top_pixel"]) == ("int8", "int4")
-    message = "all products of stage top_row need 8 bits. Fix: top_row=int8"
+    message = "all products of stage top_row need 8 bits. Fix: --dtype top_row=int8"
     with pytest.raises(VqdeployError, match=re.escape(message)):
         export(three_system, tmp_path / "onnx", "top_row=int4")
 

@@ -156,7 +156,23 @@ def leave_a_sampler():
     draw()
 
 
-for work in (bool, draw, replace, drop, close, in_a_sampler, of_a_worker, leave_a_sampler):
+def hold_a_session():
+    global pipeline
+    held = pipeline.session("decode"), load(sys.argv[1], threads=2).session("decode")
+    pipeline.close()
+    del pipeline
+    gc.collect()
+    assert worker(gc.collect) == 0
+
+
+def hold_a_sampler():
+    with pipeline.sampler(1):
+        pipeline.close()
+        assert worker(gc.collect) == 0
+
+
+of_sessions = hold_a_session, hold_a_sampler, in_a_sampler, leave_a_sampler
+for work in (bool, draw, replace, drop, close, of_a_worker, *of_sessions):
     print(work.__name__, worker(work))
 draw()
 """
@@ -166,7 +182,7 @@ draw()
 def test_workers_of_a_server_that_forks_end(plan, python):
     """An interpreter that ends destroys what is left of the parent's, and the threads of its sessions are not there."""
     ends = dict(line.split() for line in python(_WORKERS, plan).splitlines())
-    assert len(ends) == 8
+    assert len(ends) == 10
     assert set(ends.values()) == {"0"}, ends
 
 

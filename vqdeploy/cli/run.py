@@ -28,11 +28,13 @@ def run(
     ] = None,
     text_ids: Annotated[
         Path | None,
-        typer.Option(help="For priors of texts: token ids [B, length], an NPY, or text_ids in an NPZ."),
+        typer.Option(help="For priors conditioned on texts: token ids [B, length], an NPY, or text_ids in an NPZ."),
     ] = None,
     text_features: Annotated[
         Path | None,
-        typer.Option(help="For priors of features: an NPY [B, tokens, width], or text_features in an NPZ."),
+        typer.Option(
+            help="For priors conditioned on features of texts: an NPY [B, tokens, width], or text_features in an NPZ."
+        ),
     ] = None,
     num_images: Annotated[
         int | None,
