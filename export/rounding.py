@@ -33,7 +33,8 @@ def observed(system: System) -> Iterator[None]:
 
     It also has `largest`, the absolute values of its largest outputs [outputs].
 
-    The inputs are those for codes that the prior draws with its default options and, as a user's may differ, random ones.
+    The inputs are those for codes that the prior draws with its default options and, as a user's may differ, random
+    ones.
 
     Raises:
         VqdeployError: A weight of the prior is not finite.

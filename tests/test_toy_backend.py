@@ -133,7 +133,7 @@ def test_the_command_line_knows_it(toy, artifacts, tmp_path):
     assert built.exit_code == 0, built.output
     for option, value in (("--opt-batch", 4), ("--device", "cuda"), ("--plugin", "off")):
         ignored = run(app, ["build", str(artifacts.package("rqvae")), "--backend", "toy", option, str(value)])
-        assert f"expected no {option}, found {value}" in str(ignored.exception)
+        assert option in str(ignored.exception)
     image = tmp_path / "a.png"
     ran = run(app, ["run", "--engine", str(plan), "--num-images", "1", "-o", str(image)])
     assert ran.exit_code == 0, ran.output
