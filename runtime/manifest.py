@@ -275,8 +275,6 @@ def _check_stages(manifest: Manifest) -> None:
                 _check_tensor(info, f"stages.{stage.name}.{info.name}")
                 unknown = [d for d in info.shape if isinstance(d, str) and d not in stage.dims]
                 _require(not unknown, f"stages.{stage.name}.dims", "a size for each dynamic dimension", unknown)
-        unused = sorted(set(stage.dims).difference(*(info.shape for info in (*stage.inputs, *stage.outputs))))
-        _require(not unused, f"stages.{stage.name}.dims", "a size for dynamic dimensions alone", unused)
         for name, sizes in stage.dims.items():
             least = 0 if name == "past" else 1  # the first of several calls has no past
             held = least <= sizes.min <= sizes.usual <= sizes.max <= _LARGEST

@@ -336,7 +336,6 @@ def test_manifest_with_wrong_sizes(plan, tmp_path, sizes):
             "Manifest.stages[2].inputs[0].dtype is malformed",
         ),
         (lambda data: data["stages"][2]["dims"]["batch"].update(max="4"), "Manifest.stages[2].dims.batch.max is malf"),
-        (lambda data: data["stages"][2]["dims"].update(rows={}), "stages.step.dims of the manifest is wrong"),
         (lambda data: data["members"].update({"step.onnx": "zz"}), "members.step.onnx of the manifest is wrong"),
         (lambda data: data["provenance"].update(checkpoint="zz"), "provenance.checkpoint of the manifest is wrong"),
         (lambda data: data["provenance"].update(preset="../x"), "provenance.preset of the manifest is wrong"),
