@@ -180,15 +180,15 @@ def test_what_a_place_leaves_for_the_next(vqvae2_plan, vqvae2_system, monkeypatc
 
 
 def test_a_row_that_goes_on_from_the_end_of_the_row_before(vqvae2_plan, vqvae2_system, monkeypatch):
-    places = _Level.places
+    positions = _Level.positions
 
     def with_leftovers(level, *arguments):
-        for row, column, pixel in places(level, *arguments):
+        for row, column, pixel in positions(level, *arguments):
             if row and column == 0:
                 pixel.inputs["past_left_x"][:] = pixel.outputs["present_left_x"]
             yield row, column, pixel
 
-    monkeypatch.setattr(_Level, "places", with_leftovers)
+    monkeypatch.setattr(_Level, "positions", with_leftovers)
     broken(vqvae2_plan, vqvae2_system, TOP, BOTTOM)
 
 
@@ -234,12 +234,12 @@ def test_codes_that_lie_a_column_aside(vqvae2_plan, vqvae2_system, monkeypatch, 
     ids=["a column aside", "neighbour"],
 )
 def test_a_bottom_level_that_follows_another_top_level(vqvae2_plan, vqvae2_system, monkeypatch, change):
-    places = _Level.places
+    positions = _Level.positions
 
     def mixed_up(level, codes, above, *others):
-        return places(level, codes, None if above is None else change(above), *others)
+        return positions(level, codes, None if above is None else change(above), *others)
 
-    monkeypatch.setattr(_Level, "places", mixed_up)
+    monkeypatch.setattr(_Level, "positions", mixed_up)
     found = broken(vqvae2_plan, vqvae2_system, BOTTOM, "generate: full distribution: tokens")
     assert not any(name.startswith(TOP) for name in found)
 

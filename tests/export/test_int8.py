@@ -573,13 +573,17 @@ def test_weights_that_are_equal_but_for_their_scales(artifacts, tmp_path):
     assert failures(verify(tmp_path / "plan", system)) == set()
 
 
+MANY = {"batch": SizeRange(1, 8, 64)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [{"portable": True}, {}, {"batch": SizeRange(1, 8, 64)}],
-    ids=["portable", "few rows", "many rows"],
+    ("name", "options"),
+    [
+        *((name, options) for name in ("rqvae", "vit", "vqvae2") for options in ({"portable": True}, {}, MANY)),
+        *(("var", options) for options in ({"portable": True}, {})),  # all its products have many rows
+    ],
 )
-@pytest.mark.parametrize("name", ["rqvae", "vit", "vqvae2", "var"])
 def test_a_good_plan_passes(artifacts, name, options):
     report = verify(artifacts.plan(name, "int8", **options), artifacts.system(name))
     assert failures(report) == set()
