@@ -109,11 +109,10 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
     choice = Choice.parse(dtype)
     _check_caches(system, choice)
     own = tokenizer.stages(system.tokenizer, image_size)
-    names, of_prior = [stage.name for stage in own], list[Stage]()
+    names, of_prior, definition = [stage.name for stage in own], list[Stage](), SYSTEMS[system.config.model]
     if system.prior is not None:
         named = [precision for name, precision in choice.named.items() if name not in names]
         floats = PRECISIONS[(named or [choice.rest])[0]].floats
-        definition = SYSTEMS[system.config.model]
         if "int4" in (choice.rest, *named) and definition.kind in ("masked", "next-scale"):
             raise VqdeployError(
                 f"int4 is slower than int8 for a {definition.kind} prior, whose products have many rows",
@@ -123,11 +122,10 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
     quantizable = {stage.name: has_products(stage) for stage in of_prior}
     choice.check(names, quantizable)
     rounds = any(PRECISIONS[choice.of_prior(name, has)].bits for name, has in quantizable.items())
-    if (
-        rounds and SYSTEMS[system.config.model].kind != "hierarchical"
-    ):  # nothing is known of what PixelSNAIL's layers take
+    # Nothing is known of what PixelSNAIL's layers take.
+    if rounds and definition.kind != "hierarchical":
         with observed(system):
-            of_prior = SYSTEMS[system.config.model].stages(system.prior, "fp32")
+            of_prior = definition.stages(system.prior, "fp32")
     if choice.caches:
         of_prior = [with_int8_caches(stage) if "past_key" in stage.inputs else stage for stage in of_prior]
     stages = [

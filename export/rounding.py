@@ -6,13 +6,14 @@ input's rounding error is made up for by the weights of the inputs that are yet 
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vqdeploy import reference
+from vqdeploy.checkpoint import check_finite
 from vqdeploy.errors import VqdeployError
 from vqdeploy.models.prior import Prior
 from vqdeploy.systems import SYSTEMS, System
@@ -37,26 +38,23 @@ def observed(system: System) -> Iterator[None]:
     ones.
 
     Raises:
-        VqdeployError: A weight of the prior is not finite.
+        ArtifactError: A weight of the prior is not finite.
     """
     prior = cast(nn.Module, system.prior)
-    if not all(bool(weight.isfinite().all()) for weight in prior.parameters()):
-        raise VqdeployError("a weight of the prior is not finite", fix="train it again")
+    check_finite(dict(prior.named_parameters()), "the prior")
     layers = [layer for layer in prior.modules() if isinstance(layer, nn.Linear)]
-    hooks, training = [], prior.training
+    training = prior.training
     try:
+        prior.eval()
         examples = _examples(system)
-        hooks += [layer.register_forward_hook(_observe) for layer in layers]
-        with torch.no_grad():
+        with ExitStack() as hooks, torch.no_grad():
+            for layer in layers:
+                hooks.callback(layer.register_forward_hook(_observe).remove)
             for codes, conditions in examples:
                 system.prior.logits(codes, conditions)
-        for hook in hooks:
-            hook.remove()
         yield
     finally:
         prior.train(training)
-        for hook in hooks:
-            hook.remove()
         for layer in layers:
             for name in ("moment", "largest"):
                 vars(layer).pop(name, None)
@@ -70,7 +68,6 @@ def _examples(system: System) -> list[tuple[Tensor, Tensor]]:
     def noise(_: int, shape: tuple[int, ...]) -> Tensor:
         return -torch.empty(shape).exponential_(generator=generator).log()
 
-    cast(nn.Module, system.prior).eval()
     conditions = [_conditions(system.prior, images, generator) for images in (random, drawn)]
     codes = [
         torch.randint(config.codebook_size, (random, *config.grid), generator=generator),

@@ -903,8 +903,6 @@ def _keep_for_ever(of_parent: object) -> None:
 
 
 _PIPELINES: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
-
-
 _SESSIONS: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
 
 
