@@ -61,7 +61,7 @@ def export(
         folder: Output folder. An existing package is replaced.
         dtype: Precision of the stages, as for `vqdeploy.precision.Choice.parse`.
         opset: ONNX opset, 24 or 25: `TensorScatter` came with 24.
-        progress: Called with the name of each stage before its export.
+        progress: Called with the name of each stage before its export, and with steps of what comes before.
         image_size: Height and width of the images; those of the configuration when None.
 
     Raises:
@@ -83,7 +83,7 @@ def export(
         checkpoint=digest(system),
         source=config.source,
     )
-    stages = stages_of(system, dtype, size)
+    stages = stages_of(system, dtype, size, progress)
     described = Manifest(
         format=FORMAT,
         name=config.model,
@@ -100,8 +100,15 @@ def export(
     return write_package(stages, folder, described, progress)
 
 
-def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] | None = None) -> list[Stage]:
+def stages_of(
+    system: System,
+    dtype: str = "fp32",
+    image_size: tuple[int, int] | None = None,
+    progress: Callable[[str], object] = log.info,
+) -> list[Stage]:
     """The stages of a system, the tokenizer's and those of the prior if it has one, each in its precision.
+
+    Arguments are those of `export`.
 
     Raises:
         VqdeployError: A precision is unknown or does not suit its stage, or weights or activations are not finite.
@@ -124,14 +131,18 @@ def stages_of(system: System, dtype: str = "fp32", image_size: tuple[int, int] |
     rounds = any(PRECISIONS[choice.of_prior(name, has)].bits for name, has in quantizable.items())
     # Nothing is known of what PixelSNAIL's layers take.
     if rounds and definition.kind != "hierarchical":
-        with observed(system):
+        of_prior.clear()  # their weights are copies
+        with observed(system, progress):
             of_prior = definition.stages(system.prior, "fp32")
     if choice.caches:
         of_prior = [with_int8_caches(stage) if "past_key" in stage.inputs else stage for stage in of_prior]
-    stages = [
-        *(in_precision(stage, choice.of_tokenizer(stage.name)) for stage in own),
-        *(in_precision(stage, choice.of_prior(stage.name, quantizable[stage.name])) for stage in of_prior),
-    ]
+    chosen = [choice.of_tokenizer(stage.name) for stage in own]
+    chosen += [choice.of_prior(stage.name, quantizable[stage.name]) for stage in of_prior]
+    stages = []
+    for stage, precision in zip([*own, *of_prior], chosen, strict=True):
+        if PRECISIONS[precision].bits:
+            progress(f"{stage.name}, weights rounded")
+        stages.append(in_precision(stage, precision))
     for stage in stages:
         if stage.precision != choice.named.get(stage.name, stage.precision):
             raise VqdeployError(f"all products of stage {stage.name} need 8 bits", fix=f"--dtype {stage.name}=int8")

@@ -40,7 +40,7 @@ def in_precision(stage: Stage, precision: str) -> Stage:
     if chosen.bits:
         if stage.in_products:
             stage = stage.in_products()
-        module = _copied(stage.module)  # the layers belong to the system
+        module = _copied(stage.module)
         calibration = stage.calibration if chosen.bits == 8 and has_convolutions(module) else None
         if calibration is None and not has_products(stage):
             raise VqdeployError(
@@ -69,9 +69,9 @@ def in_precision(stage: Stage, precision: str) -> Stage:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """A copy that shares what was observed, which may be larger than the weights."""
-    moments = [getattr(part, "moment", None) for part in module.modules()]
-    return copy.deepcopy(module, {id(moment): moment for moment in moments if moment is not None})
+    """A copy whose modules may be replaced. It shares weights and what was observed, which may fill the memory."""
+    observed = [part.moment for part in module.modules() if isinstance(getattr(part, "moment", None), Tensor)]
+    return copy.deepcopy(module, {id(each): each for each in (*module.parameters(), *module.buffers(), *observed)})
 
 
 def has_products(stage: Stage) -> bool:
@@ -170,7 +170,7 @@ def with_int8_caches(stage: Stage) -> Stage:
     Raises:
         VqdeployError: Keys or values are not finite.
     """
-    module, caches = copy.deepcopy(stage.module), ("past_key", "past_value")
+    module, caches = _copied(stage.module), ("past_key", "past_value")
     width = stage.inputs["past_key"][0].shape[-1]
     for owner in list(module.modules()):
         for name, part in list(owner.named_children()):

@@ -4,6 +4,7 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 input's rounding error is made up for by the weights of the inputs that are yet to be rounded.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,16 +27,19 @@ _LARGEST = 7
 _SMALLEST = -8
 _DAMPING = 0.01  # of the mean, added to all squares of inputs
 _RANDOM, _DRAWN = 1024, 3072  # positions of the codes that layers are observed on
+_TOLD = 64  # steps of a draw between two lines of progress
+
+log = logging.getLogger("vqdeploy")
 
 
 @contextmanager
-def observed(system: System) -> Iterator[None]:
+def observed(system: System, progress: Callable[[str], object] = log.info) -> Iterator[None]:
     """Within it each linear layer of the prior has `moment`, the sums of products of its inputs [inputs, inputs].
 
     It also has `largest`, the absolute values of its largest outputs [outputs].
 
     The inputs are those for codes that the prior draws with its default options and, as a user's may differ, random
-    ones.
+    ones. `progress` is called with what is done meanwhile.
 
     Raises:
         ArtifactError: A weight of the prior is not finite.
@@ -46,7 +50,8 @@ def observed(system: System) -> Iterator[None]:
     training = prior.training
     try:
         prior.eval()
-        examples = _examples(system)
+        examples = _examples(system, progress)
+        progress("weights, rounded by the inputs of layers")
         with ExitStack() as hooks, torch.no_grad():
             for layer in layers:
                 hooks.callback(layer.register_forward_hook(_observe).remove)
@@ -60,12 +65,14 @@ def observed(system: System) -> Iterator[None]:
                 vars(layer).pop(name, None)
 
 
-def _examples(system: System) -> list[tuple[Tensor, Tensor]]:
+def _examples(system: System, progress: Callable[[str], object]) -> list[tuple[Tensor, Tensor]]:
     """Random codes and drawn ones, in a masked prior partly masked, and their conditions."""
     config, generator = system.config.prior, torch.Generator().manual_seed(0)
     random, drawn = (max(1, count // math.prod(config.grid[:2])) for count in (_RANDOM, _DRAWN))
 
-    def noise(_: int, shape: tuple[int, ...]) -> Tensor:
+    def noise(step: int, shape: tuple[int, ...]) -> Tensor:
+        if step % _TOLD == 0:
+            progress(f"weights, rounded by codes that the prior draws: step {step}")
         return -torch.empty(shape).exponential_(generator=generator).log()
 
     conditions = [_conditions(system.prior, images, generator) for images in (random, drawn)]

@@ -93,7 +93,7 @@ class Blank(nn.Module):
         return (x.flatten(1)[:, :1] * 0).to(self.dtype).view(-1, *[1] * len(self.shape)).expand(-1, *self.shape)
 
 
-def recorded_stages(system, precision, size):
+def recorded_stages(system, precision, size, _):
     """Those of the prior: imported tokenizers have a test above, and features no recorded values."""
     encode, decode, *stages = stages_of(system, precision, size)
     image, codes = encode.inputs["image"][0], decode.inputs["codes"][0]

@@ -388,6 +388,33 @@ def test_rows_without_labels_are_quantized(artifacts):
     assert {stage.precision for stage in stages if stage.name.endswith(("_row", "_pixel"))} == {"int8"}
 
 
+def test_the_system_stays_as_it_was(artifacts):
+    """In int8 with caches in int8, too; what is not quantized is held once."""
+    system = copy.deepcopy(artifacts.system("vit"))
+    before = copy.deepcopy(system.prior.state_dict())
+    exact, int8 = (
+        next(stage.module for stage in stages_of(system, dtype) if stage.name == "step")
+        for dtype in ("fp32", "int8,caches=int8")
+    )
+    for name, weight in system.prior.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    norms = [name for name, _ in int8.named_parameters() if "norm" in name]
+    assert len(norms) == 14
+    for name in norms:
+        assert int8.get_parameter(name).data_ptr() == exact.get_parameter(name).data_ptr()
+
+
+def test_progress(artifacts):
+    told = []
+    stages_of(artifacts.system("vit"), "int8,features=fp32", progress=told.append)
+    first, *others = told
+    assert first == "weights, rounded by codes that the prior draws: step 0"
+    assert others == ["weights, rounded by the inputs of layers", "step, weights rounded"]
+    told.clear()
+    stages_of(artifacts.system("vit"), progress=told.append)
+    assert not told
+
+
 def test_stages_that_exchange_states_have_one_type(vqvae2_system, tmp_path):
     with pytest.raises(
         VqdeployError, match=r"exchange states of one type; expected fp16 or fp32, found .*top_row=fp16"

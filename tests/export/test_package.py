@@ -178,7 +178,7 @@ def test_no_operator_that_tensorrt_lacks_or_that_has_no_seed(package, stage_):
 @pytest.fixture
 def tokenizer_only(monkeypatch):
     """Only the graphs of the tokenizer, where the package around them is what matters."""
-    monkeypatch.setattr("vqdeploy.export.package.stages_of", lambda system, dtype, size: stages(system.tokenizer, size))
+    monkeypatch.setattr("vqdeploy.export.package.stages_of", lambda s, _, size, *__: stages(s.tokenizer, size))
 
 
 @pytest.mark.slow
