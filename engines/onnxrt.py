@@ -159,9 +159,7 @@ def _stored(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 
 def _point_to_file(models: Iterable[onnx.ModelProto], file: Path) -> None:
     """Points initializers at a safetensors file: sessions of ours take them by name, others read where they lie."""
-    weights = bundle.read_weights(file)
-    with file.open("rb") as stream:
-        data = 8 + int.from_bytes(stream.read(8), "little")
+    weights, data = bundle.read_weights(file), bundle.data_offset(file)
     for model in models:
         for tensor in _stored(model):
             start, stop = weights[tensor.name].start, weights[tensor.name].stop

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from vqdeploy.export.rounding import observed
 from vqdeploy.export.stage import Stage
 from vqdeploy.files import replacing_folder, write_json
 from vqdeploy.precision import PRECISIONS, Choice, together
-from vqdeploy.runtime.bundle import sha256
+from vqdeploy.runtime.bundle import data_offset, read_weights, sha256
 from vqdeploy.runtime.manifest import (
     FILE,
     FORMAT,
@@ -251,15 +250,13 @@ def _large(model: onnx_ir.Model) -> list[Any]:
 
 def _point_to_file(models: Iterable[onnx_ir.Model], file: Path) -> None:
     """Points the initializers of the graphs at the safetensors file, as ONNX external data."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+    weights, data = read_weights(file), data_offset(file)
     for model in models:
         for value in _large(model):
-            start, stop = header[value.name]["data_offsets"]
+            start, stop = weights[value.name].start, weights[value.name].stop
             dtype, shape = value.const_value.dtype, value.const_value.shape
             value.const_value = onnx_ir.ExternalTensor(
-                file.name, 8 + size + start, stop - start, dtype, shape=shape, name=value.name, base_dir=file.parent
+                file.name, data + start, stop - start, dtype, shape=shape, name=value.name, base_dir=file.parent
             )
 
 

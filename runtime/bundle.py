@@ -344,6 +344,12 @@ def read_weights(file: Path) -> dict[str, Weight]:
         return weights(header, os.fstat(stream.fileno()).st_size - 8 - size)
 
 
+def data_offset(file: Path) -> int:
+    """Where the bytes of the tensors of a safetensors file start."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def weights(header: bytes, size: int) -> dict[str, Weight]:
     """Parses the header of a safetensors file and checks it against the number of bytes that follow.
 

@@ -2,12 +2,14 @@
 
 Exports take most of the suite's time. What was made lies in `.pytest_cache/artifacts`, below a digest of everything it
 depends on: the sources, the libraries, the system, the precision and the options. Several processes may ask at once:
-the first one makes it, the others wait.
+the first one makes it, the others wait. Graphs of stages are kept too, as packages in several precisions share some.
 """
 
 import hashlib
+import io
 import json
 import os
+import pickle
 import platform
 import shutil
 import time
@@ -18,7 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+import onnx_ir
+import pytest
 from filelock import FileLock
+from torch import Tensor
 
 from support.imports import ROOT, closure
 from support.systems import SYSTEMS
@@ -27,6 +32,8 @@ from vqdeploy.engines import package
 from vqdeploy.engines.build import build
 from vqdeploy.errors import VqdeployError
 from vqdeploy.export.package import export
+from vqdeploy.export.stage import Stage
+from vqdeploy.files import replacing_file
 from vqdeploy.runtime import Pipeline, load
 from vqdeploy.runtime.bundle import Bundle, sha256
 from vqdeploy.systems import System
@@ -34,6 +41,7 @@ from vqdeploy.systems import System
 T = TypeVar("T")
 
 KEPT_DAYS = 3
+_TO_ONNX = Stage.to_onnx
 _LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "torch", "vqdeploy")
 
 
@@ -77,11 +85,25 @@ class Artifacts:
         """Its ONNX package."""
 
         def make(folder: Path) -> None:
-            export(self.system(system), folder, dtype)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Stage, "to_onnx", lambda stage, opset: self._graph(stage, opset))
+                export(self.system(system), folder, dtype)
 
         key = [self._identity(system), dtype]
         name = f"{_name(system)}-{dtype}-onnx"
         return self._kept(name, _sources("vqdeploy.export.package"), key, make, package.read)
+
+    def _graph(self, stage: Stage, opset: int) -> onnx_ir.Model:
+        """`Stage.to_onnx`."""
+
+        def make(file: Path) -> None:
+            with replacing_file(file) as new:
+                onnx_ir.save(_TO_ONNX(stage, opset), new)
+
+        content = io.BytesIO()
+        _Pickler(content).dump([stage.module.eval(), stage.inputs, stage.outputs, stage.dynamic, opset])
+        key = hashlib.sha256(content.getvalue()).hexdigest()
+        return onnx_ir.load(self._kept(f"{stage.name}.onnx", _sources("vqdeploy.export.package"), key, make, _exists))
 
     def plan(self, system: str | System, dtype: str = "fp32", **options: object) -> Path:
         """A plan with these options of `vqdeploy.engines.build.build`."""
@@ -125,6 +147,21 @@ class Artifacts:
             return path
 
         return self._once(("path", path), get)
+
+
+class _Pickler(pickle.Pickler):
+    """A pickler for digests: of a tensor it writes type, shape and numbers, without its address."""
+
+    def reducer_override(self, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        numbers = value.detach().contiguous().numpy()
+        return bytes, (f"{numbers.dtype} {numbers.shape}".encode() + numbers.tobytes(),)
+
+
+def _exists(file: Path) -> None:
+    if not file.exists():
+        raise VqdeployError(f"there is no {file.name}")
 
 
 def _name(system: str | System) -> str:
