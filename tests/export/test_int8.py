@@ -106,7 +106,7 @@ def test_what_is_known_of_inputs_makes_the_outputs_closer():
     assert known[0].abs().max() <= 63
 
 
-@pytest.mark.parametrize("name", ["rqvae", "vit", "llamagen", "movq", "adaptive", "var", "shared"])
+@pytest.mark.parametrize("name", ["rqvae", "text", "vit", "llamagen", "features", "movq", "adaptive", "var", "shared"])
 def test_what_is_rounded_knows_its_inputs(artifacts, name):
     system = artifacts.system(name)
     with observed(system):
