@@ -109,10 +109,15 @@ def rounded(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
     """
 
     def widest(block: Tensor) -> Tensor:
-        scale = torch.maximum(block.amax(0) / _LARGEST, block.amin(0) / _SMALLEST)
+        scale = torch.maximum(block.amax(-2) / _LARGEST, block.amin(-2) / _SMALLEST)
         return torch.where(scale > 0, scale, 1.0)
 
-    return _compensated(weight, torch.eye(len(weight)) if moment is None else moment, _SMALLEST, _LARGEST, widest)
+    if moment is not None:
+        return _compensated(weight, moment, _SMALLEST, _LARGEST, widest)
+    blocks = weight.unflatten(0, (-1, BLOCK))
+    scale = widest(blocks)
+    integers = (blocks / scale[:, None]).round().clamp(_SMALLEST, _LARGEST)
+    return integers.flatten(0, 1).to(torch.int8), scale
 
 
 def _compensated(
