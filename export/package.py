@@ -127,21 +127,20 @@ def stages_of(
         of_prior = definition.stages(system.prior, floats)
     quantizable = {stage.name: has_products(stage) for stage in of_prior}
     choice.check(names, quantizable)
-    rounds = any(PRECISIONS[choice.of_prior(name, has)].bits for name, has in quantizable.items())
+    precisions = {stage.name: choice.of_tokenizer(stage.name) for stage in own}
+    precisions |= {name: choice.of_prior(name, has) for name, has in quantizable.items()}
     # Nothing is known of what PixelSNAIL's layers take.
-    if rounds and definition.kind != "hierarchical":
+    if any(PRECISIONS[precisions[name]].bits for name in quantizable) and definition.kind != "hierarchical":
         of_prior.clear()  # their weights are copies
         with observed(system, progress):
             of_prior = definition.stages(system.prior, "fp32")
     if choice.caches:
         of_prior = [with_int8_caches(stage) if "past_key" in stage.inputs else stage for stage in of_prior]
-    chosen = [choice.of_tokenizer(stage.name) for stage in own]
-    chosen += [choice.of_prior(stage.name, quantizable[stage.name]) for stage in of_prior]
     stages = []
-    for stage, precision in zip([*own, *of_prior], chosen, strict=True):
-        if PRECISIONS[precision].bits:
+    for stage in (*own, *of_prior):
+        if PRECISIONS[precisions[stage.name]].bits:
             progress(f"{stage.name}, weights rounded")
-        stages.append(in_precision(stage, precision))
+        stages.append(in_precision(stage, precisions[stage.name]))
     for stage in stages:
         if stage.precision != choice.named.get(stage.name, stage.precision):
             raise VqdeployError(f"all products of stage {stage.name} need 8 bits", fix=f"--dtype {stage.name}=int8")

@@ -109,21 +109,23 @@ def rounded(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
     """
 
     def widest(block: Tensor) -> Tensor:
-        scale = torch.maximum(block.amax(-2) / _LARGEST, block.amin(-2) / _SMALLEST)
+        scale = torch.maximum(block.amax(0) / _LARGEST, block.amin(0) / _SMALLEST)
         return torch.where(scale > 0, scale, 1.0)
 
-    if moment is not None:
-        return _compensated(weight, moment, _SMALLEST, _LARGEST, widest)
-    blocks = weight.unflatten(0, (-1, BLOCK))
-    scale = widest(blocks)
-    integers = (blocks / scale[:, None]).round().clamp(_SMALLEST, _LARGEST)
-    return integers.flatten(0, 1).to(torch.int8), scale
+    return _compensated(weight, moment, _SMALLEST, _LARGEST, widest)
 
 
 def _compensated(
-    weight: Tensor, moment: Tensor, smallest: int, largest: int, scale_of: Callable[[Tensor], Tensor]
+    weight: Tensor, moment: Tensor | None, smallest: int, largest: int, scale_of: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ to integers `smallest`..`largest`; `scale_of` gives the scales of a block of inputs [BLOCK, outputs]."""
+    """GPTQ to integers `smallest`..`largest`, to the nearest without a moment.
+
+    `scale_of` gives the scales of a block of inputs [BLOCK, outputs].
+    """
+    if moment is None:
+        blocks = [(block, scale_of(block)) for block in weight.split(BLOCK)]
+        nearest = [(block / scale).round().clamp(smallest, largest) for block, scale in blocks]
+        return torch.cat(nearest).to(torch.int8), torch.stack([scale for _, scale in blocks])
     rest, integers, scales = weight.clone(), torch.empty_like(weight), []
     inverse = _inverse(moment)
     for start in range(0, len(weight), BLOCK):
@@ -168,6 +170,4 @@ def rounded_columns(
         error = ((weight / scale).round().clamp(-most, most) * scale - weight).square().sum(0)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     best = torch.maximum(best, torch.as_tensor(smallest))
-    if moment is None:
-        return (weight / best).round().clamp(-most, most).to(torch.int8), best
     return _compensated(weight, moment, -most, most, lambda _: best)[0], best
